@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The nouns every room shares: what flows through a training step.
+
+A step reads ``Sample -> Prompt -> Rollout -> PackedBatch``. All are frozen: a room that wants a changed one makes a
+new one. Shape letters: ``P`` prompt tokens, ``R`` response tokens, ``S`` tokens of a packed row, ``N`` sequences of a
+packed row, ``I`` images, ``V`` vision patches, ``D`` values per vision patch.
+
+This file is on the lowest floor of the house: it imports torch and the standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A target that ``torch.nn.functional.cross_entropy`` would call ``ignore_index``: no next token to predict.
+NO_LABEL = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One line of a dataset, as stored: decoded, but not tokenised.
+
+    Attributes:
+        key: unique name of the sample in its dataset, ``<shard>/<sample>``; every error about it names it.
+        task: task name (the one ``task_key`` that advantages, entropy and length shaping group by).
+        question: the user's text.
+        answer: the reference answer, in the notation of ``answer_format``.
+        answer_format: name of an accuracy reward in ``tasks`` (``exact``, ``box``, ...).
+        images: RGB images, in the order in which they precede the question.
+        response: a full target response for supervised training; None where the dataset has none.
+    """
+
+    key: str
+    task: str
+    question: str
+    answer: str
+    answer_format: str
+    images: Sequence[Any] = ()
+    response: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInputs:
+    """What the model reads for one prompt: the single output of the processor call.
+
+    Attributes:
+        token_ids: int64 ``[P]``; image placeholders are already expanded, one per merged patch.
+        pixel_values: float32 ``[V, D]``; zero rows when there is no image.
+        image_grid_thw: int64 ``[I, 3]`` (time, height, width), in patches before merging.
+    """
+
+    token_ids: Tensor
+    pixel_values: Tensor
+    image_grid_thw: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A sample with its model inputs, ready for generation."""
+
+    sample: Sample
+    inputs: ModelInputs
+
+    @property
+    def key(self) -> str:
+        return self.sample.key
+
+    @property
+    def task(self) -> str:
+        return self.sample.task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One sampled response.
+
+    Attributes:
+        prompt: what was asked.
+        group_id: id of the prompt's group, unique in the global batch (all ranks).
+        sample_index: index of this response in its group, 0-based.
+        response_ids: int64 ``[R]``, the end-of-turn token included when it was sampled.
+        logprobs: float32 ``[R]``, log-probability of each sampled token under the engine's distribution *at the
+            sampling temperature* (the behaviour policy as the engine saw it).
+        text: the decoded response without special tokens that end the turn.
+        truncated: True when the token limit ended the response, not an end-of-turn token.
+    """
+
+    prompt: Prompt
+    group_id: int
+    sample_index: int
+    response_ids: Tensor
+    logprobs: Tensor
+    text: str
+    truncated: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewards:
+    """Rewards of N rollouts: the parts, and their one combination.
+
+    Attributes:
+        parts: name -> float64 ``[N]`` (``accuracy``, ``format``, ``structure``, ``length``), unweighted.
+        total: float64 ``[N]``, the weighted sum that the advantage is computed from.
+    """
+
+    parts: Mapping[str, Tensor]
+    total: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """One micro-batch: one row of tokens, many sequences side by side, full (before any context-parallel split).
+
+    Position ``t`` predicts ``labels[t]``, the next token *of the same sequence*; the last position of a sequence and
+    every padding position have label ``NO_LABEL``. All per-token fields are aligned with the predicting position.
+
+    Attributes:
+        tokens: int64 ``[S]``.
+        labels: int64 ``[S]``.
+        position_ids: int64 ``[3, S]``, mRoPE (time, height, width); restarts with every sequence.
+        segment_ids: int64 ``[S]``, index of the sequence a token belongs to (0..N-1); -1 on padding that belongs to none.
+        cu_seqlens: int32 ``[N + 1]``, offsets of the sequences in the row.
+        loss_mask: float32 ``[S]``, 1 where ``labels[t]`` is a response token that the loss counts.
+        pixel_values: float32 ``[V, D]`` of all images, in the order of their placeholders in the row.
+        image_grid_thw: int64 ``[I, 3]``.
+        rows: int64 ``[N]``, index of each sequence in the list that was packed.
+        task_ids: int64 ``[S]``, -1 where there is none.
+        advantages: float32 ``[S]``, 0 outside the loss mask.
+        rollout_logprobs: float32 ``[S]``, what the rollout engine reported; 0 outside the response.
+        behaviour_logprobs: float32 ``[S]`` or None before the policy has computed them.
+        token_weights: float32 ``[S]``; the loss is ``sum(weight * token_loss) / global token count``. Equal to
+            ``loss_mask`` for token averaging.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    segment_ids: Tensor
+    cu_seqlens: Tensor
+    loss_mask: Tensor
+    pixel_values: Tensor
+    image_grid_thw: Tensor
+    rows: Tensor
+    task_ids: Tensor
+    advantages: Tensor
+    rollout_logprobs: Tensor
+    token_weights: Tensor
+    behaviour_logprobs: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the loss counts."""
+        return int(self.loss_mask.sum().item())
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenStats:
+    """Per-token statistics of a packed row under the policy.
+
+    Attributes:
+        logprobs: float32 ``[S]``, log-probability of ``labels`` at the given temperature; 0 where there is no label.
+        entropy: float32 ``[S]``, entropy (nats) of the policy's distribution at the same temperature; 0 likewise.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+
