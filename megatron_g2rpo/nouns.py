@@ -33,6 +33,8 @@ class Sample:
         answer_format: name of an accuracy reward in ``tasks`` (``exact``, ``box``, ...).
         images: RGB images, in the order in which they precede the question.
         response: a full target response for supervised training; None where the dataset has none.
+        reference_steps: the intermediate step that the thinking should state, ``"7 + 5"``; the structure bonus compares
+            against it. None where the task has no such step.
     """
 
     key: str
@@ -42,6 +44,7 @@ class Sample:
     answer_format: str
     images: Sequence[Any] = ()
     response: str | None = None
+    reference_steps: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +129,9 @@ class PackedBatch:
         segment_ids: int64 ``[S]``, index of the sequence a token belongs to (0..N-1); -1 on padding that belongs to none.
         cu_seqlens: int32 ``[N + 1]``, offsets of the sequences in the row.
         loss_mask: float32 ``[S]``, 1 where ``labels[t]`` is a response token that the loss counts.
-        pixel_values: float32 ``[V, D]`` of all images, in the order of their placeholders in the row.
-        image_grid_thw: int64 ``[I, 3]``.
+        pixel_values: float32 ``[V, D]`` of the distinct images of the row: the samples of a group share one copy.
+        image_grid_thw: int64 ``[I, 3]``, of the distinct images.
+        vision_index: int64, one entry per image placeholder of the row: which merged feature belongs there.
         rows: int64 ``[N]``, index of each sequence in the list that was packed.
         task_ids: int64 ``[S]``, -1 where there is none.
         advantages: float32 ``[S]``, 0 outside the loss mask.
@@ -145,6 +149,7 @@ class PackedBatch:
     loss_mask: Tensor
     pixel_values: Tensor
     image_grid_thw: Tensor
+    vision_index: Tensor
     rows: Tensor
     task_ids: Tensor
     advantages: Tensor

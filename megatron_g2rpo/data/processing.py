@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chat messages and images to model inputs: the tokenizer and the image processor of a Qwen3-VL directory.
+
+Not ``AutoProcessor``: it insists on a video processor, which needs torchvision. And not ``AutoImageProcessor``: it picks
+the torchvision implementation where torchvision imports and the PIL one elsewhere, whose resized pixels differ. The PIL
+implementation is named here, so that one recipe sees the same pixels on every machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from megatron_g2rpo.data.errors import DataError, SampleError
+from megatron_g2rpo.nouns import ModelInputs, Prompt, Sample
+from megatron_g2rpo.tasks.prompts import build_messages
+
+IMAGE_TOKEN, VIDEO_TOKEN, VISION_START_TOKEN = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>"
+
+
+class ChatProcessor:
+    """Tokenizer, chat template and image processor of one Hugging Face directory.
+
+    Attributes:
+        tokenizer: the directory's tokenizer.
+        image_processor: the directory's image processor, in its PIL implementation.
+        spatial_merge_size: patches along one side that merge into one image token.
+
+    Args:
+        model_dir: a Qwen3-VL directory; nothing is downloaded.
+        min_pixels: lower bound on height x width after resizing; None for the directory's own.
+        max_pixels: upper bound likewise.
+        system_prompt: text of the system turn that ``encode_sample`` puts first; None for no such turn.
+
+    Raises:
+        DataError: no such directory, another family's image processor, no chat template, a vision token that the
+            tokenizer lacks, no end-of-turn token, or pixel bounds in the wrong order.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        system_prompt: str | None = None,
+    ) -> None:
+        model_dir = Path(model_dir)
+        self.image_processor = _load_image_processor(model_dir, min_pixels, max_pixels)
+        self.tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        self.system_prompt = system_prompt
+        self.spatial_merge_size: int = self.image_processor.merge_size
+        self._chat_template = _load_chat_template(model_dir, self.tokenizer)
+        vocabulary = self.tokenizer.get_vocab()
+        for token in (IMAGE_TOKEN, VIDEO_TOKEN, VISION_START_TOKEN):
+            if token not in vocabulary:
+                raise DataError(f"{model_dir}: the tokenizer has no token {token}; is this a Qwen3-VL directory?")
+        if self.tokenizer.eos_token_id is None:
+            raise DataError(f"{model_dir}: the tokenizer names no end-of-turn token (eos_token)")
+        self.image_token_id: int = vocabulary[IMAGE_TOKEN]
+        self.video_token_id: int = vocabulary[VIDEO_TOKEN]
+        self.vision_start_token_id: int = vocabulary[VISION_START_TOKEN]
+        self.eos_token_id: int = self.tokenizer.eos_token_id
+        pad = self.tokenizer.pad_token_id
+        self.pad_token_id: int = self.eos_token_id if pad is None else pad
+        self._reserved = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
+
+    def encode(
+        self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image], name: str = "prompt"
+    ) -> ModelInputs:
+        """Model inputs of a chat that waits for the assistant's answer.
+
+        Args:
+            messages: chat messages; ``content`` is text, or a list of ``{"type": "image"}`` and
+                ``{"type": "text", "text": ...}`` parts.
+            images: the images of the messages, in their order.
+            name: what errors call this prompt.
+
+        Returns:
+            ``token_ids`` int64 ``[P]`` with every image placeholder repeated once per merged patch, ``pixel_values``
+            float32 ``[V, D]`` and ``image_grid_thw`` int64 ``[I, 3]``.
+
+        Raises:
+            SampleError: text that contains a reserved token, more or fewer image parts than images, a video part, or
+                an image of a shape that the image processor refuses.
+        """
+        self._refuse_reserved(messages, name)
+        pixel_values, image_grid_thw = self._encode_images(images, name)
+        text = self.tokenizer.apply_chat_template(
+            list(messages), chat_template=self._chat_template, tokenize=False, add_generation_prompt=True
+        )
+        token_ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+        if bool((token_ids == self.video_token_id).any()):
+            raise SampleError(f"{name}: contains a video part; only images can be encoded")
+        is_image = token_ids == self.image_token_id
+        if int(is_image.sum()) != len(images):
+            raise SampleError(f"{name}: {int(is_image.sum())} image parts in the chat, but {len(images)} images")
+        repeats = torch.ones_like(token_ids)
+        repeats[is_image] = image_grid_thw.prod(dim=1) // self.spatial_merge_size**2
+        return ModelInputs(
+            token_ids=token_ids.repeat_interleave(repeats), pixel_values=pixel_values, image_grid_thw=image_grid_thw
+        )
+
+    def encode_sample(self, sample: Sample) -> Prompt:
+        """The prompt that asks a sample.
+
+        Raises:
+            SampleError: see ``encode``; names the sample.
+        """
+        messages = build_messages(sample, self.system_prompt)
+        return Prompt(sample=sample, inputs=self.encode(messages, sample.images, name=f"sample {sample.key}"))
+
+    def encode_response(self, text: str) -> Tensor:
+        """int64 ``[R]``: the tokens of a response and the end-of-turn token.
+
+        Raises:
+            SampleError: the text contains a reserved token.
+        """
+        self._refuse_reserved([{"role": "assistant", "content": text}], "response")
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor([*ids, self.eos_token_id], dtype=torch.int64)
+
+    def decode(self, token_ids: Tensor | Sequence[int]) -> str:
+        """Text of token ids, without special tokens."""
+        ids = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _encode_images(self, images: Sequence[Image.Image], name: str) -> tuple[Tensor, Tensor]:
+        processor = self.image_processor
+        if not images:
+            width = 3 * processor.temporal_patch_size * processor.patch_size**2
+            return torch.zeros(0, width), torch.zeros(0, 3, dtype=torch.int64)
+        try:
+            features = processor(list(images), return_tensors="pt")
+        except ValueError as error:  # extreme aspect ratios
+            sizes = ", ".join(f"{image.width}x{image.height}" for image in images)
+            raise SampleError(f"{name}: the image processor refuses an image of {sizes} pixels ({error})") from error
+        return features["pixel_values"].to(torch.float32), features["image_grid_thw"].to(torch.int64)
+
+    def _refuse_reserved(self, messages: Sequence[Mapping[str, Any]], name: str) -> None:
+        """A reserved token in a text would be read as a turn border or an image that is not there."""
+        for text in _texts(messages):
+            if "<|" not in text:  # every Qwen reserved token starts so; spares the scan below
+                continue
+            for token in self._reserved:
+                if token in text:
+                    raise SampleError(f"{name}: the text contains the reserved token {token}; remove it")
+
+
+def _texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    texts = []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str):
+            texts.append(content)
+        else:
+            texts.extend(part["text"] for part in content if part.get("type") == "text")
+    return texts
+
+
+def _load_image_processor(model_dir: Path, min_pixels: int | None, max_pixels: int | None) -> Qwen2VLImageProcessorPil:
+    path = model_dir / "preprocessor_config.json"
+    if not path.exists():
+        raise DataError(f"{path} does not exist: a Qwen3-VL Hugging Face directory is needed")
+    kind = json.loads(path.read_text()).get("image_processor_type", "")
+    if not kind.startswith("Qwen2VLImageProcessor"):
+        raise DataError(f"{path}: image_processor_type is {kind!r}; Qwen3-VL's is Qwen2VLImageProcessor or ...Fast")
+    bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    given = {key: value for key, value in bounds.items() if value is not None}
+    processor = Qwen2VLImageProcessorPil.from_pretrained(model_dir, local_files_only=True, **given)
+    low, high = processor.size["shortest_edge"], processor.size["longest_edge"]
+    if not 0 < low <= high:
+        raise DataError(f"pixel bounds {low} to {high} are not in order; mind data.min_pixels and data.max_pixels")
+    return processor
+
+
+def _load_chat_template(model_dir: Path, tokenizer: Any) -> str:
+    """The directory's template in the order ``AutoProcessor`` has: ``chat_template.jinja``, ``.json``, tokenizer."""
+    jinja, as_json = model_dir / "chat_template.jinja", model_dir / "chat_template.json"
+    if jinja.exists():
+        return jinja.read_text()
+    if as_json.exists():
+        return json.loads(as_json.read_text())["chat_template"]
+    if isinstance(tokenizer.chat_template, str):
+        return tokenizer.chat_template
+    raise DataError(f"{model_dir} has no chat template (chat_template.jinja)")
