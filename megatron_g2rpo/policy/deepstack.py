@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deepstack: vision features of several depths, added after the first language layers.
+
+The features travel as ``context``, an argument that megatron-core's block already hands to every layer and treats as a
+checkpoint input, so that activation recomputation stays right (features kept aside in a hook would be lost there).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+
+class DeepstackLayer(TransformerLayer):
+    """A transformer layer that adds its deepstack feature to its output.
+
+    ``context`` is dense ``[K, s, b, h]``: feature k belongs after layer k + 1 (1-based, global over pipeline stages)
+    and is zero on text tokens; None when the row has no image or the stage lies beyond the features.
+    """
+
+    def forward(self, *args: Any, context: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Run the layer, then add. Shapes as in ``TransformerLayer.forward``."""
+        hidden, _ = super().forward(*args, context=None, **kwargs)
+        if context is not None and self.layer_number <= context.shape[0]:
+            hidden = hidden + context[self.layer_number - 1]
+        return hidden, context

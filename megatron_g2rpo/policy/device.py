@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device seam: the one place that knows what hardware this is.
+
+Everything else asks ``current()`` for the torch device, the collective backend, and for ``megatron()``, the context
+in which megatron-core code runs. On a GPU that context does nothing. On a CPU it stands in for the few CUDA calls that
+megatron-core makes unconditionally, so that the *unmodified* library runs on gloo:
+
+- ``device="cuda"`` in factory calls, ``.cuda()``, ``.to("cuda")`` and ``pin_memory=True``: rewritten to the CPU by a
+  ``TorchFunctionMode``;
+- ``Tensor.type()``, which its optimizers compare with ``'torch.cuda.FloatTensor'``: answers with the CUDA name;
+- ``torch.cuda.current_device`` and friends: answer with the CPU, or do nothing;
+- the CUDA random state that its RNG tracker swaps: the CPU generator's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, ContextManager
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Device:
+    """The hardware of this process.
+
+    Attributes:
+        kind: ``cpu`` or ``gpu``, the values of the recipe's ``cluster.device``.
+        torch_device: where tensors of this rank live.
+        backend: the torch.distributed backend for collectives on that device.
+    """
+
+    kind: str
+    torch_device: torch.device
+    backend: str
+
+    def megatron(self) -> ContextManager[None]:
+        """The context in which megatron-core is called; reentrant."""
+        return _cpu_stands_in_for_cuda() if self.kind == "cpu" else contextlib.nullcontext()
+
+    def synchronize(self) -> None:
+        """Wait for queued kernels, so that a wall clock read afterwards is true."""
+        if self.kind == "gpu":
+            torch.cuda.synchronize()
+
+    def peak_memory_bytes(self) -> int:
+        """Largest memory this process has held: allocated on the GPU, or resident on a CPU."""
+        if self.kind == "gpu":
+            return torch.cuda.max_memory_allocated()
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def select(kind: str = "auto") -> Device:
+    """The device that this rank uses.
+
+    Args:
+        kind: ``auto`` (a GPU where there is one), ``cpu`` or ``gpu``.
+
+    Raises:
+        RuntimeError: ``gpu`` was asked for and torch sees none.
+        ValueError: the kind is unknown.
+    """
+    if kind not in ("auto", "cpu", "gpu"):
+        raise ValueError(f"cluster.device: {kind!r} is none of auto, cpu, gpu")
+    available = torch.cuda.is_available()
+    if kind == "gpu" and not available:
+        raise RuntimeError("cluster.device is 'gpu', but torch sees no GPU; set cluster.device=cpu or install a CUDA torch")
+    if kind == "cpu" or not available:
+        return Device("cpu", torch.device("cpu"), "gloo")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.cuda.set_device(index)
+    return Device("gpu", torch.device("cuda", index), "nccl")
+
+
+def init_process_group(device: Device) -> None:
+    """Join the job's process group: torchrun's when its environment is set, else a group of one."""
+    if dist.is_initialized():
+        return
+    if "RANK" in os.environ:
+        dist.init_process_group(backend=device.backend, timeout=COLLECTIVE_TIMEOUT)
+    else:
+        dist.init_process_group(
+            backend=device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
+        )
+
+
+def set_cpu_threads(processes_per_node: int) -> None:
+    """Share the node's cores among its processes; torchrun's default of one thread would idle the others."""
+    if "OMP_NUM_THREADS" not in os.environ or os.environ.get("TORCHELASTIC_RUN_ID"):
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_per_node))
+
+
+def optional_packages() -> dict[str, bool]:
+    """Which optional packages are installed, found without importing them.
+
+    ``apex`` counts only when it is NVIDIA's (PyPI's package of that name is an unrelated project).
+    """
+    names = ("transformer_engine", "flash_attn", "vllm", "wandb", "matplotlib")
+    found = {name: importlib.util.find_spec(name) is not None for name in names}
+    found["apex"] = importlib.util.find_spec("amp_C") is not None
+    return found
+
+
+class _CudaToCpu(TorchFunctionMode):
+    """Rewrites CUDA placement to the CPU in every torch call made inside."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if kwargs:
+            if _is_cuda(kwargs.get("device")):
+                kwargs = {**kwargs, "device": _CPU}
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+        if func is torch.Tensor.to and any(_is_cuda(arg) for arg in args[1:]):
+            args = tuple(_CPU if _is_cuda(arg) else arg for arg in args)
+        return func(*args, **kwargs)
+
+
+_CPU = torch.device("cpu")
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class _Stream:
+    """A stream that orders nothing: on a CPU every call has finished when it returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None: ...
+
+
+_STAND_INS: dict[str, Any] = {
+    "current_device": lambda: _CPU,
+    "set_device": _nothing,
+    "synchronize": _nothing,
+    "empty_cache": _nothing,
+    "current_stream": _Stream,
+    "default_stream": _Stream,
+    "Stream": _Stream,
+    "stream": lambda stream: contextlib.nullcontext(),
+    "manual_seed": torch.manual_seed,
+    "get_rng_state": lambda device=None: torch.get_rng_state(),
+    "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+}
+
+_depth = 0
+
+
+@contextlib.contextmanager
+def _cpu_stands_in_for_cuda() -> Iterator[None]:
+    """Install the stand-ins while megatron-core runs; undone on exit so that no other library meets them."""
+    global _depth
+    if _depth:  # reentrant: the outermost call holds the patches
+        yield
+        return
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    patched: list[tuple[Any, str, Any]] = [(torch.cuda, name, value) for name, value in _STAND_INS.items()]
+    patched.append((megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state()))
+    patched.append((megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)))
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in patched]
+    _depth += 1
+    try:
+        for owner, name, value in patched:
+            setattr(owner, name, value)
+        with _CudaToCpu():
+            yield
+    finally:
+        for owner, name, value in originals:
+            setattr(owner, name, value)
+        _depth -= 1

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Megatron policy: log-probabilities of packed rows, optimizer steps on them, and its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+from transformers import AutoConfig
+
+from megatron_g2rpo import weights
+from megatron_g2rpo.nouns import PackedBatch, TokenStats
+from megatron_g2rpo.policy.config import Layout, check_layout, transformer_config
+from megatron_g2rpo.policy.device import Device
+from megatron_g2rpo.policy.logprobs import vocab_parallel_logprobs
+from megatron_g2rpo.policy.model import Qwen3VLPolicy
+from megatron_g2rpo.policy.optimizer import build_optimizer, build_scheduler, wrap_ddp
+from megatron_g2rpo.policy.parallel import ParallelGroups, initialize
+from megatron_g2rpo.policy.precision import DTYPES
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What a loss says of one micro-batch. Sums, so that micro-batches and ranks add up.
+
+    Attributes:
+        loss: scalar with gradient, sum over tokens.
+        num_tokens: tokens that the loss counts; the gradient is divided by their global number.
+        sums: metrics, name -> scalar sum over those tokens.
+    """
+
+    loss: Tensor
+    num_tokens: int
+    sums: Mapping[str, Tensor]
+
+
+Loss = Callable[[PackedBatch, TokenStats], LossTerms]
+
+
+def layout_of(megatron_cfg: Any) -> Layout:
+    """The layout that the recipe's ``policy.megatron_cfg`` names."""
+    return Layout(
+        tensor=megatron_cfg.tensor_model_parallel_size,
+        pipeline=megatron_cfg.pipeline_model_parallel_size,
+        context=megatron_cfg.context_parallel_size,
+        sequence_parallel=megatron_cfg.sequence_parallel,
+    )
+
+
+class MegatronPolicy:
+    """A vision-language policy on megatron-core, at any layout.
+
+    Args:
+        options: the recipe's ``policy`` section.
+        device: this rank's device.
+        seed: of random initialisation and of megatron-core's random state.
+        max_steps: optimizer steps of the run; None builds no optimizer (inference only).
+
+    Raises:
+        LayoutError: the model cannot be split as asked.
+        CheckpointError: the directory's weights do not fit its config.
+    """
+
+    def __init__(self, options: Any, device: Device, *, seed: int, max_steps: int | None) -> None:
+        self.options, self.device = options, device
+        self.hf_config = AutoConfig.from_pretrained(options.model_name, local_files_only=True)
+        self.layout = layout_of(options.megatron_cfg)
+        check_layout(self.hf_config, self.layout)
+        self.groups: ParallelGroups = initialize(device, self.layout, seed)
+        self.dtype = DTYPES[options.precision]
+        self.table = weights.table_for(self.hf_config)
+        self.config = transformer_config(self.hf_config, self.layout, self.dtype)
+        with device.megatron():
+            model = Qwen3VLPolicy(self.config, self.hf_config, self.groups.collection).to(device.torch_device)
+            self.model = model
+            self.load(self._initial_weights(seed), source=str(options.model_name))
+            if options.megatron_cfg.freeze_vision:
+                model.vision_model.requires_grad_(False)
+            self.optimizer = self.scheduler = None
+            if max_steps is not None:
+                self._ddp = wrap_ddp(model, self.config, options.megatron_cfg, self.groups.collection)
+                self.config.finalize_model_grads_func = finalize_model_grads
+                self.config.no_sync_func = self._ddp.no_sync
+                self.optimizer = build_optimizer(
+                    self._ddp, self.dtype, options.megatron_cfg, self.groups.collection
+                )
+                self.config.grad_scale_func = self.optimizer.scale_loss
+                self.scheduler = build_scheduler(self.optimizer, options.megatron_cfg, max_steps)
+            else:
+                self._ddp = model
+
+    def _initial_weights(self, seed: int) -> Mapping[str, Tensor]:
+        if self.options.init == "pretrained":
+            return weights.SafetensorsDirectory(self.options.model_name)
+        from transformers import Qwen3VLForConditionalGeneration
+
+        with torch.random.fork_rng(devices=[]):  # the same weights on every rank, whatever the layout
+            torch.manual_seed(seed)
+            state = Qwen3VLForConditionalGeneration(self.hf_config).state_dict()
+        return state
+
+    # -- weights ------------------------------------------------------------------------------------------------
+
+    def load(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Take full tensors by Hugging Face name; see ``weights.load``."""
+        with torch.no_grad():
+            weights.load(
+                self.model,
+                self.table,
+                tensors,
+                tensor_rank=self.groups.tensor_rank,
+                tensor_size=self.groups.tensor_size,
+                source=source,
+            )
+            if getattr(self, "optimizer", None) is not None:
+                self.optimizer.reload_model_params()  # fp32 main copies under bf16
+
+    def stream(self, tensor_of: Callable[[torch.nn.Parameter], Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Weights (or ``tensor_of`` each parameter) as ``(hf_name, full_tensor)``; a collective of the replica."""
+        keywords = {} if tensor_of is None else {"tensor_of": tensor_of}
+        with torch.no_grad():
+            yield from weights.stream(self.model, self.table, tensor_group=self.groups.tensor, **keywords)
+
+    # -- computation --------------------------------------------------------------------------------------------
+
+    def logprobs(self, batches: Sequence[PackedBatch], temperature: float = 1.0) -> list[TokenStats]:
+        """Per-token log-probabilities and entropies, without gradient.
+
+        Args:
+            batches: packed rows; every rank of a replica passes the same.
+            temperature: of the distribution.
+
+        Returns:
+            One ``TokenStats`` a row, on the CPU.
+        """
+        self.model.eval()
+        collect = partial(self._collect, temperature)
+        with torch.no_grad():
+            stats = self._run(batches, collect, forward_only=True)
+        self.model.train()
+        return stats
+
+    def update(self, batches: Sequence[PackedBatch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:
+        """One optimizer step on the global minibatch.
+
+        Args:
+            batches: this data-parallel rank's micro-batches; every rank passes the same number of them.
+            loss: see ``Loss``. The gradient is that of (global sum of losses) / (global sum of token counts).
+            temperature: of the distribution that the loss sees.
+
+        Returns:
+            ``loss``, ``grad_norm`` (before clipping), ``lr``, ``num_tokens``, and the loss's metrics, each a global sum
+            divided by the global token count.
+
+        Raises:
+            FloatingPointError: the gradient norm is not finite; no step was taken.
+        """
+        if self.optimizer is None or self.scheduler is None:
+            raise RuntimeError("this policy was built without an optimizer")
+        self.model.train()
+        sums = self.gradients(batches, loss, temperature)
+        with self.device.megatron():
+            lr = self.optimizer.param_groups[0]["lr"]
+            succeeded, grad_norm, _ = self.optimizer.step()
+        if not succeeded or not torch.isfinite(torch.tensor(grad_norm)):
+            raise FloatingPointError(f"gradient norm {grad_norm} at loss {sums['loss']}; no optimizer step was taken")
+        self.scheduler.step(increment=1)
+        return {**sums, "grad_norm": float(grad_norm), "lr": float(lr)}
+
+    def gradients(self, batches: Sequence[PackedBatch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:
+        """Fill ``main_grad`` of every parameter with the gradient of the global minibatch; returns as ``update``."""
+        with self.device.megatron():
+            self._ddp.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            terms = self._run(batches, partial(self._loss, loss, temperature), forward_only=False)
+        return self._reduce(terms)
+
+    def _run(self, batches: Sequence[PackedBatch], consume: Callable[..., Any], *, forward_only: bool) -> list[Any]:
+        def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            batch = _to(next(iterator), self.device.torch_device)
+            return model(batch), partial(consume, batch)
+
+        with self.device.megatron():
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(batches),
+                model=[self._ddp],
+                num_microbatches=len(batches),
+                seq_length=max(len(batch.tokens) for batch in batches),
+                micro_batch_size=1,
+                forward_only=forward_only,
+                collect_non_loss_data=forward_only,
+            )
+
+    def _stats(self, batch: PackedBatch, logits: Tensor, temperature: float) -> TokenStats:
+        logprobs, entropy = vocab_parallel_logprobs(
+            logits,
+            batch.labels,
+            vocab_size=self.model.vocab_size,
+            temperature=temperature,
+            group=self.groups.tensor,
+            chunk_size=self.options.logprob_chunk_size,
+        )
+        return TokenStats(logprobs=logprobs, entropy=entropy)
+
+    def _collect(self, temperature: float, batch: PackedBatch, logits: Tensor, non_loss_data: bool) -> TokenStats:
+        stats = self._stats(batch, logits, temperature)
+        return TokenStats(logprobs=stats.logprobs.cpu(), entropy=stats.entropy.cpu())
+
+    def _loss(self, loss: Loss, temperature: float, batch: PackedBatch, logits: Tensor) -> tuple[Tensor, Tensor, Any]:
+        terms = loss(batch, self._stats(batch, logits, temperature))
+        tokens = torch.tensor(terms.num_tokens, dtype=torch.int, device=logits.device)
+        sums = {"loss": terms.loss.detach(), "num_tokens": tokens.detach().clone(), **terms.sums}
+        return terms.loss, tokens, sums
+
+    def _reduce(self, terms: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+        """Global sums over micro-batches and data-parallel ranks, divided by the global token count."""
+        names = sorted(terms[0])
+        local = torch.stack([torch.stack([term[name].double() for name in names]) for term in terms]).sum(0)
+        dist.all_reduce(local, group=self.groups.data)
+        sums = dict(zip(names, local.tolist(), strict=True))
+        tokens = sums.pop("num_tokens")
+        return {**{name: value / max(tokens, 1.0) for name, value in sums.items()}, "num_tokens": tokens}
+
+
+def _to(batch: PackedBatch, device: torch.device) -> PackedBatch:
+    moved = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            moved[field.name] = value.to(device)
+    return replace(batch, **moved)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Process groups of the policy, as megatron-core's ``parallel_state`` makes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_g2rpo.policy.config import Layout
+from megatron_g2rpo.policy.device import Device, init_process_group
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """This rank's place in the layout.
+
+    Attributes:
+        collection: megatron-core's process groups.
+        data: the data-parallel group: its ranks hold different rows.
+        data_rank, data_size: place in it.
+        tensor: the tensor-parallel group.
+        tensor_rank, tensor_size: place in it.
+        model: the ranks that share this rank's rows (tensor x pipeline x context).
+        model_rank, model_size: place in it.
+    """
+
+    collection: ProcessGroupCollection
+    data: dist.ProcessGroup
+    data_rank: int
+    data_size: int
+    tensor: dist.ProcessGroup
+    tensor_rank: int
+    tensor_size: int
+    model: dist.ProcessGroup
+    model_rank: int
+    model_size: int
+
+
+def initialize(device: Device, layout: Layout, seed: int) -> ParallelGroups:
+    """Join the job and build the groups. Called once in a process; a second call must ask for the same layout.
+
+    Args:
+        device: this rank's device.
+        layout: parallel sizes.
+        seed: of megatron-core's random state tracker.
+
+    Raises:
+        LayoutError: the world cannot be split so.
+    """
+    init_process_group(device)
+    layout.data(dist.get_world_size())
+    with device.megatron():
+        if not parallel_state.model_parallel_is_initialized():
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=layout.tensor,
+                pipeline_model_parallel_size=layout.pipeline,
+                context_parallel_size=layout.context,
+                create_gloo_process_groups=device.kind == "cpu",
+            )
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    if (collection.tp.size(), collection.pp.size(), collection.cp.size()) != (
+        layout.tensor,
+        layout.pipeline,
+        layout.context,
+    ):
+        raise RuntimeError(f"process groups of another layout than {layout} exist in this process")
+    model = _model_group(layout)
+    return ParallelGroups(
+        collection=collection,
+        data=collection.dp,
+        data_rank=collection.dp.rank(),
+        data_size=collection.dp.size(),
+        tensor=collection.tp,
+        tensor_rank=collection.tp.rank(),
+        tensor_size=collection.tp.size(),
+        model=model,
+        model_rank=model.rank(),
+        model_size=model.size(),
+    )
+
+
+_model_groups: dict[Layout, dist.ProcessGroup] = {}
+
+
+def _model_group(layout: Layout) -> dist.ProcessGroup:
+    """The ranks of one replica, context-parallel peers included (megatron-core's own group leaves them out)."""
+    if layout not in _model_groups:
+        mine = parallel_state.get_data_parallel_rank()
+        replica_of_rank: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(replica_of_rank, mine)
+        for replica in sorted(set(replica_of_rank)):
+            ranks = [rank for rank, of in enumerate(replica_of_rank) if of == replica]
+            group = dist.new_group(ranks)
+            if replica == mine:
+                _model_groups[layout] = group  # type: ignore[assignment]
+    return _model_groups[layout]

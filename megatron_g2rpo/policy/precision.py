@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layer spec seam: which modules the transformer layers are made of.
+
+This version has the local layers (megatron-core's own parallel linears, this package's norm and core attention), which
+run on CPUs and GPUs alike. Transformer Engine layers take the same place.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from megatron_g2rpo.policy.attention import PackedCoreAttention
+from megatron_g2rpo.policy.deepstack import DeepstackLayer
+from megatron_g2rpo.policy.norm import RMSNorm
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def local_block_spec(num_layers: int) -> TransformerBlockSubmodules:
+    """Spec of the decoder block of this pipeline stage.
+
+    Args:
+        num_layers: layers on this stage.
+    """
+    layer = ModuleSpec(
+        module=DeepstackLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=PackedCoreAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=RMSNorm,
+                    k_layernorm=RMSNorm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing a Hugging Face model directory from a weight stream."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_g2rpo.weights.stream import INDEX_NAME
+
+# What travels beside the weights: configuration, tokenizer, processors, chat template, licence.
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md")
+
+
+def export_hf(
+    tensors: Iterable[tuple[str, Tensor]],
+    directory: str | Path,
+    *,
+    source: str | Path,
+    write: bool,
+    max_shard_bytes: int = 5 * 1024**3,
+) -> None:
+    """Write a directory that ``from_pretrained`` loads.
+
+    A collective like the stream it reads: every rank calls it, and ranks with ``write=False`` only drain the stream.
+    The directory appears whole or not at all: it is written beside its place and renamed.
+
+    Args:
+        tensors: ``(hf_name, full_tensor)``.
+        directory: where to; replaced if it exists.
+        source: the model directory that training started from; its other files are copied.
+        write: whether this rank writes.
+        max_shard_bytes: size of one safetensors file.
+    """
+    directory, source = Path(directory), Path(source)
+    partial = directory.with_name(directory.name + ".partial")
+    if write:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    total = pending_bytes = 0
+    for name, tensor in tensors:
+        if not write:
+            continue
+        size = tensor.numel() * tensor.element_size()
+        if pending and pending_bytes + size > max_shard_bytes:
+            _flush(partial, shards, pending)
+            pending, pending_bytes = {}, 0
+        pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        pending_bytes += size
+        total += size
+    if not write:
+        return
+    _flush(partial, shards, pending)
+    _name_shards(partial, shards, total)
+    for pattern in _COPIED:
+        for file in source.glob(pattern):
+            if file.name != INDEX_NAME:
+                shutil.copy2(file, partial / file.name)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+def _flush(partial: Path, shards: list[list[str]], pending: dict[str, Tensor]) -> None:
+    shards.append(list(pending))
+    save_file(pending, partial / f"{len(shards)}.part", metadata={"format": "pt"})
+
+
+def _name_shards(partial: Path, shards: list[list[str]], total_bytes: int) -> None:
+    """Give the files their final names, which hold the number of shards, and write the index."""
+    if len(shards) == 1:
+        (partial / "1.part").rename(partial / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (partial / f"{number}.part").rename(partial / file)
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (partial / INDEX_NAME).write_text(json.dumps(index, indent=2))

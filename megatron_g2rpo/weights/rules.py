@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a Megatron parameter is made of Hugging Face tensors, and cut over tensor-parallel ranks.
+
+A rule maps between the full Hugging Face tensors of one Megatron parameter and its per-rank shards, both ways, exactly:
+no arithmetic, only slicing and concatenation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class ShardRule(Protocol):
+    """One way to shard. ``size`` is the tensor-parallel size, ``rank`` the rank in it."""
+
+    def shard(self, full: Sequence[Tensor], rank: int, size: int) -> Tensor:
+        """This rank's Megatron tensor from the full Hugging Face tensors."""
+        ...
+
+    def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        """The full Hugging Face tensors from all ranks' Megatron tensors, in rank order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """The same tensor on every rank."""
+
+    def shard(self, full: Sequence[Tensor], rank: int, size: int) -> Tensor:
+        return full[0]
+
+    def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        return [shards[0]]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Contiguous chunks along one axis: 0 for column-parallel weights, 1 for row-parallel ones."""
+
+    axis: int
+
+    def shard(self, full: Sequence[Tensor], rank: int, size: int) -> Tensor:
+        return full[0].chunk(size, dim=self.axis)[rank]
+
+    def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.cat(list(shards), dim=self.axis)]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Rows of an embedding or output matrix, padded with zero rows to a multiple of the group size.
+
+    Attributes:
+        size: real rows.
+    """
+
+    size: int
+
+    def shard(self, full: Sequence[Tensor], rank: int, size: int) -> Tensor:
+        padded_rows = -(-self.size // size) * size
+        padding = full[0].new_zeros(padded_rows - self.size, *full[0].shape[1:])
+        return torch.cat([full[0], padding]).chunk(size)[rank]
+
+    def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.cat(list(shards))[: self.size]]
+
+
+@dataclass(frozen=True)
+class GroupedQKV:
+    """Query, key and value projections, interleaved by query group: ``[q_0 .. q_(H/G-1), k, v]`` per group.
+
+    Attributes:
+        heads: query heads H.
+        groups: key/value heads G; a multiple of the tensor-parallel size.
+        head_dim: rows of one head.
+    """
+
+    heads: int
+    groups: int
+    head_dim: int
+
+    def shard(self, full: Sequence[Tensor], rank: int, size: int) -> Tensor:
+        query, key, value = (part.unflatten(0, (self.groups, -1, self.head_dim)) for part in full)
+        return torch.cat([query, key, value], dim=1).chunk(size)[rank].flatten(0, 2)
+
+    def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        per_group = self.heads // self.groups
+        joined = torch.cat(list(shards)).unflatten(0, (self.groups, per_group + 2, self.head_dim))
+        return [part.flatten(0, 2) for part in joined.split([per_group, 1, 1], dim=1)]
+
+
+@dataclass(frozen=True)
+class GateUp:
+    """Gate and up projections of a gated MLP: each rank holds its gate chunk, then its up chunk."""
+
+    def shard(self, full: Sequence[Tensor], rank: int, size: int) -> Tensor:
+        return torch.cat([part.chunk(size)[rank] for part in full])
+
+    def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        halves = [shard.chunk(2) for shard in shards]
+        return [torch.cat([half[part] for half in halves]) for part in (0, 1)]
