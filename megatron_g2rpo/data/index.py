@@ -20,7 +20,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from megatron_g2rpo.data.errors import DataError, SampleError
 
@@ -58,7 +58,7 @@ class ShardWriter:
         self._written = 0
         self._tar: tarfile.TarFile | None = None
 
-    def __enter__(self) -> ShardWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -94,7 +94,7 @@ class ShardWriter:
             if self._tar is not None:
                 self._tar.close()
             path = self.directory / f"shard-{self._written // self._per_shard:06d}.tar"
-            self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)
+            self._tar = tarfile.TarFile(path, "w", format=tarfile.USTAR_FORMAT)  # closed by __exit__
         assert self._tar is not None  # the first member of the first sample opens it
         member = tarfile.TarInfo(name)
         member.size = len(data)
