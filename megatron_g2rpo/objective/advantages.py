@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gaussian advantages and group statistics: the public functions over the compiled op and its torch stand-in.
+
+Source: "OpenVLThinkerV2: A Generalist Multimodal Reasoning Model for Multi-domain Visual Tasks", arXiv 2604.08539.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_g2rpo.objective import reference
+from megatron_g2rpo.objective.rows import as_rows
+
+STAGES = ("group", "task")
+TIE_TOLERANCE = 1e-6
+
+_EXTENSION = "megatron_g2rpo.objective._group_ops"
+
+
+def _load_extension() -> ModuleType | None:
+    """Imports the compiled op. One that was never built is reported; one that is broken is an error."""
+    try:
+        return importlib.import_module(_EXTENSION)
+    except ModuleNotFoundError as error:
+        if error.name != _EXTENSION:
+            raise
+        warnings.warn(
+            f"{_EXTENSION} is not built: advantages run on the slower torch implementation (same results to 1e-12). "
+            "Reinstall the package with a C++17 compiler to build it.",
+            stacklevel=2,
+        )
+        return None
+
+
+_extension = _load_extension()
+
+
+def backend() -> Literal["cpp", "torch"]:
+    """Which implementation computes advantages and statistics: the compiled op, or torch where it is not built."""
+    return "torch" if _extension is None else "cpp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetStatistics:
+    """Reward statistics of K sets (groups or tasks), one entry a set, ids ascending.
+
+    Attributes:
+        id: int64 ``[K]``.
+        count: int64 ``[K]``, rollouts in the set.
+        mean: float64 ``[K]``.
+        std: float64 ``[K]``, population standard deviation.
+        min: float64 ``[K]``.
+        max: float64 ``[K]``.
+        distinct: int64 ``[K]``, distinct rewards, where rewards within the tie tolerance are one.
+    """
+
+    id: Tensor
+    count: Tensor
+    mean: Tensor
+    std: Tensor
+    min: Tensor
+    max: Tensor
+    distinct: Tensor
+
+    @property
+    def zero_variance(self) -> Tensor:
+        """bool ``[K]``, True where all rewards of the set are equal."""
+        return self.distinct == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupStatistics:
+    """Reward statistics of a batch, by group (prompt) and by task."""
+
+    groups: SetStatistics
+    tasks: SetStatistics
+
+
+def gaussian_advantages(
+    rewards: Tensor | np.ndarray,
+    groups: Tensor | np.ndarray,
+    tasks: Tensor | np.ndarray,
+    *,
+    stages: Sequence[str] = STAGES,
+    tie_tolerance: float = TIE_TOLERANCE,
+    zero_variance: str = "drop",
+    variance: str = "as_is",
+) -> Tensor:
+    """Maps rewards to N(0, 1) by optimal transport, within every group and then within every task.
+
+    In each stage, the k-th smallest of the n values of a set (k = 1..n) becomes ``Phi^-1((k - 1/2) / n)``, and tied
+    values share the mean of theirs. A set of one value maps to 0. The result does not depend on the order of the rows,
+    bit for bit. A set is defined by its id alone.
+
+    Args:
+        rewards: float32 or float64 ``[N]``; computed in float64.
+        groups: int64 ``[N]``, ids of the prompts.
+        tasks: int64 ``[N]``, ids of the tasks.
+        stages: the sets to map within, in order: ``"group"``, ``"task"`` or both.
+        tie_tolerance: values closer than this are equal, and so are chains of them (a ~ b ~ c); equal values are
+            always tied. The same in every stage.
+        zero_variance: what becomes of the rows of a set whose values are all equal. ``"drop"``: they get 0 and take no
+            rank in later stages. ``"keep"``: they enter the later stages at 0.
+        variance: ``"as_is"``: the midpoint quantiles, whose standard deviation is below 1 (0.923 for 8 distinct
+            values). ``"unit"``: the advantages of every task, dropped rows aside, are divided by their population
+            standard deviation.
+
+    Returns:
+        float64 ``[N]``, in the order of the rows.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: unequal lengths, an unknown option, or a reward that is not finite (its row, group and task named).
+    """
+    _check_options(stages, tie_tolerance, zero_variance, variance)
+    rows = as_rows(rewards, groups, tasks)
+    drop, unit = zero_variance == "drop", variance == "unit"
+    if _extension is None:
+        return reference.gaussian_advantages(
+            rows, stages=stages, tie_tolerance=tie_tolerance, drop_zero_variance=drop, unit_variance=unit
+        )
+    views = (rows.rewards.numpy(), rows.groups.numpy(), rows.tasks.numpy())
+    return torch.from_numpy(_extension.gaussian_advantages(*views, list(stages), tie_tolerance, drop, unit))
+
+
+def group_statistics(
+    rewards: Tensor | np.ndarray,
+    groups: Tensor | np.ndarray,
+    tasks: Tensor | np.ndarray,
+    *,
+    tie_tolerance: float = TIE_TOLERANCE,
+) -> GroupStatistics:
+    """Counts, moments and ranges of the rewards of every group and of every task.
+
+    Args:
+        rewards: float32 or float64 ``[N]``; computed in float64.
+        groups: int64 ``[N]``, ids of the prompts.
+        tasks: int64 ``[N]``, ids of the tasks.
+        tie_tolerance: rewards closer than this count as one distinct value.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: unequal lengths, a bad tolerance, or a reward that is not finite (its row, group and task named).
+    """
+    _check_tolerance(tie_tolerance)
+    rows = as_rows(rewards, groups, tasks)
+    if _extension is None:
+        by_group = reference.set_statistics(rows, rows.groups, tie_tolerance)
+        by_task = reference.set_statistics(rows, rows.tasks, tie_tolerance)
+    else:
+        views = (rows.rewards.numpy(), rows.groups.numpy(), rows.tasks.numpy())
+        by_group, by_task = map(_tensors, _extension.group_statistics(*views, tie_tolerance))
+    return GroupStatistics(groups=SetStatistics(**by_group), tasks=SetStatistics(**by_task))
+
+
+def _tensors(columns: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(column) for name, column in columns.items()}
+
+
+def _check_tolerance(tie_tolerance: float) -> None:
+    if not (math.isfinite(tie_tolerance) and tie_tolerance >= 0.0):
+        raise ValueError(f"tie_tolerance must be finite and not negative, got {tie_tolerance}")
+
+
+def _check_options(stages: Sequence[str], tie_tolerance: float, zero_variance: str, variance: str) -> None:
+    _check_tolerance(tie_tolerance)
+    unknown = isinstance(stages, str) or any(stage not in STAGES for stage in stages)
+    if unknown or not stages or len(set(stages)) != len(stages):
+        raise ValueError(f"stages must be a list of one or both of {STAGES}, each once, got {stages!r}")
+    if zero_variance not in ("drop", "keep"):
+        raise ValueError(f"zero_variance must be 'drop' or 'keep', got {zero_variance!r}")
+    if variance not in ("as_is", "unit"):
+        raise ValueError(f"variance must be 'as_is' or 'unit', got {variance!r}")
