@@ -105,8 +105,11 @@ def transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype) -> Tr
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         use_cpu_initialization=True,
-        # Weights always come from a checkpoint or a weight stream.
-        perform_initialization=False,
+        # Weights always come from a checkpoint or a weight stream. Not perform_initialization=False: without it
+        # megatron-core does not mark sharded parameters, and the gradient norm counts them once too few.
+        init_method=_keep,
+        output_layer_init_method=_keep,
+        embedding_init_method=_keep,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
@@ -123,3 +126,7 @@ def transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype) -> Tr
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
     )
+
+
+def _keep(weight: torch.Tensor) -> torch.Tensor:
+    return weight

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from megatron_g2rpo.weights.rules import Replicated
 from megatron_g2rpo.weights.table import WeightTable
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -45,7 +46,7 @@ def stream(
     for name, parameter in model.named_parameters():
         entry = table.entry(name)
         local = tensor_of(parameter)
-        if size > 1 and getattr(parameter, "tensor_model_parallel", False):
+        if size > 1 and not isinstance(entry.rule, Replicated):
             shards = [torch.empty_like(local) for _ in range(size)]
             dist.all_gather(shards, local.contiguous(), group=tensor_group)
         else:
