@@ -4,7 +4,8 @@
     python examples/quickstart/build_data.py --out data/quickstart
 
 easy-VQA (MIT) brings 5,000 images of one coloured shape and 48,248 questions; scikit-learn brings 1,797 handwritten
-digits (UCI, CC BY 4.0). Boxes and areas are not labelled: they are measured from the pixels. Train and validation never share a source image.
+digits (UCI, CC BY 4.0). Boxes and areas are not labelled: they are measured from the pixels. Train and validation never
+share a source image.
 
 | task              | image                                              | reward topology                          |
 |-------------------|----------------------------------------------------|------------------------------------------|
@@ -83,7 +84,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Digits:
-    """Handwritten digits of one split: ``pixels`` uint8 ``[n, 32, 32]``, ``labels`` int ``[n]``, ``ids`` int ``[n]``."""
+    """Handwritten digits of one split: ``pixels`` uint8 ``[n, 32, 32]``, ``labels`` and ``ids`` int ``[n]``."""
 
     pixels: np.ndarray
     labels: np.ndarray
@@ -95,10 +96,12 @@ Made = tuple[Fields, bytes]
 
 
 def response(thinking: str, answer: str) -> str:
+    """The response that supervised training imitates."""
     return f"<thinking>{thinking}</thinking><answer>{answer}</answer>"
 
 
 def fields(task: str, question: str, answer: str, answer_format: str, thinking: str, **more: Any) -> Fields:
+    """The json of a sample, without its provenance."""
     return {
         "task": task,
         "question": question,
@@ -110,6 +113,7 @@ def fields(task: str, question: str, answer: str, answer_format: str, thinking: 
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
+    """A PNG file of uint8 ``[height, width, 3]``."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
@@ -145,7 +149,10 @@ def measure(pixels: np.ndarray) -> tuple[tuple[int, int, int, int], int]:
 
 
 def load_pictures(split: str) -> tuple[dict[int, Picture], list[tuple[str, str, int]]]:
-    """Pictures by number, and (question, answer, number). Pictures whose questions do not tell both words are left out."""
+    """Pictures by number, and (question, answer, number).
+
+    Left out are the pictures, about one in eight, whose questions do not tell both the colour and the shape.
+    """
     folder = easy_vqa_directory() / split
     questions: list[tuple[str, str, int]] = [tuple(q) for q in json.loads((folder / "questions.json").read_text())]
     words: defaultdict[int, set[str]] = defaultdict(set)
@@ -165,16 +172,16 @@ def load_pictures(split: str) -> tuple[dict[int, Picture], list[tuple[str, str, 
 
 def load_digit_splits(rng: np.random.Generator) -> tuple[Digits, Digits]:
     """(train, val): the 1,797 images, split at random."""
-    bunch = load_digits()
+    images, labels = load_digits(return_X_y=True)
     tiles = np.stack(
         [
             np.asarray(Image.fromarray(tile).resize((DIGIT_SIZE, DIGIT_SIZE), Image.Resampling.BILINEAR))
-            for tile in np.clip(bunch.images * 16, 0, 255).astype(np.uint8)
+            for tile in np.clip(np.reshape(images, (-1, 8, 8)) * 16, 0, 255).astype(np.uint8)
         ]
     )
     order = rng.permutation(len(tiles))
     val, train = order[:VAL_DIGITS], order[VAL_DIGITS:]
-    return Digits(tiles[train], bunch.target[train], train), Digits(tiles[val], bunch.target[val], val)
+    return Digits(tiles[train], labels[train], train), Digits(tiles[val], labels[val], val)
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -212,11 +219,13 @@ def one_picture_task(
 
 
 def grounding(picture: Picture) -> Fields:
+    """The box of the shape, in pixels."""
     answer = f"[{', '.join(map(str, picture.box))}]"
     return fields("spatial_grounding", f"Where is the {picture.name}?", answer, "box_iou", picture.name)
 
 
 def chart(picture: Picture) -> Fields:
+    """The area of the shape, in pixels; the thinking takes the width and the height of its box first."""
     x1, y1, x2, y2 = picture.box
     thinking = f"{picture.shape} {x2 - x1} x {y2 - y1}"
     return fields("chart", "How many pixels does the shape cover?", str(picture.area), "relative", thinking)
@@ -249,6 +258,7 @@ def spatial_reasoning(pictures: dict[int, Picture], rng: np.random.Generator, si
 
 
 def draw_strip(digits: Digits, rng: np.random.Generator, length: int) -> tuple[list[int], list[str], bytes]:
+    """Handwritten digits in a row: their labels, their sources and the PNG."""
     rows = rng.integers(len(digits.labels), size=length)
     strip = np.concatenate(list(digits.pixels[rows]), axis=1)
     png = encode_png(np.repeat(strip[:, :, None], 3, axis=2))
@@ -256,6 +266,7 @@ def draw_strip(digits: Digits, rng: np.random.Generator, length: int) -> tuple[l
 
 
 def ocr(digits: Digits, rng: np.random.Generator, size: int) -> Iterator[Made]:
+    """Numbers of 2 to 4 handwritten digits."""
     for _ in range(size):
         labels, sources, png = draw_strip(digits, rng, int(rng.integers(2, 5)))
         text = [str(label) for label in labels]
@@ -264,6 +275,7 @@ def ocr(digits: Digits, rng: np.random.Generator, size: int) -> Iterator[Made]:
 
 
 def arithmetic(digits: Digits, rng: np.random.Generator, size: int) -> Iterator[Made]:
+    """Two handwritten digits, added, subtracted or multiplied; the thinking states what was read."""
     words = sorted(OPERATORS)
     for _ in range(size):
         (left, right), sources, png = draw_strip(digits, rng, 2)
@@ -297,7 +309,7 @@ def build_split(out: Path, split: str, digits: Digits, rng: np.random.Generator,
 
 
 def text_only_accuracy(asked: list[tuple[str, str]]) -> dict[str, float]:
-    """Accuracy on (question, answer) pairs of easy-VQA's commonest training answer to each question: what sight must beat."""
+    """What sight must beat: the accuracy, on (question, answer) pairs, of a question's commonest training answer."""
     answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for question, answer, _ in load_pictures("train")[1]:
         answers[question][answer] += 1
@@ -332,6 +344,7 @@ def build(out: Path, seed: int = 0, train_sizes: dict[str, int] = TRAIN_SIZES, v
 
 
 def main() -> None:
+    """Build, unless it is there already."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/quickstart"))
     parser.add_argument("--seed", type=int, default=0)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, pre_tokenizers, trainers
-from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from tokenizers import pre_tokenizers, trainers
+from transformers import AddedToken, GenerationConfig, Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from megatron_g2rpo.data.shards import ShardIndex
 
@@ -83,23 +83,24 @@ def build_tokenizer(data: Path) -> Qwen2Tokenizer:
     )
     learner.train_from_iterator(training_text(data), trainer)
     model = json.loads(learner.to_str())["model"]
-    added = (*SPECIAL_TOKENS, *MARKUP_TOKENS)
-    tokenizer = Qwen2Tokenizer(
-        vocab={token: number for token, number in model["vocab"].items() if token not in added},
-        merges=[tuple(pair) for pair in model["merges"]],
-        unk_token=None,
-        eos_token=TURN_END,
-        pad_token=END_OF_TEXT,
-    )
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKUP_TOKENS])
+    settings: dict[str, Any] = {
+        "vocab": model["vocab"],
+        "merges": [tuple(pair) for pair in model["merges"]],
+        "unk_token": None,
+        "eos_token": TURN_END,
+        "pad_token": END_OF_TEXT,
+    }
+    tokenizer = Qwen2Tokenizer(**settings)
+    for token in (*SPECIAL_TOKENS, *MARKUP_TOKENS):
+        tokenizer.add_tokens(AddedToken(token, special=token in SPECIAL_TOKENS, normalized=False))
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
 def build_config(tokenizer: Qwen2Tokenizer) -> Qwen3VLConfig:
     """Qwen3-VL in small: every mechanism of the 8B model is there, most counts are not."""
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    vocabulary = tokenizer.get_vocab()
+    ids = {token: vocabulary[token] for token in SPECIAL_TOKENS}
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
@@ -186,6 +187,7 @@ def build(data: Path, out: Path, seed: int = 0) -> int:
 
 
 def main() -> None:
+    """Build and say how large it is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/quickstart"), help="what build_data.py wrote")
     parser.add_argument("--out", type=Path, required=True)

@@ -30,7 +30,7 @@ REQUIRED_FIELDS = ("task", "question", "answer", "answer_format", "images")
 
 
 def split_member_name(name: str) -> tuple[str, str]:
-    """``dir/key.0.png`` -> ``("dir/key", "0.png")``: webdataset's rule, the key ends at the first dot of the file name."""
+    """``dir/key.0.png`` -> ``("dir/key", "0.png")``: webdataset's rule, a key ends at the file name's first dot."""
     folder, slash, file = name.rpartition("/")
     key, _, suffix = file.partition(".")
     return folder + slash + key, suffix

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chat messages and images to model inputs: the tokenizer and the image processor of a Qwen3-VL directory.
 
-Not ``AutoProcessor``: it insists on a video processor, which needs torchvision. And not ``AutoImageProcessor``: it picks
-the torchvision implementation where torchvision imports and the PIL one elsewhere, whose resized pixels differ. The PIL
-implementation is named here, so that one recipe sees the same pixels on every machine.
+Not ``AutoProcessor``: it insists on a video processor, which needs torchvision. And not ``AutoImageProcessor``: it
+picks the torchvision implementation where torchvision imports and the PIL one elsewhere, whose resized pixels differ.
+The PIL implementation is named here, so that one recipe sees the same pixels on every machine.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _load_image_processor(model_dir: Path, min_pixels: int | None, max_pixels: i
     if not kind.startswith("Qwen2VLImageProcessor"):
         raise DataError(f"{path}: image_processor_type is {kind!r}; Qwen3-VL's is Qwen2VLImageProcessor or ...Fast")
     bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-    given = {key: value for key, value in bounds.items() if value is not None}
+    given: dict[str, Any] = {key: value for key, value in bounds.items() if value is not None}
     processor = Qwen2VLImageProcessorPil.from_pretrained(model_dir, local_files_only=True, **given)
     low, high = processor.size["shortest_edge"], processor.size["longest_edge"]
     if not 0 < low <= high:

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draw prompts: task-balanced, reproducible, resumable.
+
+The prompt at position p of the stream is a function of the dataset, the task weights, the seed and p alone. Every rank
+can therefore draw the same global batch without a word to the others, and a run resumes from one integer.
+
+- Which task: the one that lags most behind its share, so that every stretch of the stream holds each in proportion.
+- Which of its samples: the k-th draw of a task is entry k of an endless run of shuffles, one per epoch of the task.
+- A sample that cannot be decoded (``on_bad_sample: skip``) is replaced by another of its task that depends on p alone:
+  what one rank meets shifts nothing for the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from megatron_g2rpo.data.errors import DataError, SampleError
+from megatron_g2rpo.data.processing import ChatProcessor
+from megatron_g2rpo.data.shards import Entry, ShardIndex
+from megatron_g2rpo.nouns import Prompt
+
+OnBadSample = Literal["error", "skip"]
+MAX_REPLACEMENTS = 32
+
+_logger = logging.getLogger(__name__)
+
+
+class PromptStream:
+    """An endless, task-balanced stream of prompts.
+
+    Attributes:
+        tasks: the tasks that are drawn, sorted.
+        position: prompts drawn so far (global count).
+        num_skipped: undecodable samples that this process met and replaced since it started.
+
+    Args:
+        index: the training shards.
+        task_weights: task -> share, relative to the others; tasks it does not name have 1, a task of weight 0 is never
+            drawn.
+        seed: of the shuffles.
+        processor: encodes samples.
+        on_bad_sample: ``error`` raises on an undecodable sample, ``skip`` counts and replaces it.
+        need_response: every sample must have a ``response`` (supervised training).
+
+    Raises:
+        DataError: a weight for a task that the data lacks, a negative weight, or none above 0.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        task_weights: Mapping[str, float],
+        seed: int,
+        processor: ChatProcessor,
+        on_bad_sample: OnBadSample = "error",
+        *,
+        need_response: bool = False,
+    ) -> None:
+        self._index, self._processor, self._seed = index, processor, seed
+        self._on_bad_sample, self._need_response = on_bad_sample, need_response
+        weights = _complete_weights(index, task_weights)
+        self.tasks = tuple(weights)
+        self._shares = np.array(list(weights.values())) / sum(weights.values())
+        self.position = 0
+        self.num_skipped = 0
+        self._counts = np.zeros(len(self.tasks), dtype=np.int64)  # draws per task before `position`
+        self._shuffles: dict[str, tuple[int, np.ndarray]] = {}  # task -> (epoch, its permutation)
+
+    def next_batch(self, n: int, rows: range | None = None) -> list[Prompt]:
+        """The next n prompts of the stream.
+
+        Args:
+            n: prompts of the global batch; the position advances by n.
+            rows: rows of the global batch to decode and return, so that a rank pays for its own part only; None for
+                all.
+
+        Raises:
+            SampleError: a sample that cannot be decoded or encoded, under ``on_bad_sample: error``; names it.
+            DataError: a sample without response where one is needed, or too many bad samples in a row.
+        """
+        drawn = [self._draw() for _ in range(n)]
+        first = self.position - n
+        return [self._decode(drawn[row], first + row) for row in (range(n) if rows is None else rows)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, and what it draws from; the same on every rank."""
+        return {"position": self.position, **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where another stream over the same data stood.
+
+        Raises:
+            DataError: the state belongs to another dataset, seed or mixture of tasks; names the difference.
+        """
+        for key, mine in self._identity().items():
+            if state[key] != mine:
+                raise DataError(
+                    f"the saved position belongs to a stream with another {key} ({state[key]}, now {mine}); "
+                    "start a new run, or restore the setting"
+                )
+        self.position, self._counts = 0, np.zeros_like(self._counts)
+        while self.position < state["position"]:
+            self._advance()
+
+    def _identity(self) -> dict[str, Any]:
+        shares = {task: float(share) for task, share in zip(self.tasks, self._shares, strict=True)}
+        return {"seed": self._seed, "task shares": shares, "dataset fingerprint": self._index.fingerprint}
+
+    def _advance(self) -> tuple[int, int]:
+        """(task, how often it was drawn before) of this position; moves to the next."""
+        lag = self._shares * (self.position + 1) - self._counts
+        task = int(np.argmax(lag))  # the first of equals: tasks are sorted
+        before = int(self._counts[task])
+        self._counts[task] += 1
+        self.position += 1
+        return task, before
+
+    def _draw(self) -> Entry:
+        number, before = self._advance()
+        task = self.tasks[number]
+        entries = self._index.entries(task)
+        epoch, offset = divmod(before, len(entries))
+        if self._shuffles.get(task, (None,))[0] != epoch:
+            self._shuffles[task] = (epoch, self._generator(task, epoch).permutation(len(entries)))
+        return entries[self._shuffles[task][1][offset]]
+
+    def _decode(self, entry: Entry, position: int) -> Prompt:
+        replacements = self._generator(entry.task, position, 1)
+        for _ in range(MAX_REPLACEMENTS):
+            try:
+                return encode_entry(self._index, entry, self._processor, self._need_response)
+            except SampleError as error:
+                if self._on_bad_sample == "error":
+                    raise
+                self.num_skipped += 1
+                _logger.warning("skipped: %s", error)
+                entries = self._index.entries(entry.task)
+                entry = entries[int(replacements.integers(len(entries)))]
+        raise DataError(
+            f"task {entry.task!r}: {MAX_REPLACEMENTS} undecodable samples in a row, the last one {entry.name}; "
+            "repair the shards"
+        )
+
+    def _generator(self, task: str, *numbers: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, zlib.crc32(task.encode()), *numbers])
+
+
+def validation_prompts(
+    index: ShardIndex, per_task: int, processor: ChatProcessor, on_bad_sample: OnBadSample = "error"
+) -> list[Prompt]:
+    """The first ``per_task`` decodable samples of every task (all, where there are fewer), task by task.
+
+    Raises:
+        SampleError: an undecodable sample under ``on_bad_sample: error``.
+    """
+    prompts = []
+    for task in index.tasks:
+        found = 0
+        for entry in index.entries(task):
+            if found == per_task:
+                break
+            try:
+                prompts.append(encode_entry(index, entry, processor))
+                found += 1
+            except SampleError as error:
+                if on_bad_sample == "error":
+                    raise
+                _logger.warning("skipped: %s", error)
+    return prompts
+
+
+def encode_entry(index: ShardIndex, entry: Entry, processor: ChatProcessor, need_response: bool = False) -> Prompt:
+    """Read, decode and encode one sample.
+
+    Raises:
+        SampleError: it cannot be decoded or encoded.
+        DataError: it lacks a response where one is needed.
+    """
+    sample = index.read(entry)
+    if need_response and sample.response is None:
+        raise DataError(f"sample {sample.key} has no response; supervised training needs one in every sample")
+    return processor.encode_sample(sample)
+
+
+def _complete_weights(index: ShardIndex, task_weights: Mapping[str, float]) -> dict[str, float]:
+    """Task -> weight above 0, sorted by task."""
+    for task, weight in task_weights.items():
+        if task not in index.tasks:
+            raise DataError(f"data.task_weights names {task!r}, which the data lacks; it has {', '.join(index.tasks)}")
+        if not weight >= 0:
+            raise DataError(f"data.task_weights.{task} is {weight}; a weight is 0 or more")
+    weights = {task: float(task_weights.get(task, 1.0)) for task in index.tasks}
+    weights = {task: weight for task, weight in weights.items() if weight > 0}
+    if not weights:
+        raise DataError("data.task_weights leaves no task to draw from")
+    return weights

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read a response: its two sections, and the numbers, boxes and choices that answers are made of.
+
+A parser returns None for what it cannot read. What that means is the caller's business: in a model's answer it is a
+wrong answer, in a reference it is an error of the dataset.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from fractions import Fraction
+
+THINKING_OPEN, THINKING_CLOSE = "<thinking>", "</thinking>"
+ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
+TAGS = (THINKING_OPEN, THINKING_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
+
+_WELL_FORMED = re.compile(r"\s*<thinking>.*</thinking>\s*<answer>.*</answer>\s*", re.DOTALL)
+_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+_THINKING = re.compile(r"<thinking>((?:(?!<thinking>).)*?)</thinking>", re.DOTALL)
+
+_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
+_PLAIN_NUMBER = re.compile(_NUMBER)
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?")
+_FRACTION = re.compile(r"([-+]?\d+)\s*/\s*(\d+)")
+_BOX = re.compile(
+    r'(?:\{\s*"boxes"\s*:\s*)?\[\s*' + r"\s*,\s*".join([f"({_NUMBER})"] * 4) + r"\s*\]\s*(?:\})?", re.DOTALL
+)
+_CHOICE = re.compile(r"\(?([A-Za-z])(?:[.):].*)?", re.DOTALL)
+
+Box = tuple[float, float, float, float]
+
+
+def is_well_formed(response: str) -> bool:
+    """Whether a response is ``<thinking>...</thinking><answer>...</answer>``.
+
+    Each tag exactly once, in this order, and nothing but white space before, between and after the sections.
+    """
+    return all(response.count(tag) == 1 for tag in TAGS) and _WELL_FORMED.fullmatch(response) is not None
+
+
+def find_answer(response: str) -> str | None:
+    """The text of the last complete answer section, stripped; None if there is none."""
+    found = _ANSWER.findall(response)
+    return found[-1].strip() if found else None
+
+
+def find_thinking(response: str) -> str | None:
+    """The text of the first complete thinking section, stripped; None if there is none."""
+    found = _THINKING.search(response)
+    return found.group(1).strip() if found else None
+
+
+def parse_number(text: str) -> float | None:
+    """A finite number: ``-3``, ``0.5``, ``1,234``, ``3/4``; ``$`` before it and ``%`` or ``.`` after it are ignored."""
+    text = text.strip().removeprefix("$").removesuffix(".").removesuffix("%").strip()
+    if match := _FRACTION.fullmatch(text):
+        numerator, denominator = int(match.group(1)), int(match.group(2))
+        return float(Fraction(numerator, denominator)) if denominator else None
+    if _THOUSANDS.fullmatch(text):
+        text = text.replace(",", "")
+    if not _PLAIN_NUMBER.fullmatch(text):
+        return None
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+def parse_box(text: str) -> Box | None:
+    """``[x1, y1, x2, y2]`` or ``{"boxes": [x1, y1, x2, y2]}`` with x1 < x2 and y1 < y2."""
+    match = _BOX.fullmatch(text.strip())
+    if match is None:
+        return None
+    x1, y1, x2, y2 = (float(value) for value in match.groups())
+    if not all(map(math.isfinite, (x1, y1, x2, y2))) or x1 >= x2 or y1 >= y2:
+        return None
+    return x1, y1, x2, y2
+
+
+def parse_choice(text: str) -> str | None:
+    """The letter of a choice in upper case: ``C``, ``c.``, ``(C)``, ``C. clothing``."""
+    match = _CHOICE.fullmatch(text.strip())
+    return match.group(1).upper() if match else None
