@@ -128,6 +128,26 @@ class MegatronPolicy:
         with torch.no_grad():
             yield from weights.stream(self.model, self.table, tensor_group=self.groups.tensor, **keywords)
 
+    def sharded_state_dict(self, *, is_loading: bool = False) -> dict[str, Any]:
+        """Weights, optimizer and schedule as megatron-core's sharded state, layout-independent.
+
+        Args:
+            is_loading: the result is a template to load into.
+        """
+        model = self.model.sharded_state_dict()
+        state: dict[str, Any] = {"model": model}
+        if self.optimizer is not None and self.scheduler is not None:
+            state["optimizer"] = self.optimizer.sharded_state_dict(model, is_loading=is_loading)
+            state["scheduler"] = self.scheduler.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what ``dist_checkpointing.load`` returned for ``sharded_state_dict(is_loading=True)``."""
+        self.model.load_state_dict(state["model"])
+        if self.optimizer is not None and self.scheduler is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+
     # -- computation --------------------------------------------------------------------------------------------
 
     def logprobs(self, batches: Sequence[PackedBatch], temperature: float = 1.0) -> list[TokenStats]:

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts the rooms together: from a recipe to policy, engine, data and the things between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_g2rpo.data.packing import Packer
+from megatron_g2rpo.data.processing import ChatProcessor
+from megatron_g2rpo.data.shards import ShardIndex
+from megatron_g2rpo.data.stream import PromptStream, validation_prompts
+from megatron_g2rpo.nouns import Prompt
+from megatron_g2rpo.policy.device import Device, select, set_cpu_threads
+from megatron_g2rpo.policy.megatron import MegatronPolicy
+from megatron_g2rpo.policy.precision import DTYPES
+from megatron_g2rpo.recipe import Recipe, TrainRecipe
+from megatron_g2rpo.rollout import base as engines
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What a loop works with, on this rank.
+
+    Attributes:
+        device: its hardware.
+        processor: chats to model inputs and back.
+        policy: the Megatron policy.
+        packer: sequences to rows.
+        engine: prompts to rollouts.
+        stream: the training prompts.
+        validation: the held-out prompts that this rank answers.
+        tasks: task names; a task's id is its place here.
+    """
+
+    device: Device
+    processor: ChatProcessor
+    policy: MegatronPolicy
+    packer: Packer
+    engine: engines.Engine
+    stream: PromptStream
+    validation: list[Prompt]
+    tasks: tuple[str, ...]
+
+    def task_id(self, task: str) -> int:
+        """Number of a task; the same on every rank."""
+        return self.tasks.index(task)
+
+
+def assemble(recipe: Recipe) -> Assembly:
+    """Build everything a loop needs. Cheap checks come first: data and layout errors appear before weights are read.
+
+    Raises:
+        DataError, LayoutError, CheckpointError, ValueError: see the parts.
+    """
+    loop = recipe.grpo if isinstance(recipe, TrainRecipe) else recipe.sft
+    updates = recipe.num_updates_per_step if isinstance(recipe, TrainRecipe) else 1
+    device = select(recipe.cluster.device)
+    if device.kind == "cpu":
+        set_cpu_threads(recipe.cluster.gpus_per_node)
+    data = recipe.data
+    processor = ChatProcessor(recipe.policy.model_name, data.min_pixels, data.max_pixels, data.system_prompt)
+    known = set(recipe.env.tasks)
+    train_index = ShardIndex(data.train.path, known_tasks=known)
+    validation_index = ShardIndex(data.validation.path, known_tasks=known)
+    policy = MegatronPolicy(
+        recipe.policy, device, seed=loop.seed, max_steps=loop.max_num_steps * updates
+    )
+    world = torch.distributed.get_world_size()
+    stream = PromptStream(
+        train_index,
+        data.task_weights,
+        loop.seed,
+        processor,
+        data.on_bad_sample,
+        need_response=not isinstance(recipe, TrainRecipe),
+    )
+    return Assembly(
+        device=device,
+        processor=processor,
+        policy=policy,
+        packer=packer_for(processor),
+        engine=engine_for(recipe, processor, device),
+        stream=stream,
+        validation=validation_prompts(validation_index, loop.max_val_samples, processor, data.on_bad_sample)[
+            torch.distributed.get_rank() :: world
+        ],
+        tasks=tuple(sorted(recipe.env.tasks)),
+    )
+
+
+def packer_for(processor: ChatProcessor) -> Packer:
+    """A packer with the processor's tokens."""
+    return Packer(
+        image_token_id=processor.image_token_id,
+        spatial_merge_size=processor.spatial_merge_size,
+        pad_token_id=processor.pad_token_id,
+    )
+
+
+def engine_for(recipe: Recipe, processor: ChatProcessor, device: Device) -> engines.Engine:
+    """The rollout engine that the recipe names, without weights."""
+    generation = recipe.policy.generation
+    return engines.get(generation.backend)(
+        recipe.policy.model_name,
+        device=device.torch_device,
+        dtype=DTYPES[recipe.policy.precision],
+        eos_token_ids=[processor.eos_token_id],
+        pad_token_id=processor.pad_token_id,
+        banned_token_ids=processor.vision_token_ids,
+        decode=processor.decode,
+        max_new_tokens=generation.max_new_tokens,
+        batch_size=generation.batch_size,
+    )

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the G2RPO loop and supervised training share: start, validation, checkpoints, the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_g2rpo import weights
+from megatron_g2rpo.data.packing import PackSequence
+from megatron_g2rpo.nouns import PackedBatch
+from megatron_g2rpo.recipe import Recipe, TrainRecipe
+from megatron_g2rpo.train.assembly import Assembly
+from megatron_g2rpo.train.checkpoint import Checkpoints
+from megatron_g2rpo.train.evaluate import validate
+from megatron_g2rpo.train.metrics import MetricsLog
+
+
+class Timers:
+    """Seconds of the phases of a step."""
+
+    def __init__(self, parts: Assembly) -> None:
+        self._device = parts.device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time a phase; phases of the same name add up."""
+        start = time.perf_counter()
+        yield
+        self._device.synchronize()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def metrics(self) -> dict[str, float]:
+        """``time/<phase>`` and ``time/step``, their sum, in seconds."""
+        return {
+            **{f"time/{phase}": value for phase, value in self.seconds.items()},
+            "time/step": sum(self.seconds.values()),
+        }
+
+
+class Run:
+    """The state around a loop: which step comes next, when to validate and save.
+
+    Args:
+        recipe: of the run.
+        parts: as assembled; restored from the newest checkpoint if there is one.
+    """
+
+    def __init__(self, recipe: Recipe, parts: Assembly) -> None:
+        self.recipe, self.parts = recipe, parts
+        self._loop = recipe.grpo if isinstance(recipe, TrainRecipe) else recipe.sft
+        self._checkpoints = Checkpoints(recipe.checkpointing.checkpoint_dir, recipe.checkpointing.keep_latest_k)
+        self.first_step = 0
+        latest = self._checkpoints.latest() if recipe.checkpointing.enabled else None
+        if latest is not None:
+            state = self._checkpoints.load(latest, parts.policy)
+            parts.stream.load_state_dict(state["stream"])
+            self.first_step = state["step"]
+
+    @property
+    def steps(self) -> range:
+        """Steps to do, counted from 1."""
+        return range(self.first_step + 1, self._loop.max_num_steps + 1)
+
+    def starting_validation(self, log: MetricsLog) -> dict[str, float]:
+        """Metrics of the policy before the first step; empty when not asked for or when the run is resumed."""
+        if self.first_step > 0 or not self._loop.val_at_start:
+            return {}
+        return self._validate(log)
+
+    def after_step(self, step: int, log: MetricsLog) -> dict[str, float]:
+        """Validate and save when it is time; the validation's metrics."""
+        last = step == self._loop.max_num_steps
+        period = self._loop.val_period
+        due = self._loop.val_at_end if last else period > 0 and step % period == 0
+        metrics = self._validate(log) if due else {}
+        options = self.recipe.checkpointing
+        if options.enabled and (last or step % options.save_period == 0):
+            self._checkpoints.save(step, self.parts.policy, {"stream": self.parts.stream.state_dict()})
+        return metrics
+
+    def finish(self) -> Path | None:
+        """Export the policy as a Hugging Face directory, if the recipe asks for it; where it is."""
+        if not self.recipe.checkpointing.export_hf:
+            return None
+        directory = Path(self.recipe.logger.log_dir) / "hf"
+        weights.export_hf(
+            self.parts.policy.stream(),
+            directory,
+            source=self.recipe.policy.model_name,
+            write=dist.get_rank() == 0,
+        )
+        dist.barrier()
+        return directory
+
+    def _validate(self, log: MetricsLog) -> dict[str, float]:
+        start = time.perf_counter()
+        self.parts.engine.load_weights(self.parts.policy.stream())
+        result = validate(self.recipe, self.parts)
+        log.examples(result.examples[: self.recipe.logger.num_val_samples_to_print])
+        shown = ("val/mean_reward", "val/mean_greedy_reward", "val/mean_greedy_accuracy")
+        log.note("validation  " + "  ".join(f"{name[4:]} {result.metrics[name]:.4f}" for name in shown))
+        return {**result.metrics, "time/validation": time.perf_counter() - start}
+
+
+def pack_evenly(parts: Assembly, sequences: list[PackSequence], budget: int) -> list[PackedBatch]:
+    """Micro-batches of this rank, as many as the data-parallel rank with the most needs. A collective."""
+    needed = torch.tensor([parts.packer.num_rows(sequences, budget)])
+    dist.all_reduce(needed, op=dist.ReduceOp.MAX, group=parts.policy.groups.data)
+    return parts.packer.pack(sequences, budget, num_bins=max(int(needed), 1))

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Supervised training of the policy on the responses of the shards: the warm start that reinforcement learning needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_g2rpo.data.errors import SampleError
+from megatron_g2rpo.data.packing import PackSequence
+from megatron_g2rpo.nouns import Prompt
+from megatron_g2rpo.recipe import SftRecipe
+from megatron_g2rpo.train.assembly import Assembly, assemble
+from megatron_g2rpo.train.loop import Run, Timers, pack_evenly
+from megatron_g2rpo.train.losses import sft_loss
+from megatron_g2rpo.train.metrics import Column, MetricsLog, StepMetrics
+
+COLUMNS = (
+    Column("loss", "train/loss", ".4f"),
+    Column("entropy", "train/entropy"),
+    Column("grad", "train/grad_norm"),
+    Column("lr", "train/lr", ".2e"),
+    Column("tokens", "train/num_tokens", ".0f"),
+    Column("s/step", "time/step", ".2f"),
+    Column("val", "val/mean_greedy_accuracy"),
+)
+LOG_PERIOD = 10
+
+
+def sft(recipe: SftRecipe) -> Path | None:
+    """Run supervised training to its end, resuming the run directory's newest checkpoint.
+
+    Returns:
+        The exported Hugging Face directory, if the recipe asks for one.
+    """
+    parts = assemble(recipe)
+    run = Run(recipe, parts)
+    steps = recipe.sft.max_num_steps
+    with MetricsLog(recipe, COLUMNS, steps, run.first_step, enabled=dist.get_rank() == 0) as log:
+        start = run.starting_validation(log)
+        if start:
+            log.log(StepMetrics(step=0, values=start))
+        for step in run.steps:
+            values = sft_step(recipe, parts)
+            validation = run.after_step(step, log)
+            if validation or step % LOG_PERIOD == 0 or step == 1:
+                log.log(StepMetrics(step=step, values={**values, **validation}))
+        return run.finish()
+
+
+def sft_step(recipe: SftRecipe, parts: Assembly) -> dict[str, float]:
+    """One optimizer step on ``train_global_batch_size`` samples; its metrics."""
+    timers, groups = Timers(parts), parts.policy.groups
+    size = recipe.policy.train_global_batch_size
+    with timers("data"):
+        prompts = parts.stream.next_batch(size, range(groups.data_rank, size, groups.data_size))
+        limit = recipe.policy.max_total_sequence_length
+        sequences = [_sequence(parts, prompt, limit) for prompt in prompts]
+        batches = pack_evenly(parts, sequences, recipe.policy.sequence_packing.train_mb_tokens)
+    with timers("update"):
+        metrics = parts.policy.update(batches, sft_loss)
+    return {**{f"train/{name}": value for name, value in metrics.items()}, **timers.metrics()}
+
+
+def _sequence(parts: Assembly, prompt: Prompt, limit: int) -> PackSequence:
+    assert prompt.sample.response is not None  # the stream was asked for samples with one
+    sequence = PackSequence(
+        inputs=prompt.inputs,
+        response_ids=parts.processor.encode_response(prompt.sample.response),
+        task_id=parts.task_id(prompt.task),
+    )
+    if sequence.length > limit:
+        raise SampleError(
+            f"sample {prompt.key}: prompt and response have {sequence.length} tokens, more than "
+            f"policy.max_total_sequence_length ({limit})"
+        )
+    return sequence
