@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: YAML files -> validated, frozen settings of a run.
+
+``load`` reads a file, everything it inherits and the command line's overrides; ``fingerprint`` names the run that a
+recipe defines; ``dump`` writes a recipe out in full. Attribute names are the YAML keys.
+"""
+
+from megatron_g2rpo.recipe.errors import RecipeError
+from megatron_g2rpo.recipe.identity import dump, fingerprint, identity
+from megatron_g2rpo.recipe.load import load
+from megatron_g2rpo.recipe.schema import Recipe, SftRecipe, TrainRecipe
+
+__all__ = ["Recipe", "RecipeError", "SftRecipe", "TrainRecipe", "dump", "fingerprint", "identity", "load"]

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the sections of a recipe are made of: strict, frozen models without a single default."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic_core import PydanticCustomError
+
+
+class Section(BaseModel):
+    """A mapping of the recipe.
+
+    Unknown keys are forbidden and values are not coerced: ``"3"`` is not 3, ``true`` is not 1; an int may stand for a
+    float. No field has a default: the exemplar recipe is the only place that holds one.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+def conflict(message: str, *keys: str) -> PydanticCustomError:
+    """An error about several keys at once.
+
+    Args:
+        message: what is wrong, and with which values.
+        keys: the dotted keys at fault, relative to the section that raises it.
+    """
+    return PydanticCustomError("conflict", "{message}", {"message": message, "keys": list(keys)})
+
+
+def only(*allowed: Any, hint: str) -> AfterValidator:
+    """Accept the given values alone; the rest of what the key will once mean is not in this version."""
+
+    def check(value: Any) -> Any:
+        if value not in allowed:
+            choices = " or ".join(str(choice).lower() for choice in allowed)
+            text = {"value": str(value).lower(), "choices": choices, "hint": hint}
+            raise PydanticCustomError("not_yet", "{value} is not in this version, only {choices} is. {hint}", text)
+        return value
+
+    return AfterValidator(check)
+
+
+def ascending(section: Section, names: Sequence[str]) -> None:
+    """Require that the named fields do not decrease, in that order."""
+    values = [getattr(section, name) for name in names]
+    if values != sorted(values):
+        shown = " <= ".join(f"{name} ({value})" for name, value in zip(names, values, strict=True))
+        raise conflict(f"must hold: {shown}", *names)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What makes two recipes the same run, and a recipe as text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import yaml
+
+from megatron_g2rpo.recipe.schema import Recipe, TrainRecipe
+
+# Keys that may change between a run and its continuation: they move work over machines, memory or disk, or decide when
+# something is looked at or ends, and leave what is learned as it is (up to the rounding of another order of sums).
+NOT_IDENTITY = (
+    "cluster",
+    "logger",
+    "checkpointing",
+    "grpo.max_num_steps",
+    "grpo.val_period",
+    "grpo.val_at_start",
+    "grpo.val_at_end",
+    "sft.max_num_steps",
+    "sft.val_period",
+    "sft.val_at_start",
+    "sft.val_at_end",
+    "policy.logprob_chunk_size",
+    "policy.sequence_packing",
+    "policy.generation.batch_size",
+    "policy.megatron_cfg.tensor_model_parallel_size",
+    "policy.megatron_cfg.pipeline_model_parallel_size",
+    "policy.megatron_cfg.context_parallel_size",
+    "policy.megatron_cfg.sequence_parallel",
+    "policy.megatron_cfg.activation_checkpointing",
+    "policy.megatron_cfg.distributed_data_parallel_config.overlap_grad_reduce",
+    "policy.megatron_cfg.distributed_data_parallel_config.use_distributed_optimizer",
+)
+
+_SECTIONS = ("grpo", "sft", "loss_fn", "checkpointing", "policy", "data", "env", "logger", "cluster")
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML: every key, resolved, in the order of the exemplar; ``load`` reads it back to an equal one."""
+    tree = recipe.model_dump(mode="json")
+    ordered = {section: tree[section] for section in _SECTIONS if section in tree}
+    return yaml.safe_dump(ordered, sort_keys=False, width=120, allow_unicode=True)
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """Dotted key -> value of all that defines the run; compare two of them to say what differs.
+
+    The last step counts only where the learning rate decays towards it.
+    """
+    flat = _flatten(recipe.model_dump(mode="json"), "")
+    kept = {key: value for key, value in flat.items() if not _is_excluded(key)}
+    scheduler = recipe.policy.megatron_cfg.scheduler
+    if scheduler.lr_decay_style != "constant" and scheduler.lr_decay_steps is None:
+        last_step = "grpo.max_num_steps" if isinstance(recipe, TrainRecipe) else "sft.max_num_steps"
+        kept[last_step] = flat[last_step]
+    return kept
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """16 hex digits that two recipes share exactly if one may continue the run of the other."""
+    text = json.dumps(identity(recipe), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _is_excluded(key: str) -> bool:
+    return any(key == excluded or key.startswith(f"{excluded}.") for excluded in NOT_IDENTITY)
+
+
+def _flatten(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

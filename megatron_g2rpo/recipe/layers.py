@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes that inherit: ``defaults:``, ``_override_: true`` and ``key=value`` overrides, in NeMo-RL's sense.
+
+A recipe names its parents under ``defaults`` (one path or a list, relative to the file). Parents are merged first,
+depth first, in order; the last one to set a key wins, and the file itself comes last. Mappings merge key by key;
+everything else, lists included, replaces. A mapping that holds ``_override_: true`` replaces the inherited one instead
+of merging.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_g2rpo.recipe.errors import Origin, RecipeError
+from megatron_g2rpo.recipe.source import Document, read_document, read_value
+
+DEFAULTS = "defaults"
+REPLACE = "_override_"
+
+_KEY = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*")
+
+
+def load_layers(path: Path, overrides: Sequence[str] = ()) -> Document:
+    """Merge a recipe, everything it inherits and the overrides; interpolations are left as they are.
+
+    Raises:
+        RecipeError: a file is missing or malformed, ``defaults`` form a cycle, or an override is not ``key=value``.
+    """
+    merged = load_file(path)
+    for override in overrides:
+        merged = merge(merged, parse_override(override))
+    return merged
+
+
+def load_file(path: Path) -> Document:
+    """Merge a recipe file over its parents."""
+    return _load(path, ())
+
+
+def _load(path: Path, chain: tuple[Path, ...]) -> Document:
+    own = read_document(path)
+    chain = (*chain, path)
+    merged = Document({}, {})
+    for parent in parent_paths(path, own):
+        if parent.resolve() in [file.resolve() for file in chain]:
+            cycle = " -> ".join(str(file) for file in (*chain, parent))
+            raise RecipeError(f"{own.origins[DEFAULTS]}: defaults form a cycle: {cycle}")
+        if not parent.is_file():
+            raise RecipeError(f"{own.origins[DEFAULTS]}: defaults names {parent}, which does not exist")
+        merged = merge(merged, _load(parent, chain))
+    own.tree.pop(DEFAULTS, None)
+    own.origins.pop(DEFAULTS, None)
+    return merge(merged, own)
+
+
+def parent_paths(path: Path, document: Document) -> list[Path]:
+    """Files that ``defaults`` names, in the order in which they are merged."""
+    if DEFAULTS not in document.tree:
+        return []
+    names = document.tree[DEFAULTS]
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise RecipeError(f"{document.origins[DEFAULTS]}: defaults must be a path or a list of paths, got {names!r}")
+    return [Path(os.path.normpath(path.parent / name)) for name in names]
+
+
+def merge(base: Document, top: Document) -> Document:
+    """``top`` over ``base``; neither is changed."""
+    origins = dict(base.origins)
+    tree = _merge(base.tree, top.tree, "", origins, top.origins)
+    origins.update((key, origin) for key, origin in top.origins.items() if key.rpartition(".")[2] != REPLACE)
+    return Document(tree, origins)
+
+
+def _merge(
+    base: dict[str, Any], top: dict[str, Any], prefix: str, origins: dict[str, Origin], top_origins: dict[str, Origin]
+) -> dict[str, Any]:
+    replace = top.get(REPLACE, False)
+    if not isinstance(replace, bool):
+        where = top_origins[f"{prefix}{REPLACE}"]
+        raise RecipeError(f"{where}: {prefix}{REPLACE} must be true or false, got {replace!r}")
+    if replace:
+        _forget(origins, prefix)
+    merged = {} if replace else dict(base)
+    for key, value in top.items():
+        if key == REPLACE:
+            continue
+        dotted = f"{prefix}{key}"
+        if isinstance(value, dict):
+            below = merged.get(key)
+            merged[key] = _merge(below if isinstance(below, dict) else {}, value, f"{dotted}.", origins, top_origins)
+        else:
+            _forget(origins, f"{dotted}.")
+            merged[key] = value
+    return merged
+
+
+def _forget(origins: dict[str, Origin], prefix: str) -> None:
+    for key in [key for key in origins if key.startswith(prefix)]:
+        del origins[key]
+
+
+def parse_override(text: str) -> Document:
+    """``a.b=value`` as a document of its own; the value is typed as YAML.
+
+    Raises:
+        RecipeError: no ``=``, not a dotted key, or a value that is empty or not YAML.
+    """
+    key, equals, value = text.partition("=")
+    if text[:1] in ("+", "~"):
+        raise RecipeError(f"override '{text}': write key=value without '+' or '~'; every key exists in the exemplar")
+    if not equals or not _KEY.fullmatch(key):
+        raise RecipeError(f"override '{text}': expected key=value with a dotted key, such as grpo.max_num_steps=10")
+    if not value.strip():
+        raise RecipeError(f"override '{text}': no value given; write {key}=null or {key}='\"\"' if you mean that")
+    return read_value(value, key, text)

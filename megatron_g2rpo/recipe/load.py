@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a recipe file and overrides to a validated recipe, or to one error that names every fault and its line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from megatron_g2rpo.recipe.errors import Origin, RecipeError, find_origin
+from megatron_g2rpo.recipe.interpolation import resolve
+from megatron_g2rpo.recipe.keys import nearest_key
+from megatron_g2rpo.recipe.layers import load_layers
+from megatron_g2rpo.recipe.schema import Recipe, SftRecipe, TrainRecipe
+from megatron_g2rpo.recipe.source import Document
+
+_KINDS: dict[str, type[TrainRecipe] | type[SftRecipe]] = {"train": TrainRecipe, "sft": SftRecipe}
+_LOOP_SECTION = {"train": "grpo", "sft": "sft"}
+_NOT_A_MAPPING = {"model_type", "model_attributes_type", "dict_type", "mapping_type"}
+
+
+@overload
+def load(path: str | Path, overrides: Sequence[str], kind: Literal["train"]) -> TrainRecipe: ...
+@overload
+def load(path: str | Path, overrides: Sequence[str], kind: Literal["sft"]) -> SftRecipe: ...
+def load(path: str | Path, overrides: Sequence[str], kind: Literal["train", "sft"]) -> Recipe:
+    """Load a recipe: inheritance, overrides, interpolation, validation.
+
+    Args:
+        path: the YAML file.
+        overrides: ``key=value`` each; the value is typed as YAML. Applied in order, before interpolation.
+        kind: what the recipe is for: ``train`` wants ``grpo`` and ``loss_fn``, ``sft`` wants ``sft``.
+
+    Raises:
+        RecipeError: anything that keeps the recipe from being used; all faults of its keys are listed at once.
+    """
+    document = load_layers(Path(path), overrides)
+    _refuse_other_kind(document, kind, path)
+    tree = resolve(document.tree, document.origins)
+    model = _KINDS[kind]
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        faults = [_describe(fault, model, document.origins) for fault in error.errors(include_url=False)]
+    lines = [f"recipe {path} cannot be used for {kind}:", *(f"  {fault}" for fault in faults)]
+    if any("missing key " in fault for fault in faults):
+        lines.append("  An exemplar (examples/recipes/vlm_g2rpo.yaml, vlm_sft.yaml) holds every key: inherit from it.")
+    raise RecipeError("\n".join(lines))
+
+
+def _refuse_other_kind(document: Document, kind: str, path: str | Path) -> None:
+    for other, section in _LOOP_SECTION.items():
+        if other != kind and section in document.tree and _LOOP_SECTION[kind] not in document.tree:
+            where = find_origin(document.origins, section)
+            raise RecipeError(f"{where}: recipe {path} has a section '{section}': it is for {other}, not for {kind}")
+
+
+def _describe(fault: ErrorDetails, recipe: type[TrainRecipe] | type[SftRecipe], origins: Mapping[str, Origin]) -> str:
+    path = [str(part) for part in fault["loc"]]
+    key, context = ".".join(path), fault.get("ctx", {})
+    if fault["type"] == "conflict":
+        prefix = f"{key}." if key else ""
+        named = [(f"{prefix}{name}", find_origin(origins, f"{prefix}{name}")) for name in context["keys"]]
+        where = ", ".join(f"{name} ({origin})" for name, origin in named)
+        return f"{context['message']}; set by {where}"
+    where = find_origin(origins, key)
+    start = f"{where}: " if where else ""
+    if fault["type"] == "extra_forbidden":
+        return f"{start}unknown key '{key}'; nearest valid key: {nearest_key(recipe, path)}"
+    if fault["type"] == "missing":
+        return f"{start}missing key '{key}'{'; write null for none' if key.startswith('env.tasks.') else ''}"
+    if fault["type"] == "not_yet":
+        return f"{start}'{key}': {fault['msg']}"
+    if fault["type"] in _NOT_A_MAPPING:
+        return f"{start}'{key}' must be a mapping of keys, got {_shown(fault['input'])}"
+    return f"{start}'{key}': {fault['msg']}, got {_shown(fault['input'])}"
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return f"{text} ({type(value).__name__})"

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``policy`` section: the model, its parallel layout, its optimizer and how it generates."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from megatron_g2rpo.recipe.base import Section, ascending, conflict, only
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+_SAVE_MEMORY = "To save memory, lower policy.sequence_packing.train_mb_tokens."
+
+
+class Optimizer(Section):
+    """``policy.megatron_cfg.optimizer``: AdamW, in Megatron-core's names."""
+
+    lr: PositiveFloat
+    """Peak learning rate."""
+    min_lr: NonNegativeFloat
+    """Learning rate that the decay ends at."""
+    weight_decay: NonNegativeFloat
+    """Decoupled weight decay."""
+    adam_beta1: Beta
+    """Decay of the gradient's running mean."""
+    adam_beta2: Beta
+    """Decay of the squared gradient's running mean."""
+    adam_eps: PositiveFloat
+    """Term added to the denominator of the update."""
+    clip_grad: PositiveFloat
+    """Largest global L2 norm of the gradient; larger ones are scaled down to it."""
+
+    @model_validator(mode="after")
+    def _rates(self) -> Optimizer:
+        ascending(self, ["min_lr", "lr"])
+        return self
+
+
+class Scheduler(Section):
+    """``policy.megatron_cfg.scheduler``: the learning rate over optimizer steps."""
+
+    lr_warmup_steps: NonNegativeInt
+    """Optimizer steps of linear warm-up from 0."""
+    lr_decay_style: Literal["constant", "linear", "cosine"]
+    """Shape of the decay after the warm-up."""
+    lr_decay_steps: PositiveInt | None
+    """Optimizer step at which ``min_lr`` is reached; null: the last one of the run."""
+
+
+class DistributedDataParallelConfig(Section):
+    """``policy.megatron_cfg.distributed_data_parallel_config``: Megatron-core's gradient reduction."""
+
+    grad_reduce_in_fp32: bool
+    """Accumulate and reduce gradients in float32 whatever the precision of the weights."""
+    overlap_grad_reduce: Annotated[bool, only(False, hint="Gradients are reduced after the last micro-batch.")]
+    """Reduce gradients while the backward pass still runs."""
+    use_distributed_optimizer: Annotated[bool, only(False, hint="Every rank holds the whole optimizer state.")]
+    """Shard the optimizer state over data-parallel ranks."""
+
+
+class MegatronConfig(Section):
+    """``policy.megatron_cfg``: the parallel layout and the update, in Megatron-core's names."""
+
+    tensor_model_parallel_size: PositiveInt
+    """Ranks that share every layer; must divide the attention heads and the key-value heads."""
+    pipeline_model_parallel_size: Annotated[PositiveInt, only(1, hint="Use tensor_model_parallel_size.")]
+    """Ranks that share the stack of layers."""
+    context_parallel_size: Annotated[PositiveInt, only(1, hint="Use tensor_model_parallel_size.")]
+    """Ranks that share every sequence."""
+    sequence_parallel: Annotated[bool, only(False, hint=_SAVE_MEMORY)]
+    """Shard the activations between tensor-parallel regions along the sequence."""
+    activation_checkpointing: Annotated[bool, only(False, hint=_SAVE_MEMORY)]
+    """Recompute activations in the backward pass."""
+    freeze_vision: bool
+    """Keep the vision tower and its merger at their initial weights."""
+    optimizer: Optimizer
+    """The update rule."""
+    scheduler: Scheduler
+    """The learning rate over time."""
+    distributed_data_parallel_config: DistributedDataParallelConfig
+    """How gradients are reduced over data-parallel ranks."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+
+class SequencePacking(Section):
+    """``policy.sequence_packing``: how many tokens one micro-batch row holds."""
+
+    train_mb_tokens: PositiveInt
+    """Tokens of a row in the update, padding included."""
+    logprob_mb_tokens: PositiveInt
+    """Tokens of a row where log-probabilities are only computed, padding included."""
+
+
+class Generation(Section):
+    """``policy.generation``: how responses are sampled."""
+
+    backend: Annotated[str, only("transformers", hint="It runs embedded in every training process.")]
+    """Rollout engine."""
+    max_new_tokens: PositiveInt
+    """Longest response, tokens; one that has not ended by then is truncated."""
+    temperature: PositiveFloat
+    """Sampling temperature in training; log-probabilities and entropies are taken at it as well."""
+    val_temperature: PositiveFloat
+    """Temperature of the sampled validation; greedy validation is always run beside it."""
+    batch_size: PositiveInt
+    """Sequences decoded together on one rank; changes speed and memory only."""
+
+
+class Policy(Section):
+    """``policy``: the model, its layout, its optimizer and its generation."""
+
+    model_name: Annotated[str, Field(min_length=1)]
+    """Hugging Face directory: weights, config, tokenizer, image processor and chat template."""
+    init: Literal["pretrained", "random"]
+    """Weights from ``model_name``, or drawn from the run's seed with only its config read."""
+    train_global_batch_size: PositiveInt
+    """Sequences per optimizer step, over all ranks."""
+    max_total_sequence_length: PositiveInt
+    """Longest prompt plus response, tokens; a longer prompt is an error that names the sample."""
+    precision: Literal["float32", "bfloat16"]
+    """Data type of weights and activations; the optimizer's copy is float32."""
+    logprob_chunk_size: PositiveInt | None
+    """Tokens whose float32 logits are held at once; null: a whole row. Changes memory only."""
+    sequence_packing: SequencePacking
+    """Size of the micro-batches."""
+    megatron_cfg: MegatronConfig
+    """Layout and update."""
+    generation: Generation
+    """Sampling."""
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Policy:
+        total = self.max_total_sequence_length
+        if self.generation.max_new_tokens >= total:
+            raise conflict(
+                f"generation.max_new_tokens ({self.generation.max_new_tokens}) leaves no room for a prompt in "
+                f"max_total_sequence_length ({total})",
+                "generation.max_new_tokens",
+                "max_total_sequence_length",
+            )
+        for name in ("train_mb_tokens", "logprob_mb_tokens"):
+            tokens = getattr(self.sequence_packing, name)
+            if tokens < total:
+                raise conflict(
+                    f"sequence_packing.{name} ({tokens}) is less than max_total_sequence_length ({total}): a row would "
+                    "not hold one sequence",
+                    f"sequence_packing.{name}",
+                    "max_total_sequence_length",
+                )
+        return self

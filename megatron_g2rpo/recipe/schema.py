@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two kinds of recipe, and what must hold between their sections."""
+
+from __future__ import annotations
+
+import difflib
+
+from pydantic import model_validator
+
+from megatron_g2rpo.recipe.base import Section, conflict
+from megatron_g2rpo.recipe.policy_section import Policy
+from megatron_g2rpo.recipe.sections import Checkpointing, Cluster, Data, Env, Grpo, Logger, LossFn, Sft
+
+
+class _Common(Section):
+    checkpointing: Checkpointing
+    """What is written to disk."""
+    policy: Policy
+    """The model, its layout, its optimizer and its generation."""
+    data: Data
+    """The prompts."""
+    env: Env
+    """The rewards."""
+    logger: Logger
+    """The run directory."""
+    cluster: Cluster
+    """The processes."""
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run."""
+        return self.cluster.num_nodes * self.cluster.gpus_per_node
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Copies of the model."""
+        return self.world_size // self.policy.megatron_cfg.model_parallel_size
+
+    def _check(self, max_num_optimizer_steps: int) -> None:
+        self._check_layout()
+        self._check_tasks()
+        self._check_schedule(max_num_optimizer_steps)
+
+    def _check_layout(self) -> None:
+        copy = self.policy.megatron_cfg.model_parallel_size
+        if self.world_size % copy:
+            raise conflict(
+                f"{self.cluster.num_nodes} node(s) x {self.cluster.gpus_per_node} process(es) = {self.world_size}, not "
+                f"a multiple of the {copy} that one copy of the model is spread over",
+                "cluster.num_nodes",
+                "cluster.gpus_per_node",
+                "policy.megatron_cfg.tensor_model_parallel_size",
+            )
+
+    def _check_tasks(self) -> None:
+        tasks = list(self.env.tasks)
+        for task in self.data.task_weights:
+            if task not in self.env.tasks:
+                near = difflib.get_close_matches(task, tasks, n=1, cutoff=0.0)[0]
+                raise conflict(f"'{task}' is not a task of env.tasks (nearest: {near})", f"data.task_weights.{task}")
+        if not any(self.data.task_weights.get(task, 1.0) for task in tasks):
+            raise conflict("every task has weight 0: there is nothing to draw", "data.task_weights")
+        longest = self.policy.generation.max_new_tokens
+        for task, settings in self.env.tasks.items():
+            if settings.length is not None and settings.length.peak_start > longest:
+                raise conflict(
+                    f"no response of {task} can earn the full length reward: it begins at "
+                    f"{settings.length.peak_start} tokens, a response has at most {longest}",
+                    f"env.tasks.{task}.length.peak_start",
+                    "policy.generation.max_new_tokens",
+                )
+
+    def _check_schedule(self, max_num_optimizer_steps: int) -> None:
+        scheduler = self.policy.megatron_cfg.scheduler
+        decay = scheduler.lr_decay_steps or max_num_optimizer_steps
+        if scheduler.lr_decay_style != "constant" and scheduler.lr_warmup_steps >= decay:
+            raise conflict(
+                f"the learning rate would still warm up ({scheduler.lr_warmup_steps} optimizer steps) when its decay "
+                f"ends (at {decay})",
+                "policy.megatron_cfg.scheduler.lr_warmup_steps",
+                "policy.megatron_cfg.scheduler.lr_decay_steps",
+            )
+
+
+class TrainRecipe(_Common):
+    """A recipe for ``megatron-g2rpo train``."""
+
+    grpo: Grpo
+    """The reinforcement-learning loop."""
+    loss_fn: LossFn
+    """The surrogate."""
+
+    @property
+    def num_rollouts_per_step(self) -> int:
+        """Responses sampled per step, over all ranks."""
+        return self.grpo.num_prompts_per_step * self.grpo.num_generations_per_prompt
+
+    @property
+    def num_updates_per_step(self) -> int:
+        """Optimizer steps per step."""
+        return self.num_rollouts_per_step // self.policy.train_global_batch_size
+
+    @model_validator(mode="after")
+    def _between_sections(self) -> TrainRecipe:
+        batch = self.policy.train_global_batch_size
+        if self.num_rollouts_per_step % batch:
+            raise conflict(
+                f"policy.train_global_batch_size ({batch}) does not divide the {self.num_rollouts_per_step} rollouts "
+                f"of a step: {self.grpo.num_prompts_per_step} prompts x {self.grpo.num_generations_per_prompt} "
+                "generations",
+                "policy.train_global_batch_size",
+                "grpo.num_prompts_per_step",
+                "grpo.num_generations_per_prompt",
+            )
+        self._check(self.grpo.max_num_steps * self.num_updates_per_step)
+        return self
+
+
+class SftRecipe(_Common):
+    """A recipe for ``megatron-g2rpo sft``; one optimizer step is ``policy.train_global_batch_size`` sequences."""
+
+    sft: Sft
+    """The supervised loop."""
+
+    @model_validator(mode="after")
+    def _between_sections(self) -> SftRecipe:
+        self._check(self.sft.max_num_steps)
+        return self
+
+
+Recipe = TrainRecipe | SftRecipe

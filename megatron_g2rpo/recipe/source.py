@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One YAML text -> a plain tree, and for every key where it was written."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_g2rpo.recipe.errors import Origin, RecipeError
+
+# Without this, YAML 1.1 reads `1e-6` as a string: it wants a dot in every float.
+_FLOAT = re.compile(
+    r"""^(?: [-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+           | [-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
+           | [-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
+           | [-+]?\.(?:inf|Inf|INF)
+           | \.(?:nan|NaN|NAN) )$""",
+    re.VERBOSE,
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-6` as a float and a date as the text it is."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":float", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+@dataclass(frozen=True)
+class Document:
+    """A tree of settings.
+
+    Attributes:
+        tree: nested plain dicts, lists and scalars.
+        origins: dotted key -> where it was written, for every key of every mapping.
+    """
+
+    tree: dict[str, Any]
+    origins: dict[str, Origin]
+
+
+def read_document(path: Path) -> Document:
+    """Read one recipe file, without following its ``defaults``.
+
+    Raises:
+        RecipeError: the file cannot be read, is not YAML, is not a mapping, or repeats a key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RecipeError(f"recipe {path} cannot be read: {reason}") from error
+    reader = _Reader(text, str(path), has_lines=True)
+    tree = reader.read("")
+    if tree is None:
+        return Document({}, {})
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}:1: a recipe is a mapping of sections (grpo:, policy:, ...), got {tree!r}")
+    return Document(tree, reader.origins)
+
+
+def read_value(text: str, key: str, source: str) -> Document:
+    """Type a command-line value by the rules of the files: ``3``, ``1e-6``, ``null``, ``[a, b]``, ``{low: 0.2}``.
+
+    Args:
+        text: the value.
+        key: dotted key that it is for.
+        source: the override as typed, for errors.
+
+    Raises:
+        RecipeError: the value is not YAML.
+    """
+    reader = _Reader(text, source, has_lines=False)
+    tree = reader.read(f"{key}.")
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    return Document(tree, {key: Origin(source), **reader.origins})
+
+
+class _Reader:
+    """Walks the YAML nodes of one text, because only nodes know their lines."""
+
+    def __init__(self, text: str, source: str, *, has_lines: bool) -> None:
+        self.text = text
+        self.source = source
+        self.has_lines = has_lines
+        self.origins: dict[str, Origin] = {}
+
+    def read(self, prefix: str) -> Any:
+        try:
+            loader = _Loader(self.text)
+            root = loader.get_single_node()
+            return None if root is None else self._value(loader, root, prefix, ())
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            where = self._origin(mark.line) if mark else self.source
+            raise RecipeError(f"{where}: not valid YAML: {error.problem or error.context}") from error
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{self.source}: not valid YAML: {error}") from error
+
+    def _origin(self, line: int) -> Origin:
+        return Origin(self.source, line + 1 if self.has_lines else None)
+
+    def _value(self, loader: _Loader, node: yaml.Node, prefix: str, around: tuple[yaml.Node, ...]) -> Any:
+        if not isinstance(node, yaml.MappingNode):
+            return loader.construct_object(node, deep=True)
+        if any(node is outer for outer in around):
+            raise RecipeError(f"{self._origin(node.start_mark.line)}: an alias contains itself")
+        self._refuse_repeated_keys(node)
+        loader.flatten_mapping(node)
+        tree: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            origin = self._origin(key_node.start_mark.line)
+            key = loader.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise RecipeError(f"{origin}: key {key!r} is not text; write it in quotes")
+            if "." in key:
+                raise RecipeError(f"{origin}: key '{key}' has a dot; nest the keys, one mapping per level")
+            self.origins[f"{prefix}{key}"] = origin
+            tree[key] = self._value(loader, value_node, f"{prefix}{key}.", (*around, node))
+        return tree
+
+    def _refuse_repeated_keys(self, node: yaml.MappingNode) -> None:
+        # PyYAML silently lets the last of two equal keys win.
+        seen: dict[str, Origin] = {}
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
+                continue
+            origin = self._origin(key_node.start_mark.line)
+            if key_node.value in seen:
+                raise RecipeError(f"{origin}: key '{key_node.value}' is set twice (first: {seen[key_node.value]})")
+            seen[key_node.value] = origin

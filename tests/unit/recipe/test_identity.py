@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fingerprints and dumps."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_g2rpo import recipe
+from megatron_g2rpo.recipe.identity import NOT_IDENTITY
+from megatron_g2rpo.recipe.keys import dotted_keys
+from megatron_g2rpo.recipe.schema import SftRecipe, TrainRecipe
+from tests.unit.recipe.conftest import RECIPES
+
+EXEMPLAR = RECIPES / "vlm_g2rpo.yaml"
+MEGATRON = "policy.megatron_cfg"
+
+
+def fingerprint(*overrides: str) -> str:
+    return recipe.fingerprint(recipe.load(EXEMPLAR, list(overrides), "train"))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["cluster.num_nodes=2", "cluster.gpus_per_node=4", f"{MEGATRON}.tensor_model_parallel_size=4"],
+        ["cluster.device=cpu"],
+        ["logger.log_dir=elsewhere", "logger.tensorboard_enabled=false"],
+        ["checkpointing.save_period=3", "checkpointing.enabled=false"],
+        ["policy.generation.batch_size=3"],
+        ["policy.sequence_packing={train_mb_tokens: 5000, logprob_mb_tokens: 6000}"],
+        ["policy.logprob_chunk_size=null"],
+        ["grpo.max_num_steps=7", "grpo.val_period=3", "grpo.val_at_start=false"],
+        [f"{MEGATRON}.optimizer.weight_decay=1.0e-2"],
+    ],
+)
+def test_a_run_may_continue_with_another_layout_or_length(overrides: list[str]) -> None:
+    assert fingerprint(*overrides) == fingerprint()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "grpo.seed=43",
+        "grpo.num_prompts_per_step=256",
+        "grpo.adv_estimator.zero_variance=keep",
+        "loss_fn.ratio_clip_c=null",
+        "policy.model_name=elsewhere",
+        "policy.train_global_batch_size=128",
+        "policy.precision=float32",
+        f"{MEGATRON}.optimizer.lr=1e-6",
+        f"{MEGATRON}.freeze_vision=true",
+        "policy.generation.temperature=0.9",
+        "data.train.path=elsewhere",
+        "data.task_weights={ocr: 2.0}",
+        "env.tasks.ocr.length=null",
+        "env.reward_weights.length=0.0",
+    ],
+)
+def test_what_is_learned_makes_another_run(override: str) -> None:
+    assert fingerprint(override) != fingerprint()
+
+
+def test_the_last_step_counts_where_the_learning_rate_decays_towards_it() -> None:
+    decay = f"{MEGATRON}.scheduler.lr_decay_style=cosine"
+    fixed = f"{MEGATRON}.scheduler.lr_decay_steps=50"
+    assert fingerprint(decay) != fingerprint(decay, "grpo.max_num_steps=7")
+    assert fingerprint(decay, fixed) == fingerprint(decay, fixed, "grpo.max_num_steps=7")
+
+
+def test_the_fingerprint_is_the_same_in_every_process() -> None:
+    # Python salts its own hashes per process, and a run directory outlives them all.
+    code = "import sys; from megatron_g2rpo import recipe as r; print(r.fingerprint(r.load(sys.argv[1], [], 'train')))"
+    other = subprocess.run(
+        [sys.executable, "-c", code, str(EXEMPLAR)],
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+        cwd=RECIPES.parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert other.stdout.strip() == fingerprint()
+    assert len(fingerprint()) == 16
+
+
+def test_every_excluded_key_exists() -> None:
+    known = {*dotted_keys(TrainRecipe), *dotted_keys(SftRecipe)}
+    assert set(NOT_IDENTITY) <= known
+
+
+def test_identities_say_what_differs() -> None:
+    a = recipe.identity(recipe.load(EXEMPLAR, [], "train"))
+    b = recipe.identity(recipe.load(EXEMPLAR, ["grpo.seed=43", "cluster.num_nodes=2"], "train"))
+    assert {key for key in a if a[key] != b[key]} == {"grpo.seed"}
+
+
+@pytest.mark.parametrize(("name", "kind"), [("vlm_g2rpo", "train"), ("vlm_sft", "sft")])
+def test_a_dump_loads_to_an_equal_recipe(tmp_path: Path, name: str, kind: str) -> None:
+    # 1/3 and 1e-7 have no short decimal form: the text must still give back every bit.
+    odd = ["env.reward_weights.length=0.3333333333333333", f"{MEGATRON}.optimizer.adam_eps=1e-7"]
+    loaded = recipe.load(RECIPES / f"{name}.yaml", [*odd, "data.system_prompt='yes: \"é\"'"], kind)  # type: ignore[call-overload]
+    dumped = tmp_path / "recipe.yaml"
+    dumped.write_text(recipe.dump(loaded), encoding="utf-8")
+    assert recipe.load(dumped, [], kind) == loaded  # type: ignore[call-overload]
+
+
+def test_a_dump_has_the_sections_in_the_order_of_the_exemplar() -> None:
+    lines = recipe.dump(recipe.load(EXEMPLAR, [], "train")).splitlines()
+    sections = [line.rstrip(":") for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert sections == ["grpo", "loss_fn", "checkpointing", "policy", "data", "env", "logger", "cluster"]

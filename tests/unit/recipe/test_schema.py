@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the values of a recipe must satisfy, alone and together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from megatron_g2rpo import recipe
+from megatron_g2rpo.recipe.base import Section
+from megatron_g2rpo.recipe.keys import dotted_keys
+from megatron_g2rpo.recipe.schema import SftRecipe, TrainRecipe
+from tests.unit.recipe.conftest import RECIPES
+
+EXEMPLAR = RECIPES / "vlm_g2rpo.yaml"
+MEGATRON = "policy.megatron_cfg"
+
+
+def load(*overrides: str) -> recipe.TrainRecipe:
+    return recipe.load(EXEMPLAR, list(overrides), "train")
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        (f"{MEGATRON}.pipeline_model_parallel_size=2", "2"),
+        (f"{MEGATRON}.context_parallel_size=2", "2"),
+        (f"{MEGATRON}.sequence_parallel=true", "true"),
+        (f"{MEGATRON}.activation_checkpointing=true", "true"),
+        (f"{MEGATRON}.distributed_data_parallel_config.overlap_grad_reduce=true", "true"),
+        (f"{MEGATRON}.distributed_data_parallel_config.use_distributed_optimizer=true", "true"),
+        ("policy.generation.backend=vllm", "vllm"),
+    ],
+)
+def test_what_this_version_cannot_do_is_refused_in_words(override: str, value: str) -> None:
+    with pytest.raises(recipe.RecipeError) as error:
+        load(override)
+    key = override.partition("=")[0]
+    assert f"override '{override}': '{key}': {value} is not in this version, only " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "grpo.max_num_steps=0",
+        "grpo.val_period=-1",
+        "grpo.overlong=drop",
+        "grpo.adv_estimator.tie_tolerance=-1e-6",
+        "grpo.adv_estimator.zero_variance=pin",
+        "grpo.adv_estimator.stages=[]",
+        "grpo.adv_estimator.stages=[task, group]",
+        "grpo.adv_estimator.stages=[group, group]",
+        "grpo.adv_estimator.stages=[batch]",
+        "loss_fn.name=''",
+        "loss_fn.ratio_clip_min=1.0",
+        "loss_fn.ratio_clip_max=0.0",
+        "loss_fn.ratio_clip_c=1.0",
+        "checkpointing.save_period=0",
+        "checkpointing.keep_latest_k=0",
+        "policy.init=scratch",
+        "policy.precision=float16",
+        "policy.logprob_chunk_size=0",
+        f"{MEGATRON}.optimizer.lr=0.0",
+        f"{MEGATRON}.optimizer.adam_beta2=1.0",
+        f"{MEGATRON}.optimizer.clip_grad=0.0",
+        f"{MEGATRON}.scheduler.lr_decay_style=inverse",
+        "policy.generation.temperature=0.0",
+        "policy.generation.val_temperature=0.0",
+        "data.on_bad_sample=ignore",
+        "data.task_weights={ocr: -1.0}",
+        "env.tasks={_override_: true}",
+        "env.reward_weights.accuracy=-0.1",
+        "cluster.device=cuda",
+    ],
+)
+def test_a_value_out_of_its_range_is_refused(override: str) -> None:
+    with pytest.raises(recipe.RecipeError, match=override.partition("=")[0]):
+        load(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["env.tasks.ocr.length={start: 20, peak_start: 10}"], r"start \(20\) <= peak_start \(10\)"),
+        (["env.tasks.ocr.length={peak_end: 10}"], r"peak_start \(16\) <= peak_end \(10\)"),
+        (["env.tasks.ocr.length={end: 90}"], r"peak_end \(96\) <= end \(90\)"),
+        (["env.tasks.ocr.entropy={low: 0.7}"], r"low \(0\.7\) <= high \(0\.6\)"),
+        (
+            ["env.tasks.ocr.length.peak_start=3000", "env.tasks.ocr.length={peak_end: 3000, end: 3000}"],
+            "no response of",
+        ),
+        (["data.min_pixels=200", "data.max_pixels=100"], r"min_pixels \(200\) <= max_pixels \(100\)"),
+        ([f"{MEGATRON}.optimizer.min_lr=1.0"], r"min_lr \(1\.0\) <= lr \(2e-06\)"),
+        (["policy.max_total_sequence_length=2048"], "leaves no room for a prompt"),
+        (["policy.sequence_packing.train_mb_tokens=4095"], r"train_mb_tokens \(4095\) is less than"),
+        (["policy.sequence_packing.logprob_mb_tokens=4095"], r"logprob_mb_tokens \(4095\) is less than"),
+        (["policy.train_global_batch_size=768"], "does not divide the 1024 rollouts"),
+        (["grpo.num_generations_per_prompt=1"], "a group of 1 has no advantage"),
+        ([f"{MEGATRON}.tensor_model_parallel_size=2"], "= 1, not a multiple of the 2"),
+        (["data.task_weights={orc: 2.0}"], r"'orc' is not a task of env\.tasks \(nearest: ocr\)"),
+        (
+            [f"data.task_weights.{task}=0" for task in ("general_vqa", "spatial_grounding", "spatial_reasoning")]
+            + [f"data.task_weights.{task}=0" for task in ("ocr", "math", "chart")],
+            "every task has weight 0",
+        ),
+        (
+            [f"{MEGATRON}.scheduler={{lr_decay_style: linear, lr_warmup_steps: 10, lr_decay_steps: 10}}"],
+            "would still warm up",
+        ),
+        (
+            [f"{MEGATRON}.scheduler={{lr_decay_style: cosine, lr_warmup_steps: 400}}"],
+            r"would still warm up \(400 optimizer steps\) when its decay ends \(at 400\)",
+        ),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(recipe.RecipeError, match=message):
+        load(*overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["grpo.num_generations_per_prompt=1", "grpo.adv_estimator.stages=[task]", "policy.train_global_batch_size=128"],
+        ["env.tasks.ocr.length={start: 8, peak_start: 8, peak_end: 8, end: 8}"],
+        ["env.tasks.ocr={length: null, entropy: null, answer_format: exact}"],
+        ["loss_fn.ratio_clip_c=null", "policy.logprob_chunk_size=null", "checkpointing.keep_latest_k=null"],
+        ["policy.train_global_batch_size=1024"],
+        ["data.task_weights={ocr: 0.0, math: 2}"],
+        ["policy.sequence_packing={train_mb_tokens: 4096, logprob_mb_tokens: 4096}"],
+        [f"{MEGATRON}.scheduler={{lr_decay_style: cosine, lr_warmup_steps: 399}}"],
+        [f"{MEGATRON}.tensor_model_parallel_size=2", "cluster.gpus_per_node=2"],
+    ],
+)
+def test_values_at_the_edge_of_their_range_are_accepted(overrides: list[str]) -> None:
+    load(*overrides)
+
+
+def sections(model: type[Section]) -> Iterator[type[Section]]:
+    """All section classes of a recipe, found without the code under test."""
+    pending: list[Any] = [model]
+    while pending:
+        annotation = pending.pop()
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            yield annotation
+            pending.extend(field.annotation for field in annotation.model_fields.values())
+        else:
+            pending.extend(getattr(annotation, "__args__", ()))
+
+
+@pytest.mark.parametrize("model", [TrainRecipe, SftRecipe])
+def test_no_key_has_a_default_and_every_key_is_described(model: type[Section]) -> None:
+    found = list(sections(model))
+    assert len(found) >= 20
+    for section in found:
+        for name, field in section.model_fields.items():
+            assert field.is_required(), f"{section.__name__}.{name}: defaults live in the exemplar alone"
+            assert field.description, f"{section.__name__}.{name} has no description"
+
+
+def test_dotted_keys_reach_every_level() -> None:
+    keys = set(dotted_keys(TrainRecipe))
+    assert {"grpo", "policy.megatron_cfg.optimizer.lr", "env.tasks.<task>.length.peak_start"} <= keys
