@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make quickstart` and `make test` start from nothing: they make .venv and install what they need, once.
+#
+#   make quickstart [NPROC=2] [ARGS="key=value ..."]    train the small policy, then write its report
+#   make test       tests that take seconds             make test-full    all of them
+#   make lint       style, types, import rules          make clean        what was built; runs/ and data/ stay
+#
+# PYTHON=python3.11 chooses the interpreter. PIP_ARGS goes to pip; on a machine without GPUs
+# PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" saves gigabytes of CUDA libraries.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := quickstart
+.DELETE_ON_ERROR:
+
+# The first that runs and is 3.11: the one version that constraints/cpu.txt is for.
+IS_3_11 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null
+PYTHON ?= $(shell for p in python3.11 python3 python; do if $$p $(IS_3_11); then echo $$p; break; fi; done)
+NPROC ?= 1
+ARGS ?=
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+RECIPE := examples/recipes/vlm_g2rpo-quickstart-1n1g-megatron-tp1.yaml
+RUN := runs/quickstart
+DATA := data/quickstart
+
+# What an installation depends on; the package itself is installed in place, so its Python files are not among them.
+SOURCES := pyproject.toml setup.py constraints/cpu.txt $(wildcard csrc/*)
+# Torch is named so that every resolution starts from the version that the rest of the set was tested with.
+INSTALL = $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/cpu.txt torch==2.13.0 -e
+
+.PHONY: quickstart setup data test test-full lint clean
+
+quickstart: $(VENV)/.quickstart data
+	$(BIN)/megatron-g2rpo train $(RECIPE) --fresh --nproc $(NPROC) \
+		policy.megatron_cfg.tensor_model_parallel_size=$(NPROC) $(ARGS)
+	$(BIN)/megatron-g2rpo report $(RUN)
+
+setup: $(VENV)/.dev
+
+data: $(DATA)/card.json
+
+# The builder writes the card last: without it, whatever shards are there come from a build that was broken off.
+$(DATA)/card.json: | $(VENV)/.quickstart
+	rm -rf $(DATA)/train $(DATA)/val
+	$(BIN)/python examples/quickstart/build_data.py --out $(DATA)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not full" $(PYTEST_ARGS)
+
+test-full: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/shellcheck .ci/run $(wildcard slurm/*.sh)
+
+# One stamp per set of packages; the developers' set contains the quickstart's.
+$(VENV)/.quickstart: $(SOURCES) | $(BIN)/python
+	@echo "Installing what the quickstart needs into $(VENV); this takes a minute or more ..."
+	$(INSTALL) ".[quickstart]"
+	@touch $@
+
+$(VENV)/.dev: $(SOURCES) | $(BIN)/python
+	@echo "Installing what tests and linters need into $(VENV); this takes a minute or more ..."
+	$(INSTALL) ".[quickstart,dev]"
+	@touch $(VENV)/.quickstart $@
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" && $(PYTHON) $(IS_3_11) \
+		|| { echo "Python 3.11 is needed$(PYTHON:%=, and % is not it): make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find megatron_g2rpo -name '*.so' -delete
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
