@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from fractions import Fraction
 
 THINKING_OPEN, THINKING_CLOSE = "<thinking>", "</thinking>"
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
@@ -22,7 +21,7 @@ _THINKING = re.compile(r"<thinking>((?:(?!<thinking>).)*?)</thinking>", re.DOTAL
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
 _PLAIN_NUMBER = re.compile(_NUMBER)
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?")
-_FRACTION = re.compile(r"([-+]?\d+)\s*/\s*(\d+)")
+_FRACTION = re.compile(r"([-+]?\d{1,15})\s*/\s*(\d{1,15})")  # exact in float64
 _BOX = re.compile(
     r'(?:\{\s*"boxes"\s*:\s*)?\[\s*' + r"\s*,\s*".join([f"({_NUMBER})"] * 4) + r"\s*\]\s*(?:\})?", re.DOTALL
 )
@@ -56,7 +55,7 @@ def parse_number(text: str) -> float | None:
     text = text.strip().removeprefix("$").removesuffix(".").removesuffix("%").strip()
     if match := _FRACTION.fullmatch(text):
         numerator, denominator = int(match.group(1)), int(match.group(2))
-        return float(Fraction(numerator, denominator)) if denominator else None
+        return numerator / denominator if denominator else None
     if _THOUSANDS.fullmatch(text):
         text = text.replace(",", "")
     if not _PLAIN_NUMBER.fullmatch(text):

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy rewards against independent oracles: pixel sets, exact fractions, the textbook table."""
+
+from fractions import Fraction
+from functools import cache
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_g2rpo.tasks.accuracy import accuracy_names, get_accuracy, levenshtein, register_accuracy
+
+REFERENCES = {
+    "axes": "left above",
+    "box_iou": "[1, 2, 30, 40]",
+    "edit_distance": "word",
+    "exact": "blue",
+    "multiple_choice": "C",
+    "numeric": "12",
+    "relative": "347",
+}
+BROKEN_REFERENCES = {
+    "axes": "here",
+    "box_iou": "[30, 2, 1, 40]",
+    "edit_distance": "  ",
+    "exact": "",
+    "multiple_choice": "dogs",
+    "numeric": "a dozen",
+    "relative": "9" * 400,  # overflows to infinity
+}
+
+
+def test_every_answer_format_has_a_case_here():
+    assert set(accuracy_names()) == set(REFERENCES) == set(BROKEN_REFERENCES)
+
+
+@pytest.mark.parametrize("name", sorted(REFERENCES))
+def test_the_reference_itself_is_worth_one(name):
+    assert get_accuracy(name)(REFERENCES[name], REFERENCES[name]) == 1.0
+
+
+@pytest.mark.parametrize("name", sorted(REFERENCES))
+@pytest.mark.parametrize(
+    "answer", ["", "?", "[1, 2, 3", "[1, 2, 1, 2]", "9" * 400, "9" * 5000 + "/7", "1/0", "\x00", "[[[[", "-", "½"]
+)
+def test_an_answer_that_cannot_be_read_is_worth_nothing_and_is_no_error(name, answer):
+    assert get_accuracy(name)(answer, REFERENCES[name]) == 0.0
+
+
+@pytest.mark.parametrize("name", sorted(REFERENCES))
+def test_a_reference_that_cannot_be_read_is_an_error_even_for_an_unreadable_answer(name):
+    for answer in ("", BROKEN_REFERENCES[name]):
+        with pytest.raises(ValueError, match="reference"):
+            get_accuracy(name)(answer, BROKEN_REFERENCES[name])
+
+
+@pytest.mark.parametrize("name", sorted(REFERENCES))
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(answer=st.text(max_size=30) | st.from_regex(r"\[?[-\d., ]{0,20}\]?", fullmatch=True))
+def test_any_text_gets_a_reward_between_zero_and_one(name, answer):
+    assert 0.0 <= get_accuracy(name)(answer, REFERENCES[name]) <= 1.0
+
+
+boxes = st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(1, 12), st.integers(1, 12)).map(
+    lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]]
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(a=boxes, b=boxes)
+def test_iou_counts_pixels(a, b):
+    def pixels(box):
+        return {(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])}
+
+    expected = Fraction(len(pixels(a) & pixels(b)), len(pixels(a) | pixels(b)))
+    # One division of small integers on either side.
+    assert get_accuracy("box_iou")(str(a), str(b)) == pytest.approx(float(expected), abs=1e-15)
+
+
+def test_a_box_may_come_in_the_paper_s_json():
+    assert get_accuracy("box_iou")('{"boxes": [577, 232, 899, 786]}', "[577, 232, 899, 786]") == 1.0
+
+
+def test_iou_of_touching_boxes_is_zero_and_far_edges_are_exclusive():
+    iou = get_accuracy("box_iou")
+    assert iou("[0, 0, 4, 4]", "[4, 0, 8, 4]") == 0.0
+    assert iou("[0, 0, 4, 4]", "[0, 0, 4, 8]") == 0.5
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [("347", "347", 1.0), ("300", "400", 0.75), ("500", "400", 0.75), ("900", "400", 0.0), ("0", "0", 1.0),
+     ("1", "0", 0.0), ("-400", "400", 0.0), ("1,000", "1000", 1.0), ("-3", "-4", 0.75), ("many", "400", 0.0)],
+)  # fmt: skip
+def test_relative_accuracy_falls_linearly_with_the_relative_error(answer, reference, expected):
+    assert get_accuracy("relative")(answer, reference) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [("12", "12", 1), ("12.0", "12", 1), (" 12. ", "12", 1), ("$1,234.50", "1234.5", 1), ("3/4", "0.75", 1),
+     ("50%", "50", 1), ("-3", "3", 0), ("12 13", "12", 0), ("12.001", "12", 0), ("1,23", "123", 0),
+     ("0.3333333", "1/3", 1)],
+)  # fmt: skip
+def test_numeric_compares_values_not_spellings(answer, reference, expected):
+    assert get_accuracy("numeric")(answer, reference) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("left above", 1), ("above left", 1), ("Left, above.", 1), ("left below", 0.5), ("right above", 0.5),
+     ("left", 0.5), ("right below", 0), ("left right above", 0.5), ("left right above below", 0), ("leftabove", 0)],
+)  # fmt: skip
+def test_each_axis_earns_half_and_naming_both_directions_earns_nothing(answer, expected):
+    assert get_accuracy("axes")(answer, "left above") == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("C", 1), ("c", 1), ("(C)", 1), ("C.", 1), ("C. dogs", 1), ("C: dogs", 1), ("B", 0), ("Cats", 0), ("A. C", 0)],
+)
+def test_a_choice_is_its_letter(answer, expected):
+    assert get_accuracy("multiple_choice")(answer, "C. dogs") == expected
+
+
+def test_exact_ignores_case_blanks_and_a_full_stop_only():
+    exact = get_accuracy("exact")
+    assert exact(" Blue. ", "blue") == 1.0
+    assert exact("dark  blue", "dark blue") == 1.0
+    assert exact("blue green", "blue") == 0.0
+
+
+def test_edit_distance_reward():
+    reward = get_accuracy("edit_distance")
+    assert reward("7142", "714") == 0.75
+    assert reward("", "714") == 0.0
+    assert reward("kitten", "sitting") == 1 - 3 / 7
+
+
+def table_distance(a: str, b: str) -> int:
+    @cache
+    def distance(i: int, j: int) -> int:
+        if i == 0 or j == 0:
+            return i + j
+        return min(distance(i - 1, j) + 1, distance(i, j - 1) + 1, distance(i - 1, j - 1) + (a[i - 1] != b[j - 1]))
+
+    return distance(len(a), len(b))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(a=st.text("abc", max_size=12), b=st.text("abcd", max_size=12))
+def test_levenshtein_equals_the_textbook_recursion(a, b):
+    assert levenshtein(a, b) == table_distance(a, b)
+
+
+def test_levenshtein_beyond_one_machine_word():
+    a = "the quick brown fox jumps over the lazy dog " * 4
+    b = a.replace("fox", "wolf").replace("lazy", "")[5:]
+    assert levenshtein(a, b) == table_distance(a, b)
+
+
+def test_a_name_cannot_be_registered_twice():
+    with pytest.raises(ValueError, match="'exact' is registered already"):
+        register_accuracy("exact")(lambda answer, reference: 0.0)
+
+
+def test_an_unknown_answer_format_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown answer format 'iou'.*box_iou"):
+        get_accuracy("iou")
