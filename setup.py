@@ -23,12 +23,13 @@ class BuildExt(build_ext):
             super().build_extension(ext)
         except (CCompilerError, ExecError) as error:
             raise SystemExit(
-                f"Could not compile {ext.name} ({error}). It needs a C++17 compiler (set CXX to choose one). To install "
-                f"without it, on the slower torch implementation, set {NO_EXTENSION}."
+                f"Could not compile {ext.name} ({error}). It needs a C++17 compiler (set CXX to choose one). To "
+                f"install without it, on the slower torch implementation, set {NO_EXTENSION}."
             ) from error
 
 
-def extensions():
+def extensions() -> list[Pybind11Extension]:
+    """Returns the extension, or none where the environment says so."""
     switch = os.environ.get("MEGATRON_G2RPO_BUILD_EXT", "1")
     if switch not in ("0", "1"):
         raise SystemExit(f"MEGATRON_G2RPO_BUILD_EXT must be 0 or 1, got {switch!r}")

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Python module megatron_g2rpo.objective._group_ops: numpy views in, numpy arrays out, no copies, the GIL released.
+// Python module megatron_g2rpo.objective._group_ops: numpy views in, numpy arrays out, no copies, the GIL released
+// (normal_quantile, which is there for its test, aside).
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -102,4 +103,5 @@ PYBIND11_MODULE(_group_ops, module) {
     module.doc() = "Gaussian advantages and group statistics (compiled from csrc/).";
     define<double>(module);
     define<float>(module);
+    module.def("normal_quantile", py::vectorize(g2rpo::normal_quantile), py::arg("p"));
 }

@@ -99,7 +99,6 @@ public:
 
     // Mean of q_k for begin <= k < end. Ranks whose mirror images are also in the range cancel and are never added.
     double mean(std::size_t begin, std::size_t end) const {
-        if (begin + end == n_) return 0.0;
         if (begin + end > n_) return -mean(n_ - end, n_ - begin);
         CompensatedSum sum;
         for (std::size_t k = begin, last = std::min(end, n_ - end); k < last; ++k) sum.add(lower_[k]);

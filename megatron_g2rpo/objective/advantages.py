@@ -74,7 +74,7 @@ class SetStatistics:
 
     @property
     def zero_variance(self) -> Tensor:
-        """bool ``[K]``, True where all rewards of the set are equal."""
+        """Which sets have no spread: bool ``[K]``, True where all rewards of the set are equal."""
         return self.distinct == 1
 
 

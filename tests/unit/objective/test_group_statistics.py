@@ -52,13 +52,20 @@ def test_moments_neither_overflow_nor_vanish(implementation: str, magnitude: flo
 def test_order_of_rows_does_not_change_a_bit(implementation: str) -> None:
     rng = np.random.default_rng(2)
     rewards, groups = rng.normal(size=200), rng.integers(0, 5, 200)
-    rewards[:20] = np.where(np.arange(20) % 2, 0.0, -0.0)
     expected = group_statistics(rewards, groups, groups).groups
     for seed in range(5):
         order = np.random.default_rng(seed).permutation(200)
         actual = group_statistics(rewards[order], groups[order], groups[order]).groups
         for name in ("mean", "std", "min", "max"):
             assert torch.equal(getattr(actual, name).view(torch.int64), getattr(expected, name).view(torch.int64)), name
+
+
+def test_zeros_of_either_sign_are_one_value_whatever_their_order(implementation: str) -> None:
+    """They compare equal, so that a sort leaves the order of the rows to decide which of them is the smallest."""
+    zeros = np.zeros(2, dtype=np.int64)
+    for rewards in ([0.0, -0.0], [-0.0, 0.0]):
+        sets = group_statistics(np.array(rewards), zeros, zeros).groups
+        assert not np.signbit([sets.min.item(), sets.max.item(), sets.mean.item()]).any()
 
 
 def test_no_rows_have_no_sets_and_bad_rows_are_named(implementation: str) -> None:
