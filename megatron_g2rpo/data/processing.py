@@ -23,7 +23,9 @@ from megatron_g2rpo.data.errors import DataError, SampleError
 from megatron_g2rpo.nouns import ModelInputs, Prompt, Sample
 from megatron_g2rpo.tasks.prompts import build_messages
 
-IMAGE_TOKEN, VIDEO_TOKEN, VISION_START_TOKEN = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>"
+IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
+VISION_START_TOKEN, VISION_END_TOKEN = "<|vision_start|>", "<|vision_end|>"
+VISION_TOKENS = (IMAGE_TOKEN, VIDEO_TOKEN, VISION_START_TOKEN, VISION_END_TOKEN)
 
 
 class ChatProcessor:
@@ -32,6 +34,7 @@ class ChatProcessor:
     Attributes:
         tokenizer: the directory's tokenizer.
         image_processor: the directory's image processor, in its PIL implementation.
+        vision_token_ids: the placeholders and their frame: ids that a policy must never sample.
         spatial_merge_size: patches along one side that merge into one image token.
 
     Args:
@@ -59,7 +62,7 @@ class ChatProcessor:
         self.spatial_merge_size: int = self.image_processor.merge_size
         self._chat_template = _load_chat_template(model_dir, self.tokenizer)
         vocabulary = self.tokenizer.get_vocab()
-        for token in (IMAGE_TOKEN, VIDEO_TOKEN, VISION_START_TOKEN):
+        for token in VISION_TOKENS:
             if token not in vocabulary:
                 raise DataError(f"{model_dir}: the tokenizer has no token {token}; is this a Qwen3-VL directory?")
         if self.tokenizer.eos_token_id is None:
@@ -67,6 +70,7 @@ class ChatProcessor:
         self.image_token_id: int = vocabulary[IMAGE_TOKEN]
         self.video_token_id: int = vocabulary[VIDEO_TOKEN]
         self.vision_start_token_id: int = vocabulary[VISION_START_TOKEN]
+        self.vision_token_ids: list[int] = [vocabulary[token] for token in VISION_TOKENS]
         self.eos_token_id: int = self.tokenizer.eos_token_id
         pad = self.tokenizer.pad_token_id
         self.pad_token_id: int = self.eos_token_id if pad is None else pad

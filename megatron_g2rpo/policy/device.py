@@ -80,7 +80,8 @@ def select(kind: str = "auto") -> Device:
         return Device("cpu", torch.device("cpu"), "gloo")
     index = int(os.environ.get("LOCAL_RANK", "0"))
     torch.cuda.set_device(index)
-    return Device("gpu", torch.device("cuda", index), "nccl")
+    # Bookkeeping on CPU tensors (counts, rewards, metrics) goes over gloo, in the same process groups.
+    return Device("gpu", torch.device("cuda", index), "cpu:gloo,cuda:nccl")
 
 
 def init_process_group(device: Device) -> None:

@@ -64,9 +64,14 @@ class Run:
             self.first_step = state["step"]
 
     @property
+    def last_step(self) -> int:
+        """The step that the run ends after."""
+        return self._loop.max_num_steps
+
+    @property
     def steps(self) -> range:
         """Steps to do, counted from 1."""
-        return range(self.first_step + 1, self._loop.max_num_steps + 1)
+        return range(self.first_step + 1, self.last_step + 1)
 
     def starting_validation(self, log: MetricsLog) -> dict[str, float]:
         """Metrics of the policy before the first step; empty when not asked for or when the run is resumed."""
@@ -76,7 +81,7 @@ class Run:
 
     def after_step(self, step: int, log: MetricsLog) -> dict[str, float]:
         """Validate and save when it is time; the validation's metrics."""
-        last = step == self._loop.max_num_steps
+        last = step == self.last_step
         period = self._loop.val_period
         due = self._loop.val_at_end if last else period > 0 and step % period == 0
         metrics = self._validate(log) if due else {}

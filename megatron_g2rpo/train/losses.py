@@ -89,8 +89,14 @@ class G2RPOLoss:
         assert batch.behaviour_logprobs is not None
         result = self._surrogate(stats.logprobs, batch.behaviour_logprobs, batch.advantages)
         policy_loss = (result.loss * batch.token_weights).sum()
+        device = batch.task_ids.device
         coefficients = entropy.entropy_loss_weights(
-            batch.task_ids, batch.loss_mask, self._sides, self._counts, self._weight, self._total
+            batch.task_ids,
+            batch.loss_mask,
+            self._sides.to(device),
+            self._counts.to(device),
+            self._weight,
+            self._total,
         )
         entropy_term = (coefficients * stats.entropy).sum()
         log_ratio = (stats.logprobs - batch.behaviour_logprobs).detach()

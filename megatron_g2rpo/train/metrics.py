@@ -17,6 +17,7 @@ from megatron_g2rpo.recipe import Recipe
 
 METRICS_FILE = "metrics.jsonl"
 HEADER_PERIOD = 20  # rows between two headers of the console table
+_ONE_LINE = {"no_wrap": True, "overflow": "ignore", "crop": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +119,10 @@ class MetricsLog:
 
     def _row(self, step: int, values: Mapping[str, float]) -> None:
         if self._rows % HEADER_PERIOD == 0:
-            self.console.print("  ".join([f"{'step':>5}", *(f"{c.heading:>9}" for c in self._columns)]), style="bold")
+            self.console.print("  ".join([f"{'step':>5}", *(f"{c.heading:>9}" for c in self._columns)]), style="bold", **_ONE_LINE)
         self._rows += 1
         cells = [f"{format(values[c.metric], c.spec):>9}" if c.metric in values else " " * 9 for c in self._columns]
-        self.console.print("  ".join([f"{step:>5}", *cells]), highlight=False)
+        self.console.print("  ".join([f"{step:>5}", *cells]), highlight=False, **_ONE_LINE)
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -15,6 +15,7 @@ from megatron_g2rpo.train.assembly import Assembly, assemble
 from megatron_g2rpo.train.loop import Run, Timers, pack_evenly
 from megatron_g2rpo.train.losses import sft_loss
 from megatron_g2rpo.train.metrics import Column, MetricsLog, StepMetrics
+from megatron_g2rpo.train.minibatches import owned_rows
 
 COLUMNS = (
     Column("loss", "train/loss", ".4f"),
@@ -36,8 +37,7 @@ def sft(recipe: SftRecipe) -> Path | None:
     """
     parts = assemble(recipe)
     run = Run(recipe, parts)
-    steps = recipe.sft.max_num_steps
-    with MetricsLog(recipe, COLUMNS, steps, run.first_step, enabled=dist.get_rank() == 0) as log:
+    with MetricsLog(recipe, COLUMNS, run.last_step, run.first_step, enabled=dist.get_rank() == 0) as log:
         start = run.starting_validation(log)
         if start:
             log.log(StepMetrics(step=0, values=start))
@@ -54,7 +54,7 @@ def sft_step(recipe: SftRecipe, parts: Assembly) -> dict[str, float]:
     timers, groups = Timers(parts), parts.policy.groups
     size = recipe.policy.train_global_batch_size
     with timers("data"):
-        prompts = parts.stream.next_batch(size, range(groups.data_rank, size, groups.data_size))
+        prompts = parts.stream.next_batch(size, owned_rows(size, groups))
         limit = recipe.policy.max_total_sequence_length
         sequences = [_sequence(parts, prompt, limit) for prompt in prompts]
         batches = pack_evenly(parts, sequences, recipe.policy.sequence_packing.train_mb_tokens)
