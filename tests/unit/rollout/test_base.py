@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registry of rollout engines."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_g2rpo.rollout import base
+
+
+def test_the_embedded_default_is_found_by_its_backend_name():
+    from megatron_g2rpo.rollout.transformers_engine import TransformersEngine
+
+    assert base.get("transformers") is TransformersEngine
+
+
+def test_an_unknown_backend_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown rollout engine 'tranformers'; known: .*transformers"):
+        base.get("tranformers")
+
+
+def test_a_name_can_not_be_registered_twice():
+    base.get("transformers")
+    with pytest.raises(ValueError, match="'transformers' is registered twice"):
+        base.register("transformers")(object)
