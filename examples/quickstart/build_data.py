@@ -28,6 +28,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,7 @@ def measure(pixels: np.ndarray) -> tuple[tuple[int, int, int, int], int]:
     return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1), int(mask.sum())
 
 
+@cache
 def load_pictures(split: str) -> tuple[dict[int, Picture], list[tuple[str, str, int]]]:
     """Pictures by number, and (question, answer, number).
 

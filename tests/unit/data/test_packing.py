@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims: positions are transformers'; packing loses, duplicates and misaligns nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_g2rpo.data.packing import PackSequence, assign_bins, response_values
+from megatron_g2rpo.data.positions import rope_positions
+from megatron_g2rpo.nouns import NO_LABEL
+from tests.parity import packer_for, random_sequences
+from tests.tiny_model import make_tiny_qwen3vl, random_inputs, tiny_config
+
+
+def test_positions_equal_transformers() -> None:
+    config, model = make_tiny_qwen3vl()
+    for inputs in random_inputs(config, grids=[(), ((4, 6),), ((2, 4), (6, 4)), ((8, 2), (2, 2), (4, 4))]):
+        ids = inputs.token_ids
+        expected, _ = model.model.get_rope_index(
+            ids[None],
+            mm_token_type_ids=(ids == config.image_token_id).int()[None],
+            image_grid_thw=inputs.image_grid_thw,
+        )
+        mine = rope_positions(ids, inputs.image_grid_thw, image_token_id=config.image_token_id, spatial_merge_size=2)
+        assert torch.equal(mine, expected[:, 0])
+
+
+def test_placeholders_that_do_not_match_the_images() -> None:
+    config = tiny_config()
+    inputs = random_inputs(config, grids=[((4, 6),)])[0]
+    with pytest.raises(ValueError, match="6 image placeholders, but the images have 4"):
+        rope_positions(
+            inputs.token_ids, torch.tensor([[1, 4, 4]]), image_token_id=config.image_token_id, spatial_merge_size=2
+        )
+
+
+def test_bins_hold_everything_once_within_the_budget() -> None:
+    lengths = torch.randint(1, 50, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    bins = assign_bins(lengths, 64)
+    assert sorted(index for members in bins for index in members) == list(range(200))
+    assert all(sum(lengths[index] for index in members) <= 64 for members in bins)
+    # First-fit-decreasing needs at most 11/9 of the optimum, which is at least the sum over the budget.
+    assert len(bins) <= 11 / 9 * sum(lengths) / 64 + 1
+
+
+def test_a_sequence_longer_than_the_budget_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a sequence of 65 tokens exceeds the 64 .*train_mb_tokens"):
+        assign_bins([3, 65], 64)
+
+
+def test_every_field_is_aligned_with_the_predicting_position() -> None:
+    config = tiny_config()
+    sequences = random_sequences(config, samples=3)
+    batches = packer_for(config).pack(sequences, budget=100)
+    assert len(batches) > 1
+    seen = []
+    for batch in batches:
+        responses = response_values(batch, batch.labels)
+        for row in batch.rows.tolist():
+            seen.append(row)
+            sequence = sequences[row]
+            assert torch.equal(responses[row], sequence.response_ids)
+            where = (batch.segment_ids == batch.rows.tolist().index(row)).nonzero().squeeze(1)
+            tokens = torch.cat([sequence.inputs.token_ids, sequence.response_ids])
+            assert torch.equal(batch.tokens[where], tokens)
+            # No label crosses into the next sequence: the trap of a roll over the row.
+            assert batch.labels[where][-1] == NO_LABEL and torch.equal(batch.labels[where][:-1], tokens[1:])
+            assert batch.position_ids[:, where[0]].tolist() == [0, 0, 0]
+            advantages = batch.advantages[where]
+            assert int((advantages != 0).sum()) == len(sequence.response_ids)
+        assert batch.num_tokens == sum(len(sequences[row].response_ids) for row in batch.rows.tolist())
+    assert sorted(seen) == list(range(len(sequences)))
+
+
+def test_samples_of_a_group_share_one_copy_of_their_images() -> None:
+    config = tiny_config()
+    inputs = random_inputs(config, grids=[((4, 6),)])[0]
+    sequences = [PackSequence(inputs=inputs, response_ids=torch.tensor([1, 2])) for _ in range(5)]
+    (batch,) = packer_for(config).pack(sequences, budget=500)
+    assert torch.equal(batch.pixel_values, inputs.pixel_values)
+    assert torch.equal(batch.vision_index, torch.arange(6).repeat(5))
+
+
+def test_a_sequence_kept_out_of_the_loss_counts_no_token() -> None:
+    config = tiny_config()
+    kept, left = random_sequences(config, samples=1)[:2]
+    left = PackSequence(inputs=left.inputs, response_ids=left.response_ids, advantage=1.0, in_loss=False)
+    (batch,) = packer_for(config).pack([kept, left], budget=500)
+    assert batch.num_tokens == len(kept.response_ids)
+    assert batch.token_weights.sum() == batch.num_tokens
+
+
+def test_empty_rows_fill_up_to_the_number_of_the_other_ranks() -> None:
+    config = tiny_config()
+    batches = packer_for(config).pack(random_sequences(config, samples=1)[:1], budget=100, num_bins=3)
+    assert [batch.num_tokens for batch in batches] == [1, 0, 0]
+    with pytest.raises(ValueError, match="more than the 1 asked for"):
+        packer_for(config).pack(random_sequences(config, samples=2), budget=40, num_bins=1)

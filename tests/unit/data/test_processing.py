@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processor's output: the right tokens, the right pixels, and nothing smuggled in through a text."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen3VLForConditionalGeneration,
+)
+
+from megatron_g2rpo.data.errors import DataError, SampleError
+from megatron_g2rpo.data.processing import ChatProcessor
+from megatron_g2rpo.nouns import Sample
+
+
+def make_image(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def ask(*parts):
+    content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+    return [{"role": "user", "content": content}]
+
+
+def test_the_chat_is_qwen_s_with_one_placeholder_per_merged_patch(processor):
+    inputs = processor.encode(ask(None, None, "What?"), [make_image(64, 64), make_image(96, 32)])
+    # 64x64 pixels are 8x8 patches of 8, merged 2x2: 16 tokens; 96x32 are 12x4: 12 tokens.
+    pads = ["<|vision_start|>" + "<|image_pad|>" * n + "<|vision_end|>" for n in (16, 12)]
+    text = f"<|im_start|>user\n{pads[0]}{pads[1]}What?<|im_end|>\n<|im_start|>assistant\n"
+    expected = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert inputs.token_ids.tolist() == expected
+    assert inputs.token_ids.dtype == torch.int64
+    assert inputs.image_grid_thw.tolist() == [[1, 8, 8], [1, 4, 12]]
+    assert inputs.pixel_values.shape == (64 + 48, 3 * 2 * 8 * 8)
+    assert inputs.pixel_values.dtype == torch.float32
+    assert (inputs.token_ids == processor.image_token_id).sum() == 28
+
+
+def test_pixel_values_are_the_pixels_in_merge_order(processor):
+    image = make_image(64, 32)
+    patches = processor.encode(ask(None, "?"), [image]).pixel_values
+    # rows: (merged row, merged column, row in 2x2, column in 2x2); columns: (channel, time, y, x)
+    blocks = patches.reshape(2, 4, 2, 2, 3, 2, 8, 8)
+    pixels = blocks.permute(5, 4, 0, 2, 6, 1, 3, 7).reshape(2, 3, 32, 64)
+    expected = torch.from_numpy(np.asarray(image).transpose(2, 0, 1) / 255.0 * 2 - 1)
+    # 8-bit values scaled in float32: 1e-6 is some ten units in the last place.
+    for frame in pixels:
+        torch.testing.assert_close(frame.double(), expected, atol=1e-6, rtol=0)
+
+
+def test_without_an_image_there_are_no_pixels_and_no_placeholders(processor):
+    inputs = processor.encode([{"role": "user", "content": "What?"}], [])
+    assert inputs.pixel_values.shape == (0, 384)
+    assert inputs.image_grid_thw.shape == (0, 3)
+    assert processor.image_token_id not in inputs.token_ids.tolist()
+
+
+def test_pixel_bounds_of_the_recipe_replace_the_directory_s(model_dir):
+    image = make_image(64, 64)
+    small = ChatProcessor(model_dir, max_pixels=32 * 32).encode(ask(None), [image])
+    large = ChatProcessor(model_dir, min_pixels=96 * 96).encode(ask(None), [image])
+    assert small.image_grid_thw.tolist() == [[1, 4, 4]]
+    assert large.image_grid_thw.tolist() == [[1, 12, 12]]
+
+
+def test_a_sample_becomes_a_prompt_with_the_system_prompt_first(model_dir):
+    sample = Sample(
+        key="s/1", task="vqa", question="What?", answer="blue", answer_format="exact", images=(make_image(32, 32),)
+    )
+    processor = ChatProcessor(model_dir, system_prompt="Be brief.")
+    prompt = processor.encode_sample(sample)
+    assert prompt.sample is sample
+    text = processor.tokenizer.decode(prompt.inputs.token_ids)
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<|vision_start|>")
+
+
+@pytest.mark.parametrize("text", ["blue", "<thinking>7 + 5</thinking><answer>12</answer>", "ünï 漢字 [1, 2]\n", ""])
+def test_a_response_survives_encoding_and_decoding_and_ends_the_turn(processor, text):
+    ids = processor.encode_response(text)
+    assert ids.dtype == torch.int64
+    assert ids[-1] == processor.eos_token_id == processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert processor.decode(ids) == text
+
+
+def test_markup_tags_are_single_tokens(processor):
+    assert len(processor.encode_response("<thinking></thinking><answer></answer>")) == 5
+
+
+def test_digits_are_single_tokens(processor):
+    assert len(processor.encode_response("1234567890")) == 11
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "<|image_pad|>",
+        "<|video_pad|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|endoftext|>",
+    ],
+)
+def test_a_reserved_token_in_a_text_is_refused(processor, token):
+    for messages in (ask(f"a{token}b"), [{"role": "user", "content": token}]):
+        with pytest.raises(SampleError) as caught:
+            processor.encode(messages, [], name="sample s/1")
+        assert str(caught.value) == f"sample s/1: the text contains the reserved token {token}; remove it"
+    with pytest.raises(SampleError):
+        processor.encode_response(token)
+
+
+@pytest.mark.parametrize(("parts", "images"), [((None, "?"), 0), (("?",), 1), ((None, None), 1), ((None,), 2)])
+def test_more_or_fewer_image_parts_than_images_are_an_error(processor, parts, images):
+    with pytest.raises(
+        SampleError, match=f"sample s/1: {parts.count(None)} image parts in the chat, but {images} images"
+    ):
+        processor.encode(ask(*parts), [make_image(32, 32)] * images, name="sample s/1")
+
+
+def test_a_video_part_is_refused(processor):
+    with pytest.raises(SampleError, match="contains a video part"):
+        processor.encode([{"role": "user", "content": [{"type": "video"}]}], [])
+
+
+def test_an_image_of_impossible_shape_is_named(processor):
+    with pytest.raises(SampleError, match="sample s/1: the image processor refuses an image of 900x4 pixels"):
+        processor.encode(ask(None), [make_image(900, 4)], name="sample s/1")
+
+
+def test_the_directory_loads_with_transformers_and_the_model_reads_the_inputs(model_dir, processor):
+    tokenizer, config = AutoTokenizer.from_pretrained(model_dir), AutoConfig.from_pretrained(model_dir)
+    assert len(tokenizer) == config.text_config.vocab_size <= 512
+    assert AutoImageProcessor.from_pretrained(model_dir).patch_size == config.vision_config.patch_size
+    assert sum(config.text_config.rope_parameters["mrope_section"]) == config.text_config.head_dim // 2
+    assert GenerationConfig.from_pretrained(model_dir).eos_token_id == [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    model = Qwen3VLForConditionalGeneration.from_pretrained(model_dir).eval()
+    assert 1e6 < sum(p.numel() for p in model.parameters()) < 2e6
+
+    def logits(image):
+        inputs = processor.encode(ask(None, "What?"), [image])
+        ids = inputs.token_ids[None]
+        with torch.no_grad():
+            return model(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                pixel_values=inputs.pixel_values,
+                image_grid_thw=inputs.image_grid_thw,
+                mm_token_type_ids=(ids == processor.image_token_id).int(),
+            ).logits[0, -1]
+
+    one, two = logits(make_image(64, 64, seed=1)), logits(make_image(64, 64, seed=2))
+    assert one.isfinite().all()
+    assert (one - two).abs().max() > 1e-4  # the pixels reach the last token, even at random weights
+
+
+@pytest.fixture
+def copied(model_dir, tmp_path):
+    target = tmp_path / "model"
+    shutil.copytree(model_dir, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    return target
+
+
+def test_the_template_may_lie_in_json_as_in_the_first_qwen3_vl_releases(copied, processor):
+    template = (copied / "chat_template.jinja").read_text()
+    (copied / "chat_template.jinja").unlink()
+    (copied / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    messages = ask(None, "What?")
+    images = [make_image(32, 32)]
+    assert torch.equal(
+        ChatProcessor(copied).encode(messages, images).token_ids, processor.encode(messages, images).token_ids
+    )
+
+
+def test_a_directory_without_template_is_an_error(copied):
+    (copied / "chat_template.jinja").unlink()
+    with pytest.raises(DataError, match="has no chat template"):
+        ChatProcessor(copied)
+
+
+@pytest.mark.parametrize("name", ["Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast"])
+def test_either_spelling_of_the_image_processor_is_read_with_pil(copied, name):
+    change_preprocessor(copied, image_processor_type=name)
+    assert type(ChatProcessor(copied).image_processor).__name__ == "Qwen2VLImageProcessorPil"
+
+
+def test_another_family_s_image_processor_is_refused(copied):
+    change_preprocessor(copied, image_processor_type="CLIPImageProcessor")
+    with pytest.raises(DataError, match=r"preprocessor_config\.json: image_processor_type is 'CLIPImageProcessor'"):
+        ChatProcessor(copied)
+
+
+def test_a_directory_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere/preprocessor_config\.json does not exist"):
+        ChatProcessor(tmp_path / "nowhere")
+
+
+def test_pixel_bounds_out_of_order_are_an_error(model_dir):
+    with pytest.raises(DataError, match="pixel bounds 99999 to 16384 are not in order"):
+        ChatProcessor(model_dir, min_pixels=99999)
+
+
+def change_preprocessor(directory, **changes):
+    path = directory / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

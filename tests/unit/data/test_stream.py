@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stream is a function of (dataset, weights, seed, position): balanced, resumable, the same on every rank."""
+
+from collections import Counter
+
+import pytest
+
+from megatron_g2rpo.data.errors import DataError, SampleError
+from megatron_g2rpo.data.index import ShardWriter
+from megatron_g2rpo.data.shards import ShardIndex
+from megatron_g2rpo.data.stream import PromptStream, validation_prompts
+from tests.unit.data.conftest import TASK_SIZES, break_image, make_fields, make_png, write_dataset
+
+
+@pytest.fixture
+def make_stream(dataset, processor):
+    def make(task_weights=None, seed=0, **more):
+        return PromptStream(ShardIndex(dataset), task_weights or {}, seed, processor, **more)
+
+    return make
+
+
+def keys(prompts):
+    return [prompt.key for prompt in prompts]
+
+
+def test_the_stream_does_not_depend_on_how_it_is_cut_into_batches(make_stream):
+    whole = keys(make_stream().next_batch(60))
+    stream = make_stream()
+    assert [key for n in (1, 7, 0, 40, 12) for key in keys(stream.next_batch(n))] == whole
+    assert stream.position == 60
+
+
+def test_ranks_that_decode_their_own_rows_get_the_rows_of_the_global_batch(make_stream):
+    whole = make_stream()
+    first, second = make_stream(), make_stream()
+    for _ in range(3):
+        expected = keys(whole.next_batch(10))
+        assert keys(first.next_batch(10, range(5))) + keys(second.next_batch(10, range(5, 10))) == expected
+    assert first.state_dict() == second.state_dict() == whole.state_dict()
+
+
+@pytest.mark.parametrize("position", [0, 1, 29, 250])
+def test_a_saved_position_continues_the_stream(make_stream, position):
+    stream = make_stream({"vqa": 2.5})
+    stream.next_batch(position, rows=range(0))  # moves on without decoding
+    state, expected = stream.state_dict(), keys(stream.next_batch(31))
+    resumed = make_stream({"vqa": 2.5})
+    resumed.next_batch(4)  # what it drew before does not matter
+    resumed.load_state_dict(state)
+    assert keys(resumed.next_batch(31)) == expected
+
+
+def test_every_run_of_as_many_prompts_as_tasks_holds_each_task_once(make_stream):
+    tasks = [prompt.task for prompt in make_stream().next_batch(60)]
+    assert all(sorted(tasks[i : i + 3]) == ["math", "ocr", "vqa"] for i in range(0, 60, 3))
+
+
+def test_every_prefix_holds_each_task_in_proportion_to_its_weight(make_stream):
+    weights = {"math": 0.5, "ocr": 3.0}  # vqa: 1
+    tasks = [prompt.task for prompt in make_stream(weights).next_batch(135)]
+    counts = Counter()
+    for drawn, task in enumerate(tasks, start=1):
+        counts[task] += 1
+        for name, weight in {**weights, "vqa": 1.0}.items():
+            # The task furthest behind is drawn next, so with three tasks none is ever a whole prompt off its share.
+            assert abs(counts[name] - drawn * weight / 4.5) < 1
+
+
+def test_a_task_of_weight_zero_is_never_drawn(make_stream):
+    assert {prompt.task for prompt in make_stream({"ocr": 0}).next_batch(50)} == {"math", "vqa"}
+
+
+def test_each_epoch_of_a_task_draws_every_sample_once_in_another_order(make_stream):
+    drawn = [prompt.key for prompt in make_stream().next_batch(3 * 36) if prompt.task == "vqa"]
+    size = TASK_SIZES["vqa"]
+    epochs = [drawn[i : i + size] for i in range(0, 36, size)]
+    assert all(len(set(epoch)) == size for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_another_seed_is_another_order(make_stream):
+    assert keys(make_stream(seed=1).next_batch(40)) != keys(make_stream(seed=2).next_batch(40))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"seed": 1}, "another seed"), ({"task_weights": {"ocr": 2}}, "another task shares")],
+)
+def test_a_position_in_another_stream_is_refused(make_stream, change, named):
+    with pytest.raises(DataError, match=named):
+        make_stream(**change).load_state_dict(make_stream().state_dict())
+
+
+def test_a_position_in_another_dataset_is_refused(make_stream, processor, tmp_path):
+    other = ShardIndex(write_dataset(tmp_path / "other", {"math": 5, "ocr": 7, "vqa": 13}))
+    with pytest.raises(DataError, match="another dataset fingerprint"):
+        PromptStream(other, {}, 0, processor).load_state_dict(make_stream().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"chart": 1.0}, "task_weights names 'chart', which the data lacks; it has math, ocr, vqa"),
+        ({"ocr": -1.0}, "task_weights.ocr is -1.0"),
+        ({"ocr": float("nan")}, "task_weights.ocr is nan"),
+        (dict.fromkeys(TASK_SIZES, 0.0), "leaves no task"),
+    ],
+)
+def test_impossible_weights_are_an_error(make_stream, weights, message):
+    with pytest.raises(DataError, match=message):
+        make_stream(weights)
+
+
+def test_an_undecodable_image_stops_the_stream_and_is_named(dataset, make_stream):
+    break_image(dataset, "ocr", 4)
+    with pytest.raises(SampleError, match=r"sample 'ocr-4': image '0\.png' cannot be decoded"):
+        make_stream().next_batch(60)
+
+
+def test_skip_replaces_the_bad_sample_within_its_task_counts_it_and_moves_nothing_else(dataset, make_stream, caplog):
+    clean = keys(make_stream().next_batch(60))
+    break_image(dataset, "ocr", 4)
+    stream = make_stream(on_bad_sample="skip")
+    drawn = stream.next_batch(60)
+    bad = [row for row, key in enumerate(clean) if key.endswith("/ocr-4")]
+    assert len(bad) >= 2
+    assert stream.num_skipped >= len(bad)  # a replacement may hit the bad sample again
+    assert len(caplog.messages) == stream.num_skipped
+    assert all("sample 'ocr-4'" in message for message in caplog.messages)
+    for row, (before, now) in enumerate(zip(clean, drawn, strict=True)):
+        assert now.key == before if row not in bad else (now.task == "ocr" and now.key != before)
+
+
+def test_with_skip_a_rank_that_decodes_its_own_rows_gets_the_same_replacements(dataset, make_stream):
+    break_image(dataset, "ocr", 4)
+    whole = make_stream(on_bad_sample="skip")
+    expected = keys(whole.next_batch(60))
+    second_half = make_stream(on_bad_sample="skip")
+    assert keys(second_half.next_batch(60, range(30, 60))) == expected[30:]
+    assert 0 < second_half.num_skipped < whole.num_skipped
+
+
+def test_a_task_with_nothing_but_bad_samples_is_an_error(tmp_path, processor):
+    with ShardWriter(tmp_path) as writer:
+        for n in range(3):
+            writer.write(f"vqa-{n}", make_fields("vqa", n), [b"no image"])
+    stream = PromptStream(ShardIndex(tmp_path), {}, 0, processor, "skip")
+    with pytest.raises(DataError, match="task 'vqa': 32 undecodable samples in a row"):
+        stream.next_batch(1)
+
+
+def test_supervised_training_needs_a_response_in_every_sample(tmp_path, processor):
+    with ShardWriter(tmp_path) as writer:
+        writer.write("good", make_fields("vqa", 0), [make_png(0)])
+        writer.write("bare", make_fields("vqa", 1, response=None), [make_png(1)])
+    index = ShardIndex(tmp_path)
+    assert len(PromptStream(index, {}, 0, processor).next_batch(2)) == 2
+    with pytest.raises(DataError, match="sample shard-000000/bare has no response"):
+        PromptStream(index, {}, 0, processor, "skip", need_response=True).next_batch(2)
+
+
+def test_validation_takes_the_first_of_every_task(dataset, processor):
+    prompts = validation_prompts(ShardIndex(dataset), 6, processor)
+    counts = Counter(prompt.task for prompt in prompts)
+    assert counts == {"math": 5, "ocr": 6, "vqa": 6}
+    assert [p.key.split("/")[1] for p in prompts if p.task == "vqa"] == [f"vqa-{n}" for n in range(6)]
+
+
+def test_validation_on_a_bad_sample_raises_or_takes_the_next(dataset, processor):
+    break_image(dataset, "vqa", 2)
+    with pytest.raises(SampleError, match="vqa-2"):
+        validation_prompts(ShardIndex(dataset), 6, processor)
+    prompts = validation_prompts(ShardIndex(dataset), 6, processor, on_bad_sample="skip")
+    assert [p.key.split("/")[1] for p in prompts if p.task == "vqa"] == [f"vqa-{n}" for n in (0, 1, 3, 4, 5, 6)]
