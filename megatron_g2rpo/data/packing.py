@@ -61,7 +61,7 @@ def assign_bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
         if lengths[index] > budget:
             raise ValueError(
                 f"a sequence of {lengths[index]} tokens exceeds the {budget} tokens of a micro-batch; raise "
-                "policy.sequence_packing.*_mb_tokens or lower policy.max_total_sequence_length"
+                "policy.sequence_packing.train_mb_tokens or lower policy.max_total_sequence_length"
             )
         fit = next((b for b, left in enumerate(room) if left >= lengths[index]), None)
         if fit is None:

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's validation per task, before and after, as one picture and one table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+METRICS_FILE = "metrics.jsonl"
+REPORT_DIR = "report"
+PREFIX = "val/"
+MEAN = "mean over tasks"
+
+
+class ReportError(ValueError):
+    """The run directory holds nothing to report."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A validation metric of one task at the first and the last validation of a run."""
+
+    task: str
+    before: float
+    after: float
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """The lines of ``metrics.jsonl``.
+
+    Raises:
+        ReportError: there is no such file, or it is empty.
+    """
+    path = run / METRICS_FILE
+    if not path.exists():
+        raise ReportError(f"{path} does not exist; {run} is not the directory of a run")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    if not lines:
+        raise ReportError(f"{path} is empty: the run has not finished a step")
+    return lines
+
+
+def changes(lines: list[dict[str, float]], metric: str) -> list[Change]:
+    """Change of ``val/<task>/<metric>`` for every task, and of the mean over tasks last.
+
+    Raises:
+        ReportError: fewer than two validations.
+    """
+    validations = [line for line in lines if f"{PREFIX}mean_{metric}" in line]
+    if len(validations) < 2:
+        raise ReportError("the run has fewer than two validations: nothing to compare (grpo.val_at_start, val_at_end)")
+    first, last = validations[0], validations[-1]
+    tasks = [key.split("/")[1] for key in first if key.startswith(PREFIX) and key.endswith(f"/{metric}")]
+    rows = [Change(task, first[f"{PREFIX}{task}/{metric}"], last[f"{PREFIX}{task}/{metric}"]) for task in tasks]
+    return [*rows, Change(MEAN, first[f"{PREFIX}mean_{metric}"], last[f"{PREFIX}mean_{metric}"])]
+
+
+def draw(run: Path) -> Path:
+    """Print the table of rewards and accuracies, and draw the picture.
+
+    Returns:
+        The picture, ``RUN/report/rewards.png``.
+
+    Raises:
+        ReportError: see ``read_metrics`` and ``changes``.
+    """
+    lines = read_metrics(run)
+    rewards = {name: changes(lines, name) for name in ("reward", "greedy_reward", "accuracy", "greedy_accuracy")}
+    _print(rewards)
+    target = run / REPORT_DIR / "rewards.png"
+    target.parent.mkdir(exist_ok=True)
+    _picture(lines, rewards, target)
+    return target
+
+
+def _print(rewards: dict[str, list[Change]]) -> None:
+    headings = {
+        "reward": "reward (sampled)",
+        "greedy_reward": "reward (greedy)",
+        "accuracy": "accuracy (sampled)",
+        "greedy_accuracy": "accuracy (greedy)",
+    }
+    table = Table("task", *headings.values(), title="validation, before -> after")
+    for rows in zip(*rewards.values(), strict=True):
+        table.add_row(rows[0].task, *(f"{row.before:.3f} -> {row.after:.3f}" for row in rows))
+    Console().print(table)
+
+
+def _picture(lines: list[dict[str, float]], rewards: dict[str, list[Change]], target: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (bars, curve) = plt.subplots(1, 2, figsize=(13, 4.2), width_ratios=(2, 1), layout="constrained")
+    sampled, greedy = rewards["reward"], rewards["greedy_reward"]
+    width = 0.2
+    for offset, rows, side, colour, label in (
+        (-1.5, sampled, "before", "#b9c9de", "sampled, before"),
+        (-0.5, sampled, "after", "#2f5f9e", "sampled, after"),
+        (0.5, greedy, "before", "#f3d3b0", "greedy, before"),
+        (1.5, greedy, "after", "#d9791e", "greedy, after"),
+    ):
+        places = [index + offset * width for index in range(len(rows))]
+        drawn = bars.bar(places, [getattr(row, side) for row in rows], width, color=colour, label=label)
+        bars.bar_label(drawn, fmt="%.2f", fontsize=6.5)
+    bars.set_xticks(range(len(sampled)), [row.task.replace("_", "\n") for row in sampled], fontsize=8)
+    bars.set_ylabel("validation reward")
+    bars.legend(fontsize=7, ncols=2)
+    steps = [(line["step"], line["train/reward"]) for line in lines if "train/reward" in line]
+    curve.plot(*zip(*steps, strict=True), color="#8a8a8a", linewidth=1, label="train, sampled")
+    for metric, colour in (("val/mean_reward", "#2f5f9e"), ("val/mean_greedy_reward", "#d9791e")):
+        points = [(line["step"], line[metric]) for line in lines if metric in line]
+        curve.plot(*zip(*points, strict=True), marker="o", color=colour, label=metric)
+    curve.set_xlabel("step")
+    curve.set_ylabel("mean reward")
+    curve.legend(fontsize=7)
+    for axis in (bars, curve):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(target, dpi=130)
+    plt.close(figure)
