@@ -6,8 +6,20 @@ recipe defines; ``dump`` writes a recipe out in full. Attribute names are the YA
 """
 
 from megatron_g2rpo.recipe.errors import RecipeError
-from megatron_g2rpo.recipe.identity import dump, fingerprint, identity
+from megatron_g2rpo.recipe.identity import describe_layout, dump, fingerprint, identity
+from megatron_g2rpo.recipe.layers import EXEMPLARS
 from megatron_g2rpo.recipe.load import load
 from megatron_g2rpo.recipe.schema import Recipe, SftRecipe, TrainRecipe
 
-__all__ = ["Recipe", "RecipeError", "SftRecipe", "TrainRecipe", "dump", "fingerprint", "identity", "load"]
+__all__ = [
+    "EXEMPLARS",
+    "Recipe",
+    "RecipeError",
+    "SftRecipe",
+    "TrainRecipe",
+    "describe_layout",
+    "dump",
+    "fingerprint",
+    "identity",
+    "load",
+]

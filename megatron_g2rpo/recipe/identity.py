@@ -67,6 +67,26 @@ def fingerprint(recipe: Recipe) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def describe_layout(recipe: Recipe) -> str:
+    """How the run is laid out over processes, one fact a line."""
+    cluster, megatron = recipe.cluster, recipe.policy.megatron_cfg
+    batch = recipe.policy.train_global_batch_size
+    lines = [
+        f"processes: {recipe.world_size} = {cluster.num_nodes} node(s) x {cluster.gpus_per_node}",
+        f"layout: tensor {megatron.tensor_model_parallel_size} x pipeline {megatron.pipeline_model_parallel_size} x "
+        f"context {megatron.context_parallel_size} x data {recipe.data_parallel_size}",
+        f"micro-batch row: {recipe.policy.sequence_packing.train_mb_tokens} tokens",
+    ]
+    if isinstance(recipe, TrainRecipe):
+        lines += [
+            f"step: {recipe.grpo.num_prompts_per_step} prompts x {recipe.grpo.num_generations_per_prompt} generations "
+            f"= {recipe.num_rollouts_per_step} rollouts, {recipe.num_updates_per_step} update(s) of {batch}",
+        ]
+    else:
+        lines.append(f"step: {batch} sequences, 1 update")
+    return "\n".join(lines)
+
+
 def _is_excluded(key: str) -> bool:
     return any(key == excluded or key.startswith(f"{excluded}.") for excluded in NOT_IDENTITY)
 

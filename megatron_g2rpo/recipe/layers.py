@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes that inherit: ``defaults:``, ``_override_: true`` and ``key=value`` overrides, in NeMo-RL's sense.
 
-A recipe names its parents under ``defaults`` (one path or a list, relative to the file). Parents are merged first,
-depth first, in order; the last one to set a key wins, and the file itself comes last. Mappings merge key by key;
-everything else, lists included, replaces. A mapping that holds ``_override_: true`` replaces the inherited one instead
-of merging.
+A recipe names its parents under ``defaults``: one path or a list, relative to the file, or the name of an exemplar
+(``exemplars/``). Parents are merged first, depth first, in order; the last one to set a key wins, and the file itself
+comes last. Mappings merge key by key; everything else, lists included, replaces. A mapping that holds
+``_override_: true`` replaces the inherited one instead of merging.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from megatron_g2rpo.recipe.source import Document, read_document, read_value
 
 DEFAULTS = "defaults"
 REPLACE = "_override_"
+# Complete recipes, shipped with the package: they hold every key, and recipes anywhere inherit from them by name.
+EXEMPLARS = Path(__file__).parent / "exemplars"
 
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*")
 
@@ -65,7 +67,13 @@ def parent_paths(path: Path, document: Document) -> list[Path]:
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise RecipeError(f"{document.origins[DEFAULTS]}: defaults must be a path or a list of paths, got {names!r}")
-    return [Path(os.path.normpath(path.parent / name)) for name in names]
+    return [_parent(path.parent, name) for name in names]
+
+
+def _parent(directory: Path, name: str) -> Path:
+    beside = Path(os.path.normpath(directory / name))
+    exemplar = EXEMPLARS / name
+    return exemplar if not beside.exists() and exemplar.is_file() else beside
 
 
 def merge(base: Document, top: Document) -> Document:

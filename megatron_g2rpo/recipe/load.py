@@ -47,7 +47,7 @@ def load(path: str | Path, overrides: Sequence[str], kind: Literal["train", "sft
         faults = [_describe(fault, model, document.origins) for fault in error.errors(include_url=False)]
     lines = [f"recipe {path} cannot be used for {kind}:", *(f"  {fault}" for fault in faults)]
     if any("missing key " in fault for fault in faults):
-        lines.append("  An exemplar (examples/recipes/vlm_g2rpo.yaml, vlm_sft.yaml) holds every key: inherit from it.")
+        lines.append("  An exemplar (defaults: vlm_g2rpo.yaml or vlm_sft.yaml) holds every key: inherit from it.")
     raise RecipeError("\n".join(lines))
 
 

@@ -92,9 +92,7 @@ class SequencePacking(Section):
     """``policy.sequence_packing``: how many tokens one micro-batch row holds."""
 
     train_mb_tokens: PositiveInt
-    """Tokens of a row in the update, padding included."""
-    logprob_mb_tokens: PositiveInt
-    """Tokens of a row where log-probabilities are only computed, padding included."""
+    """Tokens of a row."""
 
 
 class Generation(Section):
@@ -144,13 +142,12 @@ class Policy(Section):
                 "generation.max_new_tokens",
                 "max_total_sequence_length",
             )
-        for name in ("train_mb_tokens", "logprob_mb_tokens"):
-            tokens = getattr(self.sequence_packing, name)
-            if tokens < total:
-                raise conflict(
-                    f"sequence_packing.{name} ({tokens}) is less than max_total_sequence_length ({total}): a row would "
-                    "not hold one sequence",
-                    f"sequence_packing.{name}",
-                    "max_total_sequence_length",
-                )
+        row = self.sequence_packing.train_mb_tokens
+        if row < total:
+            raise conflict(
+                f"sequence_packing.train_mb_tokens ({row}) is less than max_total_sequence_length ({total}): a row "
+                "would not hold one sequence",
+                "sequence_packing.train_mb_tokens",
+                "max_total_sequence_length",
+            )
         return self

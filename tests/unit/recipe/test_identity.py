@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from megatron_g2rpo import recipe
+from megatron_g2rpo.recipe import EXEMPLARS
 from megatron_g2rpo.recipe.identity import NOT_IDENTITY
 from megatron_g2rpo.recipe.keys import dotted_keys
 from megatron_g2rpo.recipe.schema import SftRecipe, TrainRecipe
 from tests.unit.recipe.conftest import RECIPES
 
-EXEMPLAR = RECIPES / "vlm_g2rpo.yaml"
+EXEMPLAR = EXEMPLARS / "vlm_g2rpo.yaml"
 MEGATRON = "policy.megatron_cfg"
 
 
@@ -32,7 +33,7 @@ def fingerprint(*overrides: str) -> str:
         ["logger.log_dir=elsewhere", "logger.tensorboard_enabled=false"],
         ["checkpointing.save_period=3", "checkpointing.enabled=false"],
         ["policy.generation.batch_size=3"],
-        ["policy.sequence_packing={train_mb_tokens: 5000, logprob_mb_tokens: 6000}"],
+        ["policy.sequence_packing.train_mb_tokens=5000"],
         ["policy.logprob_chunk_size=null"],
         ["grpo.max_num_steps=7", "grpo.val_period=3", "grpo.val_at_start=false"],
         [f"{MEGATRON}.optimizer.weight_decay=1.0e-2"],
@@ -102,7 +103,11 @@ def test_identities_say_what_differs() -> None:
 def test_a_dump_loads_to_an_equal_recipe(tmp_path: Path, name: str, kind: str) -> None:
     # 1/3 and 1e-7 have no short decimal form: the text must still give back every bit.
     odd = ["env.reward_weights.length=0.3333333333333333", f"{MEGATRON}.optimizer.adam_eps=1e-7"]
-    loaded = recipe.load(RECIPES / f"{name}.yaml", [*odd, "data.system_prompt='yes: \"é\"'"], kind)  # type: ignore[call-overload]
+    loaded = recipe.load(
+        (EXEMPLARS if name in ("vlm_g2rpo", "vlm_sft") else RECIPES) / f"{name}.yaml",
+        [*odd, "data.system_prompt='yes: \"é\"'"],
+        kind,
+    )  # type: ignore[call-overload]
     dumped = tmp_path / "recipe.yaml"
     dumped.write_text(recipe.dump(loaded), encoding="utf-8")
     assert recipe.load(dumped, [], kind) == loaded  # type: ignore[call-overload]

@@ -7,10 +7,11 @@ import pytest
 from pydantic import ValidationError
 
 from megatron_g2rpo import recipe
-from tests.unit.recipe.conftest import RECIPES, Write
+from megatron_g2rpo.recipe import EXEMPLARS
+from tests.unit.recipe.conftest import Write
 
-G2RPO = RECIPES / "vlm_g2rpo.yaml"
-SFT = RECIPES / "vlm_sft.yaml"
+G2RPO = EXEMPLARS / "vlm_g2rpo.yaml"
+SFT = EXEMPLARS / "vlm_sft.yaml"
 
 
 def failure(path: object, overrides: list[str] = [], kind: str = "train") -> str:  # noqa: B006 (read only)
@@ -99,7 +100,7 @@ def test_a_missing_key_is_named_with_the_file_that_should_have_it(write: Write) 
     message = failure(path)
     assert f"{path}:1: missing key 'grpo.max_num_steps'" in message
     assert "missing key 'policy'" in message
-    assert "An exemplar (examples/recipes/vlm_g2rpo.yaml, vlm_sft.yaml) holds every key" in message
+    assert "An exemplar (defaults: vlm_g2rpo.yaml or vlm_sft.yaml) holds every key" in message
 
 
 def test_a_new_task_must_say_what_it_has() -> None:

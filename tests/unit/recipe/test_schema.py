@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from megatron_g2rpo import recipe
+from megatron_g2rpo.recipe import EXEMPLARS
 from megatron_g2rpo.recipe.base import Section
 from megatron_g2rpo.recipe.keys import dotted_keys
 from megatron_g2rpo.recipe.schema import SftRecipe, TrainRecipe
-from tests.unit.recipe.conftest import RECIPES
 
-EXEMPLAR = RECIPES / "vlm_g2rpo.yaml"
+EXEMPLAR = EXEMPLARS / "vlm_g2rpo.yaml"
 MEGATRON = "policy.megatron_cfg"
 
 
@@ -95,7 +95,6 @@ def test_a_value_out_of_its_range_is_refused(override: str) -> None:
         ([f"{MEGATRON}.optimizer.min_lr=1.0"], r"min_lr \(1\.0\) <= lr \(2e-06\)"),
         (["policy.max_total_sequence_length=2048"], "leaves no room for a prompt"),
         (["policy.sequence_packing.train_mb_tokens=4095"], r"train_mb_tokens \(4095\) is less than"),
-        (["policy.sequence_packing.logprob_mb_tokens=4095"], r"logprob_mb_tokens \(4095\) is less than"),
         (["policy.train_global_batch_size=768"], "does not divide the 1024 rollouts"),
         (["grpo.num_generations_per_prompt=1"], "a group of 1 has no advantage"),
         ([f"{MEGATRON}.tensor_model_parallel_size=2"], "= 1, not a multiple of the 2"),
@@ -129,7 +128,7 @@ def test_values_that_contradict_each_other_are_refused(overrides: list[str], mes
         ["loss_fn.ratio_clip_c=null", "policy.logprob_chunk_size=null", "checkpointing.keep_latest_k=null"],
         ["policy.train_global_batch_size=1024"],
         ["data.task_weights={ocr: 0.0, math: 2}"],
-        ["policy.sequence_packing={train_mb_tokens: 4096, logprob_mb_tokens: 4096}"],
+        ["policy.sequence_packing.train_mb_tokens=4096"],
         [f"{MEGATRON}.scheduler={{lr_decay_style: cosine, lr_warmup_steps: 399}}"],
         [f"{MEGATRON}.tensor_model_parallel_size=2", "cluster.gpus_per_node=2"],
     ],

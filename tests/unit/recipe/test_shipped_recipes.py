@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from megatron_g2rpo import recipe
+from megatron_g2rpo.recipe import EXEMPLARS
 from megatron_g2rpo.recipe.layers import DEFAULTS, REPLACE, load_file, merge, parent_paths
 from megatron_g2rpo.recipe.source import Document, read_document
 from tests.unit.recipe.conftest import RECIPES, Write
 
-SHIPPED = sorted(RECIPES.glob("*.yaml"))
-EXEMPLARS = {"vlm_g2rpo.yaml", "vlm_sft.yaml"}
-MINIMAL = [path for path in sorted(RECIPES.rglob("*.yaml")) if path.name not in EXEMPLARS]
+MINIMAL = sorted(RECIPES.rglob("*.yaml"))
+SHIPPED = [*sorted(RECIPES.glob("*.yaml")), *sorted(EXEMPLARS.glob("*.yaml"))]
 NAME = re.compile(
     r"vlm_(?P<kind>g2rpo|sft)-(?P<model>[a-z0-9.]+)-(?P<nodes>\d+)n(?P<gpus>\d+)g-megatron-tp(?P<tp>\d+)(-[a-z0-9]+)*\.yaml"
 )
@@ -34,7 +34,7 @@ def test_every_shipped_recipe_loads(path: Path) -> None:
     load(path)
 
 
-@pytest.mark.parametrize("path", [p for p in SHIPPED if p.name not in EXEMPLARS], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
 def test_a_recipe_is_named_after_what_it_runs_on(path: Path) -> None:
     match = NAME.fullmatch(path.name)
     assert match, "vlm_<g2rpo|sft>-<model>-<nodes>n<gpus>g-megatron-tp<size>[-modifiers].yaml"
@@ -88,8 +88,8 @@ def test_a_repeated_value_would_be_found(write: Write) -> None:
 
 
 def test_the_exemplars_agree_but_for_their_loop() -> None:
-    train = recipe.load(RECIPES / "vlm_g2rpo.yaml", [], "train").model_dump()
-    sft = recipe.load(RECIPES / "vlm_sft.yaml", [], "sft").model_dump()
+    train = recipe.load(EXEMPLARS / "vlm_g2rpo.yaml", [], "train").model_dump()
+    sft = recipe.load(EXEMPLARS / "vlm_sft.yaml", [], "sft").model_dump()
     different = {key for key, value in flat(train).items() if key in flat(sft) and flat(sft)[key] != value}
     assert different == {
         "checkpointing.checkpoint_dir",
