@@ -103,14 +103,23 @@ def test_identities_say_what_differs() -> None:
 def test_a_dump_loads_to_an_equal_recipe(tmp_path: Path, name: str, kind: str) -> None:
     # 1/3 and 1e-7 have no short decimal form: the text must still give back every bit.
     odd = ["env.reward_weights.length=0.3333333333333333", f"{MEGATRON}.optimizer.adam_eps=1e-7"]
-    loaded = recipe.load(
-        (EXEMPLARS if name in ("vlm_g2rpo", "vlm_sft") else RECIPES) / f"{name}.yaml",
-        [*odd, "data.system_prompt='yes: \"é\"'"],
-        kind,
-    )  # type: ignore[call-overload]
+    overrides = [*odd, "data.system_prompt='yes: \"é\"'"]
+    loaded = recipe.load(EXEMPLARS / f"{name}.yaml", overrides, kind)  # type: ignore[call-overload]
     dumped = tmp_path / "recipe.yaml"
     dumped.write_text(recipe.dump(loaded), encoding="utf-8")
     assert recipe.load(dumped, [], kind) == loaded  # type: ignore[call-overload]
+
+
+def test_the_layout_is_described() -> None:
+    layout = ["cluster.num_nodes=2", "cluster.gpus_per_node=4", f"{MEGATRON}.tensor_model_parallel_size=2"]
+    assert recipe.describe_layout(recipe.load(EXEMPLAR, layout, "train")).splitlines() == [
+        "processes: 8 = 2 node(s) x 4",
+        "layout: tensor 2 x pipeline 1 x context 1 x data 4",
+        "micro-batch row: 8192 tokens",
+        "step: 128 prompts x 8 generations = 1024 rollouts, 4 update(s) of 256",
+    ]
+    sft = recipe.load(EXEMPLARS / "vlm_sft.yaml", [], "sft")
+    assert recipe.describe_layout(sft).splitlines()[-1] == "step: 128 sequences, 1 update"
 
 
 def test_a_dump_has_the_sections_in_the_order_of_the_exemplar() -> None:

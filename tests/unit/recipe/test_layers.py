@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_g2rpo.recipe.errors import RecipeError
-from megatron_g2rpo.recipe.layers import load_layers
+from megatron_g2rpo.recipe.layers import EXEMPLARS, load_layers
 from tests.unit.recipe.conftest import Write
 
 
@@ -34,6 +34,17 @@ def test_defaults_are_relative_to_the_file(write: Write, monkeypatch: pytest.Mon
     child = write("deep/down/child.yaml", "defaults: ../../base/parent.yaml\n")
     monkeypatch.chdir(tmp_path / "other")
     assert load_layers(Path(os.path.relpath(child))).tree == {"a": 1, "b": 2}
+
+
+def test_an_exemplar_is_inherited_by_name_from_anywhere(write: Write) -> None:
+    exemplar = load_layers(EXEMPLARS / "vlm_g2rpo.yaml").tree
+    assert exemplar
+    assert load_layers(write("far/away.yaml", "defaults: vlm_g2rpo.yaml\n")).tree == exemplar
+
+
+def test_a_file_beside_the_recipe_comes_before_an_exemplar_of_that_name(write: Write) -> None:
+    write("vlm_g2rpo.yaml", "own: 1\n")
+    assert load_layers(write("child.yaml", "defaults: vlm_g2rpo.yaml\n")).tree == {"own": 1}
 
 
 def test_override_marker_replaces_what_is_inherited(write: Write) -> None:
