@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """slurm/train_g2rpo.sh: what it would launch, with Slurm's commands replaced by stubs.
 
-Not tested here: a real scheduler, and the training that the launchers start.
+Not tested here: a real scheduler, several machines, and the training that the launchers start.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +150,31 @@ def test_a_mistake_ends_the_job_before_anything_starts(
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (stubs.parent / "srun.args").exists()
+
+
+def test_the_launchers_of_two_nodes_form_one_world(stubs: Path, tmp_path: Path) -> None:
+    """The real torchrun, started twice on this machine in the place of srun; the training is a stub."""
+    package = tmp_path / "submit" / "megatron_g2rpo"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "recipe").symlink_to(ROOT / "megatron_g2rpo" / "recipe")
+    (package / "cli.py").write_text(
+        "import json, os, sys\n"
+        f"with open(f'{tmp_path}/rank' + os.environ['RANK'], 'w') as file:\n"
+        "    json.dump([os.environ['WORLD_SIZE'], os.environ['LOCAL_WORLD_SIZE'], sys.argv[1:]], file)\n"
+    )
+    (stubs / "srun").write_text(
+        '#!/usr/bin/env bash\nwhile [[ $1 == --* ]]; do shift; done\n"$@" & first=$!\n"$@" && wait "$first"\n'
+    )
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    job = {**JOB, "SLURM_GPUS_ON_NODE": "2", "SLURM_SUBMIT_DIR": str(package.parent), "OMP_NUM_THREADS": "1"}
+    result = run(stubs, str(ROOT / RECIPE), *HARD, **job, MASTER_ADDR="localhost", MASTER_PORT=port)
+    assert result.returncode == 0, result.stderr
+    arguments = ["train", str(ROOT / RECIPE), *HARD, "cluster.num_nodes=2", "cluster.gpus_per_node=2"]
+    for rank in range(4):
+        assert json.loads((tmp_path / f"rank{rank}").read_text()) == ["4", "2", arguments]
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.sh")), ids=lambda path: path.name)
