@@ -151,26 +151,33 @@ class PromptStream:
 
 
 def validation_prompts(
-    index: ShardIndex, per_task: int, processor: ChatProcessor, on_bad_sample: OnBadSample = "error"
+    index: ShardIndex,
+    per_task: int,
+    processor: ChatProcessor,
+    on_bad_sample: OnBadSample = "error",
+    rows: slice = slice(None),
 ) -> list[Prompt]:
-    """The first ``per_task`` decodable samples of every task (all, where there are fewer), task by task.
+    """The first ``per_task`` samples of every task (all, where there are fewer), task by task.
+
+    Args:
+        index: the held-out shards.
+        per_task: samples of each task.
+        processor: encodes samples.
+        on_bad_sample: ``skip`` leaves an undecodable sample out, without replacement: which samples are held out does
+            not depend on how they are shared over ranks.
+        rows: which of them to decode and return, so that a rank pays for its own part only.
 
     Raises:
         SampleError: an undecodable sample under ``on_bad_sample: error``.
     """
     prompts = []
-    for task in index.tasks:
-        found = 0
-        for entry in index.entries(task):
-            if found == per_task:
-                break
-            try:
-                prompts.append(encode_entry(index, entry, processor))
-                found += 1
-            except SampleError as error:
-                if on_bad_sample == "error":
-                    raise
-                _logger.warning("skipped: %s", error)
+    for entry in [entry for task in index.tasks for entry in index.entries(task)[:per_task]][rows]:
+        try:
+            prompts.append(encode_entry(index, entry, processor))
+        except SampleError as error:
+            if on_bad_sample == "error":
+                raise
+            _logger.warning("left out of validation: %s", error)
     return prompts
 
 

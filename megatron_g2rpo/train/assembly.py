@@ -64,10 +64,7 @@ def assemble(recipe: Recipe) -> Assembly:
     known = set(recipe.env.tasks)
     train_index = ShardIndex(data.train.path, known_tasks=known)
     validation_index = ShardIndex(data.validation.path, known_tasks=known)
-    policy = MegatronPolicy(
-        recipe.policy, device, seed=loop.seed, max_steps=loop.max_num_steps * updates
-    )
-    world = torch.distributed.get_world_size()
+    policy = MegatronPolicy(recipe.policy, device, seed=loop.seed, max_steps=loop.max_num_steps * updates)
     stream = PromptStream(
         train_index,
         data.task_weights,
@@ -81,11 +78,15 @@ def assemble(recipe: Recipe) -> Assembly:
         processor=processor,
         policy=policy,
         packer=packer_for(processor),
-        engine=engine_for(recipe, processor, device),
+        engine=engine_for(recipe, processor, device, policy.model.vocab_size),
         stream=stream,
-        validation=validation_prompts(validation_index, loop.max_val_samples, processor, data.on_bad_sample)[
-            torch.distributed.get_rank() :: world
-        ],
+        validation=validation_prompts(
+            validation_index,
+            loop.max_val_samples,
+            processor,
+            data.on_bad_sample,
+            rows=slice(torch.distributed.get_rank(), None, torch.distributed.get_world_size()),
+        ),
         tasks=tuple(sorted(recipe.env.tasks)),
     )
 
@@ -99,16 +100,21 @@ def packer_for(processor: ChatProcessor) -> Packer:
     )
 
 
-def engine_for(recipe: Recipe, processor: ChatProcessor, device: Device) -> engines.Engine:
-    """The rollout engine that the recipe names, without weights."""
+def engine_for(recipe: Recipe, processor: ChatProcessor, device: Device, vocab_size: int) -> engines.Engine:
+    """The rollout engine that the recipe names, without weights.
+
+    Args:
+        vocab_size: rows of the model's embedding; ids that the tokenizer does not know must not be sampled.
+    """
     generation = recipe.policy.generation
+    unknown = range(len(processor.tokenizer), vocab_size)
     return engines.get(generation.backend)(
         recipe.policy.model_name,
         device=device.torch_device,
         dtype=DTYPES[recipe.policy.precision],
         eos_token_ids=[processor.eos_token_id],
         pad_token_id=processor.pad_token_id,
-        banned_token_ids=processor.vision_token_ids,
+        banned_token_ids=[*processor.vision_token_ids, *unknown],
         decode=processor.decode,
         max_new_tokens=generation.max_new_tokens,
         batch_size=generation.batch_size,

@@ -167,9 +167,15 @@ def test_validation_takes_the_first_of_every_task(dataset, processor):
     assert [p.key.split("/")[1] for p in prompts if p.task == "vqa"] == [f"vqa-{n}" for n in range(6)]
 
 
-def test_validation_on_a_bad_sample_raises_or_takes_the_next(dataset, processor):
+def test_validation_shared_over_ranks_is_the_whole(dataset, processor):
+    index = ShardIndex(dataset)
+    parts = [validation_prompts(index, 6, processor, rows=slice(rank, None, 3)) for rank in range(3)]
+    assert sorted(key for part in parts for key in keys(part)) == sorted(keys(validation_prompts(index, 6, processor)))
+
+
+def test_validation_on_a_bad_sample_raises_or_leaves_it_out(dataset, processor):
     break_image(dataset, "vqa", 2)
     with pytest.raises(SampleError, match="vqa-2"):
         validation_prompts(ShardIndex(dataset), 6, processor)
     prompts = validation_prompts(ShardIndex(dataset), 6, processor, on_bad_sample="skip")
-    assert [p.key.split("/")[1] for p in prompts if p.task == "vqa"] == [f"vqa-{n}" for n in (0, 1, 3, 4, 5, 6)]
+    assert [p.key.split("/")[1] for p in prompts if p.task == "vqa"] == [f"vqa-{n}" for n in (0, 1, 3, 4, 5)]
