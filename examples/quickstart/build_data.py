@@ -329,14 +329,17 @@ def build(out: Path, seed: int = 0, train_sizes: dict[str, int] = TRAIN_SIZES, v
     train_digits, val_digits = load_digit_splits(rng)
     train = build_split(out, "train", train_digits, rng, train_sizes)
     val = build_split(out, "val", val_digits, rng, dict.fromkeys(train_sizes, val_size))
+    blind = text_only_accuracy([(r["question"], r["answer"]) for r in val if r["task"] == "general_vqa"])
     card = {
         "seed": seed,
         "samples": {
             name: dict(Counter(r["task"] for r in records)) for name, records in (("train", train), ("val", val))
         },
         "made_images": sorted({r["task"] for r in train if r["made"]}),
+        # Shown beside the policy's accuracy by `megatron-g2rpo report`.
+        "text_only_accuracy": {"general_vqa": blind["all"]},
         "general_vqa_text_only_accuracy": {
-            "val": text_only_accuracy([(r["question"], r["answer"]) for r in val if r["task"] == "general_vqa"]),
+            "val": blind,
             "all_of_easy_vqa_test": text_only_accuracy([q[:2] for q in load_pictures("test")[1]]),
         },
         "licences": {"easy-vqa": "MIT", "scikit-learn digits": "CC BY 4.0 (UCI Optical Recognition of Digits)"},

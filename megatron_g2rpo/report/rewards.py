@@ -7,8 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+import yaml
 
 METRICS_FILE = "metrics.jsonl"
 REPORT_DIR = "report"
@@ -59,6 +58,16 @@ def changes(lines: list[dict[str, float]], metric: str) -> list[Change]:
     return [*rows, Change(MEAN, first[f"{PREFIX}mean_{metric}"], last[f"{PREFIX}mean_{metric}"])]
 
 
+def text_only_accuracy(run: Path) -> dict[str, float]:
+    """Task -> accuracy that needs no image, from the card beside the run's validation data; empty where there is none.
+
+    The card is ``card.json`` in the folder above the validation shards, with ``{"text_only_accuracy": {task: number}}``.
+    """
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    card = Path(recipe["data"]["validation"]["path"]).parent / "card.json"
+    return json.loads(card.read_text()).get("text_only_accuracy", {}) if card.exists() else {}
+
+
 def draw(run: Path) -> Path:
     """Print the table of rewards and accuracies, and draw the picture.
 
@@ -70,24 +79,26 @@ def draw(run: Path) -> Path:
     """
     lines = read_metrics(run)
     rewards = {name: changes(lines, name) for name in ("reward", "greedy_reward", "accuracy", "greedy_accuracy")}
-    _print(rewards)
+    print(table(rewards, text_only_accuracy(run)))
     target = run / REPORT_DIR / "rewards.png"
     target.parent.mkdir(exist_ok=True)
     _picture(lines, rewards, target)
     return target
 
 
-def _print(rewards: dict[str, list[Change]]) -> None:
-    headings = {
-        "reward": "reward (sampled)",
-        "greedy_reward": "reward (greedy)",
-        "accuracy": "accuracy (sampled)",
-        "greedy_accuracy": "accuracy (greedy)",
-    }
-    table = Table("task", *headings.values(), title="validation, before -> after")
-    for rows in zip(*rewards.values(), strict=True):
-        table.add_row(rows[0].task, *(f"{row.before:.3f} -> {row.after:.3f}" for row in rows))
-    Console().print(table)
+def table(rewards: dict[str, list[Change]], text_only: dict[str, float]) -> str:
+    """The table as text, a line per task, with the accuracy that needs no image where it is known."""
+    headings = {name: name.replace("_", " ") for name in rewards}
+    width = max(len(change.task) for change in rewards["reward"])
+    rows = ["validation, before -> after", "  ".join(["task".ljust(width), *(h.ljust(14) for h in headings.values())])]
+    for changed in zip(*rewards.values(), strict=True):
+        cells = [f"{change.before:.3f} -> {change.after:.3f}" for change in changed]
+        rows.append("  ".join([changed[0].task.ljust(width), *cells]))
+    notes = [
+        f"{task}: accuracy {text_only[task]:.3f} without looking at the image (a question's commonest training answer)"
+        for task in text_only
+    ]
+    return "\n".join([*rows, *notes])
 
 
 def _picture(lines: list[dict[str, float]], rewards: dict[str, list[Change]], target: Path) -> None:
@@ -110,7 +121,8 @@ def _picture(lines: list[dict[str, float]], rewards: dict[str, list[Change]], ta
         bars.bar_label(drawn, fmt="%.2f", fontsize=6.5)
     bars.set_xticks(range(len(sampled)), [row.task.replace("_", "\n") for row in sampled], fontsize=8)
     bars.set_ylabel("validation reward")
-    bars.legend(fontsize=7, ncols=2)
+    bars.set_ylim(top=1.25 * max(row.after for row in [*sampled, *greedy]))
+    bars.legend(fontsize=7, ncols=4, loc="upper center")
     steps = [(line["step"], line["train/reward"]) for line in lines if "train/reward" in line]
     curve.plot(*zip(*steps, strict=True), color="#8a8a8a", linewidth=1, label="train, sampled")
     for metric, colour in (("val/mean_reward", "#2f5f9e"), ("val/mean_greedy_reward", "#d9791e")):
@@ -118,7 +130,7 @@ def _picture(lines: list[dict[str, float]], rewards: dict[str, list[Change]], ta
         curve.plot(*zip(*points, strict=True), marker="o", color=colour, label=metric)
     curve.set_xlabel("step")
     curve.set_ylabel("mean reward")
-    curve.legend(fontsize=7)
+    curve.legend(fontsize=7, loc="lower right")
     for axis in (bars, curve):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(target, dpi=130)
