@@ -61,7 +61,7 @@ def changes(lines: list[dict[str, float]], metric: str) -> list[Change]:
 def text_only_accuracy(run: Path) -> dict[str, float]:
     """Task -> accuracy that needs no image, from the card beside the run's validation data; empty where there is none.
 
-    The card is ``card.json`` in the folder above the validation shards, with ``{"text_only_accuracy": {task: number}}``.
+    The card is ``card.json`` in the folder above the validation shards: ``{"text_only_accuracy": {task: number}}``.
     """
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     card = Path(recipe["data"]["validation"]["path"]).parent / "card.json"
