@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -88,9 +89,7 @@ class MegatronPolicy:
                 self._ddp = wrap_ddp(model, self.config, options.megatron_cfg, self.groups.collection)
                 self.config.finalize_model_grads_func = finalize_model_grads
                 self.config.no_sync_func = self._ddp.no_sync
-                self.optimizer = build_optimizer(
-                    self._ddp, self.dtype, options.megatron_cfg, self.groups.collection
-                )
+                self.optimizer = build_optimizer(self._ddp, self.dtype, options.megatron_cfg, self.groups.collection)
                 self.config.grad_scale_func = self.optimizer.scale_loss
                 self.scheduler = build_scheduler(self.optimizer, options.megatron_cfg, max_steps)
             else:
@@ -188,9 +187,14 @@ class MegatronPolicy:
         sums = self.gradients(batches, loss, temperature)
         with self.device.megatron():
             lr = self.optimizer.param_groups[0]["lr"]
-            succeeded, grad_norm, _ = self.optimizer.step()
-        if not succeeded or not torch.isfinite(torch.tensor(grad_norm)):
-            raise FloatingPointError(f"gradient norm {grad_norm} at loss {sums['loss']}; no optimizer step was taken")
+            # step() would clip by a norm that is not finite, and write it into every weight.
+            self.optimizer.prepare_grads()
+            grad_norm = self.optimizer.get_grad_norm()
+            if not math.isfinite(grad_norm):
+                raise FloatingPointError(
+                    f"the gradient's norm is {grad_norm} at loss {sums['loss']}; no optimizer step was taken"
+                )
+            self.optimizer.step()
         self.scheduler.step(increment=1)
         return {**sums, "grad_norm": float(grad_norm), "lr": float(lr)}
 

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims: an update moves weights down the loss; a gradient that is not finite moves none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_g2rpo.nouns import PackedBatch, TokenStats
+from megatron_g2rpo.policy.device import select
+from megatron_g2rpo.policy.megatron import LossTerms, MegatronPolicy
+from tests.parity import packer_for, policy_options, random_sequences
+from tests.tiny_model import make_tiny_qwen3vl
+
+
+def _nll(batch: PackedBatch, stats: TokenStats) -> LossTerms:
+    return LossTerms(
+        loss=-(stats.logprobs * batch.loss_mask).sum(), num_tokens=batch.num_tokens, sums={"ones": batch.loss_mask.sum()}
+    )
+
+
+def test_updates_lower_the_loss_and_metrics_are_token_means(tmp_path: Path) -> None:
+    config, _ = make_tiny_qwen3vl(tmp_path)
+    policy = MegatronPolicy(policy_options(tmp_path), select("cpu"), seed=0, max_steps=10)
+    sequences = random_sequences(config)
+    batches = packer_for(config).pack(sequences, budget=80)
+    results = [policy.update(batches, _nll) for _ in range(3)]
+    losses = [result["loss"] for result in results]
+    assert losses[0] > losses[1] > losses[2]
+    assert results[0]["ones"] == 1.0
+    assert results[0]["num_tokens"] == sum(len(sequence.response_ids) for sequence in sequences)
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path: Path) -> None:
+    config, _ = make_tiny_qwen3vl(tmp_path)
+    policy = MegatronPolicy(policy_options(tmp_path), select("cpu"), seed=0, max_steps=10)
+    batches = packer_for(config).pack(random_sequences(config), budget=80)
+    before = {name: tensor.clone() for name, tensor in policy.stream()}
+
+    def poisoned(batch: PackedBatch, stats: TokenStats) -> LossTerms:
+        terms = _nll(batch, stats)
+        return LossTerms(loss=terms.loss * float("nan"), num_tokens=terms.num_tokens, sums={})
+
+    with pytest.raises(FloatingPointError, match="no optimizer step was taken"):
+        policy.update(batches, poisoned)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.stream())
