@@ -29,6 +29,10 @@ from torch.overrides import TorchFunctionMode
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
+class DeviceError(RuntimeError):
+    """The hardware that the recipe asks for is not there."""
+
+
 @dataclass(frozen=True)
 class Device:
     """The hardware of this process.
@@ -68,14 +72,16 @@ def select(kind: str = "auto") -> Device:
         kind: ``auto`` (a GPU where there is one), ``cpu`` or ``gpu``.
 
     Raises:
-        RuntimeError: ``gpu`` was asked for and torch sees none.
+        DeviceError: ``gpu`` was asked for and torch sees none.
         ValueError: the kind is unknown.
     """
     if kind not in ("auto", "cpu", "gpu"):
         raise ValueError(f"cluster.device: {kind!r} is none of auto, cpu, gpu")
     available = torch.cuda.is_available()
     if kind == "gpu" and not available:
-        raise RuntimeError("cluster.device is 'gpu', but torch sees no GPU; set cluster.device=cpu or install a CUDA torch")
+        raise DeviceError(
+            "cluster.device is 'gpu', but torch sees no GPU; set cluster.device=cpu or install a CUDA torch"
+        )
     if kind == "cpu" or not available:
         return Device("cpu", torch.device("cpu"), "gloo")
     index = int(os.environ.get("LOCAL_RANK", "0"))

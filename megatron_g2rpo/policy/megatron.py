@@ -18,8 +18,9 @@ from transformers import AutoConfig
 
 from megatron_g2rpo import weights
 from megatron_g2rpo.nouns import PackedBatch, TokenStats
-from megatron_g2rpo.policy.config import Layout, check_layout, transformer_config
+from megatron_g2rpo.policy.config import transformer_config
 from megatron_g2rpo.policy.device import Device
+from megatron_g2rpo.policy.layout import check_layout, layout_of
 from megatron_g2rpo.policy.logprobs import vocab_parallel_logprobs
 from megatron_g2rpo.policy.model import Qwen3VLPolicy
 from megatron_g2rpo.policy.optimizer import build_optimizer, build_scheduler, wrap_ddp
@@ -43,16 +44,6 @@ class LossTerms:
 
 
 Loss = Callable[[PackedBatch, TokenStats], LossTerms]
-
-
-def layout_of(megatron_cfg: Any) -> Layout:
-    """The layout that the recipe's ``policy.megatron_cfg`` names."""
-    return Layout(
-        tensor=megatron_cfg.tensor_model_parallel_size,
-        pipeline=megatron_cfg.pipeline_model_parallel_size,
-        context=megatron_cfg.context_parallel_size,
-        sequence_parallel=megatron_cfg.sequence_parallel,
-    )
 
 
 class MegatronPolicy:

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_g2rpo.policy.config import Layout
 from megatron_g2rpo.policy.device import Device, init_process_group
+from megatron_g2rpo.policy.layout import Layout
 
 
 @dataclass(frozen=True)

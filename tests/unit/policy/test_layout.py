@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_g2rpo.policy.config import Layout, LayoutError, check_layout
 from megatron_g2rpo.policy.device import select
+from megatron_g2rpo.policy.layout import Layout, LayoutError, check_layout
 from tests.tiny_model import tiny_config
 
 
