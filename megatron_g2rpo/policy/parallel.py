@@ -58,7 +58,8 @@ def initialize(device: Device, layout: Layout, seed: int) -> ParallelGroups:
                 tensor_model_parallel_size=layout.tensor,
                 pipeline_model_parallel_size=layout.pipeline,
                 context_parallel_size=layout.context,
-                create_gloo_process_groups=device.kind == "cpu",
+                # On a GPU too: get_megatron_optimizer asks for the gloo twins of parallel_state's groups.
+                create_gloo_process_groups=True,
             )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
     collection = ProcessGroupCollection.use_mpu_process_groups()
