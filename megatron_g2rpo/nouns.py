@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 # A target that ``torch.nn.functional.cross_entropy`` would call ``ignore_index``: no next token to predict.
@@ -126,7 +125,7 @@ class PackedBatch:
         tokens: int64 ``[S]``.
         labels: int64 ``[S]``.
         position_ids: int64 ``[3, S]``, mRoPE (time, height, width); restarts with every sequence.
-        segment_ids: int64 ``[S]``, index of the sequence a token belongs to (0..N-1); -1 on padding that belongs to none.
+        segment_ids: int64 ``[S]``, index of the sequence a token belongs to (0..N-1); -1 on padding.
         cu_seqlens: int32 ``[N + 1]``, offsets of the sequences in the row.
         loss_mask: float32 ``[S]``, 1 where ``labels[t]`` is a response token that the loss counts.
         pixel_values: float32 ``[V, D]`` of the distinct images of the row: the samples of a group share one copy.
@@ -174,4 +173,3 @@ class TokenStats:
 
     logprobs: Tensor
     entropy: Tensor
-

@@ -111,7 +111,9 @@ def reference(model: Any, sequences: list[PackSequence], temperature: float) -> 
     return logprobs, entropies
 
 
-def check_parity(directory: Path, device: Any, *, tensor: int, shape: str, temperature: float = 0.8) -> dict[str, float]:
+def check_parity(
+    directory: Path, device: Any, *, tensor: int, shape: str, temperature: float = 0.8
+) -> dict[str, float]:
     """Assert parity at one layout; data parallelism takes the rest of the world.
 
     Returns:

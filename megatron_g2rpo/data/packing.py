@@ -41,7 +41,6 @@ class PackSequence:
         return len(self.inputs.token_ids) + len(self.response_ids)
 
 
-
 def assign_bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """First-fit-decreasing bin packing.
 
@@ -118,9 +117,7 @@ class Packer:
         for key, inputs in distinct.items():
             first_feature[key] = total
             total += self._features(inputs)
-        vision_index = [
-            torch.arange(self._features(part.inputs)) + first_feature[id(part.inputs)] for part in parts
-        ]
+        vision_index = [torch.arange(self._features(part.inputs)) + first_feature[id(part.inputs)] for part in parts]
         fields = [self._fields(part) for part in parts]
         lengths = torch.tensor([part.length for part in parts])
         cu_seqlens = torch.zeros(len(parts) + 1, dtype=torch.int32)

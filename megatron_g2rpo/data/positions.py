@@ -32,7 +32,9 @@ def rope_positions(
     grids = image_grid_thw.tolist()
     sizes = [t * (h // spatial_merge_size) * (w // spatial_merge_size) for t, h, w in grids]
     if sum(sizes) != int(placeholders.sum()):
-        raise ValueError(f"{int(placeholders.sum())} image placeholders, but the images have {sum(sizes)} merged patches")
+        raise ValueError(
+            f"{int(placeholders.sum())} image placeholders, but the images have {sum(sizes)} merged patches"
+        )
     where = placeholders.nonzero().squeeze(1).tolist()
     pieces: list[Tensor] = []
     position = cursor = used = 0

@@ -106,7 +106,7 @@ class PackedCoreAttention(nn.Module):
         attention_mask: Tensor | None,
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedRowParams | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -114,22 +114,25 @@ class PackedCoreAttention(nn.Module):
             query: ``[S, 1, H, D]``.
             key, value: ``[S, 1, G, D]``.
             attention_mask, attention_bias: must be None; the row's layout says who sees whom.
-            packed_seq_params: layout of the row.
+            packed_seq_params: the row's layout, a ``PackedRowParams``.
 
         Returns:
             ``[S, 1, H * D]``.
         """
-        if packed_seq_params is None or attention_mask is not None or attention_bias is not None:
-            raise ValueError("PackedCoreAttention takes packed_seq_params, no attention mask and no bias")
+        if (
+            not isinstance(packed_seq_params, PackedRowParams)
+            or attention_mask is not None
+            or attention_bias is not None
+        ):
+            raise ValueError("PackedCoreAttention takes PackedRowParams, no attention mask and no bias")
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if k.shape[1] != q.shape[1]:
             repeats = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         parts = []
         for bucket in packed_seq_params.buckets:
-            out = F.scaled_dot_product_attention(
-                *(x[bucket.gather].transpose(1, 2) for x in (q, k, v)), is_causal=True, scale=self.softmax_scale
-            )
+            padded_q, padded_k, padded_v = (x[bucket.gather].transpose(1, 2) for x in (q, k, v))
+            out = F.scaled_dot_product_attention(padded_q, padded_k, padded_v, is_causal=True, scale=self.softmax_scale)
             parts.append(out.transpose(1, 2).flatten(0, 1).index_select(0, bucket.slots))
         order = torch.cat([bucket.row for bucket in packed_seq_params.buckets])
         context = torch.zeros_like(q).index_copy(0, order, torch.cat(parts))

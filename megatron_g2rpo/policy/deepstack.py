@@ -7,7 +7,7 @@ checkpoint input, so that activation recomputation stays right (features kept as
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
@@ -22,7 +22,8 @@ class DeepstackLayer(TransformerLayer):
 
     def forward(self, *args: Any, context: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Run the layer, then add. Shapes as in ``TransformerLayer.forward``."""
-        hidden, _ = super().forward(*args, context=None, **kwargs)
+        # megatron-core leaves the result without annotation.
+        hidden, _ = cast(tuple[Tensor, Any], super().forward(*args, context=None, **kwargs))
         if context is not None and self.layer_number <= context.shape[0]:
             hidden = hidden + context[self.layer_number - 1]
         return hidden, context

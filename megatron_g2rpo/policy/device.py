@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The device seam: the one place that knows what hardware this is.
 
-Everything else asks ``current()`` for the torch device, the collective backend, and for ``megatron()``, the context
-in which megatron-core code runs. On a GPU that context does nothing. On a CPU it stands in for the few CUDA calls that
+``select()`` gives everything else the torch device, the collective backend, and ``megatron()``, the context in which
+megatron-core code runs. On a GPU that context does nothing. On a CPU it stands in for the few CUDA calls that
 megatron-core makes unconditionally, so that the *unmodified* library runs on gloo:
 
 - ``device="cuda"`` in factory calls, ``.cuda()``, ``.to("cuda")`` and ``pin_memory=True``: rewritten to the CPU by a
@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, ContextManager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,7 +47,7 @@ class Device:
     torch_device: torch.device
     backend: str
 
-    def megatron(self) -> ContextManager[None]:
+    def megatron(self) -> contextlib.AbstractContextManager[None]:
         """The context in which megatron-core is called; reentrant."""
         return _cpu_stands_in_for_cuda() if self.kind == "cpu" else contextlib.nullcontext()
 

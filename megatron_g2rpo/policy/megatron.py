@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from transformers import AutoConfig
@@ -69,22 +72,30 @@ class MegatronPolicy:
         self.dtype = DTYPES[options.precision]
         self.table = weights.table_for(self.hf_config)
         self.config = transformer_config(self.hf_config, self.layout, self.dtype)
+        self._ddp: DistributedDataParallel | None = None
+        self.optimizer: MegatronOptimizer | None = None
+        self.scheduler: OptimizerParamScheduler | None = None
         with device.megatron():
-            model = Qwen3VLPolicy(self.config, self.hf_config, self.groups.collection).to(device.torch_device)
-            self.model = model
+            self.model = Qwen3VLPolicy(self.config, self.hf_config, self.groups.collection).to(device.torch_device)
             self.load(self._initial_weights(seed), source=str(options.model_name))
-            if options.megatron_cfg.freeze_vision:
-                model.vision_model.requires_grad_(False)
-            self.optimizer = self.scheduler = None
+            if options.megatron_cfg.freeze_vision and self.model.vision_model is not None:
+                self.model.vision_model.requires_grad_(False)
             if max_steps is not None:
-                self._ddp = wrap_ddp(model, self.config, options.megatron_cfg, self.groups.collection)
-                self.config.finalize_model_grads_func = finalize_model_grads
-                self.config.no_sync_func = self._ddp.no_sync
-                self.optimizer = build_optimizer(self._ddp, self.dtype, options.megatron_cfg, self.groups.collection)
-                self.config.grad_scale_func = self.optimizer.scale_loss
-                self.scheduler = build_scheduler(self.optimizer, options.megatron_cfg, max_steps)
-            else:
-                self._ddp = model
+                self._prepare_training(options.megatron_cfg, max_steps)
+
+    def _prepare_training(self, megatron_cfg: Any, max_steps: int) -> None:
+        ddp = wrap_ddp(self.model, self.config, megatron_cfg, self.groups.collection)
+        optimizer = build_optimizer(ddp, self.dtype, megatron_cfg)
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.config.no_sync_func = ddp.no_sync
+        self.config.grad_scale_func = optimizer.scale_loss
+        self._ddp, self.optimizer = ddp, optimizer
+        self.scheduler = build_scheduler(optimizer, megatron_cfg, max_steps)
+
+    def _training(self) -> tuple[DistributedDataParallel, MegatronOptimizer, OptimizerParamScheduler]:
+        if self._ddp is None or self.optimizer is None or self.scheduler is None:
+            raise RuntimeError("this policy was built without an optimizer (max_steps=None)")
+        return self._ddp, self.optimizer, self.scheduler
 
     def _initial_weights(self, seed: int) -> Mapping[str, Tensor]:
         if self.options.init == "pretrained":
@@ -100,23 +111,22 @@ class MegatronPolicy:
 
     def load(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Take full tensors by Hugging Face name; see ``weights.load``."""
-        with torch.no_grad():
-            weights.load(
-                self.model,
-                self.table,
-                tensors,
-                tensor_rank=self.groups.tensor_rank,
-                tensor_size=self.groups.tensor_size,
-                source=source,
-            )
-            if getattr(self, "optimizer", None) is not None:
+        weights.load(
+            self.model,
+            self.table,
+            tensors,
+            tensor_rank=self.groups.tensor_rank,
+            tensor_size=self.groups.tensor_size,
+            source=source,
+        )
+        if self.optimizer is not None:
+            with self.device.megatron():
                 self.optimizer.reload_model_params()  # fp32 main copies under bf16
 
     def stream(self, tensor_of: Callable[[torch.nn.Parameter], Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Weights (or ``tensor_of`` each parameter) as ``(hf_name, full_tensor)``; a collective of the replica."""
         keywords = {} if tensor_of is None else {"tensor_of": tensor_of}
-        with torch.no_grad():
-            yield from weights.stream(self.model, self.table, tensor_group=self.groups.tensor, **keywords)
+        return weights.stream(self.model, self.table, tensor_group=self.groups.tensor, **keywords)
 
     def sharded_state_dict(self, *, is_loading: bool = False) -> dict[str, Any]:
         """Weights, optimizer and schedule as megatron-core's sharded state, layout-independent.
@@ -172,28 +182,31 @@ class MegatronPolicy:
         Raises:
             FloatingPointError: the gradient norm is not finite; no step was taken.
         """
-        if self.optimizer is None or self.scheduler is None:
-            raise RuntimeError("this policy was built without an optimizer")
-        self.model.train()
+        _, optimizer, scheduler = self._training()
         sums = self.gradients(batches, loss, temperature)
         with self.device.megatron():
-            lr = self.optimizer.param_groups[0]["lr"]
+            lr = optimizer.param_groups[0]["lr"]
             # step() would clip by a norm that is not finite, and write it into every weight.
-            self.optimizer.prepare_grads()
-            grad_norm = self.optimizer.get_grad_norm()
+            optimizer.prepare_grads()
+            grad_norm = optimizer.get_grad_norm()
             if not math.isfinite(grad_norm):
                 raise FloatingPointError(
                     f"the gradient's norm is {grad_norm} at loss {sums['loss']}; no optimizer step was taken"
                 )
-            self.optimizer.step()
-        self.scheduler.step(increment=1)
+            optimizer.step()
+        scheduler.step(increment=1)
         return {**sums, "grad_norm": float(grad_norm), "lr": float(lr)}
 
     def gradients(self, batches: Sequence[PackedBatch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:
-        """Fill ``main_grad`` of every parameter with the gradient of the global minibatch; returns as ``update``."""
+        """Fill ``main_grad`` of every parameter with the gradient of the global minibatch.
+
+        Returns:
+            ``loss``, ``num_tokens`` and the loss's metrics, as ``update`` does.
+        """
+        ddp, optimizer, _ = self._training()
         with self.device.megatron():
-            self._ddp.zero_grad_buffer()
-            self.optimizer.zero_grad()
+            ddp.zero_grad_buffer()
+            optimizer.zero_grad()
             terms = self._run(batches, partial(self._loss, loss, temperature), forward_only=False)
         return self._reduce(terms)
 
@@ -206,7 +219,7 @@ class MegatronPolicy:
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=iter(batches),
-                model=[self._ddp],
+                model=[self.model if self._ddp is None else self._ddp],
                 num_microbatches=len(batches),
                 seq_length=max(len(batch.tokens) for batch in batches),
                 micro_batch_size=1,

@@ -53,9 +53,11 @@ class Qwen3VLPolicy(MegatronModule):
         self.share_embeddings_and_output_weights = bool(hf_config.tie_word_embeddings)
         self.vocab_size = text.vocab_size
         self.vision_model = self._vision_tower(hf_config.vision_config) if pre_process else None
+        layers = get_num_layers_to_build(config=config, vp_stage=None, pp_rank=pg_collection.pp.rank())
         self.language_model = GPTModel(
             config=config,
-            transformer_layer_spec=local_block_spec(get_num_layers_to_build(config, None, pg_collection.pp.rank())),
+            # Annotated as the spec of one layer; the block takes its submodules as well.
+            transformer_layer_spec=local_block_spec(layers),  # pyright: ignore[reportArgumentType]
             vocab_size=padded_vocab_size(text.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=text.max_position_embeddings,
             pre_process=pre_process,
@@ -67,16 +69,17 @@ class Qwen3VLPolicy(MegatronModule):
             scatter_embedding_sequence_parallel=False,
             pg_collection=pg_collection,
         )
-        self.language_model.rotary_pos_emb = InterleavedMRoPE(
-            text.head_dim, text.rope_parameters["rope_theta"], text.rope_parameters["mrope_section"]
+        rope = text.rope_parameters
+        self.language_model.rotary_pos_emb = InterleavedMRoPE(  # pyright: ignore[reportAttributeAccessIssue]
+            text.head_dim, rope["rope_theta"], rope["mrope_section"]
         )
 
     def _vision_tower(self, vision_config: Any) -> nn.Module:
-        tower = Qwen3VLVisionModel._from_config(vision_config, attn_implementation="sdpa")
-        rotary = {name: buffer.clone() for name, buffer in tower.named_buffers()}
-        tower = tower.to(self.config.params_dtype)
-        for name, buffer in rotary.items():  # frequencies rounded to bf16 would turn by 0.1 rad at position 60
-            tower.get_buffer(name).data = buffer
+        # The dtype goes to the constructor: `.to(bfloat16)` would round the rotary frequencies as well, and turn by
+        # 0.1 rad at position 60.
+        tower = Qwen3VLVisionModel._from_config(
+            vision_config, dtype=self.config.params_dtype, attn_implementation="sdpa"
+        )
         for parameter in tower.parameters():
             # Replicas compute the same gradient; averaging keeps them equal bit for bit where kernels are not
             # deterministic.
@@ -125,8 +128,8 @@ class Qwen3VLPolicy(MegatronModule):
         available = features.pooler_output.shape[0]
         if where.numel() != batch.vision_index.numel() or int(batch.vision_index.max()) >= available:
             raise ValueError(
-                f"the row has {where.numel()} image placeholders and {batch.vision_index.numel()} feature indices up to "
-                f"{int(batch.vision_index.max())}, but its images give {available} features"
+                f"the row has {where.numel()} image placeholders and {batch.vision_index.numel()} feature indices up "
+                f"to {int(batch.vision_index.max())}, but its images give {available} features"
             )
         merged = embeddings.index_copy(0, where, features.pooler_output[batch.vision_index].to(embeddings.dtype))
         deepstack = [

@@ -33,9 +33,7 @@ def wrap_ddp(
     return DistributedDataParallel(config=config, ddp_config=ddp_config, module=model, pg_collection=pg_collection)
 
 
-def build_optimizer(
-    model: DistributedDataParallel, dtype: torch.dtype, megatron_cfg: Any, pg_collection: ProcessGroupCollection
-) -> MegatronOptimizer:
+def build_optimizer(model: DistributedDataParallel, dtype: torch.dtype, megatron_cfg: Any) -> MegatronOptimizer:
     """AdamW with global-norm clipping; no weight decay on biases and norms (megatron-core's standard)."""
     options = megatron_cfg.optimizer
     config = OptimizerConfig(
@@ -55,7 +53,7 @@ def build_optimizer(
         config=config,
         model_chunks=[model],
         config_overrides=get_standard_config_overrides(config),
-        pg_collection=None,  # parallel_state's groups: the same, and the only ones that hold gloo twins
+        pg_collection=None,  # parallel_state's groups: the same ones, with their gloo twins
     )
 
 

@@ -110,7 +110,7 @@ class SafetensorsDirectory(Mapping[str, Tensor]):
         if not files:
             raise CheckpointError(f"{directory}: no *.safetensors file; a Hugging Face model directory is expected")
         self._files = [safe_open(file, framework="pt") for file in files]
-        self._where = {name: file for file in self._files for name in file.keys()}
+        self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 (a safetensors file is no mapping)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._where[name].get_tensor(name)

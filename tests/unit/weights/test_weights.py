@@ -61,9 +61,7 @@ def test_export_equals_import_bit_for_bit(tmp_path: Path, tied: bool) -> None:
     (tmp_path / "in" / "tokenizer.json").write_text("{}")
     policy = MegatronPolicy(policy_options(tmp_path / "in"), select("cpu"), seed=0, max_steps=None)
     # 40 kB a file: several shards and an index.
-    weights.export_hf(
-        policy.stream(), tmp_path / "out", source=tmp_path / "in", write=True, max_shard_bytes=40_000
-    )
+    weights.export_hf(policy.stream(), tmp_path / "out", source=tmp_path / "in", write=True, max_shard_bytes=40_000)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
