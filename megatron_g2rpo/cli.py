@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import os
-import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import typer
-from rich.console import Console
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from megatron_g2rpo.recipe import Recipe
+
+R = TypeVar("R", bound=Recipe)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -78,18 +80,16 @@ def _loop(
             typer.echo(recipes.dump(recipe))
             typer.echo(recipes.describe_layout(recipe))
             return
-        if _launch_needed(recipe.cluster.gpus_per_node, recipe.cluster.num_nodes):
-            flags = ["--fresh"] if fresh else []
-            _launch(recipe.cluster.gpus_per_node, [kind, str(path), *flags, *overrides])
-            return
-        from megatron_g2rpo.train import run_dir
-        from megatron_g2rpo.train.model_dir import with_local_model
+        from megatron_g2rpo.train import launch, run_dir
 
-        recipe = with_local_model(recipe)
-        if int(os.environ.get("RANK", "0")) == 0:
+        local, on_many = _with_local_model(recipe), _launch_needed(recipe)
+        if not launch.is_launched() and _is_first():
             run_dir.prepare(recipe, fresh=fresh)
-        exported = _entry(kind)(recipe)
-        if exported is not None and int(os.environ.get("RANK", "0")) == 0:
+        if on_many:
+            launch.launch(recipe.cluster.gpus_per_node, [kind, str(path), *overrides])
+            return
+        exported = _entry(kind)(local)
+        if exported is not None and _is_first():
             typer.echo(f"Hugging Face checkpoint: {exported}")
 
     _with_errors(run)
@@ -110,16 +110,32 @@ def _logprobs(model: Path, source: Path, target: Path, overrides: list[str], npr
 
     named = [f"policy.model_name={model}", "policy.precision=float32", *overrides]
     recipe = recipes.load(recipes.EXEMPLARS / "vlm_sft.yaml", [*named, *_cluster(nproc)], "sft")
-    if _launch_needed(recipe.cluster.gpus_per_node, recipe.cluster.num_nodes):
+    local = _with_local_model(recipe)
+    if _launch_needed(recipe):
+        from megatron_g2rpo.train.launch import launch
+
         arguments = ["logprobs", "--model", str(model), "--input", str(source), "--output", str(target), *overrides]
-        _launch(recipe.cluster.gpus_per_node, arguments)
+        launch(recipe.cluster.gpus_per_node, arguments)
         return
     from megatron_g2rpo.train.logprobs import logprobs as run
+
+    lines = run(local, source, target)
+    if _is_first():
+        typer.echo(f"wrote {lines} lines to {target}")
+
+
+def _with_local_model(recipe: R) -> R:
+    """The recipe with ``policy.model_name`` as a directory whose model can be split as the recipe asks."""
+    from megatron_g2rpo.policy.layout import check_model_dir, layout_of
     from megatron_g2rpo.train.model_dir import with_local_model
 
-    lines = run(with_local_model(recipe), source, target)
-    if int(os.environ.get("RANK", "0")) == 0:
-        typer.echo(f"wrote {lines} lines to {target}")
+    local = with_local_model(recipe)
+    check_model_dir(local.policy.model_name, layout_of(local.policy.megatron_cfg))
+    return local
+
+
+def _is_first() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _cluster(nproc: int | None) -> list[str]:
@@ -130,7 +146,8 @@ def _cluster(nproc: int | None) -> list[str]:
     return [] if nproc is None else [f"cluster.gpus_per_node={nproc}", "cluster.num_nodes=1"]
 
 
-def _launch_needed(processes: int, nodes: int) -> bool:
+def _launch_needed(recipe: Recipe) -> bool:
+    nodes, processes = recipe.cluster.num_nodes, recipe.cluster.gpus_per_node
     if "RANK" in os.environ:
         return False
     if nodes > 1:
@@ -141,28 +158,20 @@ def _launch_needed(processes: int, nodes: int) -> bool:
     return processes > 1
 
 
-def _launch(processes: int, arguments: list[str]) -> None:
-    """Start this command again under torchrun, on every rank."""
-    from torch.distributed.run import main
-
-    main(["--standalone", f"--nproc-per-node={processes}", "-m", "megatron_g2rpo.cli", *arguments])
-
-
 def _with_errors(run: Callable[[], None]) -> None:
-    """Run a verb; an error that a user can mend is printed without its traceback, and ends the job."""
-    from megatron_g2rpo.tasks.rewards import RewardError
+    """Run a verb. An error that a user can mend is printed without its traceback."""
+    # What megatron-core says of optional packages at import; `doctor` says it better.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    from megatron_g2rpo.train import launch
 
     try:
         run()
-    except ChildFailedError:
-        sys.exit(1)  # the rank that failed has said why
-    except (ValueError, RewardError, FileNotFoundError) as error:
-        if os.environ.get("MEGATRON_G2RPO_TRACEBACK"):
+    except launch.EXPECTED as error:
+        launch.end(error)
+    except BaseException as error:
+        if not launch.is_rank():
             raise
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        # Not sys.exit: a rank must not wait for its peers' collectives in interpreter shutdown.
-        sys.stderr.flush()
-        os._exit(1) if "RANK" in os.environ else sys.exit(1)
+        launch.end(error)
 
 
 if __name__ == "__main__":

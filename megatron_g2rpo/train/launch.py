@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes on this machine, and how a job of one or many ends with an error: at once, with one message.
+
+When a rank fails, its peers fail next, in the collective that they waited in. So a rank that was launched here leaves
+its message, with the time, in the file that torchrun gives it, and the launcher prints the earliest one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from megatron_g2rpo.policy.device import DeviceError
+from megatron_g2rpo.tasks.rewards import RewardError
+
+_LAUNCHED = "MEGATRON_G2RPO_LAUNCHED"
+_ERROR_FILE, _TIME = "TORCHELASTIC_ERROR_FILE", "time"
+TRACEBACK = "MEGATRON_G2RPO_TRACEBACK"
+INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+
+
+class JobError(RuntimeError):
+    """A process of the job failed; the message is that of the one that failed first."""
+
+
+# What a user can mend: the message says how, and a traceback would bury it.
+EXPECTED = (ValueError, OSError, FloatingPointError, RewardError, DeviceError, JobError)
+
+
+def is_rank() -> bool:
+    """Whether torchrun started this process."""
+    return "RANK" in os.environ
+
+
+def is_launched() -> bool:
+    """Whether ``launch`` started this process; a launcher has then checked what one process can."""
+    return is_rank() and _LAUNCHED in os.environ
+
+
+def launch(processes: int, arguments: Sequence[str]) -> None:
+    """Run ``megatron-g2rpo ARGUMENTS`` on several processes of this machine, and wait for them.
+
+    Raises:
+        JobError: one of them failed; the others have been ended.
+    """
+    from torch.distributed.run import main
+
+    os.environ[_LAUNCHED] = "1"
+    logging.disable()  # torchrun's account of a failed process; what matters of it is raised here
+    try:
+        main(["--standalone", f"--nproc-per-node={processes}", "-m", "megatron_g2rpo.cli", *arguments])
+    except ChildFailedError as error:
+        raise JobError(_first(error.failures)) from None
+    except SignalException as error:
+        sys.exit(128 + int(error.sigval))
+    finally:
+        logging.disable(logging.NOTSET)
+        del os.environ[_LAUNCHED]
+
+
+def end(error: BaseException) -> NoReturn:
+    """End this process because of ``error``: with its message if a user can mend it, else with its traceback.
+
+    A rank leaves without Python's shutdown, which may wait for a collective that its peers never join.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        _leave(INTERRUPTED)
+    expected = isinstance(error, EXPECTED) and not os.environ.get(TRACEBACK)
+    text = str(error) if expected else "".join(traceback.format_exception(error)).rstrip()
+    if is_launched() and _ERROR_FILE in os.environ:
+        record = {"message": text, "timestamp": int(time.time()), _TIME: time.time()}
+        Path(os.environ[_ERROR_FILE]).write_text(json.dumps(record))
+    else:
+        Console(stderr=True).print(f"error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+    _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_rank():
+        os._exit(code)
+    sys.exit(code)
+
+
+def _first(failures: Mapping[int, ProcessFailure]) -> str:
+    """Message of the rank that failed first; one that died without a word (a signal, no memory) is the cause."""
+    rank = min(failures, key=lambda rank: (*_precedence(failures[rank]), rank))
+    failure = failures[rank]
+    if _TIME in failure.error_file_data:
+        return f"rank {rank}: {failure.message}"
+    why = failure.message if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+    return f"rank {rank} ended without a message ({why})"
+
+
+def _precedence(failure: ProcessFailure) -> tuple[int, float]:
+    if _TIME in failure.error_file_data:
+        return 1, failure.error_file_data[_TIME]
+    ended_by_torchrun = failure.exitcode == -signal.SIGTERM
+    return (2 if ended_by_torchrun else 0), 0.0
