@@ -46,7 +46,8 @@ class Checkpoints:
         """
         partial = self._directory / f"step_{step}.partial"
         if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in self._directory.glob("step_*.partial"):  # by a job that was killed while it saved
+                shutil.rmtree(left)
             partial.mkdir(parents=True)
         dist.barrier()
         with policy.device.megatron():
@@ -69,7 +70,7 @@ class Checkpoints:
             ``step`` and the plain values given to ``save``.
         """
         with policy.device.megatron():
-            loaded = dist_checkpointing.load(
+            loaded: Any = dist_checkpointing.load(
                 sharded_state_dict={**policy.sharded_state_dict(is_loading=True), "loop": {}},
                 checkpoint_dir=str(self._directory / f"step_{step}"),
             )

@@ -18,7 +18,7 @@ from megatron_g2rpo.train.losses import G2RPOLoss, TaskEntropies
 from megatron_g2rpo.train.metrics import Column, MetricsLog, StepMetrics
 from megatron_g2rpo.train.minibatches import check_lengths, minibatches, owned_rows
 from megatron_g2rpo.train.rollouts import generate
-from megatron_g2rpo.train.step_metrics import entropy_metrics, gap_metrics, mean_over, rollout_metrics
+from megatron_g2rpo.train.step_metrics import entropy_metrics, gap_metrics, mean_over, rollout_metrics, skipped_metrics
 
 COLUMNS = (
     Column("reward", "train/reward"),
@@ -50,14 +50,15 @@ def train(recipe: TrainRecipe) -> Path | None:
             log.log(StepMetrics(step=0, values=start))
         for step in run.steps:
             values = g2rpo_step(recipe, parts, step)
-            log.log(StepMetrics(step=step, values={**values, **run.after_step(step, log)}))
+            log.log(StepMetrics(step=step, values={**values, **run.validation(step, log)}))
+            run.save(step)
         return run.finish()
 
 
 def g2rpo_step(recipe: TrainRecipe, parts: Assembly, step: int) -> dict[str, float]:
     """One step: sample, score, and update the policy on the advantages; its metrics."""
     timers, policy, generation = Timers(parts), parts.policy, recipe.policy.generation
-    rows = owned_rows(recipe.grpo.num_prompts_per_step, policy.groups)
+    rows, skipped = owned_rows(recipe.grpo.num_prompts_per_step, policy.groups), parts.stream.num_skipped
     with timers("data"):
         prompts = parts.stream.next_batch(recipe.grpo.num_prompts_per_step, rows)
         check_lengths(recipe, prompts)
@@ -90,7 +91,12 @@ def g2rpo_step(recipe: TrainRecipe, parts: Assembly, step: int) -> dict[str, flo
                 **gap_metrics(minibatch, policy.groups.data),
             }
         )
-    return {**rollout_metrics(parts, rollouts, rewards, statistics), **mean_over(updates), **timers.metrics()}
+    return {
+        **rollout_metrics(parts, rollouts, rewards, statistics),
+        **mean_over(updates),
+        **skipped_metrics(parts, skipped),
+        **timers.metrics(),
+    }
 
 
 def with_behaviour(

@@ -79,16 +79,17 @@ class Run:
             return {}
         return self._validate(log)
 
-    def after_step(self, step: int, log: MetricsLog) -> dict[str, float]:
-        """Validate and save when it is time; the validation's metrics."""
-        last = step == self.last_step
+    def validation(self, step: int, log: MetricsLog) -> dict[str, float]:
+        """Metrics of the policy after a step, when it is time to validate; else empty."""
         period = self._loop.val_period
-        due = self._loop.val_at_end if last else period > 0 and step % period == 0
-        metrics = self._validate(log) if due else {}
+        due = self._loop.val_at_end if step == self.last_step else period > 0 and step % period == 0
+        return self._validate(log) if due else {}
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint, when it is time; after the step was logged, so that no step is missing on resumption."""
         options = self.recipe.checkpointing
-        if options.enabled and (last or step % options.save_period == 0):
+        if options.enabled and (step == self.last_step or step % options.save_period == 0):
             self._checkpoints.save(step, self.parts.policy, {"stream": self.parts.stream.state_dict()})
-        return metrics
 
     def finish(self) -> Path | None:
         """Export the policy as a Hugging Face directory, if the recipe asks for it; where it is."""

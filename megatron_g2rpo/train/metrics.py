@@ -65,7 +65,7 @@ class MetricsLog:
             return
         directory = Path(recipe.logger.log_dir)
         self._path = directory / METRICS_FILE
-        _keep_until(self._path, first_step)
+        _keep_steps(self._path, first_step)
         self._writer = None
         if recipe.logger.tensorboard_enabled:
             from torch.utils.tensorboard import SummaryWriter
@@ -107,25 +107,29 @@ class MetricsLog:
         """Print a few question, answer and response triples."""
         for rollout in rollouts:
             sample = rollout.prompt.sample
-            self.console.print(
-                f"  {sample.task}: {sample.question!r} -> {rollout.text!r} (reference {sample.answer!r})",
-                markup=False,
-                highlight=False,
-            )
+            self.note(f"  {sample.task}: {sample.question!r} -> {rollout.text!r} (reference {sample.answer!r})")
 
     def note(self, text: str) -> None:
         """Print one line above the progress bar."""
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _row(self, step: int, values: Mapping[str, float]) -> None:
         if self._rows % HEADER_PERIOD == 0:
-            self.console.print("  ".join([f"{'step':>5}", *(f"{c.heading:>9}" for c in self._columns)]), style="bold", **_ONE_LINE)
+            self.console.print(
+                "  ".join([f"{'step':>5}", *(f"{c.heading:>9}" for c in self._columns)]), style="bold", **_ONE_LINE
+            )
         self._rows += 1
         cells = [f"{format(values[c.metric], c.spec):>9}" if c.metric in values else " " * 9 for c in self._columns]
         self.console.print("  ".join([f"{step:>5}", *cells]), highlight=False, **_ONE_LINE)
 
 
-def _keep_until(path: Path, step: int) -> None:
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in lines))
+def _keep_steps(path: Path, last: int) -> None:
+    """Keep the lines of steps up to ``last``; none where the run starts anew, which logs its step 0 again."""
+    if not path.exists():
+        return
+    # A line without its end is what a killed run had begun to write.
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in whole if json.loads(line)["step"] <= last] if last > 0 else []
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Supervised training of the policy on the responses of the shards: the warm start that reinforcement learning needs."""
+"""Supervised training of the policy on the responses of the shards: the warm start of reinforcement learning."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from megatron_g2rpo.train.loop import Run, Timers, pack_evenly
 from megatron_g2rpo.train.losses import sft_loss
 from megatron_g2rpo.train.metrics import Column, MetricsLog, StepMetrics
 from megatron_g2rpo.train.minibatches import owned_rows
+from megatron_g2rpo.train.step_metrics import skipped_metrics
 
 COLUMNS = (
     Column("loss", "train/loss", ".4f"),
@@ -43,15 +44,16 @@ def sft(recipe: SftRecipe) -> Path | None:
             log.log(StepMetrics(step=0, values=start))
         for step in run.steps:
             values = sft_step(recipe, parts)
-            validation = run.after_step(step, log)
-            if validation or step % LOG_PERIOD == 0 or step == 1:
+            validation = run.validation(step, log)
+            if validation or step % LOG_PERIOD == 0 or step in (1, run.last_step):
                 log.log(StepMetrics(step=step, values={**values, **validation}))
+            run.save(step)
         return run.finish()
 
 
 def sft_step(recipe: SftRecipe, parts: Assembly) -> dict[str, float]:
     """One optimizer step on ``train_global_batch_size`` samples; its metrics."""
-    timers, groups = Timers(parts), parts.policy.groups
+    timers, groups, skipped = Timers(parts), parts.policy.groups, parts.stream.num_skipped
     size = recipe.policy.train_global_batch_size
     with timers("data"):
         prompts = parts.stream.next_batch(size, owned_rows(size, groups))
@@ -60,14 +62,15 @@ def sft_step(recipe: SftRecipe, parts: Assembly) -> dict[str, float]:
         batches = pack_evenly(parts, sequences, recipe.policy.sequence_packing.train_mb_tokens)
     with timers("update"):
         metrics = parts.policy.update(batches, sft_loss)
-    return {**{f"train/{name}": value for name, value in metrics.items()}, **timers.metrics()}
+    named = {f"train/{name}": value for name, value in metrics.items()}
+    return {**named, **skipped_metrics(parts, skipped), **timers.metrics()}
 
 
 def _sequence(parts: Assembly, prompt: Prompt, limit: int) -> PackSequence:
     assert prompt.sample.response is not None  # the stream was asked for samples with one
     sequence = PackSequence(
         inputs=prompt.inputs,
-        response_ids=parts.processor.encode_response(prompt.sample.response),
+        response_ids=parts.processor.encode_response(prompt.sample.response, name=f"sample {prompt.key}"),
         task_id=parts.task_id(prompt.task),
     )
     if sequence.length > limit:

@@ -15,6 +15,17 @@ from megatron_g2rpo.train.assembly import Assembly
 from megatron_g2rpo.train.losses import TaskEntropies
 
 
+def skipped_metrics(parts: Assembly, before: int) -> dict[str, float]:
+    """``train/skipped_samples``: bad samples that the step replaced (``data.on_bad_sample: skip``). A collective.
+
+    Args:
+        before: ``parts.stream.num_skipped`` at the start of the step.
+    """
+    skipped = torch.tensor([parts.stream.num_skipped - before])
+    dist.all_reduce(skipped, group=parts.policy.groups.data)
+    return {"train/skipped_samples": float(skipped)}
+
+
 def rollout_metrics(
     parts: Assembly, rollouts: Sequence[Rollout], rewards: Rewards, statistics: GroupStatistics
 ) -> dict[str, float]:
