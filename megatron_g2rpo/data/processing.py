@@ -121,13 +121,17 @@ class ChatProcessor:
         messages = build_messages(sample, self.system_prompt)
         return Prompt(sample=sample, inputs=self.encode(messages, sample.images, name=f"sample {sample.key}"))
 
-    def encode_response(self, text: str) -> Tensor:
+    def encode_response(self, text: str, name: str = "response") -> Tensor:
         """int64 ``[R]``: the tokens of a response and the end-of-turn token.
+
+        Args:
+            text: the response.
+            name: what errors call it.
 
         Raises:
             SampleError: the text contains a reserved token.
         """
-        self._refuse_reserved([{"role": "assistant", "content": text}], "response")
+        self._refuse_reserved([{"role": "assistant", "content": text}], name)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return torch.tensor([*ids, self.eos_token_id], dtype=torch.int64)
 

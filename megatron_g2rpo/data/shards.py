@@ -21,7 +21,7 @@ from megatron_g2rpo.nouns import Sample
 
 # What PIL raises for damaged files: OSError (and UnidentifiedImageError) for most, SyntaxError for broken PNG chunks,
 # ValueError and EOFError for impossible or missing data, DecompressionBombError for absurd dimensions.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +185,7 @@ def _read_image(entry: Entry, suffix: str) -> Image.Image:
     data = _read(entry, suffix)
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise SampleError(
             f"shard {entry.shard.name}, sample {entry.key!r}: image {suffix!r} cannot be decoded "
             f"({type(error).__name__}: {error}); repair it, or set data.on_bad_sample=skip"

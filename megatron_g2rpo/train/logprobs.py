@@ -14,6 +14,7 @@ from PIL import Image
 from megatron_g2rpo.data.errors import DataError
 from megatron_g2rpo.data.packing import PackSequence, response_values
 from megatron_g2rpo.data.processing import ChatProcessor
+from megatron_g2rpo.data.shards import DECODE_ERRORS
 from megatron_g2rpo.policy.device import select, set_cpu_threads
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.recipe import Recipe
@@ -69,10 +70,11 @@ def _chunk(
 ) -> list[dict[str, Any]]:
     groups = policy.groups
     own = range(groups.data_rank, len(records), groups.data_size)
-    sequences = [_sequence(processor, records[index], base) for index in own]
+    budget = recipe.policy.sequence_packing.train_mb_tokens
+    sequences = [_sequence(processor, records[index], base, budget) for index in own]
     results: dict[int, dict[str, Any]] = {}
     if sequences:
-        batches = packer_for(processor).pack(sequences, recipe.policy.sequence_packing.train_mb_tokens)
+        batches = packer_for(processor).pack(sequences, budget)
         for batch, stats in zip(batches, policy.logprobs(batches, recipe.policy.generation.temperature), strict=True):
             logprob, entropy = response_values(batch, stats.logprobs), response_values(batch, stats.entropy)
             for row in batch.rows.tolist():
@@ -100,19 +102,36 @@ def _parse(line: str, where: str) -> dict[str, Any]:
         record = json.loads(line)
     except ValueError as error:
         raise DataError(f"{where}: not JSON ({error})") from error
-    if not isinstance(record, dict) or not {"prompt", "response"} <= record.keys():
+    if not _is_record(record):
         raise DataError(f'{where}: expected {{"prompt": [chat messages], "images": [paths], "response": "text"}}')
     return {**record, "where": where}
 
 
-def _sequence(processor: ChatProcessor, record: dict[str, Any], base: Path) -> PackSequence:
-    images = []
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("response"), str):
+        return False
+    messages, images = record.get("prompt"), record.get("images", [])
+    if not isinstance(messages, list) or not isinstance(images, list):
+        return False
+    return all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages) and all(
+        isinstance(path, str) for path in images
+    )
+
+
+def _sequence(processor: ChatProcessor, record: dict[str, Any], base: Path, budget: int) -> PackSequence:
+    where, images = record["where"], []
     for path in record.get("images", []):
         try:
             images.append(Image.open(base / path).convert("RGB"))
-        except OSError as error:
-            raise DataError(f"{record['where']}: image {base / path} cannot be read ({error})") from error
-    return PackSequence(
-        inputs=processor.encode(record["prompt"], images, name=record["where"]),
-        response_ids=processor.encode_response(record["response"]),
+        except DECODE_ERRORS as error:
+            raise DataError(f"{where}: image {base / path} cannot be read ({error})") from error
+    sequence = PackSequence(
+        inputs=processor.encode(record["prompt"], images, name=where),
+        response_ids=processor.encode_response(record["response"], name=where),
     )
+    if sequence.length > budget:
+        raise DataError(
+            f"{where}: prompt and response have {sequence.length} tokens, more than "
+            f"policy.sequence_packing.train_mb_tokens ({budget}); raise it"
+        )
+    return sequence
