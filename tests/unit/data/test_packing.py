@@ -65,7 +65,8 @@ def test_every_field_is_aligned_with_the_predicting_position() -> None:
             tokens = torch.cat([sequence.inputs.token_ids, sequence.response_ids])
             assert torch.equal(batch.tokens[where], tokens)
             # No label crosses into the next sequence: the trap of a roll over the row.
-            assert batch.labels[where][-1] == NO_LABEL and torch.equal(batch.labels[where][:-1], tokens[1:])
+            assert batch.labels[where][-1] == NO_LABEL
+            assert torch.equal(batch.labels[where][:-1], tokens[1:])
             assert batch.position_ids[:, where[0]].tolist() == [0, 0, 0]
             advantages = batch.advantages[where]
             assert int((advantages != 0).sum()) == len(sequence.response_ids)

@@ -62,8 +62,10 @@ def test_a_peaked_distribution_stays_finite() -> None:
     logits.requires_grad_()
     logprob, entropy = vocab_parallel_logprobs(logits, torch.tensor([2, 0]), vocab_size=5)
     (logprob.sum() + entropy.sum()).backward()
-    assert torch.equal(entropy, torch.zeros(2)) and torch.equal(logprob, torch.tensor([0.0, -2e4]))
-    assert logits.grad is not None and logits.grad.isfinite().all()
+    assert torch.equal(entropy, torch.zeros(2))
+    assert torch.equal(logprob, torch.tensor([0.0, -2e4]))
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
 
 
 def test_no_rows() -> None:

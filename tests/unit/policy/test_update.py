@@ -16,9 +16,8 @@ from tests.tiny_model import make_tiny_qwen3vl
 
 
 def _nll(batch: PackedBatch, stats: TokenStats) -> LossTerms:
-    return LossTerms(
-        loss=-(stats.logprobs * batch.loss_mask).sum(), num_tokens=batch.num_tokens, sums={"ones": batch.loss_mask.sum()}
-    )
+    loss = -(stats.logprobs * batch.loss_mask).sum()
+    return LossTerms(loss=loss, num_tokens=batch.num_tokens, sums={"ones": batch.loss_mask.sum()})
 
 
 def test_updates_lower_the_loss_and_metrics_are_token_means(tmp_path: Path) -> None:

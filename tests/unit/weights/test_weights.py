@@ -46,7 +46,7 @@ def test_qkv_groups_are_interleaved() -> None:
 
 
 def test_unknown_parameter() -> None:
-    with pytest.raises(UnmappedParameter, match="decoder.layers.0.mystery"):
+    with pytest.raises(UnmappedParameter, match=r"decoder\.layers\.0\.mystery"):
         table_for(tiny_config()).entry("language_model.decoder.layers.0.mystery")
 
 
