@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -160,8 +159,6 @@ def _launch_needed(recipe: Recipe) -> bool:
 
 def _with_errors(run: Callable[[], None]) -> None:
     """Run a verb. An error that a user can mend is printed without its traceback."""
-    # What megatron-core says of optional packages at import; `doctor` says it better.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     from megatron_g2rpo.train import launch
 
     try:

@@ -1,2 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Megatron policy: device, process groups, model, precision, log-probabilities, update step."""
+"""The Megatron policy: device, process groups, model, precision, log-probabilities, update step.
+
+Importing it silences a few warnings that say nothing of a user's run, each by its message and by the module that gives
+it: what megatron-core would use if it were installed (``megatron-g2rpo doctor`` says that better), and deprecations
+inside of megatron-core and torch that are theirs to mend. pyproject.toml lists the same for pytest.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+# Start of the message, category, module that warns.
+_OF_OTHERS = (
+    ("Transformer Engine and Apex are not installed", UserWarning, "megatron.core"),
+    ("Apex is not installed", UserWarning, "megatron.core.models"),
+    ("full scope is deprecated", UserWarning, "megatron.core.transformer"),  # the default of its own config
+    ("MLP requires ffn_hidden_size", DeprecationWarning, "megatron.core.transformer"),  # its layer leaves it out
+    ("Warning: tp_group is None", DeprecationWarning, "megatron.core.tensor_parallel"),  # its row-parallel linear
+    ("The following imports from `dynamic_context.py`", DeprecationWarning, "megatron.core.inference"),
+    # Reading a distributed checkpoint. The second is attributed to the caller: on a CPU, to the device seam.
+    ("`load_state_dict` is deprecated", FutureWarning, "megatron.core.dist_checkpointing"),
+    ("Please use DTensor instead", FutureWarning, "(torch|megatron_g2rpo.policy.device)"),
+)
+
+for _message, _category, _module in _OF_OTHERS:
+    warnings.filterwarnings("ignore", message=_message, category=_category, module=_module)
