@@ -12,7 +12,7 @@ share a source image.
 | general_vqa       | easy-VQA, as shipped                               | exact match: binary                      |
 | spatial_grounding | easy-VQA, as shipped                               | IoU: dense                               |
 | chart             | easy-VQA, as shipped (a regression in its place)   | relative accuracy: dense, heavy-tailed   |
-| spatial_reasoning | made: two easy-VQA images joined                   | per axis: 0, 1/2, 1                      |
+| spatial_reasoning | two easy-VQA images in one prompt, as shipped      | per axis: 0, 1/2, 1                      |
 | ocr               | made: 2 to 4 handwritten digits joined             | edit distance                            |
 | math              | made: 2 handwritten digits joined                  | exact, and the operands in the thinking  |
 
@@ -93,7 +93,7 @@ class Digits:
 
 
 Fields = dict[str, Any]
-Made = tuple[Fields, bytes]
+Made = tuple[Fields, list[bytes]]
 
 
 def response(thinking: str, answer: str) -> str:
@@ -206,7 +206,7 @@ def general_vqa(
         picture = pictures[number]
         yes_no = bool(is_yes_no[row])
         record = fields("general_vqa", question, answer, "exact", picture.name, yes_no=yes_no)
-        yield record | {"sources": [picture.source], "made": False}, picture.png
+        yield record | {"sources": [picture.source], "made": False}, [picture.png]
 
 
 def one_picture_task(
@@ -217,7 +217,7 @@ def one_picture_task(
     order = np.concatenate([rng.permutation(numbers) for _ in range(-(-size // len(numbers)))])[:size]
     for number in order:
         picture = pictures[int(number)]
-        yield describe(picture) | {"sources": [picture.source], "made": False}, picture.png
+        yield describe(picture) | {"sources": [picture.source], "made": False}, [picture.png]
 
 
 def grounding(picture: Picture) -> Fields:
@@ -234,28 +234,19 @@ def chart(picture: Picture) -> Fields:
 
 
 def spatial_reasoning(pictures: dict[int, Picture], rng: np.random.Generator, size: int) -> Iterator[Made]:
-    """Two pictures, side by side or stacked, whose shapes differ in colour and in form."""
+    """Two pictures in one prompt: where is the second's shape, compared with the first's?"""
     numbers = sorted(pictures)
     made = 0
     while made < size:
         first, second = (pictures[numbers[i]] for i in rng.choice(len(numbers), 2, replace=False))
-        if first.colour == second.colour or first.shape == second.shape:
-            continue
-        axis = int(rng.integers(2))  # 0: stacked, 1: side by side
-        height, width = first.pixels.shape[:2]
-        centres = np.array([first.centre, second.centre])
-        centres[1] += (width, 0) if axis == 1 else (0, height)
-        target, anchor = rng.permutation(2)
-        dx, dy = centres[target] - centres[anchor]
+        dx, dy = (after - before for before, after in zip(first.centre, second.centre, strict=True))
         if min(abs(dx), abs(dy)) < MIN_OFFSET:
             continue
         answer = f"{'left' if dx < 0 else 'right'} {'above' if dy < 0 else 'below'}"
-        pair = (first, second)
-        question = f"Where is the {pair[target].name} seen from the {pair[anchor].name}?"
-        spots = [f"{pair[i].colour} {centres[i][0]:.0f} {centres[i][1]:.0f}" for i in (target, anchor)]
+        spots = [f"{picture.centre[0]:.0f} {picture.centre[1]:.0f}" for picture in (first, second)]
+        question = "Where is the second shape seen from the first?"
         record = fields("spatial_reasoning", question, answer, "axes", ", ".join(spots))
-        record |= {"sources": [first.source, second.source], "made": True}
-        yield record, encode_png(np.concatenate([first.pixels, second.pixels], axis=axis))
+        yield record | {"sources": [first.source, second.source], "made": False}, [first.png, second.png]
         made += 1
 
 
@@ -273,7 +264,7 @@ def ocr(digits: Digits, rng: np.random.Generator, size: int) -> Iterator[Made]:
         labels, sources, png = draw_strip(digits, rng, int(rng.integers(2, 5)))
         text = [str(label) for label in labels]
         record = fields("ocr", "What number is written?", "".join(text), "edit_distance", " ".join(text))
-        yield record | {"sources": sources, "made": True}, png
+        yield record | {"sources": sources, "made": True}, [png]
 
 
 def arithmetic(digits: Digits, rng: np.random.Generator, size: int) -> Iterator[Made]:
@@ -286,7 +277,7 @@ def arithmetic(digits: Digits, rng: np.random.Generator, size: int) -> Iterator[
         steps = f"{left} {symbol} {right}"
         question = f"What is the left digit {word} the right digit?"
         record = fields("math", question, str(compute(left, right)), "numeric", steps, reference_steps=steps)
-        yield record | {"sources": sources, "made": True}, png
+        yield record | {"sources": sources, "made": True}, [png]
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
@@ -305,8 +296,8 @@ def build_split(out: Path, split: str, digits: Digits, rng: np.random.Generator,
     ]
     with ShardWriter(out / split) as writer:
         for number, row in enumerate(rng.permutation(len(samples))):
-            record, png = samples[row]
-            writer.write(f"{split}-{number:06d}", record, [png])
+            record, images = samples[row]
+            writer.write(f"{split}-{number:06d}", record, images)
     return [record for record, _ in samples]
 
 
