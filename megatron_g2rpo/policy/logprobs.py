@@ -7,6 +7,7 @@ of the padded vocabulary, P = padded / T.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,81 +44,114 @@ def vocab_parallel_logprobs(
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    rows = logits.shape[0]
-    step = rows if chunk_size is None else chunk_size
-    outputs = [
-        _LogprobsAndEntropy.apply(
-            logits[start : start + step], labels[start : start + step], vocab_size, temperature, group
-        )
-        for start in range(0, rows, max(step, 1))
-    ]
-    if not outputs:
+    if not len(logits):
         empty = logits.new_zeros(0, dtype=torch.float32)
         return empty, empty
-    logprobs, entropies = zip(*outputs, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
+    offset = (dist.get_rank(group) if group is not None else 0) * logits.shape[1]
+    columns = _Columns(offset=offset, vocab_size=vocab_size, temperature=temperature)
+    return _LogprobsAndEntropy.apply(logits, labels, columns, group, chunk_size or len(logits))
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What the columns of this rank's logits are: the first one's vocabulary id, and how logits become scores."""
+
+    offset: int
+    vocab_size: int
+    temperature: float
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        """A float32 copy of the logits over the temperature; padding columns at -inf."""
+        scaled = logits.to(torch.float32, copy=True).div_(self.temperature)
+        if self.offset + logits.shape[1] > self.vocab_size:
+            scaled[:, max(self.vocab_size - self.offset, 0) :] = float("-inf")
+        return scaled
+
+    def place(self, labels: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Column of each label (of some label, where it is another rank's), and whether it is this rank's."""
+        local = labels - self.offset
+        return local.clamp(0, width - 1), (labels != NO_LABEL) & (local >= 0) & (local < width)
 
 
 class _LogprobsAndEntropy(torch.autograd.Function):
-    """One chunk. Saves the chunk's logits (model dtype) and two numbers a row; probabilities are recomputed."""
+    """Saves the logits in the model's dtype and two numbers a row; probabilities are recomputed chunk by chunk.
+
+    One function for all chunks, so that its gradient is written into one tensor; the gradient of a slice of the logits
+    would be as large as the logits, once per chunk.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        logits: Tensor,
-        labels: Tensor,
-        vocab_size: int,
-        temperature: float,
-        group: dist.ProcessGroup | None,
+        ctx: Any, logits: Tensor, labels: Tensor, columns: _Columns, group: dist.ProcessGroup | None, chunk_size: int
     ) -> tuple[Tensor, Tensor]:
+        parts = [
+            _chunk_forward(chunk, chunk_labels, columns, group)
+            for chunk, chunk_labels in zip(logits.split(chunk_size), labels.split(chunk_size), strict=True)
+        ]
+        logprob, entropy, log_normaliser = (torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.save_for_backward(logits, labels, log_normaliser, entropy)
+        ctx.columns, ctx.chunk_size = columns, chunk_size
         has_label = labels != NO_LABEL
-        offset = (dist.get_rank(group) if group is not None else 0) * logits.shape[1]
-        scaled = _scaled(logits, vocab_size, temperature, offset)
-
-        peak = scaled.amax(dim=1)
-        _all_reduce(peak, dist.ReduceOp.MAX, group)
-        shifted = scaled.sub_(peak[:, None])
-        local = labels - offset
-        mine = has_label & (local >= 0) & (local < logits.shape[1])
-        picked = shifted.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
-        weights = shifted.exp()
-        # 0 * -inf of a padding column is no contribution.
-        weighted = torch.where(weights > 0, weights * shifted, 0.0).sum(dim=1)
-        sums = torch.stack([weights.sum(dim=1), weighted, torch.where(mine, picked, 0.0)])
-        _all_reduce(sums, dist.ReduceOp.SUM, group)
-
-        log_sum = sums[0].log()
-        entropy = log_sum - sums[1] / sums[0]
-        logprob = sums[2] - log_sum
-        ctx.save_for_backward(logits, labels, peak + log_sum, entropy)
-        ctx.parameters = (vocab_size, temperature, offset)
         return torch.where(has_label, logprob, 0.0), torch.where(has_label, entropy, 0.0)
 
     @staticmethod
     def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> Any:  # type: ignore[override]
         logits, labels, log_normaliser, entropy = ctx.saved_tensors
-        vocab_size, temperature, offset = ctx.parameters
         has_label = labels != NO_LABEL
         grad_logprob = torch.where(has_label, grad_logprob, 0.0)
         grad_entropy = torch.where(has_label, grad_entropy, 0.0)
-        log_p = _scaled(logits, vocab_size, temperature, offset).sub_(log_normaliser[:, None])
-        p = log_p.exp()
-        # d logprob = onehot - p;  d entropy = -p (log p + H)
-        factor = log_p.masked_fill_(p == 0, 0.0).add_(entropy[:, None]).mul_(-grad_entropy[:, None])
-        grad = p.mul_(factor.sub_(grad_logprob[:, None]))
-        local = labels - offset
-        mine = has_label & (local >= 0) & (local < logits.shape[1])
-        index = local.clamp(0, logits.shape[1] - 1)[:, None]
-        grad.scatter_add_(1, index, torch.where(mine, grad_logprob, 0.0)[:, None])
-        return (grad / temperature).to(logits.dtype), None, None, None, None
+        grad = torch.empty_like(logits)
+        for start in range(0, len(logits), ctx.chunk_size):
+            rows = slice(start, start + ctx.chunk_size)
+            grad[rows] = _chunk_backward(
+                logits[rows],
+                labels[rows],
+                log_normaliser[rows],
+                entropy[rows],
+                grad_logprob[rows],
+                grad_entropy[rows],
+                ctx.columns,
+            )
+        return grad, None, None, None, None
 
 
-def _scaled(logits: Tensor, vocab_size: int, temperature: float, offset: int) -> Tensor:
-    """A float32 copy of the logits over the temperature; padding columns at -inf."""
-    scaled = logits.to(torch.float32, copy=True).div_(temperature)
-    if offset + logits.shape[1] > vocab_size:
-        scaled[:, max(vocab_size - offset, 0) :] = float("-inf")
-    return scaled
+def _chunk_forward(
+    logits: Tensor, labels: Tensor, columns: _Columns, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability (meaningless without a label), entropy and log-normaliser of each row."""
+    scaled = columns.scaled(logits)
+    peak = scaled.amax(dim=1)
+    _all_reduce(peak, dist.ReduceOp.MAX, group)
+    shifted = scaled.sub_(peak[:, None])
+    index, mine = columns.place(labels, logits.shape[1])
+    picked = shifted.gather(1, index[:, None]).squeeze(1)
+    weights = shifted.exp()
+    # 0 * -inf of a padding column is no contribution.
+    weighted = torch.where(weights > 0, weights * shifted, 0.0).sum(dim=1)
+    sums = torch.stack([weights.sum(dim=1), weighted, torch.where(mine, picked, 0.0)])
+    _all_reduce(sums, dist.ReduceOp.SUM, group)
+    log_sum = sums[0].log()
+    return sums[2] - log_sum, log_sum - sums[1] / sums[0], peak + log_sum
+
+
+def _chunk_backward(
+    logits: Tensor,
+    labels: Tensor,
+    log_normaliser: Tensor,
+    entropy: Tensor,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor,
+    columns: _Columns,
+) -> Tensor:
+    """float32 gradient with respect to the unscaled logits; the incoming gradients are 0 on rows without a label."""
+    log_p = columns.scaled(logits).sub_(log_normaliser[:, None])
+    p = log_p.exp()
+    # d logprob = onehot - p;  d entropy = -p (log p + H)
+    factor = log_p.masked_fill_(p == 0, 0.0).add_(entropy[:, None]).mul_(-grad_entropy[:, None])
+    grad = p.mul_(factor.sub_(grad_logprob[:, None]))
+    index, mine = columns.place(labels, logits.shape[1])
+    grad.scatter_add_(1, index[:, None], torch.where(mine, grad_logprob, 0.0)[:, None])
+    return grad.div_(columns.temperature)
 
 
 def _all_reduce(tensor: Tensor, op: Any, group: dist.ProcessGroup | None) -> None:
