@@ -53,7 +53,8 @@ def packed_row_params(cu_seqlens: Tensor) -> PackedRowParams:
     Args:
         cu_seqlens: int32 ``[n + 1]``, offsets of the sequences; they must cover the row.
     """
-    offsets = cu_seqlens.long()
+    device = cu_seqlens.device
+    offsets = cu_seqlens.cpu().long()  # one wait for the GPU here; every size below would be one more
     starts, lengths = offsets[:-1], offsets[1:] - offsets[:-1]
     # A bucket holds lengths of one power of two: padding at most doubles it.
     classes = torch.ceil(torch.log2(lengths.clamp(min=1).double())).long()
@@ -63,10 +64,11 @@ def packed_row_params(cu_seqlens: Tensor) -> PackedRowParams:
         if not bool(members.any()):
             continue
         start, length = starts[members], lengths[members]
-        steps = torch.arange(int(length.max()), device=offsets.device)
+        steps = torch.arange(int(length.max()))
         real = steps < length[:, None]
         gather = start[:, None] + torch.minimum(steps, length[:, None] - 1)
-        buckets.append(Bucket(gather=gather, slots=real.flatten().nonzero().squeeze(1), row=gather[real]))
+        slots = real.flatten().nonzero().squeeze(1)
+        buckets.append(Bucket(gather=gather.to(device), slots=slots.to(device), row=gather[real].to(device)))
     longest = int(lengths.max()) if len(lengths) else 0
     return PackedRowParams(
         qkv_format="sbhd",
