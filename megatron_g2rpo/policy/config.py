@@ -12,11 +12,6 @@ from megatron.core.transformer import TransformerConfig
 from megatron_g2rpo.policy.layout import Layout
 
 
-def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
-    """Vocabulary rows held by the tensor-parallel group together: the next multiple of its size."""
-    return -(-vocab_size // tensor_parallel) * tensor_parallel
-
-
 def transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
     """The language model's TransformerConfig.
 

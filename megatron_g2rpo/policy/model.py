@@ -21,9 +21,9 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from megatron_g2rpo.nouns import PackedBatch
 from megatron_g2rpo.policy.attention import packed_row_params
-from megatron_g2rpo.policy.config import padded_vocab_size
 from megatron_g2rpo.policy.precision import local_block_spec
 from megatron_g2rpo.policy.rope import InterleavedMRoPE
+from megatron_g2rpo.weights.rules import padded_rows
 
 
 class Qwen3VLPolicy(MegatronModule):
@@ -58,7 +58,7 @@ class Qwen3VLPolicy(MegatronModule):
             config=config,
             # Annotated as the spec of one layer; the block takes its submodules as well.
             transformer_layer_spec=local_block_spec(layers),  # pyright: ignore[reportArgumentType]
-            vocab_size=padded_vocab_size(text.vocab_size, config.tensor_model_parallel_size),
+            vocab_size=padded_rows(text.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=text.max_position_embeddings,
             pre_process=pre_process,
             post_process=post_process,

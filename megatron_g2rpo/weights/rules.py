@@ -15,6 +15,11 @@ import torch
 from torch import Tensor
 
 
+def padded_rows(rows: int, size: int) -> int:
+    """Rows of a vocabulary matrix that ``size`` ranks hold together: the next multiple of their number."""
+    return -(-rows // size) * size
+
+
 class ShardRule(Protocol):
     """One way to shard. ``size`` is the tensor-parallel size, ``rank`` the rank in it."""
 
@@ -62,8 +67,7 @@ class Vocabulary:
     size: int
 
     def shard(self, full: Sequence[Tensor], rank: int, size: int) -> Tensor:
-        padded_rows = -(-self.size // size) * size
-        padding = full[0].new_zeros(padded_rows - self.size, *full[0].shape[1:])
+        padding = full[0].new_zeros(padded_rows(self.size, size) - self.size, *full[0].shape[1:])
         return torch.cat([full[0], padding]).chunk(size)[rank]
 
     def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
