@@ -56,14 +56,6 @@ class Device:
         if self.kind == "gpu":
             torch.cuda.synchronize()
 
-    def peak_memory_bytes(self) -> int:
-        """Largest memory this process has held: allocated on the GPU, or resident on a CPU."""
-        if self.kind == "gpu":
-            return torch.cuda.max_memory_allocated()
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
 
 def select(kind: str = "auto") -> Device:
     """The device that this rank uses.
@@ -77,6 +69,9 @@ def select(kind: str = "auto") -> Device:
     """
     if kind not in ("auto", "cpu", "gpu"):
         raise ValueError(f"cluster.device: {kind!r} is none of auto, cpu, gpu")
+    # megatron-core's advice for tensor parallelism: kernels start in the order in which it issues them. CUDA reads it
+    # when it starts, so it comes first.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     available = torch.cuda.is_available()
     if kind == "gpu" and not available:
         raise DeviceError(
