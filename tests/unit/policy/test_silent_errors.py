@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claim: the errors that raise no exception (a swapped weight, a dropped feature) would fail the parity test.
+
+Each case makes one of them on purpose and measures what it does to the log-probabilities: far more than the parity
+test's tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_g2rpo.data.packing import response_values
+from megatron_g2rpo.nouns import PackedBatch
+from megatron_g2rpo.policy.device import select
+from megatron_g2rpo.policy.megatron import MegatronPolicy
+from megatron_g2rpo.policy.model import Qwen3VLPolicy
+from tests.parity import LOGPROB_TOLERANCE, packer_for, policy_options, random_sequences, reference
+from tests.tiny_model import make_tiny_qwen3vl
+
+# As many key/value heads as query heads: q, k and v have one shape, and gate and up always do.
+SHAPE = {"layers": 2, "heads": 4, "kv_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("policy")
+    make_tiny_qwen3vl(directory, **SHAPE)
+    return directory
+
+
+def error(directory: Path, change: Callable[[str], str] = str) -> float:
+    """Largest error of a log-probability against transformers, where ``change`` renames the policy's weights."""
+    config, model = make_tiny_qwen3vl(**SHAPE)
+    policy = MegatronPolicy(policy_options(directory), select("cpu"), seed=0, max_steps=None)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    policy.load({change(name): tensor for name, tensor in state.items()}, source="a test")
+    sequences = random_sequences(config)
+    expected, _ = reference(model, sequences, temperature=1.0)
+    batches = packer_for(config).pack(sequences, budget=80)
+    return max(
+        float((logprobs - expected[row]).abs().max())
+        for batch, stats in zip(batches, policy.logprobs(batches), strict=True)
+        for row, logprobs in response_values(batch, stats.logprobs).items()
+    )
+
+
+def swapped(one: str, other: str) -> Callable[[str], str]:
+    """Names with the two parts exchanged."""
+    return lambda name: name.replace(one, "\0").replace(other, one).replace("\0", other)
+
+
+def test_nothing_changed(directory: Path) -> None:
+    assert error(directory) <= LOGPROB_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("q_proj", "k_proj"),
+        ("k_proj", "v_proj"),
+        ("gate_proj", "up_proj"),
+        ("q_norm", "k_norm"),
+        ("input_layernorm", "post_attention_layernorm"),
+        ("layers.0.", "layers.1."),
+        ("deepstack_merger_list.0.", "deepstack_merger_list.1."),
+    ],
+    ids=lambda name: name.strip("."),
+)
+def test_swapped_weights_are_seen(directory: Path, one: str, other: str) -> None:
+    assert error(directory, swapped(one, other)) > 100 * LOGPROB_TOLERANCE
+
+
+def test_a_dropped_deepstack_is_seen(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embed = Qwen3VLPolicy._embed
+
+    def without_deepstack(self: Qwen3VLPolicy, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
+        return embed(self, batch)[0], None
+
+    monkeypatch.setattr(Qwen3VLPolicy, "_embed", without_deepstack)
+    assert error(directory) > 100 * LOGPROB_TOLERANCE
+
+
+def test_features_of_another_image_are_seen(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embed = Qwen3VLPolicy._embed
+
+    def shuffled(self: Qwen3VLPolicy, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
+        object.__setattr__(batch, "vision_index", batch.vision_index.flip(0))
+        return embed(self, batch)
+
+    monkeypatch.setattr(Qwen3VLPolicy, "_embed", shuffled)
+    assert error(directory) > 100 * LOGPROB_TOLERANCE
+
+
+def test_attention_over_neighbours_is_seen(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row taken for one long sequence: what a missing segment mask would do."""
+    forward = Qwen3VLPolicy.forward
+
+    def unsegmented(self: Qwen3VLPolicy, batch: PackedBatch) -> Tensor:
+        object.__setattr__(batch, "cu_seqlens", batch.cu_seqlens[[0, -1]].to(torch.int32))
+        return forward(self, batch)
+
+    monkeypatch.setattr(Qwen3VLPolicy, "forward", unsegmented)
+    assert error(directory) > 100 * LOGPROB_TOLERANCE
