@@ -69,7 +69,11 @@ def export_hf(
 
 def _flush(partial: Path, shards: list[list[str]], pending: dict[str, Tensor]) -> None:
     shards.append(list(pending))
-    save_file(pending, partial / f"{len(shards)}.part", metadata={"format": "pt"})
+    file = partial / f"{len(shards)}.part"
+    file.touch()
+    mode = file.stat().st_mode  # the user's umask; safetensors would leave the file readable to its owner alone
+    save_file(pending, file, metadata={"format": "pt"})
+    file.chmod(mode)
 
 
 def _name_shards(partial: Path, shards: list[list[str]], total_bytes: int) -> None:

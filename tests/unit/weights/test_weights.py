@@ -64,6 +64,8 @@ def test_export_equals_import_bit_for_bit(tmp_path: Path, tied: bool) -> None:
     weights.export_hf(policy.stream(), tmp_path / "out", source=tmp_path / "in", write=True, max_shard_bytes=40_000)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    modes = {file.stat().st_mode for file in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1, "the weights are as readable as the files beside them"
     loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     expected = model.state_dict()
