@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data, and a policy warm-started by the command line, once for all end-to-end tests."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.toy import Toy, build_policy, succeed, write_shards
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """A finished supervised run.
+
+    Attributes:
+        toy: its data, and the untrained policy that it started from.
+        recipe: its recipe.
+        run: its directory.
+        trained: the data with the policy that it exported, kept from being replaced by a continued run.
+    """
+
+    toy: Toy
+    recipe: Path
+    run: Path
+    trained: Toy
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> WarmStart:
+    """40 steps of `megatron-g2rpo sft`: enough for the format and for a reward that varies."""
+    root = tmp_path_factory.mktemp("warm")
+    write_shards(root / "data" / "train", 16)
+    write_shards(root / "data" / "val", 12, first=16)
+    toy = Toy(root / "data", build_policy(root / "data", root / "init"))
+    run = root / "run"
+    recipe = toy.recipe(root / "sft.yaml", "sft", logger={"log_dir": str(run)})
+    succeed("sft", recipe)
+    shutil.copytree(run / "hf", root / "policy")
+    return WarmStart(toy, recipe, run, Toy(root / "data", root / "policy"))
+
+
+@pytest.fixture(scope="session")
+def toy(warm: WarmStart) -> Toy:
+    """The data and the warm-started policy."""
+    return warm.trained

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claim: what a user can mend ends the run at once, with exit code 1 and one message that says what and where."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_g2rpo.data.processing import ChatProcessor
+from megatron_g2rpo.data.shards import ShardIndex
+from megatron_g2rpo.data.stream import PromptStream
+from megatron_g2rpo.train import launch
+from tests.e2e.toy import Toy, break_image, call, command, error_of, metrics, only_error, write_shards
+
+TENSOR_PARALLEL = "policy.megatron_cfg.tensor_model_parallel_size"
+# One step and nothing around it.
+BARE = ("grpo.max_num_steps=1", "grpo.val_at_start=false", "grpo.val_at_end=false", "checkpointing.export_hf=false")
+
+
+@pytest.fixture
+def own(toy: Toy, tmp_path: Path) -> Toy:
+    """Data that a test may damage, with the shared policy."""
+    shutil.copytree(toy.data, tmp_path / "data")
+    return Toy(tmp_path / "data", toy.model)
+
+
+def recipe_of(toy: Toy, tmp_path: Path, **changes: object) -> Path:
+    return toy.recipe(tmp_path / "recipe.yaml", logger={"log_dir": str(tmp_path / "run")}, **changes)
+
+
+def test_an_unknown_key_is_named_with_its_nearest(toy: Toy, tmp_path: Path) -> None:
+    done = command("train", recipe_of(toy, tmp_path), "grpo.num_promts_per_step=8")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    message = only_error(done.stderr)
+    assert "unknown key 'grpo.num_promts_per_step'" in message
+    assert "nearest valid key: grpo.num_prompts_per_step" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_shard_is_named_and_mending_the_path_is_enough(own: Toy, tmp_path: Path) -> None:
+    (own.data / "train" / "shard-000001.tar").unlink()
+    recipe = recipe_of(own, tmp_path)
+    assert "shard-000001.tar" in error_of("train", recipe)
+    # The attempt left its recipe in the run directory, but no result: another recipe may have it.
+    write_shards(tmp_path / "whole", 4)
+    result = call("train", recipe, *BARE, f"data.train.path={tmp_path / 'whole'}")
+    assert result.exit_code == 0, result.output
+
+
+def test_an_undecodable_image_is_named_or_skipped_and_counted(own: Toy, tmp_path: Path) -> None:
+    recipe = recipe_of(own, tmp_path)
+    broken = [break_image(own.data / "train", "colour", number) for number in range(0, 16, 2)]
+    message = error_of("train", recipe, *BARE)
+    assert message.startswith(tuple(broken)), message
+    assert "data.on_bad_sample=skip" in message
+
+    result = call("train", recipe, *BARE, "grpo.max_num_steps=2", "data.on_bad_sample=skip", "grpo.seed=1")
+    assert result.exit_code == 0, result.output
+    lines = metrics(tmp_path / "run")
+    assert lines[1]["train/skipped_samples"] + lines[2]["train/skipped_samples"] > 0
+    assert lines[2]["train/num_tokens"] > 0
+
+
+def test_a_reward_that_raises_names_the_sample(own: Toy, tmp_path: Path) -> None:
+    shutil.rmtree(own.data / "train")
+    write_shards(own.data / "train", 4, answer_format="numeric", answer="many")
+    message = error_of("train", recipe_of(own, tmp_path), *BARE)
+    assert message.startswith("reward accuracy 'numeric' of sample shard-000000/")
+    assert "raised ValueError: the reference answer 'many' is not a number" in message
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_tensor_parallelism_that_does_not_divide_the_heads_starts_no_process(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(launch, "launch", lambda *_: pytest.fail("processes were started"))
+    recipe = recipe_of(toy, tmp_path)
+    heads = {3: "4 attention heads", 4: "2 key/value heads"}[size]
+    expected = f"{TENSOR_PARALLEL}={size} does not divide the model's {heads}"
+    assert error_of("train", recipe, "--nproc", size, f"{TENSOR_PARALLEL}={size}") == expected
+    arguments = ("--model", toy.model, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert error_of("logprobs", *arguments, "--nproc", size, f"{TENSOR_PARALLEL}={size}") == expected
+    assert not (tmp_path / "run").exists()
+    # Without processes to spread it over, the recipe itself is at fault.
+    assert TENSOR_PARALLEL in error_of("train", recipe, f"{TENSOR_PARALLEL}={size}")
+
+
+def test_a_model_that_is_not_there_is_named(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    nowhere = tmp_path / "nowhere"
+    assert f"policy.model_name: {nowhere}" in error_of("train", recipe_of(Toy(toy.data, nowhere), tmp_path))
+
+
+def test_a_run_directory_of_another_recipe_is_refused_or_moved_aside(toy: Toy, tmp_path: Path) -> None:
+    recipe, run = recipe_of(toy, tmp_path), tmp_path / "run"
+    assert call("train", recipe, *BARE).exit_code == 0
+    before = (run / "metrics.jsonl").read_text()
+
+    message = error_of("train", recipe, *BARE, "grpo.seed=7")
+    assert f"{run} belongs to another recipe (grpo.seed: 42 there, 7 here)" in message
+    assert "--fresh" in message
+    assert (run / "metrics.jsonl").read_text() == before
+
+    result = call("train", recipe, *BARE, "grpo.seed=7", "--fresh")
+    assert result.exit_code == 0, result.output
+    (aside,) = (path for path in tmp_path.iterdir() if path.name.startswith("run."))
+    assert (aside / "metrics.jsonl").read_text() == before
+    assert list(metrics(run)) == [1]
+    assert (run / "metrics.jsonl").read_text() != before
+
+
+def test_a_rank_that_fails_takes_the_job_down_with_its_own_message(own: Toy, tmp_path: Path) -> None:
+    index = ShardIndex(own.data / "train")
+    # Row 1 of the first global batch: of two data-parallel ranks the second alone reads it.
+    (prompt,) = PromptStream(index, {}, 42, ChatProcessor(own.model)).next_batch(6, range(1, 2))
+    number = [entry.name for entry in index.entries(prompt.task)].index(prompt.key)
+    broken = break_image(own.data / "train", prompt.task, number)
+    # The gloo timeout is half an hour, that of this command four minutes.
+    done = command("train", recipe_of(own, tmp_path), *BARE, "--nproc", "2")
+    assert done.returncode == 1
+    message = only_error(done.stderr)
+    assert message.startswith(f"rank 1: {broken}"), message
+    assert not (tmp_path / "run" / "checkpoints").exists()

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims: a run leaves what it promises, resumes bit for bit, and does not depend on its layout."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from megatron_g2rpo import recipe as recipes
+from megatron_g2rpo.nouns import ModelInputs, PackedBatch
+from megatron_g2rpo.train.assembly import assemble
+from megatron_g2rpo.train.g2rpo import g2rpo_step
+from megatron_g2rpo.train.loop import Run
+from tests.e2e.toy import TASKS, Toy, call, metrics, numbers, succeed
+
+# Five significant digits: half a unit of the fifth.
+FIVE_DIGITS = 5e-6
+TENSOR_PARALLEL = "policy.megatron_cfg.tensor_model_parallel_size"
+# One step and nothing around it.
+BARE = ("grpo.max_num_steps=1", "grpo.val_at_start=false", "grpo.val_at_end=false", "checkpointing.export_hf=false")
+
+
+@pytest.fixture(scope="module")
+def straight(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps in one go; the run directory."""
+    root = tmp_path_factory.mktemp("straight")
+    succeed("train", toy.recipe(root / "recipe.yaml"), f"logger.log_dir={root / 'run'}")
+    return root / "run"
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_a_run_leaves_its_metrics_recipe_events_and_checkpoint(toy: Toy, straight: Path) -> None:
+    lines = metrics(straight)
+    assert list(lines) == [0, 1, 2, 3, 4]
+    names = [f"val/{task}/{kind}" for task in TASKS for kind in ("reward", "greedy_reward")]
+    names += ["val/mean_reward", "val/mean_greedy_reward"]
+    for step, line in lines.items():
+        assert (names[0] in line) == (step in (0, 4))
+    for step in (0, 4):
+        assert all(0.0 <= lines[step][name] <= 1.2 for name in names)
+        assert lines[step]["val/mean_reward"] == pytest.approx(
+            sum(lines[step][f"val/{task}/reward"] for task in TASKS) / len(TASKS), rel=1e-12
+        )
+    for step in range(1, 5):
+        # The engine computes what the trainer computes: fp32 noise over a few layers.
+        assert lines[step]["train/rollout_gap_max"] < 1e-4
+        # One update a step: the policy is the one that sampled.
+        assert lines[step]["train/ratio"] == 1.0
+        assert lines[step]["train/kl"] == 0.0
+    assert lines[1]["train/zero_variance_groups"] < 1.0, "the comparisons of this file need advantages"
+
+    again = recipes.load(straight / "recipe.yaml", [], "train")
+    assert again.logger.log_dir == str(straight)
+    assert again.policy.model_name == str(toy.model)
+
+    events = EventAccumulator(str(straight / "tensorboard")).Reload()
+    logged = {event.step: event.value for event in events.Scalars("train/loss")}
+    # TensorBoard stores float32.
+    assert logged == pytest.approx({step: lines[step]["train/loss"] for step in range(1, 5)}, rel=1e-6)
+
+    # save_period 2, keep_latest_k 1
+    assert checkpoints(straight) == ["step_4"]
+
+
+def test_a_resumed_run_is_the_straight_run_bit_for_bit(toy: Toy, straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    recipe = toy.recipe(tmp_path / "recipe.yaml", logger={"log_dir": str(run)})
+    succeed("train", recipe, "grpo.max_num_steps=2")
+    assert checkpoints(run) == ["step_2"]
+    # As if the job had been killed in step 4, while it logged, and earlier while it saved.
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "train/loss": 0.0}\n{"step": 4, "tr')
+    (run / "checkpoints" / "step_3.partial").mkdir()
+
+    succeed("train", recipe)
+    assert checkpoints(run) == ["step_4"]
+    expected, resumed = metrics(straight), metrics(run)
+    assert list(resumed) == [0, 1, 2, 3, 4]
+    assert numbers(resumed[0]) == numbers(expected[0])
+    assert numbers(resumed[1]) == numbers(expected[1])
+    assert numbers(resumed[3]) == numbers(expected[3])
+    assert numbers(resumed[4]) == numbers(expected[4])  # with the validation of the final policy
+    assert (run / "hf" / "model.safetensors").read_bytes() == (straight / "hf" / "model.safetensors").read_bytes()
+
+
+def test_the_export_answers_as_the_policy_does(toy: Toy, straight: Path) -> None:
+    exported = straight / "hf"
+    model = AutoModelForImageTextToText.from_pretrained(exported, dtype=torch.float32).eval()
+    assert type(model).__name__ == "Qwen3VLForConditionalGeneration"
+    assert AutoTokenizer.from_pretrained(exported).chat_template
+    assert Qwen2VLImageProcessorPil.from_pretrained(exported).patch_size == 8
+    for name in ("generation_config.json", "video_preprocessor_config.json", "chat_template.jinja"):
+        assert (exported / name).read_bytes() == (toy.model / name).read_bytes()
+
+    # The policy comes from the Megatron checkpoint, not from the directory under test.
+    recipe = recipes.load(straight / "recipe.yaml", ["grpo.max_val_samples=12"], "train")
+    parts = assemble(recipe)
+    assert Run(recipe, parts).first_step == 4
+    parts.engine.load_weights(parts.policy.stream())
+    prompts = parts.validation
+    assert len(prompts) == 36
+    rollouts = parts.engine.generate(prompts, 1, temperature=0.0, seed=0, group_ids=list(range(36)))
+    assert len({rollout.text for rollout in rollouts}) > 3, "answers that are all alike prove little"
+    for rollout in rollouts:
+        assert greedy(model, rollout.prompt.inputs, 32) == rollout.response_ids.tolist(), rollout.prompt.key
+
+
+@torch.no_grad()
+def greedy(model: Any, inputs: ModelInputs, max_new_tokens: int) -> list[int]:
+    """transformers' own greedy answer to one prompt."""
+    ids = inputs.token_ids[None]
+    images = {}
+    if len(inputs.image_grid_thw):
+        images = {"pixel_values": inputs.pixel_values, "image_grid_thw": inputs.image_grid_thw}
+    kinds = (ids == model.config.image_token_id).long()
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=kinds,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        **images,
+    )
+    return output[0, ids.shape[1] :].tolist()
+
+
+def test_two_ranks_give_the_numbers_of_one_and_continue_each_other_s_run(
+    toy: Toy, straight: Path, tmp_path: Path
+) -> None:
+    expected = metrics(straight)
+    recipe = toy.recipe(tmp_path / "recipe.yaml", grpo={"val_at_start": False, "val_at_end": False})
+    tensor, data = tmp_path / "tp2", tmp_path / "dp2"
+    one_step = ("--nproc", "2", "grpo.max_num_steps=1", "checkpointing.export_hf=false")
+    succeed("train", recipe, *one_step, f"logger.log_dir={tensor}", f"{TENSOR_PARALLEL}=2")
+    succeed("train", recipe, *one_step, f"logger.log_dir={data}")
+    for run in (tensor, data):
+        assert_same_step(metrics(run)[1], expected[1], FIVE_DIGITS)
+
+    # The tensor-parallel checkpoint, whose vocabulary is padded, read by two data-parallel ranks.
+    succeed("train", recipe, "--nproc", "2", "grpo.max_num_steps=2", f"logger.log_dir={tensor}")
+    resumed = metrics(tensor)
+    assert list(resumed) == [1, 2]
+    # Adam's first step divides a gradient by its own size: where that is nothing but rounding, so is the step.
+    assert_same_step(resumed[2], expected[2], 1e-4)
+
+
+def assert_same_step(line: dict[str, float], expected: dict[str, float], tolerance: float) -> None:
+    for name in ("train/loss", "train/grad_norm", "train/entropy", "train/reward"):
+        assert math.isclose(line[name], expected[name], rel_tol=tolerance), (name, line[name], expected[name])
+    assert line["train/num_tokens"] == expected["train/num_tokens"]
+
+
+@pytest.mark.full
+def test_four_ranks_give_the_numbers_of_one(toy: Toy, straight: Path, tmp_path: Path) -> None:
+    recipe = toy.recipe(tmp_path / "recipe.yaml", logger={"log_dir": str(tmp_path / "run")})
+    succeed("train", recipe, "--nproc", "4", *BARE, f"{TENSOR_PARALLEL}=2")
+    assert_same_step(metrics(tmp_path / "run")[1], metrics(straight)[1], FIVE_DIGITS)
+
+
+@pytest.mark.full
+def test_a_rank_without_rows_changes_nothing(toy: Toy, tmp_path: Path) -> None:
+    """One prompt a minibatch: in each of the three updates, one of the two ranks has none; so has the mean weight."""
+    recipe = toy.recipe(
+        tmp_path / "recipe.yaml",
+        grpo={"num_prompts_per_step": 3, "overlong": "mask"},
+        loss_fn={"token_level_loss": False},
+        policy={"train_global_batch_size": 4, "generation": {"max_new_tokens": 14}},
+    )
+    for nproc in (1, 2):
+        succeed("train", recipe, "--nproc", nproc, *BARE, f"logger.log_dir={tmp_path / str(nproc)}")
+    one, two = (metrics(tmp_path / str(nproc))[1] for nproc in (1, 2))
+    assert 0.0 < one["train/truncated"] < 1.0, "the mask should have something to do"
+    # Means over three updates: see the tolerance of a second step above.
+    assert_same_step(two, one, 1e-4)
+
+
+def test_every_update_of_a_step_is_measured_against_the_policy_that_sampled(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = toy.recipe(tmp_path / "recipe.yaml", policy={"train_global_batch_size": 12})
+    recipe = recipes.load(path, [f"logger.log_dir={tmp_path / 'run'}"], "train")
+    parts = assemble(recipe)
+    update, distances = parts.policy.update, []
+
+    def measured_update(batches: list[PackedBatch], *args: Any) -> dict[str, float]:
+        now = parts.policy.logprobs(batches)
+        for batch, stats in zip(batches, now, strict=True):
+            assert batch.behaviour_logprobs is not None
+            response = batch.task_ids >= 0
+            # The engine has the weights from before the first update; fp32 noise.
+            gap = (batch.behaviour_logprobs - batch.rollout_logprobs)[response].abs().max()
+            assert gap < 1e-4, f"update {len(distances) + 1}: behaviour is {gap} away from the rollouts"
+            distances.append(float((stats.logprobs - batch.behaviour_logprobs)[response].abs().max()))
+        return update(batches, *args)
+
+    monkeypatch.setattr(parts.policy, "update", measured_update)
+    line = g2rpo_step(recipe, parts, 1)
+    first, second = distances
+    assert first == 0.0  # the same weights and the same rows: the same bits
+    assert second > 1e-3
+    assert line["train/ratio"] != 1.0
+    assert line["train/kl"] > 0.0
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(toy: Toy, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    recipe = toy.recipe(tmp_path / "recipe.yaml", logger={"log_dir": str(run)}, checkpointing={"enabled": False})
+    for _ in range(2):
+        result = call("train", recipe, "grpo.max_num_steps=1", "checkpointing.export_hf=false")
+        assert result.exit_code == 0, result.output
+        assert list(metrics(run)) == [0, 1]
+    assert not (run / "checkpoints").exists()
+    assert not (run / "hf").exists()
