@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims: a checkpoint is whole or absent, old ones go, and what was saved comes back to the last bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_g2rpo.policy.device import select
+from megatron_g2rpo.policy.megatron import MegatronPolicy
+from megatron_g2rpo.train.checkpoint import Checkpoints
+from tests.parity import packer_for, policy_options, random_sequences, toy_loss
+from tests.tiny_model import make_tiny_qwen3vl
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    make_tiny_qwen3vl(directory, layers=1, vision_depth=2, deepstack=(0,))
+    return directory
+
+
+def make_policy(model_dir: Path) -> MegatronPolicy:
+    return MegatronPolicy(policy_options(model_dir), select("cpu"), seed=0, max_steps=10)
+
+
+def step(policy: MegatronPolicy) -> dict[str, float]:
+    sequences = random_sequences(policy.hf_config)
+    return policy.update(packer_for(policy.hf_config).pack(sequences, budget=80), toy_loss)
+
+
+def test_a_restored_policy_takes_the_same_steps(model_dir: Path, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, None)
+    straight = make_policy(model_dir)
+    step(straight)
+    checkpoints.save(1, straight, {"stream": {"position": 6}})
+    expected = [step(straight) for _ in range(2)]
+
+    restored = make_policy(model_dir)
+    assert checkpoints.load(1, restored) == {"step": 1, "stream": {"position": 6}}
+    assert [step(restored) for _ in range(2)] == expected
+    for (name, one), (_, other) in zip(straight.stream(), restored.stream(), strict=True):
+        assert torch.equal(one, other), name
+    # Without the saved moments the steps would differ.
+    fresh = make_policy(model_dir)
+    fresh.load(dict(checkpoint_weights(tmp_path, model_dir)), source="checkpoint")
+    assert [step(fresh) for _ in range(2)] != expected
+
+
+def checkpoint_weights(directory: Path, model_dir: Path) -> list[tuple[str, torch.Tensor]]:
+    policy = make_policy(model_dir)
+    Checkpoints(directory, None).load(1, policy)
+    return [(name, tensor.clone()) for name, tensor in policy.stream()]
+
+
+def test_the_newest_are_kept_and_an_unfinished_one_does_not_count(model_dir: Path, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 2)
+    assert checkpoints.latest() is None
+    policy = make_policy(model_dir)
+    for number in (2, 9, 10):  # as text, 10 comes before 9
+        (tmp_path / f"step_{number + 90}.partial").mkdir(parents=True)  # of a job that was killed
+        checkpoints.save(number, policy, {})
+        assert checkpoints.latest() == number
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_9"]
