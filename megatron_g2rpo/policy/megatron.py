@@ -137,7 +137,9 @@ class MegatronPolicy:
         model = self.model.sharded_state_dict()
         state: dict[str, Any] = {"model": model}
         if self.optimizer is not None and self.scheduler is not None:
-            state["optimizer"] = self.optimizer.sharded_state_dict(model, is_loading=is_loading)
+            state["optimizer"] = self.optimizer.sharded_state_dict(
+                model_sharded_state_dict=model, is_loading=is_loading
+            )
             state["scheduler"] = self.scheduler.state_dict()
         return state
 

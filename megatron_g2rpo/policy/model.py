@@ -92,7 +92,7 @@ class Qwen3VLPolicy(MegatronModule):
 
     def set_input_tensor(self, input_tensor: list[Tensor]) -> None:
         """Receive the previous stage's output; megatron-core passes a list of one."""
-        self.language_model.set_input_tensor(input_tensor[0])
+        self.language_model.set_input_tensor(input_tensor=input_tensor[0])
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Logits of one packed row.

@@ -52,7 +52,7 @@ def build_optimizer(model: DistributedDataParallel, dtype: torch.dtype, megatron
     return get_megatron_optimizer(
         config=config,
         model_chunks=[model],
-        config_overrides=get_standard_config_overrides(config),
+        config_overrides=get_standard_config_overrides(config=config),
         pg_collection=None,  # parallel_state's groups: the same ones, with their gloo twins
     )
 

@@ -61,7 +61,7 @@ def initialize(device: Device, layout: Layout, seed: int) -> ParallelGroups:
                 # On a GPU too: get_megatron_optimizer asks for the gloo twins of parallel_state's groups.
                 create_gloo_process_groups=True,
             )
-        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed=seed)
     collection = ProcessGroupCollection.use_mpu_process_groups()
     if (collection.tp.size(), collection.pp.size(), collection.cp.size()) != (
         layout.tensor,
