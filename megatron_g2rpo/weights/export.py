@@ -28,7 +28,8 @@ def export_hf(
     """Write a directory that ``from_pretrained`` loads.
 
     A collective like the stream it reads: every rank calls it, and ranks with ``write=False`` only drain the stream.
-    The directory appears whole or not at all: it is written beside its place and renamed.
+    The directory appears whole or not at all: it is written beside its place and renamed. Its config.json names the
+    dtype of the weights, which ``from_pretrained`` would otherwise round to the source's.
 
     Args:
         tensors: ``(hf_name, full_tensor)``.
@@ -45,9 +46,11 @@ def export_hf(
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     total = pending_bytes = 0
+    dtype = ""
     for name, tensor in tensors:
         if not write:
             continue
+        dtype = str(tensor.dtype).removeprefix("torch.")
         size = tensor.numel() * tensor.element_size()
         if pending and pending_bytes + size > max_shard_bytes:
             _flush(partial, shards, pending)
@@ -63,8 +66,20 @@ def export_hf(
         for file in source.glob(pattern):
             if file.name != INDEX_NAME:
                 shutil.copy2(file, partial / file.name)
+    _name_dtype(partial / "config.json", dtype)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
+
+
+def _name_dtype(config: Path, dtype: str) -> None:
+    """Set the dtype that the configuration and its sections state, where they state one."""
+    tree = json.loads(config.read_text())
+    sections = [tree, *(value for value in tree.values() if isinstance(value, dict))]
+    stated = [(section, key) for section in sections for key in ("dtype", "torch_dtype") if key in section]
+    if any(section[key] != dtype for section, key in stated):
+        for section, key in stated:
+            section[key] = dtype
+        config.write_text(json.dumps(tree, indent=2) + "\n")
 
 
 def _flush(partial: Path, shards: list[list[str]], pending: dict[str, Tensor]) -> None:

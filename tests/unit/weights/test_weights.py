@@ -73,6 +73,28 @@ def test_export_equals_import_bit_for_bit(tmp_path: Path, tied: bool) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
 
 
+def test_an_export_is_not_rounded_to_the_dtype_of_its_source(tmp_path: Path) -> None:
+    """A bf16 model trained in fp32: its config.json says bfloat16, and would have the new weights cast as they load."""
+    _, model = make_tiny_qwen3vl()
+    model.bfloat16().save_pretrained(tmp_path / "in")
+    policy = MegatronPolicy(policy_options(tmp_path / "in"), select("cpu"), seed=0, max_steps=None)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(1 + 2**-12)  # lost in bf16
+    weights.export_hf(policy.stream(), tmp_path / "out", source=tmp_path / "in", write=True)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in policy.stream())
+
+
+def test_a_stream_leaves_gradients_as_they_are(tmp_path: Path) -> None:
+    """A context manager around its yields would turn them off for whoever reads it."""
+    make_tiny_qwen3vl(tmp_path)
+    policy = MegatronPolicy(policy_options(tmp_path), select("cpu"), seed=0, max_steps=None)
+    for _, tensor in policy.stream():
+        assert torch.is_grad_enabled()
+        assert not tensor.requires_grad
+
+
 def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     _, model = make_tiny_qwen3vl(tmp_path)
     policy = MegatronPolicy(policy_options(tmp_path), select("cpu"), seed=0, max_steps=None)
