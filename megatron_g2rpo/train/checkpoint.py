@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import queue
 import re
 import shutil
 from collections.abc import Mapping
@@ -11,10 +12,15 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 
 _NAME = re.compile(r"step_(\d+)")
+
+# Where a save leaves its results for the process that saves. megatron-core's own is a manager process, meant for saves
+# that go on in the background: it takes seconds to start, and survives a rank that is killed, its terminal held open.
+filesystem_async._results_queue = queue.Queue()
 
 
 class Checkpoints:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,9 @@ def test_the_newest_are_kept_and_an_unfinished_one_does_not_count(model_dir: Pat
         checkpoints.save(number, policy, {})
         assert checkpoints.latest() == number
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_9"]
+
+
+def test_a_save_leaves_no_process_behind(model_dir: Path, tmp_path: Path) -> None:
+    """One that outlived a failed rank would hold its standard output open, and whoever reads that would wait."""
+    Checkpoints(tmp_path, None).save(1, make_policy(model_dir), {})
+    assert multiprocessing.active_children() == []
