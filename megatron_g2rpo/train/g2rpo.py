@@ -88,12 +88,12 @@ def g2rpo_step(recipe: TrainRecipe, parts: Assembly, step: int) -> dict[str, flo
             {
                 **{f"train/{name}": value for name, value in metrics.items()},
                 **entropy_metrics(parts, entropies, loss.hinge),
-                **gap_metrics(minibatch, policy.groups.data),
             }
         )
     return {
         **rollout_metrics(parts, rollouts, rewards, statistics),
         **mean_over(updates),
+        **gap_metrics([batch for minibatch, _ in measured for batch in minibatch], policy.groups.data),
         **skipped_metrics(parts, skipped),
         **timers.metrics(),
     }
