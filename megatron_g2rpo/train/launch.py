@@ -83,7 +83,8 @@ def end(error: BaseException) -> NoReturn:
         record = {"message": text, "timestamp": int(time.time()), _TIME: time.time()}
         Path(os.environ[_ERROR_FILE]).write_text(json.dumps(record))
     else:
-        Console(stderr=True).print(f"error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+        who = f"rank {os.environ['RANK']}: " if is_rank() else ""
+        Console(stderr=True).print(f"error: {who}{text}", style="red", markup=False, highlight=False, soft_wrap=True)
     _leave(1)
 
 

@@ -81,9 +81,17 @@ def test_an_interrupted_rank_leaves_without_a_message(tmp_path: Path) -> None:
     assert not (tmp_path / "1.json").exists()
 
 
-def test_alone_or_under_torchrun_a_process_prints_its_own_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.usefixtures("as_rank")
+def test_under_another_s_torchrun_a_rank_prints_its_own_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.delenv("MEGATRON_G2RPO_LAUNCHED")
+    assert end(ValueError("sample 7 is bad")) == 1
+    assert capsys.readouterr().err == "error: rank 1: sample 7 is bad\n"
+    assert not (tmp_path / "1.json").exists()
+
+
+def test_alone_a_process_prints_its_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert end(ValueError("sample 7 [bad] is bad")) == 1
     assert capsys.readouterr().err == "error: sample 7 [bad] is bad\n"
     monkeypatch.setenv("MEGATRON_G2RPO_TRACEBACK", "1")
