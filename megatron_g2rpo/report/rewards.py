@@ -121,7 +121,8 @@ def _picture(lines: list[dict[str, float]], rewards: dict[str, list[Change]], ta
         bars.bar_label(drawn, fmt="%.2f", fontsize=6.5)
     bars.set_xticks(range(len(sampled)), [row.task.replace("_", "\n") for row in sampled], fontsize=8)
     bars.set_ylabel("validation reward")
-    bars.set_ylim(top=1.25 * max(row.after for row in [*sampled, *greedy]))
+    highest = max(max(row.before, row.after) for row in [*sampled, *greedy])
+    bars.set_ylim(0, 1.25 * highest or 1.0)  # room for the legend
     bars.legend(fontsize=7, ncols=4, loc="upper center")
     steps = [(line["step"], line["train/reward"]) for line in lines if "train/reward" in line]
     curve.plot(*zip(*steps, strict=True), color="#8a8a8a", linewidth=1, label="train, sampled")

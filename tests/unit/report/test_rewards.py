@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claim: a report compares the first validation with the last one, and says what it lacks where it cannot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from matplotlib import pyplot as plt
+
+from megatron_g2rpo.report.rewards import Change, ReportError, changes, draw, read_metrics
+
+METRICS = ("reward", "greedy_reward", "accuracy", "greedy_accuracy")
+
+
+def write_run(run: Path, *validations: float) -> Path:
+    """A run of one task, ``ocr``, with a validation of the given value at every second step."""
+    run.mkdir(exist_ok=True)
+    (run / "recipe.yaml").write_text(f"data: {{validation: {{path: {run}/data/val}}}}\n")
+    lines = []
+    for number, value in enumerate(validations):
+        named = {f"val/{task}{name}": value for name in METRICS for task in ("ocr/", "mean_")}
+        lines += [{"step": 2 * number, **named}, {"step": 2 * number + 1, "train/reward": value}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def test_first_and_last_validation_are_compared(tmp_path: Path) -> None:
+    found = changes(read_metrics(write_run(tmp_path, 0.1, 0.9, 0.4)), "reward")
+    assert found == [Change("ocr", 0.1, 0.4), Change("mean over tasks", 0.1, 0.4)]
+
+
+@pytest.mark.parametrize("values", [(0.8, 0.3), (0.3, 0.8), (0.0, 0.0)], ids=["fell", "rose", "nothing"])
+def test_every_bar_fits_the_picture(
+    tmp_path: Path, values: tuple[float, float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    target = draw(write_run(tmp_path, *values))
+    assert target == tmp_path / "report" / "rewards.png"
+    assert target.stat().st_size > 10_000
+    assert f"{values[0]:.3f} -> {values[1]:.3f}" in capsys.readouterr().out
+    bottom, top = figures[0].axes[0].get_ylim()
+    assert bottom == 0
+    assert top > max(values)
+
+
+def test_what_a_text_only_reader_reaches_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path, 0.1, 0.2)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "card.json").write_text('{"text_only_accuracy": {"ocr": 0.25}}')
+    draw(tmp_path)
+    assert "ocr: accuracy 0.250 without looking at the image" in capsys.readouterr().out
+
+
+def test_nothing_to_compare(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match="does not exist"):
+        draw(tmp_path / "nowhere")
+    with pytest.raises(ReportError, match="fewer than two validations"):
+        draw(write_run(tmp_path, 0.1))
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ReportError, match="is empty"):
+        draw(tmp_path)
