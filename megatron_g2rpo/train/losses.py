@@ -28,7 +28,10 @@ def sft_loss(batch: PackedBatch, stats: TokenStats) -> LossTerms:
 
 @dataclass(frozen=True)
 class TaskEntropies:
-    """Entropy of each task over the global minibatch, under the policy before its update.
+    """Entropy of each task over the global minibatch, under the policy that sampled it.
+
+    Measured once per step, before the first update: in a step of several updates the later ones see the hinge's side as
+    it was then.
 
     Attributes:
         sums: float64 ``[T]``, nats.
@@ -78,6 +81,7 @@ class G2RPOLoss:
             log_ratio_clamp=options.log_ratio_clamp,
         )
         low, high = entropy_bounds(recipe, tasks)
+        self._clamp = options.log_ratio_clamp
         self._counts = entropies.counts
         self._total = float(entropies.counts.sum())
         self._weight = shaping.weight
@@ -99,7 +103,7 @@ class G2RPOLoss:
             self._total,
         )
         entropy_term = (coefficients * stats.entropy).sum()
-        log_ratio = (stats.logprobs - batch.behaviour_logprobs).detach()
+        log_ratio = (stats.logprobs - batch.behaviour_logprobs).detach().clamp(-self._clamp, self._clamp)
         return LossTerms(
             loss=policy_loss + entropy_term,
             num_tokens=batch.num_tokens,

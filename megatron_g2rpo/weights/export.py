@@ -67,8 +67,12 @@ def export_hf(
             if file.name != INDEX_NAME:
                 shutil.copy2(file, partial / file.name)
     _name_dtype(partial / "config.json", dtype)
-    shutil.rmtree(directory, ignore_errors=True)
+    old = directory.with_name(directory.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
     partial.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _name_dtype(config: Path, dtype: str) -> None:

@@ -63,6 +63,7 @@ def test_export_equals_import_bit_for_bit(tmp_path: Path, tied: bool) -> None:
     # 40 kB a file: several shards and an index.
     weights.export_hf(policy.stream(), tmp_path / "out", source=tmp_path / "in", write=True, max_shard_bytes=40_000)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"], "nothing is left beside the export"
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     modes = {file.stat().st_mode for file in (tmp_path / "out").iterdir()}
     assert len(modes) == 1, "the weights are as readable as the files beside them"
