@@ -20,8 +20,6 @@ TRAIN_SIZE, VAL_SIZE = 60, 80
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    pytest.importorskip("easy_vqa", reason="the [quickstart] extra is not installed")
-    pytest.importorskip("sklearn", reason="the [quickstart] extra is not installed")
     out = tmp_path_factory.mktemp("quickstart")
     card = load_example("build_data").build(out, 0, dict.fromkeys(TASKS, TRAIN_SIZE), VAL_SIZE)
     indices = {split: ShardIndex(out / split, known_tasks=TASKS) for split in ("train", "val")}
