@@ -116,21 +116,24 @@ class Rewards:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """One micro-batch: one row of tokens, many sequences side by side, full (before any context-parallel split).
+    """One micro-batch: one row of tokens, many sequences side by side.
 
     Position ``t`` predicts ``labels[t]``, the next token *of the same sequence*; the last position of a sequence and
     every padding position have label ``NO_LABEL``. All per-token fields are aligned with the predicting position.
+    A sequence may be followed by padding (tokens that nothing looks at and nothing is learned from); rows are packed
+    full, and a context-parallel rank cuts its share out of every per-token field (``policy.context_parallel``).
 
     Attributes:
         tokens: int64 ``[S]``.
         labels: int64 ``[S]``.
         position_ids: int64 ``[3, S]``, mRoPE (time, height, width); restarts with every sequence.
         segment_ids: int64 ``[S]``, index of the sequence a token belongs to (0..N-1); -1 on padding.
-        cu_seqlens: int32 ``[N + 1]``, offsets of the sequences in the row.
+        cu_seqlens: int32 ``[N + 1]``, running sum of the sequences' real lengths.
+        cu_seqlens_padded: int32 ``[N + 1]``, where each sequence begins in the (whole) row, padding counted.
         loss_mask: float32 ``[S]``, 1 where ``labels[t]`` is a response token that the loss counts.
         pixel_values: float32 ``[V, D]`` of the distinct images of the row: the samples of a group share one copy.
         image_grid_thw: int64 ``[I, 3]``, of the distinct images.
-        vision_index: int64, one entry per image placeholder of the row: which merged feature belongs there.
+        vision_index: int64 ``[S]``, which merged feature of these images belongs at a token; -1 where none does.
         rows: int64 ``[N]``, index of each sequence in the list that was packed.
         task_ids: int64 ``[S]``, -1 where there is none.
         advantages: float32 ``[S]``, 0 outside the loss mask.
@@ -145,6 +148,7 @@ class PackedBatch:
     position_ids: Tensor
     segment_ids: Tensor
     cu_seqlens: Tensor
+    cu_seqlens_padded: Tensor
     loss_mask: Tensor
     pixel_values: Tensor
     image_grid_thw: Tensor

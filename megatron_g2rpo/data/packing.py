@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_g2rpo.data.positions import rope_positions
@@ -79,15 +81,23 @@ class Packer:
     Attributes:
         image_token_id: placeholder whose embedding an image feature replaces.
         spatial_merge_size: vision patches merged per side.
-        pad_token_id: the token of a row that holds no sequence.
+        pad_token_id: the token that fills padding.
+        sequence_multiple: every sequence is padded to a multiple of it, so that context parallelism can cut it.
+        row_multiple: every row is padded to a multiple of it (``policy.layout.token_multiples`` gives both).
     """
 
     image_token_id: int
     spatial_merge_size: int
     pad_token_id: int
+    sequence_multiple: int = 1
+    row_multiple: int = 1
+
+    def __post_init__(self) -> None:
+        if self.row_multiple % self.sequence_multiple:
+            raise ValueError(f"row_multiple {self.row_multiple} is not a multiple of {self.sequence_multiple}")
 
     def pack(self, sequences: Sequence[PackSequence], budget: int, num_bins: int | None = None) -> list[PackedBatch]:
-        """Rows of at most ``budget`` tokens.
+        """Rows of at most ``budget`` tokens (rounded up to ``row_multiple``).
 
         Args:
             sequences: what to pack.
@@ -98,7 +108,7 @@ class Packer:
         Raises:
             ValueError: a sequence exceeds the budget, or more than ``num_bins`` rows are needed.
         """
-        bins = assign_bins([sequence.length for sequence in sequences], budget)
+        bins = self._bins(sequences, budget)
         if num_bins is not None:
             if len(bins) > num_bins:
                 raise ValueError(f"{len(bins)} rows are needed, more than the {num_bins} asked for")
@@ -107,7 +117,11 @@ class Packer:
 
     def num_rows(self, sequences: Sequence[PackSequence], budget: int) -> int:
         """Rows that ``pack`` needs."""
-        return len(assign_bins([sequence.length for sequence in sequences], budget))
+        return len(self._bins(sequences, budget))
+
+    def _bins(self, sequences: Sequence[PackSequence], budget: int) -> list[list[int]]:
+        lengths = [_round_up(sequence.length, self.sequence_multiple) for sequence in sequences]
+        return assign_bins(lengths, _round_up(budget, self.row_multiple))
 
     def _row(self, sequences: Sequence[PackSequence], members: list[int]) -> PackedBatch:
         parts = [sequences[index] for index in members]
@@ -117,77 +131,94 @@ class Packer:
         for key, inputs in distinct.items():
             first_feature[key] = total
             total += self._features(inputs)
-        vision_index = [torch.arange(self._features(part.inputs)) + first_feature[id(part.inputs)] for part in parts]
-        fields = [self._fields(part) for part in parts]
-        lengths = torch.tensor([part.length for part in parts])
-        cu_seqlens = torch.zeros(len(parts) + 1, dtype=torch.int32)
-        cu_seqlens[1:] = lengths.cumsum(0)
+        lengths = [part.length for part in parts]
+        padded = [_round_up(length, self.sequence_multiple) for length in lengths]
+        padded[-1] += -sum(padded) % self.row_multiple  # the row's own padding follows its last sequence
+        fields = [
+            self._fields(part, segment, size, first_feature[id(part.inputs)])
+            for segment, (part, size) in enumerate(zip(parts, padded, strict=True))
+        ]
         return PackedBatch(
             **{name: torch.cat([field[name] for field in fields], dim=-1) for name in fields[0]},
-            segment_ids=torch.repeat_interleave(torch.arange(len(parts)), lengths),
-            cu_seqlens=cu_seqlens,
+            cu_seqlens=_offsets(lengths),
+            cu_seqlens_padded=_offsets(padded),
             pixel_values=torch.cat([inputs.pixel_values for inputs in distinct.values()]),
             image_grid_thw=torch.cat([inputs.image_grid_thw for inputs in distinct.values()]),
-            vision_index=torch.cat(vision_index),
             rows=torch.tensor(members),
         )
 
     def _features(self, inputs: ModelInputs) -> int:
         return int(inputs.image_grid_thw.prod(dim=1).sum()) // self.spatial_merge_size**2
 
-    def _fields(self, part: PackSequence) -> dict[str, Tensor]:
-        """Per-token fields of one sequence, aligned with the predicting position."""
+    def _fields(self, part: PackSequence, segment: int, size: int, first_feature: int) -> dict[str, Tensor]:
+        """Per-token fields of one sequence, aligned with the predicting position and padded to ``size`` tokens."""
         prompt, response = part.inputs.token_ids, part.response_ids
         tokens = torch.cat([prompt, response])
         first = len(prompt) - 1  # the position that predicts the first response token
         span = slice(first, first + len(response))
 
         def spread(values: Tensor | float) -> Tensor:
-            out = torch.zeros(len(tokens))
+            out = torch.zeros(size)
             out[span] = values
             return out
 
         # Labels are shifted within the sequence: a roll over the row would wrap its last token to a neighbour.
-        labels = torch.full_like(tokens, NO_LABEL)
-        labels[:-1] = tokens[1:]
-        task_ids = torch.full_like(tokens, -1)
+        labels = torch.full((size,), NO_LABEL)
+        labels[: part.length - 1] = tokens[1:]
+        task_ids = torch.full((size,), -1)
         task_ids[span] = part.task_id
+        positions = rope_positions(
+            tokens,
+            part.inputs.image_grid_thw,
+            image_token_id=self.image_token_id,
+            spatial_merge_size=self.spatial_merge_size,
+        )
+        placeholders = tokens == self.image_token_id
+        vision_index = torch.where(placeholders, placeholders.cumsum(0) - 1 + first_feature, -1)
+        padding = size - part.length
         return {
-            "tokens": tokens,
+            "tokens": F.pad(tokens, (0, padding), value=self.pad_token_id),
             "labels": labels,
-            "position_ids": rope_positions(
-                tokens,
-                part.inputs.image_grid_thw,
-                image_token_id=self.image_token_id,
-                spatial_merge_size=self.spatial_merge_size,
-            ),
+            "position_ids": F.pad(positions, (0, padding)),
+            "segment_ids": F.pad(torch.full((part.length,), segment), (0, padding), value=-1),
             "loss_mask": spread(float(part.in_loss)),
             "task_ids": task_ids,
             "advantages": spread(part.advantage),
             "rollout_logprobs": spread(0.0 if part.rollout_logprobs is None else part.rollout_logprobs),
             "token_weights": spread(part.token_weight * part.in_loss),
+            "vision_index": F.pad(vision_index, (0, padding), value=-1),
         }
 
     def _empty_row(self, sequences: Sequence[PackSequence]) -> PackedBatch:
-        """One padding token that nothing is learned from."""
-        zero = torch.zeros(1)
+        """The shortest row, one sequence of padding that nothing is learned from."""
+        size = self.row_multiple
+        zero, none = torch.zeros(size), torch.full((size,), -1)
         patch_dim = sequences[0].inputs.pixel_values.shape[1] if sequences else 0
         return PackedBatch(
-            tokens=torch.tensor([self.pad_token_id]),
-            labels=torch.tensor([NO_LABEL]),
-            position_ids=torch.zeros(3, 1, dtype=torch.int64),
-            segment_ids=torch.tensor([-1]),
-            cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
+            tokens=torch.full((size,), self.pad_token_id),
+            labels=torch.full((size,), NO_LABEL),
+            position_ids=torch.zeros(3, size, dtype=torch.int64),
+            segment_ids=none,
+            cu_seqlens=_offsets([size]),
+            cu_seqlens_padded=_offsets([size]),
             loss_mask=zero,
             pixel_values=torch.zeros(0, patch_dim),
             image_grid_thw=torch.zeros(0, 3, dtype=torch.int64),
-            vision_index=torch.zeros(0, dtype=torch.int64),
+            vision_index=none,
             rows=torch.zeros(0, dtype=torch.int64),
-            task_ids=torch.tensor([-1]),
+            task_ids=none,
             advantages=zero,
             rollout_logprobs=zero,
             token_weights=zero,
         )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _offsets(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
 def response_values(batch: PackedBatch, values: Tensor) -> dict[int, Tensor]:

@@ -1,39 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Core attention of the local layer spec, for packed rows.
+"""The core attention seam, for packed rows: every sequence of the row attends causally to itself alone.
 
-megatron-core's local ``DotProductAttention`` refuses packed sequences. Here every sequence of the row attends causally
-to itself alone: sequences of similar length are laid out as one padded batch and go through torch's
+megatron-core's local ``DotProductAttention`` refuses packed sequences and context parallelism, so the local layers have
+one of their own: sequences of similar length are laid out as one padded batch and go through torch's
 ``scaled_dot_product_attention``, so that work grows with the sum of squared lengths, not with the square of the row.
+Under context parallelism a rank's queries are chunks of sequences (``policy.context_parallel``), and keys and values
+are gathered from all ranks; the gradient is scattered back by the gather's own backward.
 
-Shape letters: S tokens of the row, N sequences of a bucket, L longest of them, H query heads, G key/value heads,
-D head dimension (H and G are this tensor-parallel rank's).
+On a GPU Transformer Engine's attention takes the same place.
+
+Shape letters: S this rank's tokens of the row, C context-parallel ranks, N pieces of a bucket, Q / K longest queries /
+keys of them, H query heads, G key/value heads, D head dimension (H and G are this tensor-parallel rank's).
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
+
+from megatron_g2rpo.nouns import PackedBatch
+from megatron_g2rpo.policy.context_parallel import gathered_places
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences of similar length, as a padded batch.
+    """Pieces of sequences, similar in length, as a padded batch. A piece is a run of queries with all keys up to it.
 
     Attributes:
-        gather: int64 ``[N, L]``, row position of every slot; padding repeats the sequence's last token (it is causal:
-            no real query looks at what follows it).
-        slots: int64 ``[T]``, which flattened slots are real.
-        row: int64 ``[T]``, the row position of each of them.
+        queries: int64 ``[N, Q]``, this rank's token in every slot; padding repeats the piece's last one.
+        keys: int64 ``[N, K]``, places in the gathered keys; padding repeats the last one.
+        mask: bool ``[N, 1, Q, K]``, who sees whom; None where pieces are whole sequences and plain causality says it
+            (padded keys then follow every real query).
+        slots: int64 ``[T]``, which flattened query slots are real.
+        tokens: int64 ``[T]``, this rank's token of each of them.
     """
 
-    gather: Tensor
+    queries: Tensor
+    keys: Tensor
+    mask: Tensor | None
     slots: Tensor
-    row: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of one sequence's queries on this rank.
+
+    Attributes:
+        token: this rank's token that the run begins with.
+        first: its position in the sequence.
+        length: tokens of the run, padding excluded.
+        start: row position of the sequence.
+    """
+
+    token: int
+    first: int
+    length: int
+    start: int
+
+    @property
+    def keys(self) -> int:
+        """Tokens that the run's last query sees."""
+        return self.first + self.length
 
 
 @dataclass
@@ -47,43 +83,86 @@ class PackedRowParams(PackedSeqParams):
     buckets: tuple[Bucket, ...] = ()
 
 
-def packed_row_params(cu_seqlens: Tensor) -> PackedRowParams:
-    """Lay a row's sequences out in buckets, once per micro-batch.
+def packed_row_params(batch: PackedBatch, size: int = 1, rank: int = 0, *, buckets: bool = True) -> PackedRowParams:
+    """Lay a row's sequences out for the core attention, once per micro-batch.
 
     Args:
-        cu_seqlens: int32 ``[n + 1]``, offsets of the sequences; they must cover the row.
+        batch: the row (or a rank's share of it: only ``cu_seqlens*`` are read).
+        size: C.
+        rank: this rank, below C.
+        buckets: lay out the local core attention's buckets; Transformer Engine needs offsets only.
     """
-    device = cu_seqlens.device
-    offsets = cu_seqlens.cpu().long()  # one wait for the GPU here; every size below would be one more
-    starts, lengths = offsets[:-1], offsets[1:] - offsets[:-1]
-    # A bucket holds lengths of one power of two: padding at most doubles it.
-    classes = torch.ceil(torch.log2(lengths.clamp(min=1).double())).long()
-    buckets = []
-    for value in classes.unique().tolist():
-        members = (classes == value) & (lengths > 0)
-        if not bool(members.any()):
-            continue
-        start, length = starts[members], lengths[members]
-        steps = torch.arange(int(length.max()))
-        real = steps < length[:, None]
-        gather = start[:, None] + torch.minimum(steps, length[:, None] - 1)
-        slots = real.flatten().nonzero().squeeze(1)
-        buckets.append(Bucket(gather=gather.to(device), slots=slots.to(device), row=gather[real].to(device)))
-    longest = int(lengths.max()) if len(lengths) else 0
+    device = batch.tokens.device
+    # One wait for the GPU here; every size below would be one more.
+    real, padded = batch.cu_seqlens.tolist(), batch.cu_seqlens_padded.tolist()
+    lengths = [end - start for start, end in pairwise(real)]
+    longest = max(end - start for start, end in pairwise(padded))
+    # Transformer Engine takes the very same tensor as its sign that nothing is padded, and then allows more kernels.
+    cu_seqlens_padded = batch.cu_seqlens if real == padded else batch.cu_seqlens_padded
     return PackedRowParams(
         qkv_format="sbhd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens_padded,
+        cu_seqlens_kv_padded=cu_seqlens_padded,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        buckets=tuple(buckets),
+        buckets=_buckets(_pieces(lengths, padded, size, rank), batch, size, device) if buckets else (),
+    )
+
+
+def _pieces(lengths: list[int], offsets: list[int], size: int, rank: int) -> list[Piece]:
+    if size == 1:
+        return [
+            Piece(token=start, first=0, length=length, start=start)
+            for length, start in zip(lengths, offsets[:-1], strict=True)
+            if length
+        ]
+    pieces = []
+    for length, (start, end) in zip(lengths, pairwise(offsets), strict=True):
+        chunk = (end - start) // (2 * size)
+        for half, index in enumerate((rank, 2 * size - 1 - rank)):
+            first = index * chunk
+            run = min(chunk, length - first)
+            if run > 0:
+                pieces.append(Piece(token=start // size + half * chunk, first=first, length=run, start=start))
+    return pieces
+
+
+def _buckets(pieces: list[Piece], batch: PackedBatch, size: int, device: torch.device) -> tuple[Bucket, ...]:
+    # A bucket holds queries and keys of one power of two each: padding at most doubles either.
+    classes: dict[tuple[int, int], list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        classes[(piece.length - 1).bit_length(), (piece.keys - 1).bit_length()].append(piece)
+    places = None if size == 1 else gathered_places(batch.cu_seqlens_padded.cpu(), size)
+    return tuple(_bucket(members, places, device) for _, members in sorted(classes.items()))
+
+
+def _bucket(pieces: list[Piece], places: Tensor | None, device: torch.device) -> Bucket:
+    token, first, length, start = torch.tensor([[p.token, p.first, p.length, p.start] for p in pieces]).T[..., None]
+    query, key = torch.arange(int(length.max())), torch.arange(int((first + length).max()))
+    queries = token + torch.minimum(query, length - 1)
+    keys = start + torch.minimum(key, first + length - 1)
+    real = query < length
+    slots = real.flatten().nonzero().squeeze(1)
+    mask = None
+    if places is not None:
+        keys = places[keys]
+        # Padding repeats the last key, which every position of the mask beyond it hides.
+        mask = (key <= (first + torch.minimum(query, length - 1))[..., None])[:, None].to(device)
+    return Bucket(
+        queries=queries.to(device),
+        keys=keys.to(device),
+        mask=mask,
+        slots=slots.to(device),
+        tokens=queries[real].to(device),
     )
 
 
 class PackedCoreAttention(nn.Module):
     """Causal attention within each sequence of a packed row. Head counts are read from tensor shapes.
 
-    The constructor takes what megatron-core's ``build_module`` passes to a core attention and keeps what it needs.
+    The constructor takes what megatron-core passes to a core attention and keeps what it needs.
     """
 
     def __init__(
@@ -93,12 +172,12 @@ class PackedCoreAttention(nn.Module):
         attn_mask_type: Any,
         attention_type: str,
         softmax_scale: float | None = None,
+        pg_collection: Any = None,
         **_: Any,
     ) -> None:
         super().__init__()
-        if config.context_parallel_size != 1:
-            raise ValueError("context parallelism needs the gathering core attention, which is not in this version")
         self.softmax_scale = softmax_scale
+        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -119,23 +198,87 @@ class PackedCoreAttention(nn.Module):
             packed_seq_params: the row's layout, a ``PackedRowParams``.
 
         Returns:
-            ``[S, 1, H * D]``.
+            ``[S, 1, H * D]``; zero on padding.
         """
-        if (
-            not isinstance(packed_seq_params, PackedRowParams)
-            or attention_mask is not None
-            or attention_bias is not None
-        ):
-            raise ValueError("PackedCoreAttention takes PackedRowParams, no attention mask and no bias")
+        row = _checked(packed_seq_params, attention_mask, attention_bias)
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if self.context_group is not None:
+            both = gather_from_sequence_parallel_region(
+                torch.stack((k, v), dim=1), tensor_parallel_output_grad=True, group=self.context_group
+            )
+            k, v = both.unbind(dim=1)
         if k.shape[1] != q.shape[1]:
             repeats = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        parts = []
-        for bucket in packed_seq_params.buckets:
-            padded_q, padded_k, padded_v = (x[bucket.gather].transpose(1, 2) for x in (q, k, v))
-            out = F.scaled_dot_product_attention(padded_q, padded_k, padded_v, is_causal=True, scale=self.softmax_scale)
-            parts.append(out.transpose(1, 2).flatten(0, 1).index_select(0, bucket.slots))
-        order = torch.cat([bucket.row for bucket in packed_seq_params.buckets])
-        context = torch.zeros_like(q).index_copy(0, order, torch.cat(parts))
+        context = torch.zeros_like(q)
+        # A rank whose tokens are all padding attends to nothing, but stays in the graph: its peers wait for its part of
+        # the gathered keys' gradient.
+        if row.buckets:
+            parts = torch.cat([self._attend(bucket, q, k, v) for bucket in row.buckets])
+            context = context.index_copy(0, torch.cat([bucket.tokens for bucket in row.buckets]), parts)
+        else:
+            context = context + 0 * (q.sum() + k.sum() + v.sum())
         return context.flatten(1).unsqueeze(1)
+
+    def _attend(self, bucket: Bucket, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        padded_q = q[bucket.queries].transpose(1, 2)
+        padded_k, padded_v = (x[bucket.keys].transpose(1, 2) for x in (k, v))
+        out = F.scaled_dot_product_attention(
+            padded_q,
+            padded_k,
+            padded_v,
+            attn_mask=bucket.mask,
+            is_causal=bucket.mask is None,
+            scale=self.softmax_scale,
+        )
+        return out.transpose(1, 2).flatten(0, 1).index_select(0, bucket.slots)
+
+
+class TransformerEngineCoreAttention(nn.Module):
+    """The same, by Transformer Engine's attention through megatron-core's wrapper: GPUs only.
+
+    Thin on purpose: it cannot run on a CPU, and what it passes is held against megatron-core's signatures by a contract
+    test. Context-parallel communication is Transformer Engine's own (``cp_comm_type``).
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__()
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        self.attention = TEDotProductAttention(**arguments)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Shapes as in ``PackedCoreAttention``."""
+        row = _checked(packed_seq_params, attention_mask, attention_bias)
+        context = self.attention(
+            query=query.squeeze(1),
+            key=key.squeeze(1),
+            value=value.squeeze(1),
+            attention_mask=None,
+            attn_mask_type=attn_mask_type,
+            packed_seq_params=PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=row.cu_seqlens_q,
+                cu_seqlens_kv=row.cu_seqlens_kv,
+                cu_seqlens_q_padded=row.cu_seqlens_q_padded,
+                cu_seqlens_kv_padded=row.cu_seqlens_kv_padded,
+                max_seqlen_q=row.max_seqlen_q,
+                max_seqlen_kv=row.max_seqlen_kv,
+            ),
+        )
+        return context.reshape(len(query), 1, -1)
+
+
+def _checked(params: PackedSeqParams | None, mask: Tensor | None, bias: Tensor | None) -> PackedRowParams:
+    if not isinstance(params, PackedRowParams) or mask is not None or bias is not None:
+        raise ValueError("packed core attention takes PackedRowParams, no attention mask and no bias")
+    return params

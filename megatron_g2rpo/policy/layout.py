@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,20 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel groups; data parallelism takes what is left of the world."""
+    """Sizes of the parallel groups; data parallelism takes what is left of the world.
+
+    Attributes:
+        tensor, pipeline, context: ranks of each group.
+        sequence_parallel: tensor-parallel ranks also share the activations between their regions.
+        first_stage_layers, last_stage_layers: layers of the outer pipeline stages; None for an equal share.
+    """
 
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
     sequence_parallel: bool = False
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
 
     @property
     def model_parallel(self) -> int:
@@ -42,6 +51,55 @@ class Layout:
             )
         return world_size // self.model_parallel
 
+    def stage_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of each pipeline stage, as megatron-core deals them out.
+
+        Raises:
+            LayoutError: they cannot be dealt out so.
+        """
+        fixed = [count for count in (self.first_stage_layers, self.last_stage_layers) if count is not None]
+        stages, layers = self.pipeline - len(fixed), num_layers - sum(fixed)
+        uneven = "policy.megatron_cfg.num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage"
+        if self.pipeline == 1:
+            if fixed:
+                raise LayoutError(f"{uneven} need policy.megatron_cfg.pipeline_model_parallel_size above 1")
+            return (num_layers,)
+        if min([*fixed, 1]) < 1 or (stages == 0 and layers != 0) or (stages > 0 and layers < stages):
+            raise LayoutError(
+                f"the model's {num_layers} layers cannot be spread over {self.pipeline} pipeline stages with "
+                f"{uneven.replace(' and ', '=' + str(self.first_stage_layers) + ', ')}={self.last_stage_layers}"
+            )
+        if stages and layers % stages:
+            raise LayoutError(
+                f"policy.megatron_cfg.pipeline_model_parallel_size={self.pipeline}: {layers} layers do not divide over "
+                f"{stages} stages; set {uneven}"
+            )
+        middle = [layers // stages] * stages if stages else []
+        first = [] if self.first_stage_layers is None else [self.first_stage_layers]
+        last = [] if self.last_stage_layers is None else [self.last_stage_layers]
+        return (*first, *middle, *last)
+
+
+# Tokens that one operand's FP8 blocks span, by megatron-core's ``fp8_recipe`` (Transformer Engine's requirements).
+FP8_TOKEN_ALIGNMENT = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
+
+
+def token_multiples(layout: Layout, fp8_recipe: str | None = None) -> tuple[int, int]:
+    """What lengths must be multiples of, in tokens before any split.
+
+    Args:
+        layout: parallel sizes.
+        fp8_recipe: megatron-core's name of the FP8 recipe; None when no layer runs in FP8.
+
+    Returns:
+        ``(sequence, row)``. A sequence is cut into ``2 * context`` equal chunks (zigzag). What a rank holds of a row
+        must then split over tensor-parallel ranks under sequence parallelism, into whole FP8 blocks each.
+    """
+    sequence = 2 * layout.context if layout.context > 1 else 1
+    share = layout.tensor if layout.sequence_parallel else 1
+    alignment = 1 if fp8_recipe is None else FP8_TOKEN_ALIGNMENT[fp8_recipe]
+    return sequence, math.lcm(sequence, layout.context * share * alignment)
+
 
 def check_layout(hf_config: Any, layout: Layout) -> None:
     """Refuse a layout that the model cannot be split into, before any process group exists.
@@ -54,13 +112,23 @@ def check_layout(hf_config: Any, layout: Layout) -> None:
             f"policy.model_name: model type {hf_config.model_type!r} is not supported; known: {SUPPORTED_MODEL_TYPES}"
         )
     text, key = hf_config.text_config, "policy.megatron_cfg.tensor_model_parallel_size"
-    for what, number in (
-        ("attention heads", text.num_attention_heads),
-        ("key/value heads", text.num_key_value_heads),
-        ("MLP features", text.intermediate_size),
-    ):
+    for what, number in (("attention heads", text.num_attention_heads), ("MLP features", text.intermediate_size)):
         if number % layout.tensor:
             raise LayoutError(f"{key}={layout.tensor} does not divide the model's {number} {what}")
+    # With fewer key/value heads than ranks, ranks share one: megatron-core gathers the projection and picks.
+    groups = text.num_key_value_heads
+    if groups % layout.tensor and layout.tensor % groups:
+        raise LayoutError(f"{key}={layout.tensor} neither divides nor is a multiple of the {groups} key/value heads")
+    if layout.sequence_parallel and layout.tensor == 1:
+        raise LayoutError(f"policy.megatron_cfg.sequence_parallel needs {key} above 1")
+    levels = len(hf_config.vision_config.deepstack_visual_indexes)
+    first = layout.stage_layers(text.num_hidden_layers)[0]
+    if first < levels:
+        raise LayoutError(
+            f"the first pipeline stage has {first} layer(s), but the vision tower feeds the first {levels} (deepstack) "
+            "and lives there: raise policy.megatron_cfg.num_layers_in_first_pipeline_stage or lower "
+            "pipeline_model_parallel_size"
+        )
     if text.rope_parameters.get("rope_type", "default") != "default":
         raise LayoutError(f"rope_type {text.rope_parameters['rope_type']!r} is not supported; known: default")
     if text.hidden_act != "silu" or text.attention_bias:
@@ -74,6 +142,8 @@ def layout_of(megatron_cfg: Any) -> Layout:
         pipeline=megatron_cfg.pipeline_model_parallel_size,
         context=megatron_cfg.context_parallel_size,
         sequence_parallel=megatron_cfg.sequence_parallel,
+        first_stage_layers=megatron_cfg.num_layers_in_first_pipeline_stage,
+        last_stage_layers=megatron_cfg.num_layers_in_last_pipeline_stage,
     )
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -21,22 +20,30 @@ from transformers import AutoConfig
 
 from megatron_g2rpo import weights
 from megatron_g2rpo.nouns import PackedBatch, TokenStats
+from megatron_g2rpo.policy import checkpointing, context_parallel
 from megatron_g2rpo.policy.config import transformer_config
 from megatron_g2rpo.policy.device import Device
 from megatron_g2rpo.policy.layout import check_layout, layout_of
-from megatron_g2rpo.policy.logprobs import vocab_parallel_logprobs
 from megatron_g2rpo.policy.model import Qwen3VLPolicy
-from megatron_g2rpo.policy.optimizer import build_optimizer, build_scheduler, wrap_ddp
+from megatron_g2rpo.policy.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    check_normalisation,
+    schedule_functions,
+    wait_for_parameters,
+    wrap_ddp,
+)
 from megatron_g2rpo.policy.parallel import ParallelGroups, initialize
-from megatron_g2rpo.policy.precision import DTYPES
+from megatron_g2rpo.policy.precision import DTYPES, core_attention
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """What a loss says of one micro-batch. Sums, so that micro-batches and ranks add up.
+    """What a loss says of its tokens in one micro-batch. Sums, so that micro-batches and ranks add up.
 
     Attributes:
-        loss: scalar with gradient, sum over tokens.
+        loss: scalar, sum over tokens, with gradient: also where no token counts (0 times something), because the other
+            ranks of the layout wait for this rank's part of the backward pass.
         num_tokens: tokens that the loss counts; the gradient is divided by their global number.
         sums: metrics, name -> scalar sum over those tokens.
     """
@@ -46,6 +53,7 @@ class LossTerms:
     sums: Mapping[str, Tensor]
 
 
+# Takes this context-parallel rank's share of a row, and its statistics. Called on the last pipeline stage.
 Loss = Callable[[PackedBatch, TokenStats], LossTerms]
 
 
@@ -71,24 +79,33 @@ class MegatronPolicy:
         self.groups: ParallelGroups = initialize(device, self.layout, seed)
         self.dtype = DTYPES[options.precision]
         self.table = weights.table_for(self.hf_config)
-        self.config = transformer_config(self.hf_config, self.layout, self.dtype)
+        self.config = transformer_config(self.hf_config, self.layout, self.dtype, options.megatron_cfg)
         self._ddp: DistributedDataParallel | None = None
         self.optimizer: MegatronOptimizer | None = None
         self.scheduler: OptimizerParamScheduler | None = None
+        megatron_cfg = options.megatron_cfg
+        overlap = megatron_cfg.distributed_data_parallel_config.overlap_grad_reduce
         with device.megatron():
-            self.model = Qwen3VLPolicy(self.config, self.hf_config, self.groups.collection).to(device.torch_device)
+            self.model = Qwen3VLPolicy(
+                self.config,
+                self.hf_config,
+                self.groups.collection,
+                device=device.torch_device,
+                core_attention=core_attention(megatron_cfg.core_attention, device),
+                chunk_size=options.logprob_chunk_size,
+                vision_every_row=overlap and max_steps is not None and not megatron_cfg.freeze_vision,
+            ).to(device.torch_device)
             self.load(self._initial_weights(seed), source=str(options.model_name))
-            if options.megatron_cfg.freeze_vision and self.model.vision_model is not None:
+            if megatron_cfg.freeze_vision and self.model.vision_model is not None:
                 self.model.vision_model.requires_grad_(False)
             if max_steps is not None:
-                self._prepare_training(options.megatron_cfg, max_steps)
+                self._prepare_training(megatron_cfg, max_steps)
 
     def _prepare_training(self, megatron_cfg: Any, max_steps: int) -> None:
         ddp = wrap_ddp(self.model, self.config, megatron_cfg, self.groups.collection)
         optimizer = build_optimizer(ddp, self.dtype, megatron_cfg)
-        self.config.finalize_model_grads_func = finalize_model_grads
-        self.config.no_sync_func = ddp.no_sync
-        self.config.grad_scale_func = optimizer.scale_loss
+        schedule_functions(self.config, ddp, optimizer, megatron_cfg)
+        check_normalisation(self.config, ddp)
         self._ddp, self.optimizer = ddp, optimizer
         self.scheduler = build_scheduler(optimizer, megatron_cfg, max_steps)
 
@@ -117,6 +134,8 @@ class MegatronPolicy:
             tensors,
             tensor_rank=self.groups.tensor_rank,
             tensor_size=self.groups.tensor_size,
+            pipeline_group=self.groups.pipeline,
+            layer_offset=self._layer_offset,
             source=source,
         )
         if self.optimizer is not None:
@@ -124,9 +143,30 @@ class MegatronPolicy:
                 self.optimizer.reload_model_params()  # fp32 main copies under bf16
 
     def stream(self, tensor_of: Callable[[torch.nn.Parameter], Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Weights (or ``tensor_of`` each parameter) as ``(hf_name, full_tensor)``; a collective of the replica."""
+        """Weights (or ``tensor_of`` each parameter) as ``(hf_name, full_tensor)``; a collective of the replica.
+
+        Every rank of it receives every tensor.
+        """
+        self._wait_for_parameters()
         keywords = {} if tensor_of is None else {"tensor_of": tensor_of}
-        return weights.stream(self.model, self.table, tensor_group=self.groups.tensor, **keywords)
+        return weights.stream(
+            self.model,
+            self.table,
+            tensor_group=self.groups.tensor,
+            pipeline_group=self.groups.pipeline,
+            layer_offset=self._layer_offset,
+            **keywords,
+        )
+
+    @property
+    def _layer_offset(self) -> int:
+        """Layers on earlier pipeline stages."""
+        return sum(self.layout.stage_layers(self.config.num_layers)[: self.groups.pipeline_rank])
+
+    def _wait_for_parameters(self) -> None:
+        if self._ddp is not None:
+            with self.device.megatron():
+                wait_for_parameters(self._ddp)
 
     def sharded_state_dict(self, *, is_loading: bool = False) -> dict[str, Any]:
         """Weights, optimizer and schedule as megatron-core's sharded state, layout-independent.
@@ -134,40 +174,50 @@ class MegatronPolicy:
         Args:
             is_loading: the result is a template to load into.
         """
-        model = self.model.sharded_state_dict()
-        state: dict[str, Any] = {"model": model}
-        if self.optimizer is not None and self.scheduler is not None:
-            state["optimizer"] = self.optimizer.sharded_state_dict(
-                model_sharded_state_dict=model, is_loading=is_loading
-            )
-            state["scheduler"] = self.scheduler.state_dict()
-        return state
+        self._wait_for_parameters()
+        return checkpointing.sharded_state_dict(self.model, self.optimizer, self.scheduler, is_loading=is_loading)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what ``dist_checkpointing.load`` returned for ``sharded_state_dict(is_loading=True)``."""
-        self.model.load_state_dict(state["model"])
-        if self.optimizer is not None and self.scheduler is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
+        checkpointing.load_state_dict(self.model, self.optimizer, self.scheduler, state)
 
     # -- computation --------------------------------------------------------------------------------------------
 
     def logprobs(self, batches: Sequence[PackedBatch], temperature: float = 1.0) -> list[TokenStats]:
-        """Per-token log-probabilities and entropies, without gradient.
+        """Per-token log-probabilities and entropies, without gradient. A collective of the replica.
 
         Args:
             batches: packed rows; every rank of a replica passes the same.
             temperature: of the distribution.
 
         Returns:
-            One ``TokenStats`` a row, on the CPU.
+            One ``TokenStats`` a (whole) row, on the CPU, on every rank of the replica.
         """
         self.model.eval()
-        collect = partial(self._collect, temperature)
         with torch.no_grad():
-            stats = self._run(batches, collect, forward_only=True)
+            shares = self._run(batches, self._collect, temperature, forward_only=True)
         self.model.train()
-        return stats
+        return self._whole_rows(batches, shares)
+
+    def _whole_rows(self, batches: Sequence[PackedBatch], shares: Sequence[Tensor]) -> list[TokenStats]:
+        """Put the context-parallel shares together, which the last stage has, and tell the other stages."""
+        groups = self.groups
+        sizes = [len(batch.tokens) for batch in batches]
+        rows = torch.empty(2, sum(sizes), dtype=torch.float32)
+        if groups.is_last_stage and batches:
+            parts = [torch.empty(2, rows.shape[1] // groups.context_size) for _ in range(groups.context_size)]
+            dist.all_gather(parts, torch.cat(list(shares), dim=1), group=groups.context)
+            by_row = [part.split([size // groups.context_size for size in sizes], dim=1) for part in parts]
+            whole = [
+                torch.cat([part[index] for part in by_row], dim=1)[
+                    :, context_parallel.gathered_places(batch.cu_seqlens_padded, groups.context_size)
+                ]
+                for index, batch in enumerate(batches)
+            ]
+            rows = torch.cat(whole, dim=1)
+        if groups.pipeline_size > 1:
+            dist.broadcast(rows, group=groups.pipeline, group_src=groups.pipeline_size - 1)
+        return [TokenStats(logprobs=row[0], entropy=row[1]) for row in rows.split(sizes, dim=1)]
 
     def update(self, batches: Sequence[PackedBatch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:
         """One optimizer step on the global minibatch.
@@ -209,13 +259,18 @@ class MegatronPolicy:
         with self.device.megatron():
             ddp.zero_grad_buffer()
             optimizer.zero_grad()
-            terms = self._run(batches, partial(self._loss, loss, temperature), forward_only=False)
+            terms = self._run(batches, partial(self._loss, loss), temperature, forward_only=False)
         return self._reduce(terms)
 
-    def _run(self, batches: Sequence[PackedBatch], consume: Callable[..., Any], *, forward_only: bool) -> list[Any]:
+    def _run(
+        self, batches: Sequence[PackedBatch], consume: Callable[..., Any], temperature: float, *, forward_only: bool
+    ) -> list[Any]:
+        """What ``consume(share, output)`` gives for each micro-batch on the last stage; empty on other stages."""
+        size, rank = self.groups.context_size, self.groups.context_rank
+
         def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-            batch = _to(next(iterator), self.device.torch_device)
-            return model(batch), partial(consume, batch)
+            share = _to(context_parallel.split(next(iterator), size, rank), self.device.torch_device)
+            return model(share, temperature), partial(consume, share)
 
         with self.device.megatron():
             return get_forward_backward_func()(
@@ -229,41 +284,39 @@ class MegatronPolicy:
                 collect_non_loss_data=forward_only,
             )
 
-    def _stats(self, batch: PackedBatch, logits: Tensor, temperature: float) -> TokenStats:
-        logprobs, entropy = vocab_parallel_logprobs(
-            logits,
-            batch.labels,
-            vocab_size=self.model.vocab_size,
-            temperature=temperature,
-            group=self.groups.tensor,
-            chunk_size=self.options.logprob_chunk_size,
-        )
-        return TokenStats(logprobs=logprobs, entropy=entropy)
+    def _collect(self, share: PackedBatch, output: Tensor, non_loss_data: bool) -> Tensor:
+        return output.cpu()
 
-    def _collect(self, temperature: float, batch: PackedBatch, logits: Tensor, non_loss_data: bool) -> TokenStats:
-        stats = self._stats(batch, logits, temperature)
-        return TokenStats(logprobs=stats.logprobs.cpu(), entropy=stats.entropy.cpu())
-
-    def _loss(self, loss: Loss, temperature: float, batch: PackedBatch, logits: Tensor) -> tuple[Tensor, Tensor, Any]:
-        terms = loss(batch, self._stats(batch, logits, temperature))
-        tokens = torch.tensor(terms.num_tokens, dtype=torch.int, device=logits.device)
+    def _loss(self, loss: Loss, share: PackedBatch, output: Tensor) -> tuple[Tensor, Tensor, Any]:
+        terms = loss(share, TokenStats(logprobs=output[0], entropy=output[1]))
+        if not terms.loss.requires_grad:
+            raise ValueError(
+                "the loss of a micro-batch does not depend on the policy's log-probabilities or entropies; a rank "
+                "whose tokens do not count must still return 0 times them, or its peers wait for it for ever"
+            )
+        tokens = torch.tensor(terms.num_tokens, dtype=torch.int, device=output.device)
         sums = {"loss": terms.loss.detach(), "num_tokens": tokens.detach().clone(), **terms.sums}
         return terms.loss, tokens, sums
 
     def _reduce(self, terms: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Global sums over micro-batches and data-parallel ranks, divided by the global token count."""
-        names = sorted(terms[0])
-        local = torch.stack([torch.stack([term[name].double() for name in names]) for term in terms]).sum(0)
-        dist.all_reduce(local, group=self.groups.data)
-        sums = dict(zip(names, local.tolist(), strict=True))
+        """Global sums over micro-batches and data- and context-parallel ranks, divided by the global token count."""
+        groups = self.groups
+        sums: dict[str, float] = {}
+        if groups.is_last_stage:
+            names = sorted(terms[0])
+            local = torch.stack([torch.stack([term[name].double() for name in names]) for term in terms]).sum(0)
+            dist.all_reduce(local, group=groups.data_context)
+            sums = dict(zip(names, local.tolist(), strict=True))
+        if groups.pipeline_size > 1:
+            box = [sums]
+            dist.broadcast_object_list(box, group=groups.pipeline, group_src=groups.pipeline_size - 1)
+            sums = box[0]
         tokens = sums.pop("num_tokens")
         return {**{name: value / max(tokens, 1.0) for name, value in sums.items()}, "num_tokens": tokens}
 
 
 def _to(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    moved = {}
-    for field in fields(batch):
-        value = getattr(batch, field.name)
-        if isinstance(value, Tensor):
-            moved[field.name] = value.to(device)
-    return replace(batch, **moved)
+    """The batch on the device, but for its images, of which the vision encoder moves its share."""
+    names = {field.name for field in fields(batch)} - {"pixel_values", "image_grid_thw"}
+    tensors = {name: value for name in names if isinstance(value := getattr(batch, name), Tensor)}
+    return replace(batch, **{name: value.to(device) for name, value in tensors.items()})

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen3-VL (dense) as a megatron-core model: transformers' vision tower before a ``GPTModel``.
+"""Qwen3-VL (dense) as a megatron-core model: transformers' vision tower before the blocks of a ``GPTModel``.
 
-The tower is replicated over tensor-parallel ranks. Its features replace the placeholder embeddings and, deepstack, are
-added after the first language layers. Features are merged on the whole row first; a split of the row (sequence or
-context parallelism) comes after.
+The features of the tower replace the placeholder embeddings and, deepstack, are added after the first language layers.
+Which feature belongs at which token is known on the whole row before any split; embeddings are merged on this rank's
+context-parallel share, and sequence parallelism scatters what has been merged.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -20,21 +21,25 @@ from torch import Tensor, nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from megatron_g2rpo.nouns import PackedBatch
-from megatron_g2rpo.policy.attention import packed_row_params
+from megatron_g2rpo.policy.attention import PackedCoreAttention, packed_row_params
+from megatron_g2rpo.policy.output_layer import LogprobOutputLayer
 from megatron_g2rpo.policy.precision import local_block_spec
 from megatron_g2rpo.policy.rope import InterleavedMRoPE
+from megatron_g2rpo.policy.vision import ImageFeatures, VisionEncoder
 from megatron_g2rpo.weights.rules import padded_rows
 
 
 class Qwen3VLPolicy(MegatronModule):
-    """One pipeline stage of the policy.
+    """One pipeline stage of the policy: the first has the embedding and the vision tower, the last the output layer.
 
     Args:
         config: the language model's configuration.
         hf_config: the ``Qwen3VLConfig`` it was made from.
         pg_collection: megatron-core's process groups.
-        pre_process: this stage holds the embedding and the vision tower.
-        post_process: this stage holds the output layer.
+        device: where the model will live.
+        core_attention: see ``policy.precision``.
+        chunk_size: tokens whose float32 logits are held at once; None for all.
+        vision_every_row: see ``VisionEncoder``.
     """
 
     def __init__(
@@ -42,37 +47,51 @@ class Qwen3VLPolicy(MegatronModule):
         config: TransformerConfig,
         hf_config: Any,
         pg_collection: ProcessGroupCollection,
-        pre_process: bool = True,
-        post_process: bool = True,
+        *,
+        device: torch.device,
+        core_attention: type[nn.Module] = PackedCoreAttention,
+        chunk_size: int | None = None,
+        vision_every_row: bool = False,
     ) -> None:
         super().__init__(config=config)
         text = hf_config.text_config
-        self.hf_config = hf_config
-        self.pre_process, self.post_process = pre_process, post_process
+        stage, stages = pg_collection.pp.rank(), pg_collection.pp.size()
+        self.pg_collection = pg_collection
+        self.pre_process, self.post_process = stage == 0, stage == stages - 1
         self.model_type = ModelType.encoder_or_decoder  # megatron-core's schedules ask for it
         self.share_embeddings_and_output_weights = bool(hf_config.tie_word_embeddings)
         self.vocab_size = text.vocab_size
-        self.vision_model = self._vision_tower(hf_config.vision_config) if pre_process else None
-        layers = get_num_layers_to_build(config=config, vp_stage=None, pp_rank=pg_collection.pp.rank())
+        self._local_attention = core_attention is PackedCoreAttention
+        self.vision_model = self._vision_tower(hf_config.vision_config) if self.pre_process else None
+        layers = get_num_layers_to_build(config=config, vp_stage=None, pp_rank=stage)
         self.language_model = GPTModel(
             config=config,
             # Annotated as the spec of one layer; the block takes its submodules as well.
-            transformer_layer_spec=local_block_spec(layers),  # pyright: ignore[reportArgumentType]
+            transformer_layer_spec=local_block_spec(layers, core_attention),  # pyright: ignore[reportArgumentType]
             vocab_size=padded_rows(text.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=text.max_position_embeddings,
-            pre_process=pre_process,
-            post_process=post_process,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
             parallel_output=True,
             share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
-            position_embedding_type="mrope",
-            rotary_base=int(text.rope_parameters["rope_theta"]),
+            position_embedding_type="none",  # the angles are made here
             scatter_embedding_sequence_parallel=False,
             pg_collection=pg_collection,
         )
         rope = text.rope_parameters
-        self.language_model.rotary_pos_emb = InterleavedMRoPE(  # pyright: ignore[reportAttributeAccessIssue]
-            text.head_dim, rope["rope_theta"], rope["mrope_section"]
-        )
+        self.rotary_pos_emb = InterleavedMRoPE(text.head_dim, rope["rope_theta"], rope["mrope_section"])
+        if self.post_process:
+            self.language_model.output_layer = LogprobOutputLayer.adopt(
+                self.language_model.output_layer,
+                vocab_size=text.vocab_size,
+                chunk_size=chunk_size,
+                tp_group=pg_collection.tp,
+            )
+        self._encode_images: VisionEncoder | None = None
+        if self.vision_model is not None:
+            self._encode_images = VisionEncoder(
+                self.vision_model, config.params_dtype, device, pg_collection.tp_cp, every_row=vision_every_row
+            )
 
     def _vision_tower(self, vision_config: Any) -> nn.Module:
         # The dtype goes to the constructor: `.to(bfloat16)` would round the rotary frequencies as well, and turn by
@@ -81,8 +100,7 @@ class Qwen3VLPolicy(MegatronModule):
             vision_config, dtype=self.config.params_dtype, attn_implementation="sdpa"
         )
         for parameter in tower.parameters():
-            # Replicas compute the same gradient; averaging keeps them equal bit for bit where kernels are not
-            # deterministic.
+            # See policy.vision for why the average is the whole gradient.
             parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
         return tower
 
@@ -94,46 +112,58 @@ class Qwen3VLPolicy(MegatronModule):
         """Receive the previous stage's output; megatron-core passes a list of one."""
         self.language_model.set_input_tensor(input_tensor=input_tensor[0])
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """Logits of one packed row.
+    def forward(self, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
+        """Log-probabilities and entropies of this rank's share of a packed row.
 
         Args:
-            batch: the row, on this rank's device.
+            batch: the share, on this rank's device (its images may be elsewhere), S tokens.
+            temperature: of the distribution.
 
         Returns:
-            ``[S, padded vocabulary / tensor parallel]`` in the model's dtype, this rank's share of the vocabulary
-            (on a stage without output layer: hidden states ``[S, 1, h]``).
+            On the last stage float32 ``[2, S]``, the log-probability of ``labels`` and the entropy, equal on
+            tensor-parallel peers; on other stages hidden states ``[S (/ tensor parallel under SP), 1, h]``.
         """
+        cp = self.pg_collection.cp
         embeddings, context = self._embed(batch) if self.pre_process else (None, None)
-        output = self.language_model(
-            input_ids=batch.tokens[None],
-            position_ids=batch.position_ids[:, None],
+        hidden = self.language_model.decoder(
+            hidden_states=embeddings,
             attention_mask=None,
-            decoder_input=embeddings,
-            packed_seq_params=packed_row_params(batch.cu_seqlens),
-            extra_block_kwargs={"context": context},
+            context=context,
+            rotary_pos_emb=self.rotary_pos_emb(batch.position_ids[:, None]),
+            packed_seq_params=packed_row_params(batch, cp.size(), cp.rank(), buckets=self._local_attention),
         )
-        return output.squeeze(0) if self.post_process else output
+        if not self.post_process:
+            return hidden
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.language_model.output_layer(hidden, batch.labels, weight=weight, temperature=temperature)
 
     def _embed(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
-        """Token embeddings with image features in place ``[S, 1, h]``, and deepstack features ``[K, S, 1, h]``."""
+        """Embeddings with image features in place ``[S, 1, h]``, and deepstack features ``[K, S, 1, h]`` or None."""
+        assert self._encode_images is not None
         embeddings = self.language_model.embedding(input_ids=batch.tokens[None], position_ids=None).squeeze(1)
-        if batch.image_grid_thw.shape[0] == 0:
-            return embeddings.unsqueeze(1), None
-        assert self.vision_model is not None
-        features = self.vision_model(
-            batch.pixel_values.to(self.config.params_dtype), grid_thw=batch.image_grid_thw, return_dict=True
-        )
-        where = (batch.tokens == self.hf_config.image_token_id).nonzero().squeeze(1)
-        available = features.pooler_output.shape[0]
-        if where.numel() != batch.vision_index.numel() or int(batch.vision_index.max()) >= available:
+        features = self._encode_images(batch.pixel_values, batch.image_grid_thw)
+        if features is None:
+            return self._scatter(embeddings).unsqueeze(1), None
+        return self._merge(embeddings, features, batch.vision_index)
+
+    def _merge(self, embeddings: Tensor, features: ImageFeatures, vision_index: Tensor) -> tuple[Tensor, Tensor | None]:
+        where = (vision_index >= 0).nonzero().squeeze(1)
+        index = vision_index[where]
+        if len(index) and int(index.max()) >= len(features.places):
             raise ValueError(
-                f"the row has {where.numel()} image placeholders and {batch.vision_index.numel()} feature indices up "
-                f"to {int(batch.vision_index.max())}, but its images give {available} features"
+                f"the row has an image placeholder for feature {int(index.max())}, but its images give only "
+                f"{len(features.places)}"
             )
-        merged = embeddings.index_copy(0, where, features.pooler_output[batch.vision_index].to(embeddings.dtype))
-        deepstack = [
-            torch.zeros_like(embeddings).index_copy(0, where, level[batch.vision_index].to(embeddings.dtype))
-            for level in features.deepstack_features
-        ]
-        return merged.unsqueeze(1), torch.stack(deepstack).unsqueeze(2) if deepstack else None
+        # Also where there are none: a rank without image tokens stays in the graph, its peers wait in the backward.
+        chosen = features[index].to(embeddings.dtype)
+        merged = embeddings.index_copy(0, where, chosen[:, 0])
+        if chosen.shape[1] == 1:
+            return self._scatter(merged).unsqueeze(1), None
+        deepstack = embeddings.new_zeros(len(embeddings), *chosen[:, 1:].shape[1:]).index_copy(0, where, chosen[:, 1:])
+        return self._scatter(merged).unsqueeze(1), self._scatter(deepstack).transpose(0, 1).unsqueeze(2)
+
+    def _scatter(self, x: Tensor) -> Tensor:
+        """This tensor-parallel rank's share of the tokens (first axis), under sequence parallelism."""
+        if not self.config.sequence_parallel:
+            return x
+        return scatter_to_sequence_parallel_region(x, group=self.pg_collection.tp)

@@ -21,8 +21,14 @@ class ParallelGroups:
         collection: megatron-core's process groups.
         data: the data-parallel group: its ranks hold different rows.
         data_rank, data_size: place in it.
+        data_context: data x context parallel: its ranks hold different tokens.
         tensor: the tensor-parallel group.
         tensor_rank, tensor_size: place in it.
+        context: the context-parallel group: its ranks hold shares of the same rows.
+        context_rank, context_size: place in it.
+        pipeline: the pipeline-parallel group.
+        pipeline_rank, pipeline_size: place in it.
+        row: tensor x context parallel: the ranks of one stage that work on the same row.
         model: the ranks that share this rank's rows (tensor x pipeline x context).
         model_rank, model_size: place in it.
     """
@@ -31,12 +37,30 @@ class ParallelGroups:
     data: dist.ProcessGroup
     data_rank: int
     data_size: int
+    data_context: dist.ProcessGroup
     tensor: dist.ProcessGroup
     tensor_rank: int
     tensor_size: int
+    context: dist.ProcessGroup
+    context_rank: int
+    context_size: int
+    pipeline: dist.ProcessGroup
+    pipeline_rank: int
+    pipeline_size: int
+    row: dist.ProcessGroup
     model: dist.ProcessGroup
     model_rank: int
     model_size: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        """This rank has the embedding and the vision tower."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """This rank has the output layer, and computes the loss."""
+        return self.pipeline_rank == self.pipeline_size - 1
 
 
 def initialize(device: Device, layout: Layout, seed: int) -> ParallelGroups:
@@ -75,9 +99,17 @@ def initialize(device: Device, layout: Layout, seed: int) -> ParallelGroups:
         data=collection.dp,
         data_rank=collection.dp.rank(),
         data_size=collection.dp.size(),
+        data_context=collection.dp_cp,
         tensor=collection.tp,
         tensor_rank=collection.tp.rank(),
         tensor_size=collection.tp.size(),
+        context=collection.cp,
+        context_rank=collection.cp.rank(),
+        context_size=collection.cp.size(),
+        pipeline=collection.pp,
+        pipeline_rank=collection.pp.rank(),
+        pipeline_size=collection.pp.size(),
+        row=collection.tp_cp,
         model=model,
         model_rank=model.rank(),
         model_size=model.size(),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layer spec seam: which modules the transformer layers are made of.
 
-This version has the local layers (megatron-core's own parallel linears, this package's norm and core attention), which
-run on CPUs and GPUs alike. Transformer Engine layers take the same place.
+This version has the local layers (megatron-core's own parallel linears, this package's norm), which run on CPUs and
+GPUs alike, with one of two core attentions.
 """
 
 from __future__ import annotations
@@ -17,18 +17,42 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from megatron_g2rpo.policy.attention import PackedCoreAttention
+from megatron_g2rpo.policy.attention import PackedCoreAttention, TransformerEngineCoreAttention
 from megatron_g2rpo.policy.deepstack import DeepstackLayer
+from megatron_g2rpo.policy.device import Device, DeviceError, optional_packages
 from megatron_g2rpo.policy.norm import RMSNorm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def local_block_spec(num_layers: int) -> TransformerBlockSubmodules:
+def core_attention(name: str, device: Device) -> type[torch.nn.Module]:
+    """The core attention of the recipe's ``policy.megatron_cfg.core_attention``.
+
+    Args:
+        name: ``local``, ``transformer_engine``, or ``auto``: Transformer Engine's on a GPU, the local one on a CPU.
+        device: this rank's device.
+
+    Raises:
+        DeviceError: Transformer Engine's was asked for (by ``auto`` too: there is no silent fallback) and cannot run.
+    """
+    if name == "local" or (name == "auto" and device.kind == "cpu"):
+        return PackedCoreAttention
+    if device.kind == "cpu":
+        raise DeviceError("policy.megatron_cfg.core_attention=transformer_engine needs a GPU; set auto or local")
+    if not optional_packages()["transformer_engine"]:
+        raise DeviceError(
+            f"policy.megatron_cfg.core_attention={name} needs Transformer Engine on a GPU, and it is not installed: "
+            "install the extra `te`, or set policy.megatron_cfg.core_attention=local"
+        )
+    return TransformerEngineCoreAttention
+
+
+def local_block_spec(num_layers: int, attention: type[torch.nn.Module]) -> TransformerBlockSubmodules:
     """Spec of the decoder block of this pipeline stage.
 
     Args:
         num_layers: layers on this stage.
+        attention: the core attention, see ``core_attention``.
     """
     layer = ModuleSpec(
         module=DeepstackLayer,
@@ -39,7 +63,7 @@ def local_block_spec(num_layers: int) -> TransformerBlockSubmodules:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=PackedCoreAttention,
+                    core_attention=attention,  # pyright: ignore[reportArgumentType]
                     linear_proj=RowParallelLinear,
                     q_layernorm=RMSNorm,
                     k_layernorm=RMSNorm,

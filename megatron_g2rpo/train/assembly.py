@@ -13,6 +13,7 @@ from megatron_g2rpo.data.shards import ShardIndex
 from megatron_g2rpo.data.stream import PromptStream, validation_prompts
 from megatron_g2rpo.nouns import Prompt
 from megatron_g2rpo.policy.device import Device, select, set_cpu_threads
+from megatron_g2rpo.policy.layout import Layout, token_multiples
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.policy.precision import DTYPES
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
@@ -77,7 +78,7 @@ def assemble(recipe: Recipe) -> Assembly:
         device=device,
         processor=processor,
         policy=policy,
-        packer=packer_for(processor),
+        packer=packer_for(processor, policy.layout),
         engine=engine_for(recipe, processor, device, policy.model.vocab_size),
         stream=stream,
         validation=validation_prompts(
@@ -91,12 +92,15 @@ def assemble(recipe: Recipe) -> Assembly:
     )
 
 
-def packer_for(processor: ChatProcessor) -> Packer:
-    """A packer with the processor's tokens."""
+def packer_for(processor: ChatProcessor, layout: Layout) -> Packer:
+    """A packer with the processor's tokens, whose rows the layout can split."""
+    sequence_multiple, row_multiple = token_multiples(layout)
     return Packer(
         image_token_id=processor.image_token_id,
         spatial_merge_size=processor.spatial_merge_size,
         pad_token_id=processor.pad_token_id,
+        sequence_multiple=sequence_multiple,
+        row_multiple=row_multiple,
     )
 
 

@@ -74,7 +74,7 @@ def _chunk(
     sequences = [_sequence(processor, records[index], base, budget) for index in own]
     results: dict[int, dict[str, Any]] = {}
     if sequences:
-        batches = packer_for(processor).pack(sequences, budget)
+        batches = packer_for(processor, policy.layout).pack(sequences, budget)
         for batch, stats in zip(batches, policy.logprobs(batches, recipe.policy.generation.temperature), strict=True):
             logprob, entropy = response_values(batch, stats.logprobs), response_values(batch, stats.entropy)
             for row in batch.rows.tolist():

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoding a row's images once: each distinct image by one of the ranks that need it.
+
+Tensor- and context-parallel peers work on the same row. Each runs the (replicated) vision tower on a share of its
+images; the features are then gathered by all of them.
+
+The gradient: every peer has a gradient for every feature. Over context-parallel peers these are parts of a sum (each
+saw its own tokens); over tensor-parallel peers they are equal, T times the same. The gather's backward, a
+reduce-scatter over all of them, thus gives the owner T times the whole gradient, and the tower's parameter gradients
+come out T times too large *on the one peer that encoded the image* and zero on the others: their average over
+tensor-parallel peers (``average_gradients_across_tp_domain``) and their sum over context- and data-parallel ranks
+(megatron-core's DDP) are exact.
+
+Shape letters: I images, F merged features of them, K deepstack levels, h hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What the tower says of a row's images, equal on all peers.
+
+    Attributes:
+        values: ``[*, 1 + K, h]``, the merged feature and its deepstack levels; in the order of the gather.
+        places: int64 ``[F]``, which of ``values`` is the row's f-th feature.
+    """
+
+    values: Tensor
+    places: Tensor
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """The features of the given numbers: ``[len(index), 1 + K, h]``."""
+        return self.values.index_select(0, self.places[index])
+
+
+def assign_images(patches: list[int], peers: int) -> list[list[int]]:
+    """Which images each peer encodes: the largest first, each to the peer with the least work so far.
+
+    Args:
+        patches: of each image, before merging. Work is taken as their number: the tower's attention stays within an
+            image, and its linear layers dominate at the sizes in use.
+        peers: ranks that share the row.
+
+    Returns:
+        Image numbers of each peer, ascending.
+    """
+    shares: list[list[int]] = [[] for _ in range(peers)]
+    load = [0] * peers
+    for image in sorted(range(len(patches)), key=lambda i: (-patches[i], i)):
+        peer = min(range(peers), key=lambda p: (load[p], p))
+        shares[peer].append(image)
+        load[peer] += patches[image]
+    return [sorted(share) for share in shares]
+
+
+class VisionEncoder:
+    """Runs the vision tower on this rank's share of a row's images. Holds no parameters: the tower is the model's.
+
+    Args:
+        tower: transformers' Qwen3-VL vision model.
+        dtype: of pixels and features.
+        device: where the tower is.
+        group: the peers that share a row: tensor x context parallel.
+        every_row: run the tower on a row without images as well (a small dummy whose features count 0 times), so that
+            each of its parameters has a gradient: megatron-core's overlapped gradient reduction waits for all of them.
+    """
+
+    def __init__(
+        self, tower: nn.Module, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup, *, every_row: bool
+    ) -> None:
+        self._tower, self._dtype, self._device, self._group, self._every_row = tower, dtype, device, group, every_row
+        config = tower.config
+        self._merge: int = config.spatial_merge_size
+        self._levels = len(config.deepstack_visual_indexes)
+        self._hidden: int = config.out_hidden_size
+        self._patch_dim: int = config.in_channels * config.temporal_patch_size * config.patch_size**2
+
+    def __call__(self, pixel_values: Tensor, image_grid_thw: Tensor) -> ImageFeatures | None:
+        """Features of all images of the row; None for a row without images. A collective of the peers.
+
+        Args:
+            pixel_values: float32 ``[V, D]`` of all images, wherever they are: only this rank's share is moved.
+            image_grid_thw: int64 ``[I, 3]``.
+        """
+        if not len(image_grid_thw) and not self._every_row:
+            return None
+        grids = image_grid_thw.cpu()
+        patches = grids.prod(dim=1).tolist()
+        shares = assign_images(patches, self._group.size())
+        mine = shares[self._group.rank()]
+        features = self._encode(pixel_values, grids, patches, mine)
+        if self._group.size() == 1:
+            count = sum(patches) // self._merge**2
+            return ImageFeatures(features, torch.arange(count, device=self._device))
+        sizes = [count // self._merge**2 for count in patches]
+        longest = max(1, *(sum(sizes[image] for image in share) for share in shares))
+        padded = F.pad(features, (0, 0, 0, 0, 0, longest - len(features)))
+        values = gather_from_sequence_parallel_region(padded, tensor_parallel_output_grad=True, group=self._group)
+        return ImageFeatures(values, _places(sizes, shares, longest).to(self._device))
+
+    def _encode(self, pixel_values: Tensor, grids: Tensor, patches: list[int], mine: list[int]) -> Tensor:
+        if not mine:
+            return self._nothing()
+        pieces = pixel_values.split(patches)
+        pixels = torch.cat([pieces[image] for image in mine]).to(self._device, self._dtype)
+        return self._run(pixels, grids[mine])
+
+    def _run(self, pixels: Tensor, grids: Tensor) -> Tensor:
+        output = self._tower(pixels, grid_thw=grids.to(self._device), return_dict=True)
+        return torch.stack([output.pooler_output, *output.deepstack_features], dim=1).to(self._dtype)
+
+    def _nothing(self) -> Tensor:
+        """No features, but in the graph if the tower learns: its peers wait in the gather's backward."""
+        if self._every_row:
+            side = self._merge
+            dummy = torch.zeros(side * side, self._patch_dim, dtype=self._dtype, device=self._device)
+            return self._run(dummy, torch.tensor([[1, side, side]]))[:0]
+        learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._tower.parameters())
+        empty = torch.empty(0, 1 + self._levels, self._hidden, dtype=self._dtype, device=self._device)
+        return empty.requires_grad_(learns)
+
+
+def _places(sizes: list[int], shares: list[list[int]], longest: int) -> Tensor:
+    """Where the gather puts each feature of the row, image by image."""
+    first = {}
+    for peer, share in enumerate(shares):
+        used = peer * longest
+        for image in share:
+            first[image] = used
+            used += sizes[image]
+    pieces = [torch.arange(size) + first[image] for image, size in enumerate(sizes)]
+    return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64)
