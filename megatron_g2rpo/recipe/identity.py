@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from megatron_g2rpo.recipe.policy_section import DistributedDataParallelConfig, MegatronConfig
 from megatron_g2rpo.recipe.schema import Recipe, TrainRecipe
 
 # Keys that may change between a run and its continuation: they move work over machines, memory or disk, or decide when
@@ -32,8 +33,16 @@ NOT_IDENTITY = (
     "policy.megatron_cfg.pipeline_model_parallel_size",
     "policy.megatron_cfg.context_parallel_size",
     "policy.megatron_cfg.sequence_parallel",
-    "policy.megatron_cfg.activation_checkpointing",
+    "policy.megatron_cfg.num_layers_in_first_pipeline_stage",
+    "policy.megatron_cfg.num_layers_in_last_pipeline_stage",
+    "policy.megatron_cfg.core_attention",
+    "policy.megatron_cfg.cp_comm_type",
+    "policy.megatron_cfg.recompute_granularity",
+    "policy.megatron_cfg.recompute_method",
+    "policy.megatron_cfg.recompute_num_layers",
     "policy.megatron_cfg.distributed_data_parallel_config.overlap_grad_reduce",
+    "policy.megatron_cfg.distributed_data_parallel_config.overlap_param_gather",
+    # Both optimizers write the same checkpoint: policy/checkpointing.py.
     "policy.megatron_cfg.distributed_data_parallel_config.use_distributed_optimizer",
 )
 
@@ -74,7 +83,12 @@ def describe_layout(recipe: Recipe) -> str:
     lines = [
         f"processes: {recipe.world_size} = {cluster.num_nodes} node(s) x {cluster.gpus_per_node}",
         f"layout: tensor {megatron.tensor_model_parallel_size} x pipeline {megatron.pipeline_model_parallel_size} x "
-        f"context {megatron.context_parallel_size} x data {recipe.data_parallel_size}",
+        f"context {megatron.context_parallel_size} x data {recipe.data_parallel_size}"
+        + (", sequence parallel" if megatron.sequence_parallel else ""),
+        *_stages(megatron),
+        _attention(megatron),
+        _recompute(megatron),
+        _optimizer(megatron.distributed_data_parallel_config),
         f"micro-batch row: {recipe.policy.sequence_packing.train_mb_tokens} tokens",
     ]
     if isinstance(recipe, TrainRecipe):
@@ -85,6 +99,44 @@ def describe_layout(recipe: Recipe) -> str:
     else:
         lines.append(f"step: {batch} sequences, 1 update")
     return "\n".join(lines)
+
+
+def _stages(megatron: MegatronConfig) -> list[str]:
+    outer = {
+        "first": megatron.num_layers_in_first_pipeline_stage,
+        "last": megatron.num_layers_in_last_pipeline_stage,
+    }
+    given = [f"{layers} on the {stage} stage" for stage, layers in outer.items() if layers is not None]
+    return [f"language layers: {', '.join(given)}, the others shared out evenly"] if given else []
+
+
+def _attention(megatron: MegatronConfig) -> str:
+    kernel = megatron.core_attention
+    gathers = megatron.context_parallel_size > 1 and kernel != "local"
+    return f"core attention: {kernel}" + (f", {megatron.cp_comm_type} with Transformer Engine" if gathers else "")
+
+
+def _recompute(megatron: MegatronConfig) -> str:
+    layers = megatron.recompute_num_layers
+    how = {
+        "uniform": f"whole layers, {layers} at a time, and the vision tower",
+        "block": f"the first {layers} layer(s) of a stage, and the vision tower",
+    }
+    choices = {None: "none", "selective": "core attention", "full": how[megatron.recompute_method]}
+    return f"recompute: {choices[megatron.recompute_granularity]}"
+
+
+def _optimizer(ddp: DistributedDataParallelConfig) -> str:
+    where = "shared out over data-parallel ranks" if ddp.use_distributed_optimizer else "whole on every rank"
+    overlaps = [
+        text
+        for text, on in (
+            ("gradients reduced during the backward pass", ddp.overlap_grad_reduce),
+            ("weights gathered during the forward pass", ddp.overlap_param_gather),
+        )
+        if on
+    ]
+    return "; ".join([f"optimizer: {where}", *overlaps])
 
 
 def _is_excluded(key: str) -> bool:

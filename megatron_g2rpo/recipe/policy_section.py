@@ -11,8 +11,6 @@ from megatron_g2rpo.recipe.base import Section, ascending, conflict, only
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
-_SAVE_MEMORY = "To save memory, lower policy.sequence_packing.train_mb_tokens."
-
 
 class Optimizer(Section):
     """``policy.megatron_cfg.optimizer``: AdamW, in Megatron-core's names."""
@@ -54,10 +52,20 @@ class DistributedDataParallelConfig(Section):
 
     grad_reduce_in_fp32: bool
     """Accumulate and reduce gradients in float32 whatever the precision of the weights."""
-    overlap_grad_reduce: Annotated[bool, only(False, hint="Gradients are reduced after the last micro-batch.")]
-    """Reduce gradients while the backward pass still runs."""
-    use_distributed_optimizer: Annotated[bool, only(False, hint="Every rank holds the whole optimizer state.")]
-    """Shard the optimizer state over data-parallel ranks."""
+    overlap_grad_reduce: bool
+    """Reduce gradients while the last micro-batch's backward pass still runs."""
+    overlap_param_gather: bool
+    """Gather updated weights while the next forward pass already runs; needs the two keys beside it."""
+    use_distributed_optimizer: bool
+    """Shard the optimizer state, and the update, over data-parallel ranks."""
+
+    @model_validator(mode="after")
+    def _overlap(self) -> DistributedDataParallelConfig:
+        needed = ["use_distributed_optimizer", "overlap_grad_reduce"]
+        missing = [name for name in needed if not getattr(self, name)]
+        if self.overlap_param_gather and missing:
+            raise conflict(f"overlap_param_gather needs {' and '.join(missing)}", "overlap_param_gather", *missing)
+        return self
 
 
 class MegatronConfig(Section):
@@ -65,14 +73,26 @@ class MegatronConfig(Section):
 
     tensor_model_parallel_size: PositiveInt
     """Ranks that share every layer; must divide the attention heads and the key-value heads."""
-    pipeline_model_parallel_size: Annotated[PositiveInt, only(1, hint="Use tensor_model_parallel_size.")]
-    """Ranks that share the stack of layers."""
-    context_parallel_size: Annotated[PositiveInt, only(1, hint="Use tensor_model_parallel_size.")]
+    pipeline_model_parallel_size: PositiveInt
+    """Ranks that share the stack of layers; the vision tower is on the first stage."""
+    context_parallel_size: PositiveInt
     """Ranks that share every sequence."""
-    sequence_parallel: Annotated[bool, only(False, hint=_SAVE_MEMORY)]
+    sequence_parallel: bool
     """Shard the activations between tensor-parallel regions along the sequence."""
-    activation_checkpointing: Annotated[bool, only(False, hint=_SAVE_MEMORY)]
-    """Recompute activations in the backward pass."""
+    num_layers_in_first_pipeline_stage: PositiveInt | None
+    """Language layers of the first stage, at least as many as deepstack features; null: an equal share."""
+    num_layers_in_last_pipeline_stage: PositiveInt | None
+    """Language layers of the last stage; null: an equal share."""
+    core_attention: Literal["auto", "local", "transformer_engine"]
+    """Attention kernel; auto: Transformer Engine's on a GPU that has it, else the local one."""
+    cp_comm_type: Literal["p2p", "all_gather", "a2a"]
+    """How Transformer Engine's attention gets at other context-parallel ranks' keys; the local one gathers them."""
+    recompute_granularity: Literal["selective", "full"] | None
+    """Activations computed again in the backward pass: the core attention (selective) or whole layers (full)."""
+    recompute_method: Literal["uniform", "block"]
+    """Under full: every chunk of ``recompute_num_layers`` layers (uniform), or only the first so many (block)."""
+    recompute_num_layers: PositiveInt
+    """Under full: layers of a chunk (uniform), or layers of a stage that are recomputed (block)."""
     freeze_vision: bool
     """Keep the vision tower and its merger at their initial weights."""
     optimizer: Optimizer
@@ -81,6 +101,25 @@ class MegatronConfig(Section):
     """The learning rate over time."""
     distributed_data_parallel_config: DistributedDataParallelConfig
     """How gradients are reduced over data-parallel ranks."""
+
+    @model_validator(mode="after")
+    def _layout(self) -> MegatronConfig:
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise conflict(
+                "sequence_parallel needs tensor_model_parallel_size above 1: it shards over those ranks",
+                "sequence_parallel",
+                "tensor_model_parallel_size",
+            )
+        stages = self.pipeline_model_parallel_size
+        outer = ["num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"]
+        outer = [name for name in outer if getattr(self, name) is not None]
+        if outer and stages == 1:
+            raise conflict(
+                f"{' and '.join(outer)} needs pipeline_model_parallel_size above 1: there is one stage",
+                *outer,
+                "pipeline_model_parallel_size",
+            )
+        return self
 
     @property
     def model_parallel_size(self) -> int:

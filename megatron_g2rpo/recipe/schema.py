@@ -42,14 +42,16 @@ class _Common(Section):
         self._check_schedule(max_num_optimizer_steps)
 
     def _check_layout(self) -> None:
-        copy = self.policy.megatron_cfg.model_parallel_size
+        megatron = self.policy.megatron_cfg
+        copy = megatron.model_parallel_size
         if self.world_size % copy:
+            sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
             raise conflict(
                 f"{self.cluster.num_nodes} node(s) x {self.cluster.gpus_per_node} process(es) = {self.world_size}, not "
                 f"a multiple of the {copy} that one copy of the model is spread over",
                 "cluster.num_nodes",
                 "cluster.gpus_per_node",
-                "policy.megatron_cfg.tensor_model_parallel_size",
+                *(f"policy.megatron_cfg.{size}" for size in sizes if getattr(megatron, size) > 1),
             )
 
     def _check_tasks(self) -> None:

@@ -19,6 +19,7 @@ from tests.unit.recipe.conftest import RECIPES
 
 EXEMPLAR = EXEMPLARS / "vlm_g2rpo.yaml"
 MEGATRON = "policy.megatron_cfg"
+DDP = f"{MEGATRON}.distributed_data_parallel_config"
 
 
 def fingerprint(*overrides: str) -> str:
@@ -29,6 +30,14 @@ def fingerprint(*overrides: str) -> str:
     "overrides",
     [
         ["cluster.num_nodes=2", "cluster.gpus_per_node=4", f"{MEGATRON}.tensor_model_parallel_size=4"],
+        [
+            "cluster.gpus_per_node=8",
+            f"{MEGATRON}={{tensor_model_parallel_size: 2, pipeline_model_parallel_size: 2, context_parallel_size: 2}}",
+            f"{MEGATRON}={{sequence_parallel: true, num_layers_in_first_pipeline_stage: 12, cp_comm_type: a2a}}",
+            f"{MEGATRON}={{num_layers_in_last_pipeline_stage: 16, core_attention: local}}",
+            f"{MEGATRON}={{recompute_granularity: full, recompute_method: block, recompute_num_layers: 4}}",
+            f"{DDP}={{use_distributed_optimizer: true, overlap_grad_reduce: true, overlap_param_gather: true}}",
+        ],
         ["cluster.device=cpu"],
         ["logger.log_dir=elsewhere", "logger.tensorboard_enabled=false"],
         ["checkpointing.save_period=3", "checkpointing.enabled=false"],
@@ -55,6 +64,7 @@ def test_a_run_may_continue_with_another_layout_or_length(overrides: list[str]) 
         "policy.precision=float32",
         f"{MEGATRON}.optimizer.lr=1e-6",
         f"{MEGATRON}.freeze_vision=true",
+        f"{DDP}.grad_reduce_in_fp32=false",
         "policy.generation.temperature=0.9",
         "data.train.path=elsewhere",
         "data.task_weights={ocr: 2.0}",
@@ -115,8 +125,26 @@ def test_the_layout_is_described() -> None:
     assert recipe.describe_layout(recipe.load(EXEMPLAR, layout, "train")).splitlines() == [
         "processes: 8 = 2 node(s) x 4",
         "layout: tensor 2 x pipeline 1 x context 1 x data 4",
+        "core attention: auto",
+        "recompute: none",
+        "optimizer: whole on every rank",
         "micro-batch row: 8192 tokens",
         "step: 128 prompts x 8 generations = 1024 rollouts, 4 update(s) of 256",
+    ]
+    layout = [
+        "cluster.gpus_per_node=16",
+        f"{MEGATRON}={{tensor_model_parallel_size: 2, pipeline_model_parallel_size: 2, context_parallel_size: 2}}",
+        f"{MEGATRON}={{sequence_parallel: true, num_layers_in_first_pipeline_stage: 12}}",
+        f"{MEGATRON}={{recompute_granularity: full, recompute_num_layers: 2}}",
+        f"{DDP}={{use_distributed_optimizer: true, overlap_grad_reduce: true, overlap_param_gather: true}}",
+    ]
+    assert recipe.describe_layout(recipe.load(EXEMPLAR, layout, "train")).splitlines()[1:6] == [
+        "layout: tensor 2 x pipeline 2 x context 2 x data 2, sequence parallel",
+        "language layers: 12 on the first stage, the others shared out evenly",
+        "core attention: auto, p2p with Transformer Engine",
+        "recompute: whole layers, 2 at a time, and the vision tower",
+        "optimizer: shared out over data-parallel ranks; gradients reduced during the backward pass; weights gathered "
+        "during the forward pass",
     ]
     sft = recipe.load(EXEMPLARS / "vlm_sft.yaml", [], "sft")
     assert recipe.describe_layout(sft).splitlines()[-1] == "step: 128 sequences, 1 update"

@@ -16,24 +16,14 @@ from megatron_g2rpo.recipe.schema import SftRecipe, TrainRecipe
 
 EXEMPLAR = EXEMPLARS / "vlm_g2rpo.yaml"
 MEGATRON = "policy.megatron_cfg"
+DDP = f"{MEGATRON}.distributed_data_parallel_config"
 
 
 def load(*overrides: str) -> recipe.TrainRecipe:
     return recipe.load(EXEMPLAR, list(overrides), "train")
 
 
-@pytest.mark.parametrize(
-    ("override", "value"),
-    [
-        (f"{MEGATRON}.pipeline_model_parallel_size=2", "2"),
-        (f"{MEGATRON}.context_parallel_size=2", "2"),
-        (f"{MEGATRON}.sequence_parallel=true", "true"),
-        (f"{MEGATRON}.activation_checkpointing=true", "true"),
-        (f"{MEGATRON}.distributed_data_parallel_config.overlap_grad_reduce=true", "true"),
-        (f"{MEGATRON}.distributed_data_parallel_config.use_distributed_optimizer=true", "true"),
-        ("policy.generation.backend=vllm", "vllm"),
-    ],
-)
+@pytest.mark.parametrize(("override", "value"), [("policy.generation.backend=vllm", "vllm")])
 def test_what_this_version_cannot_do_is_refused_in_words(override: str, value: str) -> None:
     with pytest.raises(recipe.RecipeError) as error:
         load(override)
@@ -62,6 +52,14 @@ def test_what_this_version_cannot_do_is_refused_in_words(override: str, value: s
         "policy.init=scratch",
         "policy.precision=float16",
         "policy.logprob_chunk_size=0",
+        f"{MEGATRON}.pipeline_model_parallel_size=0",
+        f"{MEGATRON}.context_parallel_size=0",
+        f"{MEGATRON}.num_layers_in_first_pipeline_stage=0",
+        f"{MEGATRON}.core_attention=flash",
+        f"{MEGATRON}.cp_comm_type=ring",
+        f"{MEGATRON}.recompute_granularity=none",
+        f"{MEGATRON}.recompute_method=null",
+        f"{MEGATRON}.recompute_num_layers=0",
         f"{MEGATRON}.optimizer.lr=0.0",
         f"{MEGATRON}.optimizer.adam_beta2=1.0",
         f"{MEGATRON}.optimizer.clip_grad=0.0",
@@ -98,6 +96,24 @@ def test_a_value_out_of_its_range_is_refused(override: str) -> None:
         (["policy.train_global_batch_size=768"], "does not divide the 1024 rollouts"),
         (["grpo.num_generations_per_prompt=1"], "a group of 1 has no advantage"),
         ([f"{MEGATRON}.tensor_model_parallel_size=2"], "= 1, not a multiple of the 2"),
+        (
+            [f"{MEGATRON}.pipeline_model_parallel_size=2", f"{MEGATRON}.context_parallel_size=2"],
+            r"not a multiple of the 4 (.|\n)*pipeline_model_parallel_size.*context_parallel_size",
+        ),
+        ([f"{MEGATRON}.sequence_parallel=true"], "sequence_parallel needs tensor_model_parallel_size above 1"),
+        (
+            [f"{MEGATRON}.num_layers_in_first_pipeline_stage=2"],
+            "num_layers_in_first_pipeline_stage needs pipeline_model_parallel_size above 1",
+        ),
+        (
+            [f"{MEGATRON}.num_layers_in_last_pipeline_stage=2"],
+            "num_layers_in_last_pipeline_stage needs pipeline_model_parallel_size above 1",
+        ),
+        ([f"{DDP}.overlap_param_gather=true"], "needs use_distributed_optimizer and overlap_grad_reduce"),
+        (
+            [f"{DDP}={{overlap_param_gather: true, use_distributed_optimizer: true}}"],
+            "overlap_param_gather needs overlap_grad_reduce",
+        ),
         (["data.task_weights={orc: 2.0}"], r"'orc' is not a task of env\.tasks \(nearest: ocr\)"),
         (
             [f"data.task_weights.{task}=0" for task in ("general_vqa", "spatial_grounding", "spatial_reasoning")]
@@ -131,6 +147,15 @@ def test_values_that_contradict_each_other_are_refused(overrides: list[str], mes
         ["policy.sequence_packing.train_mb_tokens=4096"],
         [f"{MEGATRON}.scheduler={{lr_decay_style: cosine, lr_warmup_steps: 399}}"],
         [f"{MEGATRON}.tensor_model_parallel_size=2", "cluster.gpus_per_node=2"],
+        [f"{MEGATRON}={{tensor_model_parallel_size: 2, sequence_parallel: true}}", "cluster.gpus_per_node=2"],
+        [
+            f"{MEGATRON}={{pipeline_model_parallel_size: 2, context_parallel_size: 2}}",
+            f"{MEGATRON}={{num_layers_in_first_pipeline_stage: 3, num_layers_in_last_pipeline_stage: 25}}",
+            "cluster.gpus_per_node=4",
+        ],
+        [f"{MEGATRON}={{recompute_granularity: full, recompute_method: block, recompute_num_layers: 4}}"],
+        [f"{DDP}={{overlap_param_gather: true, overlap_grad_reduce: true, use_distributed_optimizer: true}}"],
+        [f"{DDP}={{use_distributed_optimizer: true}}"],
     ],
 )
 def test_values_at_the_edge_of_their_range_are_accepted(overrides: list[str]) -> None:
