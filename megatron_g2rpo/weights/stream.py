@@ -89,8 +89,7 @@ def load(
             )
         parameter.data.copy_(local)
         used.update(entry.hf_names)
-    # A tied model's lm_head may be stored; it is the embedding.
-    left = sorted(set(tensors) - used - {"lm_head.weight"})
+    left = sorted(set(tensors) - used - table.ignored)
     if left:
         raise CheckpointError(f"{source}: {len(left)} tensors fit no parameter, the first: {', '.join(left[:3])}")
 
