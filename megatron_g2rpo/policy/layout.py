@@ -59,20 +59,22 @@ class Layout:
         """
         fixed = [count for count in (self.first_stage_layers, self.last_stage_layers) if count is not None]
         stages, layers = self.pipeline - len(fixed), num_layers - sum(fixed)
-        uneven = "policy.megatron_cfg.num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage"
+        keys = (
+            f"policy.megatron_cfg.num_layers_in_first_pipeline_stage ({self.first_stage_layers}) and "
+            f"num_layers_in_last_pipeline_stage ({self.last_stage_layers})"
+        )
         if self.pipeline == 1:
             if fixed:
-                raise LayoutError(f"{uneven} need policy.megatron_cfg.pipeline_model_parallel_size above 1")
+                raise LayoutError(f"{keys} need policy.megatron_cfg.pipeline_model_parallel_size above 1")
             return (num_layers,)
-        if min([*fixed, 1]) < 1 or (stages == 0 and layers != 0) or (stages > 0 and layers < stages):
+        if min([*fixed, 1]) < 1 or layers < stages or (stages == 0 and layers):
             raise LayoutError(
-                f"the model's {num_layers} layers cannot be spread over {self.pipeline} pipeline stages with "
-                f"{uneven.replace(' and ', '=' + str(self.first_stage_layers) + ', ')}={self.last_stage_layers}"
+                f"the model's {num_layers} layers cannot be spread over {self.pipeline} pipeline stages with {keys}"
             )
         if stages and layers % stages:
             raise LayoutError(
                 f"policy.megatron_cfg.pipeline_model_parallel_size={self.pipeline}: {layers} layers do not divide over "
-                f"{stages} stages; set {uneven}"
+                f"{stages} stages; set {keys}"
             )
         middle = [layers // stages] * stages if stages else []
         first = [] if self.first_stage_layers is None else [self.first_stage_layers]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -80,7 +82,9 @@ def test_samples_of_a_group_share_one_copy_of_their_images() -> None:
     sequences = [PackSequence(inputs=inputs, response_ids=torch.tensor([1, 2])) for _ in range(5)]
     (batch,) = packer_for(config).pack(sequences, budget=500)
     assert torch.equal(batch.pixel_values, inputs.pixel_values)
-    assert torch.equal(batch.vision_index, torch.arange(6).repeat(5))
+    placeholders = batch.tokens == config.image_token_id
+    assert torch.equal(batch.vision_index[placeholders], torch.arange(6).repeat(5))
+    assert torch.all(batch.vision_index[~placeholders] == -1)
 
 
 def test_a_sequence_kept_out_of_the_loss_counts_no_token() -> None:
@@ -98,3 +102,36 @@ def test_empty_rows_fill_up_to_the_number_of_the_other_ranks() -> None:
     assert [batch.num_tokens for batch in batches] == [1, 0, 0]
     with pytest.raises(ValueError, match="more than the 1 asked for"):
         packer_for(config).pack(random_sequences(config, samples=2), budget=40, num_bins=1)
+
+
+@pytest.mark.parametrize(("sequence", "row"), [(1, 16), (4, 4), (4, 24), (8, 128)])
+def test_padding_follows_its_sequence_and_says_nothing(sequence: int, row: int) -> None:
+    config = tiny_config()
+    packer = replace(packer_for(config), sequence_multiple=sequence, row_multiple=row)
+    sequences = random_sequences(config, samples=3)
+    plain = {row: batch for batch in packer_for(config).pack(sequences, budget=100) for row in batch.rows.tolist()}
+    seen = []
+    for batch in packer.pack(sequences, budget=128, num_bins=12):
+        assert len(batch.tokens) % row == 0
+        assert torch.all(batch.cu_seqlens_padded % sequence == 0)
+        assert int(batch.cu_seqlens_padded[-1]) == len(batch.tokens)
+        padding = batch.segment_ids == -1
+        for name, value in (("labels", NO_LABEL), ("loss_mask", 0), ("token_weights", 0), ("advantages", 0)):
+            assert torch.all(getattr(batch, name)[padding] == value), name
+        assert torch.all(batch.tokens[padding] == packer.pad_token_id)
+        assert torch.all(batch.task_ids[padding] == -1)
+        assert torch.all(batch.vision_index[padding] == -1)
+        for segment, index in enumerate(batch.rows.tolist()):
+            seen.append(index)
+            start, length = int(batch.cu_seqlens_padded[segment]), int(batch.cu_seqlens.diff()[segment])
+            real = slice(start, start + length)
+            other = plain[index]
+            where = other.segment_ids == other.rows.tolist().index(index)
+            for name in ("tokens", "labels", "position_ids", "loss_mask", "advantages", "task_ids", "token_weights"):
+                assert torch.equal(getattr(batch, name)[..., real], getattr(other, name)[..., where]), name
+    assert sorted(seen) == list(range(len(sequences)))
+
+
+def test_multiples_that_contradict_each_other() -> None:
+    with pytest.raises(ValueError, match="row_multiple 6 is not a multiple of 4"):
+        replace(packer_for(tiny_config()), sequence_multiple=4, row_multiple=6)
