@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One table of names and shard rules; everything that reads or writes weights goes through it."""
 
+from megatron_g2rpo.weights.checkpoint import CheckpointError, SafetensorsDirectory
 from megatron_g2rpo.weights.export import export_hf
-from megatron_g2rpo.weights.stream import CheckpointError, SafetensorsDirectory, load, stream
+from megatron_g2rpo.weights.load import load
+from megatron_g2rpo.weights.stream import stream
 from megatron_g2rpo.weights.table import WeightTable, table_for
 
 __all__ = ["CheckpointError", "SafetensorsDirectory", "WeightTable", "export_hf", "load", "stream", "table_for"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_g2rpo.weights.stream import INDEX_NAME
+from megatron_g2rpo.weights.checkpoint import INDEX_NAME
 
 # What travels beside the weights: configuration, tokenizer, processors, chat template, licence.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md")

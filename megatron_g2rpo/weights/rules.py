@@ -2,7 +2,8 @@
 """How a Megatron parameter is made of Hugging Face tensors, and cut over tensor-parallel ranks.
 
 A rule maps between the full Hugging Face tensors of one Megatron parameter and its per-rank shards, both ways, exactly:
-no arithmetic, only slicing and concatenation.
+no arithmetic, only slicing and concatenation. Sharding slices before it concatenates: of a tensor that is mapped from a
+file, only the slices are read.
 """
 
 from __future__ import annotations
@@ -67,8 +68,9 @@ class Vocabulary:
     size: int
 
     def shard(self, full: Sequence[Tensor], rank: int, size: int) -> Tensor:
-        padding = full[0].new_zeros(padded_rows(self.size, size) - self.size, *full[0].shape[1:])
-        return torch.cat([full[0], padding]).chunk(size)[rank]
+        rows = padded_rows(self.size, size) // size
+        mine = full[0][rank * rows : (rank + 1) * rows]
+        return torch.cat([mine, mine.new_zeros(rows - len(mine), *mine.shape[1:])])
 
     def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
         return [torch.cat(list(shards))[: self.size]]
@@ -78,9 +80,13 @@ class Vocabulary:
 class GroupedQKV:
     """Query, key and value projections, interleaved by query group: ``[q_0 .. q_(H/G-1), k, v]`` per group.
 
+    The interleaved rows are cut into equal chunks, also where there are more ranks than groups and a chunk holds part
+    of a group: megatron-core then gathers the projection's output before it takes heads from it
+    (``SelfAttention.get_query_key_value_tensors``).
+
     Attributes:
         heads: query heads H.
-        groups: key/value heads G; a multiple of the tensor-parallel size.
+        groups: key/value heads G.
         head_dim: rows of one head.
     """
 
@@ -89,8 +95,17 @@ class GroupedQKV:
     head_dim: int
 
     def shard(self, full: Sequence[Tensor], rank: int, size: int) -> Tensor:
-        query, key, value = (part.unflatten(0, (self.groups, -1, self.head_dim)) for part in full)
-        return torch.cat([query, key, value], dim=1).chunk(size)[rank].flatten(0, 2)
+        rows = (self.heads + 2 * self.groups) * self.head_dim // size
+        lengths = [heads * self.head_dim for heads in (self.heads // self.groups, 1, 1)]
+        # Slices of the q, k and v of one group after another; `start` is where this rank's rows begin, seen from there.
+        slices, start = [], rank * rows
+        for group in range(self.groups):
+            for part, length in zip(full, lengths, strict=True):
+                first, end = max(start, 0), min(start + rows, length)
+                if first < end:
+                    slices.append(part[group * length + first : group * length + end])
+                start -= length
+        return torch.cat(slices)
 
     def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
         per_group = self.heads // self.groups

@@ -1,24 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights between the parallel policy and the world of full Hugging Face tensors, one parameter at a time."""
+"""Full Hugging Face tensors from the parallel policy, one parameter at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from megatron_g2rpo.weights.rules import Replicated
-from megatron_g2rpo.weights.table import WeightTable
-
-INDEX_NAME = "model.safetensors.index.json"
-
-
-class CheckpointError(ValueError):
-    """A Hugging Face checkpoint that does not fit the model."""
+from megatron_g2rpo.weights.stages import of_all_stages
+from megatron_g2rpo.weights.table import Entry, WeightTable
 
 
 def stream(
@@ -26,96 +20,82 @@ def stream(
     table: WeightTable,
     *,
     tensor_group: dist.ProcessGroup | None,
+    pipeline_group: dist.ProcessGroup | None = None,
+    layer_offset: int = 0,
     tensor_of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.data,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Full tensors by Hugging Face name, gathered over tensor-parallel ranks as they are asked for.
+    """Full tensors by Hugging Face name, gathered over pipeline stages and tensor-parallel ranks as they are asked for.
 
-    A collective: every rank of the group must exhaust the iterator, and all receive every tensor.
+    A collective: every rank of the replica must exhaust the iterator, and all receive every tensor. What stages hold is
+    exchanged once, with the first tensor. A shard goes from its stage to the others before shards are joined, so that
+    a tensor crosses a link between stages (often one between nodes) once, not once per tensor-parallel rank.
 
     Args:
-        model: the unwrapped model of this rank.
+        model: the unwrapped model of this rank: its pipeline stage.
         table: its weight table.
-        tensor_group: tensor-parallel process group; None when the model is whole.
-        tensor_of: what to stream of a parameter: its data, or for example its gradient.
+        tensor_group: tensor-parallel process group; None when a stage is whole.
+        pipeline_group: pipeline-parallel process group, in the order of the stages; None when there is one stage.
+        layer_offset: layers on earlier stages.
+        tensor_of: what to stream of a parameter: its data, or for example its gradient; of the parameter's shape, and
+            cheap: it is called twice.
 
     Yields:
-        ``(hf_name, full_tensor)`` in the order of the model's parameters; at most one parameter is gathered at once.
-        A tensor is valid until the next is asked for and must not be written to.
+        ``(hf_name, full_tensor)`` in the order of the stages and of their parameters; at most one parameter is gathered
+        at once. A tensor is valid until the next is asked for and must not be written to.
+
+    Raises:
+        UnmappedParameter: the table does not know a parameter (on other stages: RuntimeError).
+        ValueError: two parameters hold the same tensor and neither is a copy, as with a wrong ``layer_offset``.
     """
-    size = dist.get_world_size(tensor_group) if tensor_group is not None else 1
-    for name, parameter in model.named_parameters():
-        entry = table.entry(name)
-        local = tensor_of(parameter)
-        if size > 1 and not isinstance(entry.rule, Replicated):
-            shards = [torch.empty_like(local) for _ in range(size)]
-            dist.all_gather(shards, local.contiguous(), group=tensor_group)
+    parameters = dict(model.named_parameters())
+    device = next(iter(parameters.values())).device
+
+    def holdings() -> list[_Holding]:
+        return [
+            _Holding(name, table.entry(name, layer_offset), parameter.shape, tensor_of(parameter).dtype)
+            for name, parameter in parameters.items()
+        ]
+
+    stages = of_all_stages(holdings, pipeline_group)
+    this_stage = dist.get_rank(pipeline_group) if pipeline_group is not None else 0
+    for stage, holding in _without_copies(stages):
+        if stage == this_stage:
+            local = tensor_of(parameters[holding.name]).to(device).contiguous()
         else:
-            shards = [local]
-        yield from zip(entry.hf_names, entry.rule.merge(shards), strict=True)
+            local = torch.empty(holding.shape, dtype=holding.dtype, device=device)
+        if len(stages) > 1:
+            dist.broadcast(local, group=pipeline_group, group_src=stage)
+        shards = [local] if isinstance(holding.entry.rule, Replicated) else _gather(local, tensor_group)
+        yield from zip(holding.entry.hf_names, holding.entry.rule.merge(shards), strict=True)
 
 
-def load(
-    model: nn.Module,
-    table: WeightTable,
-    tensors: Mapping[str, Tensor],
-    *,
-    tensor_rank: int,
-    tensor_size: int,
-    source: str,
-) -> None:
-    """Copy full Hugging Face tensors into this rank's shards.
+@dataclass(frozen=True)
+class _Holding:
+    """What a stage tells the others of one parameter."""
 
-    Args:
-        model: the unwrapped model of this rank.
-        table: its weight table.
-        tensors: full tensors by name; may be lazy (``SafetensorsDirectory``), each is read once.
-        tensor_rank, tensor_size: position in the tensor-parallel group.
-        source: where the tensors come from, for messages.
-
-    Raises:
-        CheckpointError: a tensor is missing, has another shape, or is left over.
-    """
-    used: set[str] = set()
-    for name, parameter in model.named_parameters():
-        entry = table.entry(name)
-        missing = [hf_name for hf_name in entry.hf_names if hf_name not in tensors]
-        if missing:
-            raise CheckpointError(f"{source}: lacks {', '.join(missing)}, needed for {name}")
-        local = entry.rule.shard([tensors[hf_name] for hf_name in entry.hf_names], tensor_rank, tensor_size)
-        if local.shape != parameter.shape:
-            raise CheckpointError(
-                f"{source}: {', '.join(entry.hf_names)} give a shard of shape {tuple(local.shape)}, but the model's "
-                f"{name} has {tuple(parameter.shape)}; does config.json belong to these weights?"
-            )
-        parameter.data.copy_(local)
-        used.update(entry.hf_names)
-    left = sorted(set(tensors) - used - table.ignored)
-    if left:
-        raise CheckpointError(f"{source}: {len(left)} tensors fit no parameter, the first: {', '.join(left[:3])}")
+    name: str
+    entry: Entry
+    shape: torch.Size
+    dtype: torch.dtype
 
 
-class SafetensorsDirectory(Mapping[str, Tensor]):
-    """The tensors of a Hugging Face directory, read when asked for.
+def _without_copies(stages: list[list[_Holding]]) -> Iterator[tuple[int, _Holding]]:
+    """Every parameter with its stage; a copy of what was there before is left out."""
+    seen: dict[tuple[str, ...], str] = {}
+    for stage, holdings in enumerate(stages):
+        for holding in holdings:
+            names, where = holding.entry.hf_names, f"{holding.name} of pipeline stage {stage}"
+            if names not in seen:
+                seen[names] = where
+                yield stage, holding
+            elif not holding.entry.copy:
+                raise ValueError(f"both {seen[names]} and {where} hold {', '.join(names)}")
 
-    Args:
-        directory: holds ``model.safetensors`` or its shards.
 
-    Raises:
-        CheckpointError: there are no safetensors in it.
-    """
-
-    def __init__(self, directory: str | Path) -> None:
-        files = sorted(Path(directory).glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{directory}: no *.safetensors file; a Hugging Face model directory is expected")
-        self._files = [safe_open(file, framework="pt") for file in files]
-        self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 (a safetensors file is no mapping)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._where[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
+def _gather(local: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
+    size = dist.get_world_size(group) if group is not None else 1
+    if size == 1:
+        return [local]
+    shards = [torch.empty_like(local) for _ in range(size)]
+    dist.all_gather(shards, local, group=group)
+    return shards

@@ -92,7 +92,7 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     norm = "model.language_model.layers.2.input_layernorm.weight"
     for change, message in (
         ({name: tensor for name, tensor in state.items() if name != norm}, f"lacks {norm}"),
-        ({**state, norm: torch.zeros(3)}, r"shard of shape \(3,\)"),
+        ({**state, norm: torch.zeros(3)}, rf"{norm} has shape \(3,\)"),
         ({**state, "model.extra": torch.zeros(3)}, "1 tensors fit no parameter, the first: model.extra"),
     ):
         with pytest.raises(weights.CheckpointError, match=message):
