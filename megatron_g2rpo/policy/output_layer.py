@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The output layer of the policy: a ColumnParallelLinear that gives log-probabilities instead of logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor, nn
+
+from megatron_g2rpo.policy.logprobs import linear_logprobs
+
+
+class LogprobOutputLayer(ColumnParallelLinear):
+    """Takes the place of ``GPTModel.output_layer``; the logits stay inside of ``linear_logprobs``.
+
+    It is the module that holds the output matrix, as megatron-core's DDP wants it: under ``overlap_param_gather`` the
+    weights of a module are awaited when the module is called. Its names in a state dict are those of its base class.
+    """
+
+    vocab_size: int
+    chunk_size: int | None
+
+    @classmethod
+    def adopt(
+        cls,
+        output_layer: ColumnParallelLinear,
+        *,
+        vocab_size: int,
+        chunk_size: int | None = None,
+        tp_group: dist.ProcessGroup,
+    ) -> LogprobOutputLayer:
+        """A layer with the Parameter of the given one, the same object; without, if that has none (tied embeddings).
+
+        Args:
+            output_layer: of a ``GPTModel``; not to be used any more.
+            vocab_size: of the model, without padding.
+            chunk_size: tokens whose float32 logits are held at once; None for all.
+            tp_group: tensor-parallel process group.
+
+        Raises:
+            ValueError: the layer has a bias, or its configuration defers the gradient of the output matrix.
+        """
+        config = output_layer.config
+        if output_layer.bias is not None:
+            raise ValueError("an output layer with a bias is not supported")
+        if config.defer_embedding_wgrad_compute:
+            raise ValueError("defer_embedding_wgrad_compute is not supported by the log-probability output layer")
+        layer = cls(
+            input_size=output_layer.input_size,
+            output_size=output_layer.output_size,
+            config=config,
+            init_method=nn.init.zeros_,  # not called: nothing is allocated
+            bias=False,
+            skip_weight_param_allocation=True,
+            tp_group=tp_group,
+        )
+        layer.weight = output_layer.weight
+        layer.vocab_size, layer.chunk_size = vocab_size, chunk_size
+        return layer.train(output_layer.training)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, hidden: Tensor, labels: Tensor, weight: Tensor | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """Log-probabilities and entropies, see ``linear_logprobs``.
+
+        Args:
+            hidden: ``[S, 1, h]``; under sequence parallelism this tensor-parallel rank's ``[S / T, 1, h]``.
+            labels: int64 ``[S]``, the same on every tensor-parallel rank.
+            weight: the output matrix, where this layer has none of its own.
+            temperature: of the distribution.
+
+        Returns:
+            float32 ``[2, S]``, the same on every tensor-parallel rank.
+
+        Raises:
+            ValueError: there is no output matrix, or two, or it is not of this layer's shape.
+        """
+        matrix: Any = self.weight if weight is None else weight
+        if matrix is None:
+            raise ValueError("a tied output layer has no matrix of its own: pass the embedding's as `weight`")
+        shape = (self.output_size_per_partition, self.input_size)
+        if tuple(matrix.shape) != shape:
+            raise ValueError(f"the output matrix is {tuple(matrix.shape)}, not {shape}")
+        if self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                input_=hidden, tensor_parallel_output_grad=True, group=self.tp_group
+            )
+        else:
+            hidden = copy_to_tensor_model_parallel_region(input_=hidden, group=self.tp_group)
+        return linear_logprobs(
+            hidden.squeeze(1),
+            matrix,
+            labels,
+            vocab_size=self.vocab_size,
+            temperature=temperature,
+            group=self.tp_group,  # pyright: ignore[reportArgumentType]  # annotated by its first assignment
+            chunk_size=self.chunk_size,
+        )
