@@ -18,7 +18,14 @@ from megatron_g2rpo.train.losses import G2RPOLoss, TaskEntropies
 from megatron_g2rpo.train.metrics import Column, MetricsLog, StepMetrics
 from megatron_g2rpo.train.minibatches import check_lengths, minibatches, owned_rows
 from megatron_g2rpo.train.rollouts import generate
-from megatron_g2rpo.train.step_metrics import entropy_metrics, gap_metrics, mean_over, rollout_metrics, skipped_metrics
+from megatron_g2rpo.train.step_metrics import (
+    entropy_metrics,
+    gap_metrics,
+    mean_over,
+    packing_metrics,
+    rollout_metrics,
+    skipped_metrics,
+)
 
 COLUMNS = (
     Column("reward", "train/reward"),
@@ -58,9 +65,9 @@ def train(recipe: TrainRecipe) -> Path | None:
 def g2rpo_step(recipe: TrainRecipe, parts: Assembly, step: int) -> dict[str, float]:
     """One step: sample, score, and update the policy on the advantages; its metrics."""
     timers, policy, generation = Timers(parts), parts.policy, recipe.policy.generation
-    rows, skipped = owned_rows(recipe.grpo.num_prompts_per_step, policy.groups), parts.stream.num_skipped
+    owned, skipped = owned_rows(recipe.grpo.num_prompts_per_step, policy.groups), parts.stream.num_skipped
     with timers("data"):
-        prompts = parts.stream.next_batch(recipe.grpo.num_prompts_per_step, rows)
+        prompts = parts.stream.next_batch(recipe.grpo.num_prompts_per_step, owned)
         check_lengths(recipe, prompts)
     with timers("generation"):
         parts.engine.load_weights(policy.stream())
@@ -71,7 +78,7 @@ def g2rpo_step(recipe: TrainRecipe, parts: Assembly, step: int) -> dict[str, flo
             recipe.grpo.num_generations_per_prompt,
             temperature=generation.temperature,
             seed=sampling_seed(recipe.grpo.seed, step),
-            group_ids=list(rows),
+            group_ids=list(owned),
         )
     with timers("rewards"):
         rewards = task_rewards.score(rollouts, recipe.env)
@@ -90,10 +97,12 @@ def g2rpo_step(recipe: TrainRecipe, parts: Assembly, step: int) -> dict[str, flo
                 **entropy_metrics(parts, entropies, loss.hinge),
             }
         )
+    rows = [row for minibatch, _ in measured for row in minibatch]
     return {
         **rollout_metrics(parts, rollouts, rewards, statistics),
         **mean_over(updates),
-        **gap_metrics([batch for minibatch, _ in measured for batch in minibatch], policy.groups.data),
+        **gap_metrics(rows, policy.groups.data),
+        **packing_metrics(rows, policy.groups.data),
         **skipped_metrics(parts, skipped),
         **timers.metrics(),
     }

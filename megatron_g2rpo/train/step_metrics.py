@@ -85,6 +85,19 @@ def gap_metrics(batches: Sequence[PackedBatch], group: dist.ProcessGroup) -> dic
     }
 
 
+def packing_metrics(batches: Sequence[PackedBatch], group: dist.ProcessGroup) -> dict[str, float]:
+    """How well the step's micro-batches are packed, over all ranks. A collective.
+
+    ``train/real_tokens``, the share of their tokens that are no padding, and ``train/micro_batches`` of a rank.
+    """
+    sums = torch.tensor(
+        [sum(int((batch.segment_ids >= 0).sum()) for batch in batches), sum(len(batch.tokens) for batch in batches)],
+        dtype=torch.float64,
+    )
+    dist.all_reduce(sums, group=group)
+    return {"train/real_tokens": float(sums[0] / sums[1]), "train/micro_batches": float(len(batches))}
+
+
 def mean_over(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Mean of each metric over those of the step's updates that have it."""
     names = dict.fromkeys(name for update in updates for name in update)

@@ -46,6 +46,20 @@ def test_bins_hold_everything_once_within_the_budget() -> None:
     assert len(bins) <= 11 / 9 * sum(lengths) / 64 + 1
 
 
+def test_a_group_stays_in_one_bin_or_in_as_few_as_it_needs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(5, 50, (120,), generator=generator).tolist()
+    groups = [index // 6 for index in range(120)]
+    bins = assign_bins(lengths, 160, groups)
+    assert sorted(index for members in bins for index in members) == list(range(120))
+    assert all(sum(lengths[index] for index in members) <= 160 for members in bins)
+    totals = [sum(lengths[6 * group : 6 * group + 6]) for group in range(20)]
+    assert min(totals) <= 160 < max(totals)
+    for group, total in enumerate(totals):
+        spread = sum(any(groups[index] == group for index in members) for members in bins)
+        assert spread == (1 if total <= 160 else 2)
+
+
 def test_a_sequence_longer_than_the_budget_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a sequence of 65 tokens exceeds the 64 .*train_mb_tokens"):
         assign_bins([3, 65], 64)
