@@ -12,15 +12,17 @@ from megatron.core.transformer import TransformerConfig
 from megatron_g2rpo.policy.layout import Layout
 
 
-def transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, megatron_cfg: Any) -> TransformerConfig:
     """The language model's TransformerConfig.
 
     Args:
         hf_config: a ``Qwen3VLConfig``.
         layout: parallel sizes.
         dtype: parameter and activation dtype, float32 or bfloat16.
+        megatron_cfg: the recipe's ``policy.megatron_cfg``; what it says of recomputation and attention is read here.
     """
     text = hf_config.text_config
+    full = megatron_cfg.recompute_granularity == "full"
     return TransformerConfig(
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
@@ -51,6 +53,13 @@ def transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype) -> Tr
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence_parallel,
+        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
+        num_layers_in_last_pipeline_stage=layout.last_stage_layers,
+        cp_comm_type=megatron_cfg.cp_comm_type,
+        recompute_granularity=megatron_cfg.recompute_granularity,
+        # Of full recomputation alone; selective recomputes the core attention, megatron-core's default choice.
+        recompute_method=megatron_cfg.recompute_method if full else None,
+        recompute_num_layers=megatron_cfg.recompute_num_layers if full else None,
         # Sums divided once, by the global token count, in finalize_model_grads.
         calculate_per_token_loss=True,
         variable_seq_lengths=True,

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""megatron-core's optimizer and learning-rate schedule from the recipe."""
+"""megatron-core's data parallelism, optimizer and learning-rate schedule from the recipe.
+
+Gradients are normalised once: every rank's loss is a sum over its tokens, data- and context-parallel ranks are summed,
+and ``finalize_model_grads`` divides by the global token count.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -17,7 +22,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 def wrap_ddp(
     model: MegatronModule, config: TransformerConfig, megatron_cfg: Any, pg_collection: ProcessGroupCollection
 ) -> DistributedDataParallel:
-    """megatron-core's data parallelism: contiguous fp32 gradient buffers, summed over data-parallel ranks.
+    """megatron-core's data parallelism: contiguous gradient buffers, summed over data- and context-parallel ranks.
 
     Args:
         megatron_cfg: the recipe's ``policy.megatron_cfg``.
@@ -26,11 +31,57 @@ def wrap_ddp(
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=options.grad_reduce_in_fp32,
         overlap_grad_reduce=options.overlap_grad_reduce,
+        overlap_param_gather=options.overlap_param_gather,
         use_distributed_optimizer=options.use_distributed_optimizer,
-        # Sums, not averages: finalize_model_grads divides by the global token count.
         average_in_collective=False,
     )
     return DistributedDataParallel(config=config, ddp_config=ddp_config, module=model, pg_collection=pg_collection)
+
+
+def schedule_functions(
+    config: TransformerConfig, ddp: DistributedDataParallel, optimizer: MegatronOptimizer, megatron_cfg: Any
+) -> None:
+    """Tell megatron-core's schedules how to reduce gradients, as its own training does for the same flags.
+
+    Args:
+        config: the model's, which the schedules read.
+        megatron_cfg: the recipe's ``policy.megatron_cfg``.
+    """
+    overlap = megatron_cfg.distributed_data_parallel_config.overlap_grad_reduce
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    # Only the last micro-batch's backward pass may start a reduction.
+    config.no_sync_func = ddp.no_sync if overlap else None
+    # Under pipeline parallelism, later stages reduce in the bubble after their last backward pass, all buckets at once.
+    config.grad_sync_func = ddp.start_grad_sync if overlap else None
+    # Gathers of updated weights start in hooks before each module's forward; only the interleaved schedule calls this.
+    config.param_sync_func = None
+
+
+def check_normalisation(config: TransformerConfig, ddp: DistributedDataParallel) -> None:
+    """Make sure that nothing but ``finalize_model_grads`` scales gradients, and that it divides by tokens.
+
+    Raises:
+        RuntimeError: the gradient would be scaled twice, or by a number of ranks.
+    """
+    if not config.calculate_per_token_loss:
+        raise RuntimeError("calculate_per_token_loss is off: micro-batches would be averaged, whatever their tokens")
+    if ddp.ddp_config.average_in_collective:
+        raise RuntimeError("average_in_collective is on: gradients would be divided by data-parallel ranks as well")
+    buffers: list[Any] = [*ddp.buffers, *ddp.expert_parallel_buffers]  # pyright: ignore[reportGeneralTypeIssues]
+    factors = {part.gradient_scaling_factor for buffer in buffers for part in (buffer, *buffer.buckets)}
+    if factors - {1.0}:
+        raise RuntimeError(f"gradient buffers scale by {sorted(factors)} before they are summed; it must be 1.0")
+
+
+def wait_for_parameters(ddp: DistributedDataParallel) -> None:
+    """Make every weight current on every rank; a collective of the data- and context-parallel ranks.
+
+    Under ``overlap_param_gather`` an optimizer step leaves each rank with its own share of the new weights, and hooks
+    gather the others just before a module of the next forward pass. Whoever reads weights otherwise calls this first.
+    """
+    if ddp.ddp_config.overlap_param_gather:
+        ddp.start_param_sync(force_sync=True)
 
 
 def build_optimizer(model: DistributedDataParallel, dtype: torch.dtype, megatron_cfg: Any) -> MegatronOptimizer:
@@ -48,6 +99,7 @@ def build_optimizer(model: DistributedDataParallel, dtype: torch.dtype, megatron
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=megatron_cfg.distributed_data_parallel_config.use_distributed_optimizer,
+        overlap_param_gather=megatron_cfg.distributed_data_parallel_config.overlap_param_gather,
     )
     return get_megatron_optimizer(
         config=config,
