@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claims: shard rules are exact both ways; a checkpoint that does not fit is an error; an export is what was loaded."""
+"""Claims: an export of the policy is what it loaded; streaming it has no side effects."""
 
 from __future__ import annotations
 
@@ -12,36 +12,8 @@ from transformers import AutoModelForImageTextToText
 from megatron_g2rpo import weights
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from megatron_g2rpo.weights.rules import GateUp, GroupedQKV, Replicated, Split, Vocabulary
 from tests.parity import policy_options
 from tests.tiny_model import make_tiny_qwen3vl
-
-RULES = {
-    "replicated": (Replicated(), [(5, 3)]),
-    "column": (Split(0), [(8, 3)]),
-    "row": (Split(1), [(3, 8)]),
-    "vocabulary": (Vocabulary(13), [(13, 3)]),
-    "qkv": (GroupedQKV(heads=8, groups=4, head_dim=3), [(24, 5), (12, 5), (12, 5)]),
-    "gate_up": (GateUp(), [(8, 3), (8, 3)]),
-}
-
-
-@pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_merge_undoes_shard_exactly(name: str, size: int) -> None:
-    rule, shapes = RULES[name]
-    full = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
-    merged = rule.merge([rule.shard(full, rank, size) for rank in range(size)])
-    assert len(merged) == len(full)
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(merged, full, strict=True))
-
-
-def test_qkv_groups_are_interleaved() -> None:
-    """Megatron's layout written out: [q0 q1 k0 v0 | q2 q3 k1 v1] for 4 query heads in 2 groups."""
-    query, key, value = torch.arange(4)[:, None], torch.tensor([[10], [11]]), torch.tensor([[20], [21]])
-    rule = GroupedQKV(heads=4, groups=2, head_dim=1)
-    assert rule.shard([query, key, value], 0, 1).flatten().tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
-    assert rule.shard([query, key, value], 1, 2).flatten().tolist() == [2, 3, 11, 21]
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -83,19 +55,3 @@ def test_a_stream_leaves_gradients_as_they_are(tmp_path: Path) -> None:
     for _, tensor in policy.stream():
         assert torch.is_grad_enabled()
         assert not tensor.requires_grad
-
-
-def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
-    _, model = make_tiny_qwen3vl(tmp_path)
-    policy = MegatronPolicy(policy_options(tmp_path), select("cpu"), seed=0, max_steps=None)
-    state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    norm = "model.language_model.layers.2.input_layernorm.weight"
-    for change, message in (
-        ({name: tensor for name, tensor in state.items() if name != norm}, f"lacks {norm}"),
-        ({**state, norm: torch.zeros(3)}, rf"{norm} has shape \(3,\)"),
-        ({**state, "model.extra": torch.zeros(3)}, "1 tensors fit no parameter, the first: model.extra"),
-    ):
-        with pytest.raises(weights.CheckpointError, match=message):
-            policy.load(change, source="a test")
-    with pytest.raises(weights.CheckpointError, match=r"no \*.safetensors"):
-        weights.SafetensorsDirectory(tmp_path / "nothing")
