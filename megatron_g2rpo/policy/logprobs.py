@@ -213,6 +213,7 @@ def _backward(
             torch.mm(grad_logits.t(), hidden, out=grad_weight[columns])
         if grad_hidden is not None:
             _add_product(grad_hidden, grad_logits, weight[columns])
+        del grad_logits  # where it is a copy in the model's dtype, the next chunk's logits take its place
     return grad_hidden, grad_weight
 
 
