@@ -5,18 +5,20 @@ Beside the weights, a checkpoint has Adam's moments ``exp_avg`` and ``exp_avg_sq
 float32 copy ``fp32_param`` (all in the parameter's shape, sharded as it is), and once the number of steps. What else an
 optimizer knows (learning rate, betas, weight decay) comes from the recipe and the schedule.
 
-megatron-core's own state dicts would do neither: its two optimizers name their parts differently, and with torch's Adam
-its distributed optimizer cannot load what it saved (no ``step``), or lets all parameters share one step counter that
-every one of them then advances.
+megatron-core's own state dicts would do neither: its two optimizers name their parts differently; its distributed one
+(0.16 to 0.19, ``fully_reshardable``) saves moments from the wrong places as soon as a bucket of gradients has padding,
+and with torch's Adam cannot load what it saved (no ``step``), or has all parameters share one step counter that each of
+them advances.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
@@ -31,7 +33,6 @@ Sharded = ShardedTensor | ShardedTensorFactory
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "fp32_param"
-_PREFIX = "optimizer.state"
 
 
 def sharded_state_dict(
@@ -52,9 +53,13 @@ def sharded_state_dict(
     if optimizer is not None and scheduler is not None:
         part = _single(optimizer)
         _prefill(part)
-        tensors = _distributed if isinstance(part, DistributedOptimizer) else _replicated
-        moments: dict[Any, Any] = tensors(part, state["model"], is_loading)
-        state["optimizer"] = {"state": moments if is_loading else {**moments, "common_step": _step(part)}}
+        entries = _entries(state["model"])
+        tensors: dict[Any, Any]
+        if isinstance(part, DistributedOptimizer):
+            tensors = dict(_distributed(part, entries, is_loading))
+        else:
+            tensors = dict(_replicated(part, entries))
+        state["optimizer"] = {"state": tensors if is_loading else {**tensors, "common_step": _step(part)}}
         state["scheduler"] = scheduler.state_dict()
     return state
 
@@ -87,26 +92,18 @@ def load_state_dict(
     scheduler.load_state_dict(state_dict=state["scheduler"])
 
 
-# -- every rank has the whole state -----------------------------------------------------------------------------------
+# -- every data-parallel rank has the whole state ---------------------------------------------------------------------
 
 
-def _replicated(optimizer: MegatronOptimizer, model_state: Mapping[str, Any], is_loading: bool) -> dict[Any, Any]:
-    sharded = {id(entry.data): entry for entry in _entries(model_state)}
-    return {
-        number: {
-            name: make_sharded_optimizer_tensor(
-                model_param=sharded[id(parameter)], optim_param=tensor, prefix=f"{_PREFIX}.{name}"
-            )
-            for name, tensor in _tensors(optimizer, parameter).items()
-        }
-        for number, parameter in enumerate(_parameters(optimizer))
-    }
+def _replicated(optimizer: Any, entries: Mapping[int, Sharded]) -> Iterator[tuple[int, dict[str, Sharded]]]:
+    for number, parameter in enumerate(_parameters(optimizer)):
+        yield number, _sharded(entries[id(parameter)], _state(optimizer, _main(optimizer, parameter)))
 
 
-def _load_replicated(optimizer: MegatronOptimizer, loaded: Mapping[Any, Mapping[str, Tensor]]) -> None:
+def _load_replicated(optimizer: Any, loaded: Mapping[Any, Mapping[str, Tensor]]) -> None:
     with torch.no_grad():
         for number, parameter in enumerate(_parameters(optimizer)):
-            for name, tensor in _tensors(optimizer, parameter).items():
+            for name, tensor in _state(optimizer, _main(optimizer, parameter)).items():
                 tensor.copy_(loaded[number][name])
 
 
@@ -117,41 +114,96 @@ def _parameters(optimizer: Any) -> list[nn.Parameter]:
     return optimizer.get_parameters()
 
 
-def _tensors(optimizer: MegatronOptimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    main: Any = parameter.main_param if _keeps_main_copies(optimizer) else parameter  # type: ignore[attr-defined]
-    tensors = {name: optimizer.state[main][name] for name in MOMENTS}
-    return {**tensors, MAIN: main.detach()} if main is not parameter else tensors
+def _main(optimizer: Any, parameter: Any) -> Tensor:
+    return parameter.main_param if _keeps_main_copies(optimizer) else parameter
 
 
 # -- data-parallel ranks share the state ------------------------------------------------------------------------------
 
-# The parts are gathered on the first data-parallel rank, through host memory: the one that writes.
-_GATHER = {"distrib_optim_fully_reshardable_mem_efficient": True}
+
+@dataclass(frozen=True)
+class _Spread:
+    """How a parameter's state is spread over data-parallel ranks: rank -> the elements of the flat parameter it has.
+
+    The first of them saves it, and gets what it lacks from the others.
+    """
+
+    parameter: nn.Parameter
+    pieces: Mapping[int, slice]
+
+    @property
+    def owner(self) -> int:
+        return min(self.pieces)
 
 
-def _distributed(optimizer: DistributedOptimizer, model_state: Any, is_loading: bool) -> dict[Any, Any]:
-    state = optimizer.sharded_param_state_fully_reshardable(
-        model_sharded_state_dict=model_state, is_loading=is_loading, metadata=_GATHER
-    )
-    return {number: dict(_renamed(optimizer, tensors)) for number, tensors in (state or {}).items()}
+def _spreads(optimizer: DistributedOptimizer) -> list[_Spread]:
+    """Of every parameter, in the order of the buffers, which is the same on all ranks of the group.
+
+    Each rank has an equal share of every bucket; parameters lie in buckets one after the other, with padding between.
+    """
+    spreads = []
+    for buffer in optimizer.buffers:
+        for parameter, (start, end, number) in buffer.param_index_map.items():
+            bucket = buffer.buckets[number]
+            share = bucket.grad_data.numel() // optimizer.data_parallel_group.size()
+            first, last = start - bucket.offset, end - bucket.offset
+            pieces = {
+                rank: slice(max(first, rank * share) - first, min(last, (rank + 1) * share) - first)
+                for rank in range(first // share, (last - 1) // share + 1)
+            }
+            spreads.append(_Spread(parameter, pieces))
+    return spreads
 
 
-def _renamed(optimizer: DistributedOptimizer, tensors: Mapping[str, Sharded]) -> Iterator[tuple[str, Sharded]]:
-    for name, entry in tensors.items():
-        if name != "param":
-            yield name, entry
-        elif _keeps_main_copies(optimizer):  # without, the main copy is the weight itself
-            yield MAIN, replace(entry, key=entry.key.replace(f"{_PREFIX}.param.", f"{_PREFIX}.{MAIN}.", 1))
+def _distributed(
+    optimizer: DistributedOptimizer, entries: Mapping[int, Sharded], is_loading: bool
+) -> Iterator[tuple[int, dict[str, Sharded]]]:
+    """To save, parameters that this rank owns; to load, all that it has a piece of."""
+    rank = optimizer.data_parallel_group.rank()
+    for number, spread in enumerate(_spreads(optimizer)):
+        if rank not in spread.pieces:
+            continue
+        pieces = _state(optimizer, _piece(optimizer, spread.parameter))
+        if is_loading:
+            whole = {name: torch.empty(spread.parameter.shape, dtype=piece.dtype) for name, piece in pieces.items()}
+        else:
+            whole = {name: _collect(optimizer, spread, piece) for name, piece in pieces.items()}
+        if is_loading or rank == spread.owner:
+            entry = entries[id(spread.parameter)]
+            model_parallel: Any = entry.replica_id  # (..., data-parallel rank)
+            copy = 0 if rank == spread.owner else 1 + rank  # megatron-core wants exactly one copy numbered 0
+            yield number, _sharded(replace(entry, replica_id=(*model_parallel[:-1], copy)), whole)
 
 
-def _load_distributed(optimizer: DistributedOptimizer, loaded: dict[Any, dict[str, Tensor]]) -> None:
-    for state in optimizer.state.values():
-        state.pop("step", None)  # it copies everything that the state holds, and no checkpoint has steps a parameter
-    if not _keeps_main_copies(optimizer):
-        weights = [parameter for buffer in optimizer.buffers for parameter in buffer.param_index_map]
-        loaded = {number: {**tensors, "param": weights[number].detach()} for number, tensors in loaded.items()}
+def _collect(optimizer: DistributedOptimizer, spread: _Spread, piece: Tensor) -> Tensor:
+    """The whole tensor, on the CPU, on its owner (elsewhere of no use). Pieces travel through host memory."""
+    group: Any = optimizer.data_parallel_group_gloo
+    whole = torch.empty(spread.parameter.numel(), dtype=piece.dtype)
+    whole[spread.pieces[group.rank()]] = piece.detach().cpu()
+    for sender, where in spread.pieces.items():
+        if sender == spread.owner:
+            continue
+        if group.rank() == spread.owner:
+            dist.recv(whole[where], group=group, group_src=sender)
+        elif group.rank() == sender:
+            dist.send(whole[where], group=group, group_dst=spread.owner)
+    return whole.view(spread.parameter.shape)
+
+
+def _load_distributed(optimizer: DistributedOptimizer, loaded: Mapping[Any, Mapping[str, Tensor]]) -> None:
+    rank = optimizer.data_parallel_group.rank()
     with torch.no_grad():
-        optimizer.load_parameter_state_from_fully_reshardable(state_dict=loaded)
+        for number, spread in enumerate(_spreads(optimizer)):
+            if rank not in spread.pieces:
+                continue
+            for name, piece in _state(optimizer, _piece(optimizer, spread.parameter)).items():
+                piece.copy_(loaded[number][name].flatten()[spread.pieces[rank]])
+
+
+def _piece(optimizer: DistributedOptimizer, parameter: nn.Parameter) -> Tensor:
+    """This rank's flat piece of a parameter (under bf16, of its float32 copy)."""
+    group, order = optimizer.model_param_group_index_map[parameter]
+    return optimizer.param_groups[group]["params"][order]
 
 
 # -- both -------------------------------------------------------------------------------------------------------------
@@ -164,13 +216,27 @@ def _single(optimizer: MegatronOptimizer) -> Any:
     return parts[0]
 
 
-def _keeps_main_copies(optimizer: MegatronOptimizer) -> bool:
+def _keeps_main_copies(optimizer: Any) -> bool:
     return optimizer.config.params_dtype is not torch.float32
 
 
-def _entries(model_state: Any) -> list[Sharded]:
+def _entries(model_state: Any) -> dict[int, Sharded]:
     sharded, _ = extract_sharded_tensors_and_factories(sharded_state_dict=model_state)
-    return list(nested_values(x=sharded))
+    return {id(entry.data): entry for entry in nested_values(x=sharded)}
+
+
+def _sharded(entry: Sharded, tensors: Mapping[str, Tensor]) -> dict[str, Sharded]:
+    """Tensors in the shape of a parameter, sharded as it is."""
+    return {
+        name: make_sharded_optimizer_tensor(model_param=entry, optim_param=tensor, prefix=f"optimizer.state.{name}")
+        for name, tensor in tensors.items()
+    }
+
+
+def _state(optimizer: Any, main: Tensor) -> dict[str, Tensor]:
+    """What a checkpoint keeps of what the optimizer knows of ``main``, the tensor that it moves."""
+    tensors = {name: optimizer.state[main][name] for name in MOMENTS}
+    return {**tensors, MAIN: main.detach()} if _keeps_main_copies(optimizer) else tensors
 
 
 def _prefill(optimizer: Any) -> None:

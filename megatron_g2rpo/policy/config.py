@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
-from megatron_g2rpo.policy.layout import Layout
+from megatron_g2rpo.policy.layout import Layout, LayoutError
 
 
 def transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, megatron_cfg: Any) -> TransformerConfig:
@@ -20,9 +20,14 @@ def transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, megat
         layout: parallel sizes.
         dtype: parameter and activation dtype, float32 or bfloat16.
         megatron_cfg: the recipe's ``policy.megatron_cfg``; what it says of recomputation and attention is read here.
+
+    Raises:
+        LayoutError: a stage's layers cannot be dealt out as asked, over stages or over chunks to recompute.
     """
     text = hf_config.text_config
     full = megatron_cfg.recompute_granularity == "full"
+    if full and megatron_cfg.recompute_method == "uniform":
+        _check_chunks(layout.stage_layers(text.num_hidden_layers), megatron_cfg.recompute_num_layers)
     return TransformerConfig(
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
@@ -72,6 +77,16 @@ def transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, megat
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
     )
+
+
+def _check_chunks(stages: tuple[int, ...], chunk: int) -> None:
+    # megatron-core would run on past the last layer, into an IndexError.
+    uneven = [layers for layers in stages if layers % chunk]
+    if uneven:
+        raise LayoutError(
+            f"policy.megatron_cfg.recompute_num_layers={chunk} does not divide the {uneven[0]} layers of a pipeline "
+            "stage, as recompute_method uniform needs; block takes any number"
+        )
 
 
 def _keep(weight: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``policy`` section of a test's policy, with any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tests.parity import policy_options
+
+_DEFAULTS = {
+    "sequence_parallel": False,
+    "num_layers_in_first_pipeline_stage": None,
+    "num_layers_in_last_pipeline_stage": None,
+    "core_attention": "local",
+    "cp_comm_type": "p2p",
+    "recompute_granularity": None,
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+# The keys of distributed_data_parallel_config that each mode of data parallelism turns on.
+DATA_PARALLELISM: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "overlap": ("overlap_grad_reduce",),
+    "distributed": ("use_distributed_optimizer",),
+    "distributed-overlap": ("use_distributed_optimizer", "overlap_grad_reduce"),
+    "distributed-overlap-gather": ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"),
+}
+
+
+def layout_options(
+    directory: Path | str,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    cp: int = 1,
+    mode: str = "plain",
+    precision: str = "float32",
+    lr: float = 1e-3,
+    **megatron: Any,
+) -> SimpleNamespace:
+    """Options of ``MegatronPolicy``.
+
+    Args:
+        tp, pp, cp: parallel sizes.
+        mode: of data parallelism, a key of ``DATA_PARALLELISM``.
+        megatron: further keys of ``megatron_cfg``.
+    """
+    options = policy_options(directory, tensor=tp, precision=precision, lr=lr)
+    sizes = {"pipeline_model_parallel_size": pp, "context_parallel_size": cp}
+    for key, value in {**_DEFAULTS, **sizes, **megatron}.items():
+        setattr(options.megatron_cfg, key, value)
+    for key in DATA_PARALLELISM["distributed-overlap-gather"]:
+        setattr(options.megatron_cfg.distributed_data_parallel_config, key, key in DATA_PARALLELISM[mode])
+    return options
