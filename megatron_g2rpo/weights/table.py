@@ -52,7 +52,8 @@ class WeightTable:
     """Looks up parameters of one model family, by either name.
 
     Args:
-        rows: the table; the first row that matches the whole name is taken.
+        rows: the table; the first row that matches the whole name is taken, so that an original stands above its copy and
+            the local layer spec's names above Transformer Engine's.
         ignored: Hugging Face tensors that a checkpoint may hold and no parameter needs.
     """
 
@@ -112,7 +113,7 @@ class WeightTable:
         for row in self.rows:
             for template in row.hf:
                 match = _pattern(template).fullmatch(hf_name)
-                if match and not row.copy:
+                if match:
                     return row.megatron.format(**match.groupdict()), _filled(row, match.groupdict())
         raise UnmappedParameter(f"no row of the weight table produces the Hugging Face tensor {hf_name!r}")
 
