@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank of test_logprobs_kernel.py: compares its share of the vocabulary with the whole in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_g2rpo.nouns import NO_LABEL
+from megatron_g2rpo.policy import device
+from megatron_g2rpo.policy.logprobs import linear_logprobs
+from megatron_g2rpo.policy.output_layer import LogprobOutputLayer
+
+PADDED, HIDDEN, TOKENS, TEMPERATURE = 54, 6, 8, 0.5
+# float32 sums in another order, relative to the largest entry.
+TOLERANCE = 2e-6
+
+Results = dict[str, Tensor]
+
+
+def case(vocab: int, scale: float, labelled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same on every rank: hidden states, whole padded matrix, labels, incoming gradient.
+
+    Hidden states and matrix are whole numbers over 4, so that every product gives the same logits, to the bit: the last
+    bit of a logit of 1e4 is 1e-3 of its probability.
+    """
+    generator = torch.Generator().manual_seed(vocab)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator).mul(4).round() / 4
+    weight = torch.randn(PADDED, HIDDEN, generator=generator).mul(4).round() / 4 * scale
+    labels = torch.randint(vocab, (TOKENS,), generator=generator)
+    labels[3] = NO_LABEL
+    if not labelled:
+        labels[:] = NO_LABEL
+    return hidden, weight, labels, torch.randn(2, TOKENS, generator=generator)
+
+
+def with_gradients(
+    compute: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor, grad: Tensor
+) -> Results:
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    output = compute(hidden, weight)
+    output.backward(grad)
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return {"output": output.detach(), "hidden": hidden.grad, "weight": weight.grad}
+
+
+def whole(hidden: Tensor, weight: Tensor, labels: Tensor, grad: Tensor, vocab: int) -> Results:
+    return with_gradients(
+        lambda h, w: linear_logprobs(h, w, labels, vocab_size=vocab, temperature=TEMPERATURE), hidden, weight, grad
+    )
+
+
+def my_rows(weight: Tensor, rank: int) -> Tensor:
+    return weight.chunk(2)[rank]
+
+
+def assert_close(actual: Tensor, expected: Tensor, name: str) -> None:
+    assert actual.shape == expected.shape, name
+    error = (actual - expected).abs().max()
+    assert error <= TOLERANCE * expected.abs().max(), f"{name}: off by {error}"
+
+
+def assert_same_on_both_ranks(tensor: Tensor, name: str) -> None:
+    other = tensor.clone()
+    dist.broadcast(other, 0)
+    assert torch.equal(tensor, other), f"{name} differs between the ranks"
+
+
+def check_kernel(group: dist.ProcessGroup, vocab: int, scale: float, labelled: bool, chunk: int | None) -> None:
+    rank, name = dist.get_rank(group), f"vocabulary {vocab}, scale {scale}, labelled {labelled}, chunk {chunk}: "
+    hidden, weight, labels, grad = case(vocab, scale, labelled)
+    expected = whole(hidden, weight, labels, grad, vocab)
+    with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+        ours = with_gradients(
+            lambda h, w: linear_logprobs(
+                h, w, labels, vocab_size=vocab, temperature=TEMPERATURE, group=group, chunk_size=chunk
+            ),
+            hidden,
+            my_rows(weight, rank),
+            grad,
+        )
+    assert all_reduce.call_count == (2 if labelled else 0), f"{name}{all_reduce.call_count} collectives"
+    dist.all_reduce(ours["hidden"], group=group)
+    assert_same_on_both_ranks(ours["output"], name + "output")
+    assert_close(ours["output"], expected["output"], name + "output")
+    assert_close(ours["hidden"], expected["hidden"], name + "hidden")
+    assert_close(ours["weight"], my_rows(expected["weight"], rank), name + "weight")
+    assert expected["output"].any() == labelled, "the comparison needs numbers"
+
+
+def check_layer(group: dist.ProcessGroup, hardware: device.Device, sequence_parallel: bool) -> None:
+    rank, vocab, name = dist.get_rank(group), 50, f"layer, sequence parallel {sequence_parallel}: "
+    hidden, weight, labels, grad = case(vocab, 1.0, labelled=True)
+    expected = whole(hidden, weight, labels, grad, vocab)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=2,
+        tensor_model_parallel_size=2,
+        sequence_parallel=sequence_parallel,
+        use_cpu_initialization=True,
+    )
+    mine = hidden.chunk(2)[rank] if sequence_parallel else hidden
+    mine = mine[:, None].clone().requires_grad_()
+    with hardware.megatron():
+        given = ColumnParallelLinear(
+            HIDDEN, PADDED, config=config, init_method=nn.init.zeros_, bias=False, tp_group=group
+        )
+        given.weight.data.copy_(my_rows(weight, rank))
+        layer = LogprobOutputLayer.adopt(given, vocab_size=vocab, chunk_size=3, tp_group=group)
+        output = layer(mine, labels, temperature=TEMPERATURE)
+        output.backward(grad)
+    assert mine.grad is not None
+    assert_close(output.detach(), expected["output"], name + "output")
+    expected_hidden = expected["hidden"].chunk(2)[rank] if sequence_parallel else expected["hidden"]
+    assert_close(mine.grad[:, 0], expected_hidden, name + "hidden")
+    assert_close(given.weight.grad, my_rows(expected["weight"], rank), name + "weight")
+
+
+def main() -> None:
+    hardware = device.select("cpu")
+    device.init_process_group(hardware)
+    group = dist.group.WORLD
+    assert group is not None
+    for chunk in (None, 3):
+        check_kernel(group, vocab=50, scale=1.0, labelled=True, chunk=chunk)
+        check_kernel(group, vocab=54, scale=1.0, labelled=True, chunk=chunk)
+        check_kernel(group, vocab=20, scale=1.0, labelled=True, chunk=chunk)  # the second rank holds padding only
+        check_kernel(group, vocab=50, scale=4096.0, labelled=True, chunk=chunk)
+        check_kernel(group, vocab=50, scale=1.0, labelled=False, chunk=chunk)
+    for sequence_parallel in (False, True):
+        check_layer(group, hardware, sequence_parallel)
+    print(f"log-probabilities agree on rank {dist.get_rank()}", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

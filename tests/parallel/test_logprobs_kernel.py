@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claim: with the vocabulary over two ranks, log-probabilities, entropies and gradients are those of one rank."""
+
+from __future__ import annotations
+
+from tests.launch import torchrun
+
+
+def test_two_ranks_equal_one() -> None:
+    """The kernel (padding, a rank with padding only, extreme logits, no labels, chunks, two collectives a row) and the
+    output layer with and without sequence parallelism."""
+    output = torchrun(2, "-m", "tests.parallel.logprobs_kernel_worker", timeout=120)
+    assert output.count("log-probabilities agree on rank") == 2, output
