@@ -52,7 +52,7 @@ class WeightTable:
     """Looks up parameters of one model family, by either name.
 
     Args:
-        rows: the table; the first row that matches the whole name is taken, so that an original stands above its copy and
+        rows: the table; the first row that matches the whole name is taken, so an original stands above its copy, and
             the local layer spec's names above Transformer Engine's.
         ignored: Hugging Face tensors that a checkpoint may hold and no parameter needs.
     """
