@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parity check: the Megatron policy against transformers, log-probabilities, entropies and gradients.
-
-Used in one process by the unit tests and in several by ``tests/parallel``. What is compared: fp32, packed rows of
-prompts with no image, one image and two images of different sizes; every parameter random.
-"""
+"""The common ground of the parity tests: recipe options, a global batch, a loss, and what transformers says of them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,52 +13,84 @@ import torch
 from torch import Tensor
 
 from megatron_g2rpo.data.packing import Packer, PackSequence
-from megatron_g2rpo.nouns import PackedBatch, TokenStats
-from megatron_g2rpo.policy.megatron import LossTerms, MegatronPolicy
-from tests.tiny_model import GRIDS, hf_logits, make_tiny_qwen3vl, random_inputs, special_tokens
+from megatron_g2rpo.nouns import ModelInputs, PackedBatch, TokenStats
+from megatron_g2rpo.policy.layout import Layout, token_multiples
+from megatron_g2rpo.policy.megatron import LossTerms
+from tests.tiny_model import GRIDS, hf_logits, random_inputs, special_tokens
 
 # fp32 over a few layers: sums in another order move the last bits of numbers around 1 to 10.
 LOGPROB_TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = 1e-4
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "base": {},
-    "wide": {"hidden": 96, "layers": 4, "heads": 6, "kv_heads": 2, "head_dim": 24, "intermediate": 128},
-    "untied": {"tied": False, "vocab": 161, "layers": 2, "heads": 4, "kv_heads": 4, "deepstack": (1,)},
-}
+TEMPERATURE = 0.8
+TASKS = 2
 
 
-def policy_options(directory: Path | str, *, tensor: int = 1, lr: float = 1e-3, **changes: Any) -> SimpleNamespace:
-    """A recipe's ``policy`` section with the keys that the policy reads."""
-    optimizer = {"lr": lr, "min_lr": 0.0, "weight_decay": 0.01, "clip_grad": 1.0}
+def policy_options(
+    directory: Path | str,
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    context: int = 1,
+    lr: float = 1e-3,
+    megatron: Mapping[str, Any] | None = None,
+    ddp: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> SimpleNamespace:
+    """A recipe's ``policy`` section with the keys that the policy reads.
+
+    Args:
+        megatron: changes to ``megatron_cfg``.
+        ddp: changes to ``megatron_cfg.distributed_data_parallel_config``.
+        changes: to the section itself.
+    """
+    optimizer = {"lr": lr, "min_lr": 0.0, "weight_decay": 0.1, "clip_grad": 1.0}
     adam = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8}
-    ddp = {"grad_reduce_in_fp32": True, "overlap_grad_reduce": False, "use_distributed_optimizer": False}
-    megatron = {
+    reduction = {
+        "grad_reduce_in_fp32": True,
+        "overlap_grad_reduce": False,
+        "overlap_param_gather": False,
+        "use_distributed_optimizer": False,
+    }
+    megatron_cfg = {
         "tensor_model_parallel_size": tensor,
-        "pipeline_model_parallel_size": 1,
-        "context_parallel_size": 1,
+        "pipeline_model_parallel_size": pipeline,
+        "context_parallel_size": context,
         "sequence_parallel": False,
+        "num_layers_in_first_pipeline_stage": None,
+        "num_layers_in_last_pipeline_stage": None,
+        "cp_comm_type": "p2p",
+        "core_attention": "auto",
+        "recompute_granularity": None,
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
         "freeze_vision": False,
         "optimizer": SimpleNamespace(**optimizer, **adam),
         "scheduler": SimpleNamespace(lr_warmup_steps=0, lr_decay_style="constant", lr_decay_steps=None),
-        "distributed_data_parallel_config": SimpleNamespace(**ddp),
+        "distributed_data_parallel_config": SimpleNamespace(**{**reduction, **(ddp or {})}),
+        **(megatron or {}),
     }
     options = {
         "model_name": str(directory),
         "init": "pretrained",
         "precision": "float32",
         "logprob_chunk_size": 7,
-        "megatron_cfg": SimpleNamespace(**megatron),
+        "megatron_cfg": SimpleNamespace(**megatron_cfg),
     }
     return SimpleNamespace(**{**options, **changes})
 
 
-def random_sequences(config: Any, *, seed: int = 0, samples: int = 2) -> list[PackSequence]:
-    """``samples`` random responses of different lengths (one token among them) to each prompt of ``GRIDS``."""
+# -- inputs -------------------------------------------------------------------------------------------------------
+
+
+def random_sequences(config: Any, *, seed: int = 0, samples: int = 2, grids: Any = GRIDS) -> list[PackSequence]:
+    """``samples`` random responses of different lengths (one token among them) to each prompt of ``grids``.
+
+    Advantages, token weights, tasks and what the rollout engine reported differ from sequence to sequence.
+    """
     generator = torch.Generator().manual_seed(seed)
     text = special_tokens(config.text_config.vocab_size).num_text
     sequences = []
-    for prompt, inputs in enumerate(random_inputs(config, seed=seed, grids=GRIDS)):
+    for prompt, inputs in enumerate(random_inputs(config, seed=seed, grids=grids)):
         for sample in range(samples):
             length = 1 + 5 * sample + prompt
             sequences.append(
@@ -68,100 +98,167 @@ def random_sequences(config: Any, *, seed: int = 0, samples: int = 2) -> list[Pa
                     inputs=inputs,
                     response_ids=torch.randint(text, (length,), generator=generator),
                     advantage=float(torch.randn((), generator=generator)),
-                    task_id=prompt % 2,
+                    task_id=prompt % TASKS,
+                    rollout_logprobs=-5 + torch.randn(length, generator=generator),
+                    token_weight=0.5 + sample,
                 )
             )
     return sequences
 
 
-def packer_for(config: Any) -> Packer:
-    """A packer with the tiny model's tokens."""
+def parity_sequences(config: Any) -> list[PackSequence]:
+    """The global batch of the parity check: no image, one and two images, odd and even lengths, one-token responses.
+
+    The last two sequences are to have rows of their own: one without images, and one so short that no token of it
+    falls to some context-parallel ranks. One sequence is kept out of the loss.
+    """
+    one, *others = random_sequences(config, grids=((), ((4, 6),), ((2, 4), (6, 4)), ()))
+    short = torch.full((), -1.0)
+    others[1] = replace(
+        others[1], response_ids=others[1].response_ids[:1], rollout_logprobs=others[1].rollout_logprobs[:1]
+    )
+    others[3] = replace(others[3], in_loss=False)
+    inputs = ModelInputs(
+        token_ids=torch.tensor([3]), pixel_values=others[1].inputs.pixel_values[:0], image_grid_thw=GRID_OF_NONE
+    )
+    shortest = PackSequence(
+        inputs=inputs, response_ids=torch.tensor([5]), advantage=1.5, task_id=1, rollout_logprobs=5 * short[None]
+    )
+    return [one, *others, shortest]
+
+
+GRID_OF_NONE = torch.zeros(0, 3, dtype=torch.int64)
+ROWS_OF_THEIR_OWN = 2
+ROW_TOKENS = 96
+
+
+def packer_for(config: Any, layout: Layout | None = None) -> Packer:
+    """A packer with the tiny model's tokens, and the multiples that the layout needs."""
     tokens = special_tokens(config.text_config.vocab_size)
+    sequence_multiple, row_multiple = token_multiples(layout or Layout())
     return Packer(
         image_token_id=tokens.image,
         spatial_merge_size=config.vision_config.spatial_merge_size,
         pad_token_id=tokens.pad,
+        sequence_multiple=sequence_multiple,
+        row_multiple=row_multiple,
     )
 
 
+def deal(count: int, ranks: int, *, idle: bool) -> list[list[int]]:
+    """Which sequences each data-parallel rank owns: uneven on purpose, or all with the last rank."""
+    if ranks == 1 or idle:
+        return [[] for _ in range(ranks - 1)] + [list(range(count))]
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    for index in range(count):
+        hands[0 if index % 3 == 0 else -1].append(index)
+    return hands
+
+
+def rows_of(packer: Packer, sequences: Sequence[PackSequence], hands: list[list[int]], rank: int) -> list[PackedBatch]:
+    """The micro-batches of one data-parallel rank, as many as every other rank has; ``rows`` are global numbers."""
+    apart = range(len(sequences) - ROWS_OF_THEIR_OWN, len(sequences))
+
+    def pack(hand: list[int], num_rows: int | None = None) -> list[PackedBatch]:
+        together = [index for index in hand if index not in apart]
+        alone = [[index] for index in hand if index in apart]
+        packed: list[PackedBatch] = []
+        for members, bins in (
+            (together, None if num_rows is None else num_rows - len(alone)),
+            *((a, 1) for a in alone),
+        ):
+            for batch in packer.pack([sequences[index] for index in members], ROW_TOKENS, bins):
+                packed.append(replace(batch, rows=torch.tensor(members, dtype=torch.int64)[batch.rows]))
+        return packed
+
+    num_rows = max(len(pack(hand)) for hand in hands)
+    return pack(hands[rank], num_rows)
+
+
+# -- loss ---------------------------------------------------------------------------------------------------------
+
+
+def _token_loss(
+    logprobs: Tensor, entropy: Tensor, rollout: Any, advantage: Any, weight: Any, mask: Any, task: Any
+) -> Tensor:
+    """Policy gradient and a quadratic KL penalty, weighted; and an entropy bonus of each task."""
+    surrogate = -advantage * logprobs + 0.05 * (logprobs - rollout).square()
+    return weight * surrogate + 0.1 * (1 + task) * mask * entropy
+
+
 def toy_loss(batch: PackedBatch, stats: TokenStats) -> LossTerms:
-    """A policy gradient plus an entropy term: both gradients of the log-probability kernel are exercised."""
-    terms = -batch.advantages * stats.logprobs + 0.1 * stats.entropy
-    return LossTerms(loss=(terms * batch.loss_mask).sum(), num_tokens=batch.num_tokens, sums={})
+    """What the real losses are made of; entropies and token counts of each task are its metrics."""
+    terms = _token_loss(
+        stats.logprobs,
+        stats.entropy,
+        batch.rollout_logprobs,
+        batch.advantages,
+        batch.token_weights,
+        batch.loss_mask,
+        batch.task_ids,
+    )
+    sums = {}
+    for task in range(TASKS):
+        mask = batch.loss_mask * (batch.task_ids == task)
+        sums[f"entropy_{task}"] = (stats.entropy.detach() * mask).sum()
+        sums[f"tokens_{task}"] = mask.sum()
+    return LossTerms(loss=terms.sum(), num_tokens=batch.num_tokens, sums=sums)
 
 
-def reference(model: Any, sequences: list[PackSequence], temperature: float) -> tuple[list[Tensor], list[Tensor]]:
-    """Log-probabilities and entropies of every response, one unpadded transformers forward each; gradient included.
+# -- what transformers says ---------------------------------------------------------------------------------------
 
-    The gradient of ``toy_loss`` over all sequences is left in ``model``'s parameters.
+
+@dataclass(frozen=True)
+class Values:
+    """One pass of transformers over the global batch, in the order of its sequences.
+
+    Attributes:
+        logprobs, entropies: float32 ``[R]`` of every response.
+        loss: ``toy_loss`` over all, divided by the number of tokens that count.
+        task_entropy: mean over the tokens of each task.
+        gradients: float32, by Hugging Face name; accumulated in float32 sequence by sequence.
     """
-    logprobs, entropies = [], []
-    total = torch.zeros(())
+
+    logprobs: list[Tensor]
+    entropies: list[Tensor]
+    loss: float
+    task_entropy: list[float]
+    gradients: dict[str, Tensor]
+
+    @property
+    def grad_norm(self) -> float:
+        return float(torch.stack([gradient.norm() for gradient in self.gradients.values()]).norm())
+
+
+def transformers_values(model: Any, sequences: Sequence[PackSequence], temperature: float = TEMPERATURE) -> Values:
+    """Forward and backward of transformers, each sequence alone and unpadded."""
+    logprobs, entropies, gradients, loss = [], [], {}, 0.0
+    sums, counts = [0.0] * TASKS, [0] * TASKS
+    num_tokens = sum(len(sequence.response_ids) for sequence in sequences if sequence.in_loss)
     for sequence in sequences:
         start = len(sequence.inputs.token_ids) - 1
-        logits = hf_logits(model, sequence.inputs, sequence.response_ids)[start:-1] / temperature
+        logits = hf_logits(model, sequence.inputs, sequence.response_ids)[start:-1].float() / temperature
         log_p = logits.log_softmax(-1)
         logprob = log_p.gather(1, sequence.response_ids[:, None]).squeeze(1)
         entropy = -(log_p.exp() * log_p).sum(-1)
-        total = total + (-sequence.advantage * logprob + 0.1 * entropy).sum()
         logprobs.append(logprob.detach())
         entropies.append(entropy.detach())
-    model.zero_grad()
-    (total / sum(len(sequence.response_ids) for sequence in sequences)).backward()
-    return logprobs, entropies
+        if not sequence.in_loss:
+            continue
+        rollout = 0.0 if sequence.rollout_logprobs is None else sequence.rollout_logprobs
+        terms = _token_loss(logprob, entropy, rollout, sequence.advantage, sequence.token_weight, 1.0, sequence.task_id)
+        model.zero_grad()
+        (terms.sum() / num_tokens).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                gradients[name] = gradients.get(name, 0.0) + parameter.grad.float()
+        loss += float(terms.detach().sum()) / num_tokens
+        sums[sequence.task_id] += float(entropy.detach().sum())
+        counts[sequence.task_id] += len(entropy)
+    return Values(logprobs, entropies, loss, [s / max(c, 1) for s, c in zip(sums, counts, strict=True)], gradients)
 
 
-def check_parity(
-    directory: Path, device: Any, *, tensor: int, shape: str, temperature: float = 0.8
-) -> dict[str, float]:
-    """Assert parity at one layout; data parallelism takes the rest of the world.
-
-    Returns:
-        The largest errors seen, by name.
-    """
-    config, model = make_tiny_qwen3vl(**SHAPES[shape], seed=1)
-    policy = MegatronPolicy(policy_options(directory / shape, tensor=tensor), device, seed=0, max_steps=10)
-    sequences = random_sequences(config)
-    # Uneven on purpose: data rank 0 owns one sequence in three, the last rank the rest.
-    mine = [
-        index
-        for index in range(len(sequences))
-        if policy.groups.data_size == 1 or (index % 3 == 0) == (policy.groups.data_rank == 0)
-    ]
-    packer = packer_for(config)
-    batches = packer.pack([sequences[index] for index in mine], budget=80, num_bins=4)
-
-    logprobs, entropies = reference(model, sequences, temperature)
-    errors = {"logprob": 0.0, "entropy": 0.0, "gradient": 0.0}
-    seen = 0
-    for batch, stats in zip(batches, policy.logprobs(batches, temperature), strict=True):
-        for segment, row in enumerate(batch.rows.tolist()):
-            where = (batch.segment_ids == segment) & (batch.task_ids >= 0)
-            index = mine[row]
-            seen += 1
-            errors["logprob"] = max(errors["logprob"], _distance(stats.logprobs[where], logprobs[index]))
-            errors["entropy"] = max(errors["entropy"], _distance(stats.entropy[where], entropies[index]))
-    assert seen == len(mine)
-
-    policy.gradients(batches, toy_loss, temperature)
-    expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    expected.pop("lm_head.weight", None) if config.tie_word_embeddings else None
-    streamed = dict.fromkeys(expected, False)
-    for name, gradient in policy.stream(lambda parameter: parameter.main_grad):
-        error = float((gradient - expected[name]).norm() / expected[name].norm())
-        errors["gradient"] = max(errors["gradient"], error)
-        assert error <= GRADIENT_TOLERANCE, f"{name}: relative gradient error {error:.2e}"
-        streamed[name] = True
-    # A parameter that megatron-core does not know as sharded would be counted once too few or too often here.
-    grad_norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
-    errors["grad_norm"] = abs(policy.update(batches, toy_loss, temperature)["grad_norm"] / float(grad_norm) - 1)
-    assert errors["grad_norm"] <= GRADIENT_TOLERANCE, errors
-    assert all(streamed.values()), f"no gradient for {[name for name, seen in streamed.items() if not seen]}"
-    assert errors["logprob"] <= LOGPROB_TOLERANCE, errors
-    assert errors["entropy"] <= LOGPROB_TOLERANCE, errors
-    return errors
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    assert a.shape == b.shape, (a.shape, b.shape)
-    return float((a - b).abs().max())
+def reference(model: Any, sequences: list[PackSequence], temperature: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Log-probabilities and entropies of every response, by transformers."""
+    values = transformers_values(model, sequences, temperature)
+    return values.logprobs, values.entropies

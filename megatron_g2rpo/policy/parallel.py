@@ -64,7 +64,7 @@ class ParallelGroups:
 
 
 def initialize(device: Device, layout: Layout, seed: int) -> ParallelGroups:
-    """Join the job and build the groups. Called once in a process; a second call must ask for the same layout.
+    """Join the job and build the groups; without ``reset`` in between, a second call must ask for the same layout.
 
     Args:
         device: this rank's device.
@@ -114,6 +114,12 @@ def initialize(device: Device, layout: Layout, seed: int) -> ParallelGroups:
         model_rank=model.rank(),
         model_size=model.size(),
     )
+
+
+def reset() -> None:
+    """Forget the groups, so that ``initialize`` can build another layout in this process."""
+    parallel_state.destroy_model_parallel()
+    _model_groups.clear()
 
 
 _model_groups: dict[Layout, dist.ProcessGroup] = {}

@@ -1,21 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of the parity test: every given shape at one tensor-parallel size. Usage: DIRECTORY TENSOR SHAPE..."""
+"""One rank of the parity test: the cases of one world, one after the other. Usage: DIRECTORY WORLD [WORD...]
+
+Words restrict the cases to those whose description has all of them. Rank 0 prints a line for each case, and what
+exceeds its tolerance below it; a case that fails does not keep the next from being tried.
+"""
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
-from megatron_g2rpo.policy.device import select
-from tests.parity import check_parity
+import torch.distributed as dist
+
+from megatron_g2rpo.policy import parallel
+from megatron_g2rpo.policy.device import init_process_group, select
+from tests.layout_parity import check_layout_parity
+from tests.parallel.layouts import WORLDS
 
 
-def main() -> None:
-    directory, tensor, *shapes = sys.argv[1:]
-    for shape in shapes:
-        errors = check_parity(Path(directory), select("cpu"), tensor=int(tensor), shape=shape)
-        print(f"parity {shape}: {errors}", flush=True)
+def release_groups() -> None:
+    """Make room for the next layout: each has some twenty groups, with threads and sockets of their own."""
+    parallel.reset()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
+def main() -> int:
+    directory, world, *words = sys.argv[1:]
+    device = select("cpu")
+    init_process_group(device)
+    failed = 0
+    for case in WORLDS[world][1]:
+        if not set(words) <= set(str(case).split()):
+            continue
+        start = time.monotonic()
+        report = check_layout_parity(Path(directory), device, case)
+        release_groups()
+        failed += bool(report.failures)
+        if dist.get_rank() == 0:
+            verdict = "FAILED" if report.failures else "ok"
+            print(f"parity {verdict} [{case}] {time.monotonic() - start:.1f} s: {report}", flush=True)
+            for failure in report.failures:
+                print(f"    {failure}", flush=True)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

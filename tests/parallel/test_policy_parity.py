@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claim: tensor and data parallelism do not change what the policy computes (against transformers, fp32)."""
+"""Claim: no layout changes what the policy computes (against one transformers process on unpacked inputs).
+
+The matrix is in ``tests.parallel.layouts``, the comparison in ``tests.layout_parity``. One launch a world: starting
+eight ranks takes longer than any check. With ``-s`` the largest errors of every layout are shown.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +12,32 @@ from pathlib import Path
 import pytest
 
 from tests.launch import torchrun
-from tests.parity import SHAPES
-from tests.tiny_model import make_tiny_qwen3vl
+from tests.layout_parity import prepare
+from tests.parallel.layouts import WORLDS
 
 
-@pytest.mark.parametrize("tensor", [2, 1], ids=["tp2", "dp2"])
-def test_two_ranks_compute_what_transformers_computes(tmp_path: Path, tensor: int) -> None:
-    for name, shape in SHAPES.items():
-        make_tiny_qwen3vl(tmp_path / name, **shape, seed=1)
-    output = torchrun(2, "-m", "tests.parallel.parity_worker", str(tmp_path), str(tensor), *SHAPES)
-    for name in SHAPES:
-        assert output.count(f"parity {name}:") == 2, output
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+def check_world(directory: Path, world: str) -> None:
+    ranks, cases = WORLDS[world]
+    for case in cases:
+        prepare(directory, case)
+    output = torchrun(ranks, "-m", "tests.parallel.parity_worker", str(directory), world, timeout=1200)
+    for case in cases:
+        (line,) = [line for line in output.splitlines() if line.startswith(f"parity ok [{case}]")]
+        print(line)
+
+
+@pytest.mark.parametrize("world", [name for name in WORLDS if name.startswith("fast")])
+def test_every_layout_computes_what_transformers_computes(directory: Path, world: str) -> None:
+    check_world(directory, world)
 
 
 @pytest.mark.full
-def test_four_ranks_tensor_times_data(tmp_path: Path) -> None:
-    for name, shape in SHAPES.items():
-        make_tiny_qwen3vl(tmp_path / name, **shape, seed=1)
-    output = torchrun(4, "-m", "tests.parallel.parity_worker", str(tmp_path), "2", *SHAPES)
-    for name in SHAPES:
-        assert output.count(f"parity {name}:") == 4, output
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("world", [name for name in WORLDS if name.startswith("full")])
+def test_wider_layouts_compute_what_transformers_computes(directory: Path, world: str) -> None:
+    check_world(directory, world)

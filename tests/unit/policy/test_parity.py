@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claim: one process of the Megatron policy computes what transformers computes: values and gradients (fp32)."""
+"""Claim: one process of the Megatron policy computes what transformers computes (fp32), and a difference is seen.
+
+Compared are values, gradients and three optimizer steps; see ``tests.layout_parity``.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,34 @@ import torch
 from megatron_g2rpo.policy import model as policy_model
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.rope import InterleavedMRoPE
-from tests.parity import SHAPES, check_parity
-from tests.tiny_model import make_tiny_qwen3vl
+from tests.layout_parity import Case, Report, check_layout_parity, prepare
+
+CASES = [
+    Case(shape="tied"),
+    Case(shape="untied", overlap=True),
+    Case(shape="wide", distributed_optimizer=True),
+    Case(shape="one_kv_head", distributed_optimizer=True, overlap=True),
+]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_policy_equals_transformers(tmp_path: Path, shape: str) -> None:
-    make_tiny_qwen3vl(tmp_path / shape, **SHAPES[shape], seed=1)
-    check_parity(tmp_path, select("cpu"), tensor=1, shape=shape)
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
 
 
-def test_chunked_mrope_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def compare(directory: Path, case: Case) -> Report:
+    prepare(directory, case)
+    report = check_layout_parity(directory, select("cpu"), case)
+    print(f"parity [{case}]: {report}")
+    return report
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_policy_equals_transformers(directory: Path, case: Case) -> None:
+    compare(directory, case).assert_ok()
+
+
+def test_chunked_mrope_is_caught(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative: Qwen2-VL's chunked frequency layout agrees on text and must fail here, on images."""
 
     class Chunked(InterleavedMRoPE):
@@ -30,6 +50,28 @@ def test_chunked_mrope_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             self.axis = torch.repeat_interleave(torch.arange(3), torch.tensor(mrope_section))
 
     monkeypatch.setattr(policy_model, "InterleavedMRoPE", Chunked)
-    make_tiny_qwen3vl(tmp_path / "base", **SHAPES["base"], seed=1)
-    with pytest.raises(AssertionError):
-        check_parity(tmp_path, select("cpu"), tensor=1, shape="base")
+    report = compare(directory, Case(shape="tied"))
+    assert report.worst["logprob"][0] > 1e-3
+    with pytest.raises(AssertionError, match="logprob sequence"):
+        report.assert_ok()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("weight_decay", 0.0), ("adam_beta1", 0.8), ("adam_beta2", 0.95), ("lr", 1.01e-3), ("clip_grad", 100.0)],
+)
+def test_another_optimizer_is_caught(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, option: str, value: float
+) -> None:
+    """Negative: an optimizer that is not the reference's by one setting exceeds the tolerance of the updates."""
+    prepare(directory, Case(shape="untied"))
+    options = Case.options
+
+    def changed(self: Case, directory: Path) -> object:
+        section = options(self, directory)
+        setattr(section.megatron_cfg.optimizer, option, value)
+        return section
+
+    monkeypatch.setattr(Case, "options", changed)
+    report = compare(directory, Case(shape="untied"))
+    assert {failure.split()[0] for failure in report.failures} - {"later_logprob"} == {"update"}
