@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-# A target that ``torch.nn.functional.cross_entropy`` would call ``ignore_index``: no next token to predict.
+# A target that ``torch.nn.functional.cross_entropy`` would call ``ignore_index``: no token to predict.
 NO_LABEL = -100
 
 
@@ -118,14 +118,14 @@ class Rewards:
 class PackedBatch:
     """One micro-batch: one row of tokens, many sequences side by side.
 
-    Position ``t`` predicts ``labels[t]``, the next token *of the same sequence*; the last position of a sequence and
-    every padding position have label ``NO_LABEL``. All per-token fields are aligned with the predicting position.
+    Position ``t`` predicts ``labels[t]``, the next token *of the same sequence*, where that is a response token; every
+    other position has label ``NO_LABEL``. All per-token fields are aligned with the predicting position.
     A sequence may be followed by padding (tokens that nothing looks at and nothing is learned from); rows are packed
     full, and a context-parallel rank cuts its share out of every per-token field (``policy.context_parallel``).
 
     Attributes:
         tokens: int64 ``[S]``.
-        labels: int64 ``[S]``.
+        labels: int64 ``[S]``, the response tokens.
         position_ids: int64 ``[3, S]``, mRoPE (time, height, width); restarts with every sequence.
         segment_ids: int64 ``[S]``, index of the sequence a token belongs to (0..N-1); -1 on padding.
         cu_seqlens: int32 ``[N + 1]``, running sum of the sequences' real lengths.

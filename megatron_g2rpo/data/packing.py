@@ -186,9 +186,10 @@ class Packer:
             out[span] = values
             return out
 
-        # Labels are shifted within the sequence: a roll over the row would wrap its last token to a neighbour.
+        # Shifted within the sequence: a roll over the row would wrap its last token to a neighbour. Prompt tokens are
+        # no labels: nothing is asked of them, and over a large vocabulary a label is what costs.
         labels = torch.full((size,), NO_LABEL)
-        labels[: part.length - 1] = tokens[1:]
+        labels[span] = response
         task_ids = torch.full((size,), -1)
         task_ids[span] = part.task_id
         positions = rope_positions(

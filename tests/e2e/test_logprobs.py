@@ -20,6 +20,11 @@ from tests.tiny_model import hf_logits
 # fp32 over a few layers, summed in another order.
 TOLERANCE = 1e-5
 
+TENSOR = "policy.megatron_cfg.tensor_model_parallel_size=2"
+SEQUENCE = "policy.megatron_cfg.sequence_parallel=true"
+PIPELINE = "policy.megatron_cfg.pipeline_model_parallel_size=2"
+CONTEXT = "policy.megatron_cfg.context_parallel_size=2"
+
 Lines = list[dict[str, Any]]
 
 
@@ -97,12 +102,32 @@ def test_every_layout_gives_the_numbers_of_transformers(toy: Toy, source: Path, 
     result = call(*arguments, tmp_path / "tp1.jsonl")
     assert result.exit_code == 0, result.output
     assert f"wrote 7 lines to {tmp_path / 'tp1.jsonl'}" in result.stdout
-    tensor = "policy.megatron_cfg.tensor_model_parallel_size=2"
-    succeed(*arguments, tmp_path / "tp2.jsonl", "--nproc", "2", tensor)
-    succeed(*arguments, tmp_path / "dp2.jsonl", "--nproc", "2")
-    for layout in ("tp1", "tp2", "dp2"):
-        assert_same(read(tmp_path / f"{layout}.jsonl"), expected)
+    assert_same(read(tmp_path / "tp1.jsonl"), expected)
+    for name, keys in {"dp2": (), "tp2-sp": (TENSOR, SEQUENCE), "pp2": (PIPELINE,), "cp2": (CONTEXT,)}.items():
+        succeed(*arguments, tmp_path / f"{name}.jsonl", "--nproc", "2", *keys)
+        assert_same(read(tmp_path / f"{name}.jsonl"), expected)
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("nproc", "keys"),
+    [
+        (4, (TENSOR, SEQUENCE, PIPELINE)),
+        (4, (TENSOR, SEQUENCE, CONTEXT)),
+        (4, (PIPELINE, CONTEXT)),
+        (4, (TENSOR,)),
+        (8, (TENSOR, SEQUENCE, PIPELINE, CONTEXT)),
+    ],
+    ids=["tp2-sp-pp2", "tp2-sp-cp2", "pp2-cp2", "tp2-dp2", "tp2-sp-pp2-cp2"],
+)
+def test_mixed_layouts_give_the_numbers_of_transformers(
+    toy: Toy, source: Path, tmp_path: Path, nproc: int, keys: tuple[str, ...]
+) -> None:
+    target = tmp_path / "out.jsonl"
+    arguments = ("--model", toy.model, "--input", source, "--output", target, "cluster.device=cpu")
+    succeed("logprobs", *arguments, "--nproc", str(nproc), *keys)
+    assert_same(read(target), reference(toy.model, source, 1.0))
 
 
 def test_the_temperature_is_that_of_the_policy_section(toy: Toy, source: Path, tmp_path: Path) -> None:

@@ -80,9 +80,11 @@ def test_every_field_is_aligned_with_the_predicting_position() -> None:
             where = (batch.segment_ids == batch.rows.tolist().index(row)).nonzero().squeeze(1)
             tokens = torch.cat([sequence.inputs.token_ids, sequence.response_ids])
             assert torch.equal(batch.tokens[where], tokens)
-            # No label crosses into the next sequence: the trap of a roll over the row.
+            # The response alone, and no label crosses into the next sequence: the trap of a roll over the row.
+            prompt = len(sequence.inputs.token_ids)
             assert batch.labels[where][-1] == NO_LABEL
-            assert torch.equal(batch.labels[where][:-1], tokens[1:])
+            assert torch.equal(batch.labels[where][prompt - 1 : -1], tokens[prompt:])
+            assert torch.all(batch.labels[where][: prompt - 1] == NO_LABEL)
             assert batch.position_ids[:, where[0]].tolist() == [0, 0, 0]
             advantages = batch.advantages[where]
             assert int((advantages != 0).sum()) == len(sequence.response_ids)
@@ -103,7 +105,7 @@ def test_samples_of_a_group_share_one_copy_of_their_images() -> None:
 
 def test_a_sequence_kept_out_of_the_loss_counts_no_token() -> None:
     config = tiny_config()
-    kept, left = random_sequences(config, samples=1)[:2]
+    kept, left = (replace(sequence, token_weight=1.0) for sequence in random_sequences(config, samples=1)[:2])
     left = PackSequence(inputs=left.inputs, response_ids=left.response_ids, advantage=1.0, in_loss=False)
     (batch,) = packer_for(config).pack([kept, left], budget=500)
     assert batch.num_tokens == len(kept.response_ids)
