@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claims: a policy resumes bit for bit in its own layout, and goes on as it would have in another one.
 
-Layouts differ in tensor, pipeline, context and data parallelism, and in whether the optimizer's state is shared out over
-data-parallel ranks: its checkpoints load with the other optimizer, too.
+Layouts differ in tensor, pipeline, context and data parallelism, and in whether the optimizer's state is shared out
+over data-parallel ranks: its checkpoints load with the other optimizer, too.
 """
 
 from __future__ import annotations
