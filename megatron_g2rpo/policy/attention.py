@@ -204,7 +204,7 @@ class PackedCoreAttention(nn.Module):
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.context_group is not None:
             both = gather_from_sequence_parallel_region(
-                torch.stack((k, v), dim=1), tensor_parallel_output_grad=True, group=self.context_group
+                input_=torch.stack((k, v), dim=1), tensor_parallel_output_grad=True, group=self.context_group
             )
             k, v = both.unbind(dim=1)
         if k.shape[1] != q.shape[1]:

@@ -140,8 +140,9 @@ class Qwen3VLPolicy(MegatronModule):
     def _embed(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
         """Embeddings with image features in place ``[S, 1, h]``, and deepstack features ``[K, S, 1, h]`` or None."""
         assert self._encode_images is not None
-        embeddings = self.language_model.embedding(input_ids=batch.tokens[None], position_ids=None).squeeze(1)
+        # The tower first, in the order of registration: that in which overlap_param_gather fetches weights.
         features = self._encode_images(batch.pixel_values, batch.image_grid_thw)
+        embeddings = self.language_model.embedding(input_ids=batch.tokens[None], position_ids=None).squeeze(1)
         if features is None:
             return self._scatter(embeddings).unsqueeze(1), None
         return self._merge(embeddings, features, batch.vision_index)
@@ -166,4 +167,4 @@ class Qwen3VLPolicy(MegatronModule):
         """This tensor-parallel rank's share of the tokens (first axis), under sequence parallelism."""
         if not self.config.sequence_parallel:
             return x
-        return scatter_to_sequence_parallel_region(x, group=self.pg_collection.tp)
+        return scatter_to_sequence_parallel_region(input_=x, group=self.pg_collection.tp)

@@ -104,7 +104,9 @@ class VisionEncoder:
         sizes = [count // self._merge**2 for count in patches]
         longest = max(1, *(sum(sizes[image] for image in share) for share in shares))
         padded = F.pad(features, (0, 0, 0, 0, 0, longest - len(features)))
-        values = gather_from_sequence_parallel_region(padded, tensor_parallel_output_grad=True, group=self._group)
+        values = gather_from_sequence_parallel_region(
+            input_=padded, tensor_parallel_output_grad=True, group=self._group
+        )
         return ImageFeatures(values, _places(sizes, shares, longest).to(self._device))
 
     def _encode(self, pixel_values: Tensor, grids: Tensor, patches: list[int], mine: list[int]) -> Tensor:
