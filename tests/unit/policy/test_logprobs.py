@@ -91,10 +91,10 @@ def test_gradient_is_the_derivative(chunk: int | None) -> None:
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_bfloat16_is_as_exact_as_autograd_over_whole_logits(chunk: int | None) -> None:
-    """Both round the logits and their gradient to bfloat16; neither error may be larger than the plain way's.
+    """Both round the logits and their gradient to bfloat16, and neither rounds anything else but the results.
 
-    Twice the plain error is allowed: with rounding errors of one size, the largest of 300 differs by less. The output
-    has a floor of an eighth of bfloat16's step, for a case where the plain way happens to be exact.
+    The norm of the error may be a tenth larger than the plain way's: its rounding errors are of the same size, but not
+    the same. (Sums over chunks in bfloat16 make it twice as large.)
     """
     hidden, weight, labels, grad = case(tokens=40, dtype=torch.bfloat16)
     exact = with_gradients(lambda h, w: oracle(h, w, labels), hidden.double(), weight.double(), grad)
@@ -105,7 +105,7 @@ def test_bfloat16_is_as_exact_as_autograd_over_whole_logits(chunk: int | None) -
     assert ours["output"].dtype == torch.float32
     assert ours["hidden"].dtype == ours["weight"].dtype == torch.bfloat16
     for name, expected in exact.items():
-        assert error(ours[name], expected) < max(2 * error(plain[name], expected), 2**-11), name
+        assert (ours[name] - expected).norm() < 1.1 * (plain[name] - expected).norm(), name
 
 
 def test_padding_columns_take_no_probability_and_get_no_gradient() -> None:
