@@ -99,6 +99,8 @@ class Qwen3VLPolicy(MegatronModule):
         tower = Qwen3VLVisionModel._from_config(
             vision_config, dtype=self.config.params_dtype, attn_implementation="sdpa"
         )
+        if self.config.recompute_granularity == "full":
+            tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for parameter in tower.parameters():
             # See policy.vision for why the average is the whole gradient.
             parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]

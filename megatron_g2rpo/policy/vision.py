@@ -17,6 +17,7 @@ Shape letters: I images, F merged features of them, K deepstack levels, h hidden
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -78,7 +79,7 @@ class VisionEncoder:
         self, tower: nn.Module, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup, *, every_row: bool
     ) -> None:
         self._tower, self._dtype, self._device, self._group, self._every_row = tower, dtype, device, group, every_row
-        config = tower.config
+        config: Any = tower.config
         self._merge: int = config.spatial_merge_size
         self._levels = len(config.deepstack_visual_indexes)
         self._hidden: int = config.out_hidden_size

@@ -23,6 +23,16 @@ from tests.e2e.toy import TASKS, Toy, call, metrics, numbers, succeed
 # Five significant digits: half a unit of the fifth.
 FIVE_DIGITS = 5e-6
 TENSOR_PARALLEL = "policy.megatron_cfg.tensor_model_parallel_size"
+LAYOUTS_OF_TWO = {
+    "dp2": (),
+    "tp2-sp": (f"{TENSOR_PARALLEL}=2", "policy.megatron_cfg.sequence_parallel=true"),
+    "pp2": ("policy.megatron_cfg.pipeline_model_parallel_size=2",),
+    "cp2": ("policy.megatron_cfg.context_parallel_size=2",),
+}
+DISTRIBUTED = tuple(
+    f"policy.megatron_cfg.distributed_data_parallel_config.{key}=true"
+    for key in ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
+)
 # One step and nothing around it.
 BARE = ("grpo.max_num_steps=1", "grpo.val_at_start=false", "grpo.val_at_end=false", "checkpointing.export_hf=false")
 
@@ -139,12 +149,11 @@ def test_two_ranks_give_the_numbers_of_one_and_continue_each_other_s_run(
 ) -> None:
     expected = metrics(straight)
     recipe = toy.recipe(tmp_path / "recipe.yaml", grpo={"val_at_start": False, "val_at_end": False})
-    tensor, data = tmp_path / "tp2", tmp_path / "dp2"
     one_step = ("--nproc", "2", "grpo.max_num_steps=1", "checkpointing.export_hf=false")
-    succeed("train", recipe, *one_step, f"logger.log_dir={tensor}", f"{TENSOR_PARALLEL}=2")
-    succeed("train", recipe, *one_step, f"logger.log_dir={data}")
-    for run in (tensor, data):
-        assert_same_step(metrics(run)[1], expected[1], FIVE_DIGITS)
+    for name, keys in LAYOUTS_OF_TWO.items():
+        succeed("train", recipe, *one_step, f"logger.log_dir={tmp_path / name}", *keys)
+        assert_same_step(metrics(tmp_path / name)[1], expected[1], FIVE_DIGITS)
+    tensor = tmp_path / "tp2-sp"
 
     # The tensor-parallel checkpoint, whose vocabulary is padded, read by two data-parallel ranks.
     succeed("train", recipe, "--nproc", "2", "grpo.max_num_steps=2", f"logger.log_dir={tensor}")
@@ -165,6 +174,30 @@ def test_four_ranks_give_the_numbers_of_one(toy: Toy, straight: Path, tmp_path: 
     recipe = toy.recipe(tmp_path / "recipe.yaml", logger={"log_dir": str(tmp_path / "run")})
     succeed("train", recipe, "--nproc", "4", *BARE, f"{TENSOR_PARALLEL}=2")
     assert_same_step(metrics(tmp_path / "run")[1], metrics(straight)[1], FIVE_DIGITS)
+
+
+@pytest.mark.full
+def test_a_run_moves_from_layout_to_layout(toy: Toy, straight: Path, tmp_path: Path) -> None:
+    """Pipeline, context, then tensor x data parallel with everything overlapped: each continues the one before."""
+    recipe = toy.recipe(
+        tmp_path / "recipe.yaml",
+        grpo={"val_at_start": False, "val_at_end": False},
+        logger={"log_dir": str(tmp_path / "run")},
+        checkpointing={"save_period": 1},
+    )
+    layouts = (
+        (2, LAYOUTS_OF_TWO["pp2"]),
+        (2, LAYOUTS_OF_TWO["cp2"]),
+        (4, LAYOUTS_OF_TWO["tp2-sp"]),
+        (2, LAYOUTS_OF_TWO["dp2"]),
+    )
+    for step, (nproc, keys) in enumerate(layouts, start=1):
+        succeed("train", recipe, "--nproc", nproc, f"grpo.max_num_steps={step}", *keys, *DISTRIBUTED)
+    lines = metrics(tmp_path / "run")
+    assert list(lines) == [1, 2, 3, 4]
+    assert_same_step(lines[1], metrics(straight)[1], FIVE_DIGITS)
+    for step in (2, 3, 4):  # see the tolerance of a second step above
+        assert_same_step(lines[step], metrics(straight)[step], 1e-3)
 
 
 @pytest.mark.full

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims: each image is encoded once, by the peer with the least to do, and its features arrive where they belong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_g2rpo.policy import vision
+from megatron_g2rpo.policy.device import select
+from megatron_g2rpo.policy.megatron import MegatronPolicy
+from megatron_g2rpo.policy.vision import VisionEncoder, assign_images
+from tests.parity import packer_for, policy_options, random_sequences, toy_loss
+from tests.tiny_model import make_tiny_qwen3vl, random_inputs
+
+GRIDS = ((4, 6), (2, 4), (6, 4), (2, 2), (8, 6))
+
+
+def test_images_are_dealt_out_evenly_and_each_once() -> None:
+    assert assign_images([10, 40, 20, 30], 2) == [[0, 1], [2, 3]]
+    assert assign_images([5], 3) == [[0], [], []]
+    assert assign_images([], 2) == [[], []]
+    patches = torch.randint(16, 4096, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    shares = assign_images(patches, 8)
+    assert sorted(image for share in shares for image in share) == list(range(64))
+    loads = [sum(patches[image] for image in share) for share in shares]
+    assert max(loads) - min(loads) <= max(patches)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_gathered_features_are_the_tower_s_own(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every peer in turn, the gather replaced by the concatenation that it stands for; seven peers leave some idle."""
+    config, model = make_tiny_qwen3vl()
+    (inputs,) = random_inputs(config, grids=[GRIDS])
+    tower = model.model.visual
+    output = tower(inputs.pixel_values, grid_thw=inputs.image_grid_thw, return_dict=True)
+    expected = torch.stack([output.pooler_output, *output.deepstack_features], dim=1)
+
+    parts: list[torch.Tensor] = []
+    encoded: list[int] = []
+    hook = tower.register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))
+
+    def collect(input_: torch.Tensor, **_: Any) -> torch.Tensor:
+        parts.append(input_)
+        return input_
+
+    def whole(input_: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.cat(parts)
+
+    encoders = [
+        VisionEncoder(
+            tower,
+            torch.float32,
+            torch.device("cpu"),
+            SimpleNamespace(size=lambda: size, rank=lambda rank=rank: rank),  # type: ignore[arg-type]
+            every_row=False,
+        )
+        for rank in range(size)
+    ]
+    monkeypatch.setattr(vision, "gather_from_sequence_parallel_region", collect)
+    for encoder in encoders:
+        encoder(inputs.pixel_values, inputs.image_grid_thw)
+    assert sum(encoded) == len(inputs.pixel_values), "every patch is encoded by one peer"
+    assert len({len(part) for part in parts}) <= 1, "a gather needs parts of one length"
+    hook.remove()
+
+    monkeypatch.setattr(vision, "gather_from_sequence_parallel_region", whole)
+    features = encoders[0](inputs.pixel_values, inputs.image_grid_thw)
+    assert features is not None
+    index = torch.arange(len(expected))
+    assert torch.allclose(features[index], expected, atol=1e-6)
+    assert features.values.requires_grad
+
+
+def test_a_row_without_images() -> None:
+    config, model = make_tiny_qwen3vl()
+    (inputs,) = random_inputs(config, grids=[()])
+    group: Any = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    tower = model.model.visual
+    arguments = (tower, torch.float32, torch.device("cpu"), group)
+    assert VisionEncoder(*arguments, every_row=False)(inputs.pixel_values, inputs.image_grid_thw) is None
+
+    # Every parameter has a gradient, and it is 0: what overlapped gradient reduction counts on.
+    features = VisionEncoder(*arguments, every_row=True)(inputs.pixel_values, inputs.image_grid_thw)
+    assert features is not None
+    assert len(features.places) == 0
+    features.values.sum().backward()
+    for name, parameter in tower.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.all(parameter.grad == 0), name
+
+
+@pytest.mark.parametrize(("granularity", "calls"), [(None, 1), ("full", 2)])
+def test_the_samples_of_a_group_share_one_encoding_and_recompute_it_at_most_once(
+    tmp_path: Path, granularity: str | None, calls: int
+) -> None:
+    config, _ = make_tiny_qwen3vl(tmp_path)
+    options = policy_options(tmp_path)
+    options.megatron_cfg.recompute_granularity = granularity
+    policy = MegatronPolicy(options, select("cpu"), seed=0, max_steps=1)
+    (batch,) = packer_for(config).pack(random_sequences(config, samples=3), budget=1000)
+    patches: list[int] = []
+    tower: Any = policy.model.vision_model
+    tower.blocks[0].register_forward_pre_hook(lambda _, args: patches.append(len(args[0])))
+    policy.gradients([batch], toy_loss)
+    distinct = {id(s.inputs): len(s.inputs.pixel_values) for s in random_sequences(config, samples=1)}
+    assert patches == [sum(distinct.values())] * calls
+    patches.clear()
+    policy.logprobs([batch])
+    assert len(patches) == 1
