@@ -20,7 +20,7 @@ PACKAGE = ROOT / "megatron_g2rpo"
 DEVICE = PACKAGE / "policy" / "device.py"
 CONTRACTS = ROOT / "pyproject.toml"
 
-ROOMS = ["train", "report", "rollout", "policy", "data", "weights", "tasks", "objective", "recipe"]
+ROOMS = ["train", "report", "plan", "rollout", "policy", "data", "weights", "tasks", "objective", "recipe"]
 
 
 def imports_are_legal(config: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
@@ -64,6 +64,7 @@ def test_imports_that_point_down_are_legal(house: Path, monkeypatch: pytest.Monk
         ("cli", "house.train"),
         ("train", "house.rollout"),
         ("train", "house.policy"),
+        ("plan", "house.policy"),
         ("policy", "house.weights"),
         ("policy", "transformers"),
         ("rollout", "house.tasks"),
@@ -91,6 +92,8 @@ def test_imports_that_point_down_are_legal(house: Path, monkeypatch: pytest.Monk
         ("objective", "house.tasks", "Imports point down"),
         ("tasks", "house.objective", "Imports point down"),
         ("report", "house.train", "Imports point down"),
+        ("plan", "house.train", "Imports point down"),
+        ("policy", "house.plan", "Imports point down"),
         ("objective", "megatron.core", "The mathematics"),
         ("tasks", "transformers", "The mathematics"),
         ("tasks", "vllm", "The mathematics"),

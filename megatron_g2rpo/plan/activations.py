@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What autograd keeps of the language layers between a micro-batch's forward and backward pass, byte by byte.
+
+It follows the local layers (``policy.precision``, ``policy.norm``, ``policy.attention`` and megatron-core's parallel
+linears, rotary embedding and gated MLP): which tensors each operation saves for its gradient, each storage once.
+docs/plan.md derives every line. Transformer Engine's fused layers save less; they are not modelled.
+
+Shape letters: S tokens of a rank (its context-parallel share), s the same divided by the tensor-parallel ranks where
+sequence parallelism is on, h hidden size, H query heads, G key/value heads, D head dimension, F MLP features (H, G and
+F of this tensor-parallel rank), e bytes of an element.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_g2rpo.plan.rows import Slots
+from megatron_g2rpo.policy.layout import Layout
+
+FP32 = 4
+INT64 = 8
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the language model on one rank; see the module's shape letters.
+
+    Attributes:
+        tokens: S.
+        shared: s.
+        hidden: h.
+        heads, groups, head_dim, features: H, G, D, F.
+        projected: heads of the query/key/value projection's output as it is held; more than ``heads + 2 * groups``
+            where ranks share a key/value head, because megatron-core then gathers the whole projection.
+        nbytes: e.
+    """
+
+    tokens: int
+    shared: int
+    hidden: int
+    heads: int
+    groups: int
+    head_dim: int
+    features: int
+    projected: int
+    nbytes: int
+
+
+def sizes(text: Any, layout: Layout, row_tokens: int, nbytes: int) -> Sizes:
+    """Sizes on one rank.
+
+    Args:
+        text: the model's ``text_config``.
+        layout: parallel sizes.
+        row_tokens: of the whole row.
+        nbytes: of an activation's element.
+    """
+    tokens = row_tokens // layout.context
+    kv, tensor = text.num_key_value_heads, layout.tensor
+    projected = text.num_attention_heads + 2 * kv
+    return Sizes(
+        tokens=tokens,
+        shared=tokens // tensor if layout.sequence_parallel else tokens,
+        hidden=text.hidden_size,
+        heads=text.num_attention_heads // tensor,
+        groups=max(kv // tensor, 1),
+        head_dim=text.head_dim,
+        features=text.intermediate_size // tensor,
+        projected=projected if kv < tensor else projected // tensor,
+        nbytes=nbytes,
+    )
+
+
+def norm(rows: int, width: int, nbytes: int) -> int:
+    """``policy.norm.RMSNorm``: its input in float32, the reciprocal root of each row, and the normalised rows.
+
+    In float32 the first is the layer's own input, kept alive for this; in bfloat16 it is a copy.
+    """
+    return rows * (width * (FP32 + nbytes) + FP32)
+
+
+def layer(size: Sizes, slots: Slots, *, selective: bool) -> int:
+    """Bytes that one layer keeps.
+
+    Args:
+        size: of this rank.
+        slots: of the core attention.
+        selective: the core attention is recomputed.
+    """
+    return attention(size, slots, selective=selective) + mlp(size)
+
+
+def attention(size: Sizes, slots: Slots, *, selective: bool) -> int:
+    """Input norm, projections, query and key norms, rotary embedding, core attention."""
+    e, head = size.nbytes, size.head_dim
+    kept = norm(size.shared, size.hidden, e)
+    kept += e * size.shared * size.hidden  # input of the query/key/value projection
+    kept += norm(size.tokens * size.heads, head, e) + norm(size.tokens * size.groups, head, e)
+    kept += 4 * e * size.tokens * head  # cosines and sines, made once for queries and once for keys
+    projection = e * size.tokens * size.projected * head
+    if e == FP32:
+        # Key norms keep a view, and with it the whole projection; query norms too, where no copy regroups the heads.
+        kept += projection - FP32 * size.tokens * head * size.groups
+        if size.heads == size.groups or size.groups == 1:
+            kept -= FP32 * size.tokens * head * size.heads
+    if selective:
+        kept += e * size.tokens * (size.heads + size.groups) * head  # rotated queries and keys
+        kept += 0 if e == FP32 else projection  # the values are a view of it
+    else:
+        kept += core_attention(size, slots)
+    return kept + e * size.tokens * size.heads * head  # input of the output projection
+
+
+def core_attention(size: Sizes, slots: Slots) -> int:
+    """Of ``scaled_dot_product_attention``: padded queries, keys, values and outputs, log-sum-exps, masks.
+
+    Then of ``index_copy``, which puts the outputs back into the row: the outputs once more, and their places.
+    """
+    e, width = size.nbytes, size.heads * size.head_dim
+    kept = e * width * 2 * (slots.queries + slots.keys) + FP32 * size.heads * slots.queries + e * slots.mask
+    return kept + slots.tokens * (e * width + INT64)
+
+
+def mlp(size: Sizes) -> int:
+    """Norm, gated MLP: gate and up projection, activated gate, the sum ``up + 0``, their product."""
+    kept = norm(size.shared, size.hidden, size.nbytes) + size.nbytes * size.shared * size.hidden
+    return kept + size.nbytes * size.tokens * 5 * size.features
+
+
+def indices(slots: Slots) -> int:
+    """Index tensors of the packed row, which all layers share."""
+    return INT64 * (slots.queries + slots.keys + slots.tokens)
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """``policy.megatron_cfg.recompute_*``.
+
+    Attributes:
+        granularity: None, ``selective`` (core attention) or ``full`` (layers).
+        method: of full: ``uniform`` (chunks of layers) or ``block`` (only the first layers).
+        layers: of a chunk, or how many.
+    """
+
+    granularity: str | None
+    method: str
+    layers: int
+
+    def chunks(self, layers: int) -> tuple[list[int], int]:
+        """Of a stage's layers: sizes of the chunks whose inputs alone are kept, and how many layers are kept whole."""
+        if self.granularity != "full":
+            return [], layers
+        if self.method == "block":
+            return [1] * min(self.layers, layers), max(layers - self.layers, 0)
+        whole, rest = divmod(layers, self.layers)
+        return [self.layers] * whole + ([rest] if rest else []), 0
+
+
+def stage_layers(size: Sizes, slots: Slots, recompute: Recompute, layers: int, context_levels: int) -> int:
+    """Bytes that a stage's layers keep of one micro-batch.
+
+    Args:
+        size: of this rank.
+        slots: of the core attention.
+        recompute: what is recomputed.
+        layers: of the stage.
+        context_levels: deepstack levels that travel through the stage's layers (0 without images or on later stages);
+            a checkpointed layer keeps them with its input.
+    """
+    chunks, whole = recompute.chunks(layers)
+    kept = whole * layer(size, slots, selective=recompute.granularity == "selective")
+    if chunks:
+        hidden = size.nbytes * size.shared * size.hidden
+        kept += len(chunks) * hidden + context_levels * hidden + FP32 * size.tokens * size.head_dim  # rotary angles
+    return kept + indices(slots)
+
+
+def recomputed(size: Sizes, slots: Slots, recompute: Recompute, layers: int) -> int:
+    """Bytes that come to life again in the backward pass: the largest recomputed part."""
+    if recompute.granularity == "selective":
+        return core_attention(size, slots)
+    chunks, _ = recompute.chunks(layers)
+    return max(chunks, default=0) * layer(size, slots, selective=False)
+
+
+def output_layer(size: Sizes) -> int:
+    """Final norm and ``linear_logprobs``: hidden states of all tokens, three statistics, labels, results."""
+    kept = norm(size.shared, size.hidden, size.nbytes) + size.nbytes * size.tokens * size.hidden
+    return kept + size.tokens * (3 * FP32 + 2 * INT64)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights, gradients and optimizer state of one rank, to the byte.
+
+megatron-core's DDP keeps the gradients of all trained parameters in one contiguous buffer, last parameter first. Under
+the distributed optimizer a second such buffer takes the weights, parameters begin at multiples of 64 elements, buckets
+end at multiples of ``lcm(data-parallel size, 128)``, and each data-parallel rank keeps the optimizer state of one equal
+slice of every bucket. Source: ``_ParamAndGradBuffer`` and ``DistributedOptimizer._build_model_gbuf_range`` of
+megatron-core 0.16.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_g2rpo.plan.model import Parameter
+
+_PARAMETER_ALIGNMENT = 64  # elements
+_BUCKET_ALIGNMENT = 128
+
+
+@dataclass(frozen=True)
+class DataParallelism:
+    """What ``policy.megatron_cfg.distributed_data_parallel_config`` says, and how many ranks it concerns.
+
+    Attributes:
+        size: data x context parallel ranks, over which gradients are summed and optimizer state is sharded.
+        data: data-parallel ranks alone; megatron-core sizes its buckets by them.
+        distributed_optimizer: ``use_distributed_optimizer``.
+        overlap_grad_reduce: gradients are reduced bucket by bucket (on the first pipeline stage).
+        grad_bytes: of one gradient element in the buffer.
+    """
+
+    size: int
+    data: int
+    distributed_optimizer: bool
+    overlap_grad_reduce: bool
+    grad_bytes: int
+
+    def bucket_size(self, stage: int) -> int | None:
+        """Elements that fill a bucket; None puts all into one. Only the first stage's reduction is worth splitting."""
+        if not self.overlap_grad_reduce or stage > 0:
+            return None
+        return max(40_000_000, 1_000_000 * self.data)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Layout of one DDP buffer.
+
+    Attributes:
+        spans: ``(start, end)`` of each parameter, in elements; in the order of the buffer, which is the reverse of the
+            parameters'.
+        buckets: ``(start, end)`` of each bucket, padding included.
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    buckets: tuple[tuple[int, int], ...]
+
+    @property
+    def numel(self) -> int:
+        return self.buckets[-1][1] if self.buckets else 0
+
+    def owned(self, rank: int, size: int) -> list[int]:
+        """Elements of each parameter that a data-parallel rank updates; parameters without any are left out."""
+        counts = []
+        for start, end in self.spans:
+            count = 0
+            for first, last in self.buckets:
+                slice_ = (last - first) // size
+                mine = first + rank * slice_
+                count += max(0, min(end, mine + slice_) - max(start, mine))
+            if count:
+                counts.append(count)
+        return counts
+
+
+def ddp_buffer(parameters: Sequence[Parameter], parallelism: DataParallelism, stage: int) -> Buffer:
+    """The buffer of a rank's trained parameters.
+
+    Args:
+        parameters: of the rank, in the model's order.
+        parallelism: of the run.
+        stage: pipeline stage.
+    """
+    padded, limit = parallelism.distributed_optimizer, parallelism.bucket_size(stage)
+    alignment = math.lcm(parallelism.size, _BUCKET_ALIGNMENT) if padded else 1
+    spans: list[tuple[int, int]] = []
+    buckets: list[tuple[int, int]] = []
+    begin = end = 0  # of the open bucket
+    for parameter in reversed([parameter for parameter in parameters if parameter.trains]):
+        start = _up(end, _PARAMETER_ALIGNMENT if padded else 1)
+        alone = padded and parameter.shared
+        if alone and end > begin:
+            # As megatron-core does: the closed bucket ends where the aligned parameter would have begun.
+            buckets.append((begin, _up(start, alignment)))
+            begin = start = buckets[-1][1]
+        end = start + parameter.numel
+        spans.append((start, end))
+        if alone or (limit is not None and end - begin >= limit):
+            buckets.append((begin, _up(end, alignment)))
+            begin = end = buckets[-1][1]
+    if end > begin:
+        buckets.append((begin, _up(end, alignment)))
+    return Buffer(tuple(spans), tuple(buckets))
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """Bytes of one rank that stay for the whole run.
+
+    Attributes:
+        weights: the model's, frozen ones included.
+        gradients: the DDP buffer; where that is not float32, also the float32 copies that the optimizer makes of this
+            rank's part of it and keeps until the next step begins.
+        optimizer: Adam's two moments and, under bfloat16, float32 master copies (torch's step counters, one number a
+            parameter, are not counted: they live on the host).
+        updated: parameters that this rank's optimizer updates, elements.
+        parameters: elements of the model on this rank, as weights.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    updated: int
+    parameters: int
+
+
+def model_state(
+    parameters: Sequence[Parameter], parallelism: DataParallelism, stage: int, *, nbytes: int, rank: int | None = None
+) -> ModelState:
+    """What one rank of a stage holds.
+
+    Args:
+        parameters: of the rank, in the model's order.
+        parallelism: of the run.
+        stage: pipeline stage.
+        nbytes: of one weight: 4 (float32) or 2 (bfloat16).
+        rank: in the data x context parallel group; None takes the rank that holds most.
+    """
+    buffer = ddp_buffer(parameters, parallelism, stage)
+    total, frozen = sum(p.numel for p in parameters), sum(p.numel for p in parameters if not p.trains)
+    held, updated = total, total - frozen
+    if parallelism.distributed_optimizer:
+        held = frozen + buffer.numel  # DDP moves the weights into a buffer padded like the gradients'
+        ranks = range(parallelism.size) if rank is None else [rank]
+        updated = max(sum(buffer.owned(r, parallelism.size)) for r in ranks)
+    moments, master = 8, 0 if nbytes == 4 else 4
+    gradient_copy = 0 if parallelism.grad_bytes == 4 else 4
+    return ModelState(
+        weights=nbytes * held,
+        gradients=parallelism.grad_bytes * buffer.numel + gradient_copy * updated,
+        optimizer=(moments + master) * updated,
+        updated=updated,
+        parameters=total,
+    )
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

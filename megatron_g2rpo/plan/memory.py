@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of each pipeline stage's rank: what stays, what each phase of a step adds, and the peak."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_g2rpo.plan import activations, engine, vision
+from megatron_g2rpo.plan.activations import FP32, Recompute, Sizes
+from megatron_g2rpo.plan.buffers import DataParallelism, ModelState, model_state
+from megatron_g2rpo.plan.model import Model, Parameter
+from megatron_g2rpo.plan.rows import Assumptions, MicroBatches, Row, Slots, widest_slots
+from megatron_g2rpo.policy.layout import Layout
+from megatron_g2rpo.recipe import Recipe, TrainRecipe
+
+NBYTES = {"float32": 4, "bfloat16": 2}
+
+# Not derived: the CUDA context, its libraries' workspaces and the buffers of NCCL's communicators; and what a caching
+# allocator loses to fragmentation, as a share of what a phase allocates and frees.
+FIXED_ALLOWANCE = 3_000_000_000
+FRAGMENTATION = 0.05
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one rank of a pipeline stage.
+
+    Attributes:
+        stage: from 0.
+        layers: of the stage.
+        state: weights, gradients and optimizer state.
+        engine_weights: the rollout engine's copy of the model.
+        in_flight: micro-batches whose activations are held at once.
+        layer_activations, vision_activations, output_activations: of one micro-batch.
+        boundary: inputs from the stage before and outputs for the next, of one micro-batch.
+        update_working: what a forward or backward pass holds beside the kept activations, at its worst.
+        optimizer_working: of the optimizer step.
+        cache: keys and values in generation.
+        generation_working: of prefill and decoding.
+        stream_working: of the weights on their way to the engine.
+    """
+
+    stage: int
+    layers: int
+    state: ModelState
+    engine_weights: int
+    in_flight: int
+    layer_activations: int
+    vision_activations: int
+    output_activations: int
+    boundary: int
+    update_working: int
+    optimizer_working: int
+    cache: int
+    generation_working: int
+    stream_working: int
+
+    @property
+    def persistent(self) -> int:
+        """Held through the whole run."""
+        return self.state.weights + self.state.gradients + self.state.optimizer + self.engine_weights
+
+    @property
+    def activations(self) -> int:
+        """Of all micro-batches in flight."""
+        one = self.layer_activations + self.vision_activations + self.output_activations + self.boundary
+        return self.in_flight * one
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """What each phase of a step adds; they follow each other."""
+        return {
+            "generation": self.cache + self.generation_working,
+            "weight stream": self.stream_working,
+            "update": self.activations + self.update_working,
+            "optimizer step": self.optimizer_working,
+        }
+
+    @property
+    def phase(self) -> str:
+        """The phase with the peak."""
+        return max(self.phases, key=lambda name: self.phases[name])
+
+    @property
+    def allowance(self) -> int:
+        """Stated, not derived."""
+        return FIXED_ALLOWANCE + round(FRAGMENTATION * self.phases[self.phase])
+
+    @property
+    def peak(self) -> int:
+        return self.persistent + self.phases[self.phase] + self.allowance
+
+
+def stage_memory(
+    recipe: Recipe, model: Model, layout: Layout, assumptions: Assumptions, batches: MicroBatches
+) -> list[StageMemory]:
+    """Of every stage, first to last."""
+    return [_stage(recipe, model, layout, assumptions, batches, stage) for stage in range(layout.pipeline)]
+
+
+def data_parallelism(recipe: Recipe, layout: Layout) -> DataParallelism:
+    """Of the recipe."""
+    options, nbytes = recipe.policy.megatron_cfg.distributed_data_parallel_config, NBYTES[recipe.policy.precision]
+    return DataParallelism(
+        size=recipe.data_parallel_size * layout.context,
+        data=recipe.data_parallel_size,
+        distributed_optimizer=options.use_distributed_optimizer,
+        overlap_grad_reduce=options.overlap_grad_reduce,
+        grad_bytes=FP32 if options.grad_reduce_in_fp32 else nbytes,
+    )
+
+
+def recompute_of(recipe: Recipe) -> Recompute:
+    """Of the recipe."""
+    options = recipe.policy.megatron_cfg
+    return Recompute(options.recompute_granularity, options.recompute_method, options.recompute_num_layers)
+
+
+def _stage(
+    recipe: Recipe, model: Model, layout: Layout, assumptions: Assumptions, batches: MicroBatches, stage: int
+) -> StageMemory:
+    policy, text, nbytes = recipe.policy, model.config.text_config, NBYTES[recipe.policy.precision]
+    frozen = policy.megatron_cfg.freeze_vision
+    parameters = model.stage_parameters(layout, stage, freeze_vision=frozen)
+    parallelism = data_parallelism(recipe, layout)
+    state = model_state(parameters, parallelism, stage, nbytes=nbytes)
+    first, last = stage == 0, stage == layout.pipeline - 1
+    row, recompute = batches.row, recompute_of(recipe)
+    layers = layout.stage_layers(text.num_hidden_layers)[stage]
+    size, slots = activations.sizes(text, layout, row.tokens, nbytes), widest_slots(row, layout.context)
+    levels = len(model.config.vision_config.deepstack_visual_indexes) if first and row.images else 0
+    hidden = nbytes * size.shared * size.hidden
+    output = activations.output_layer(size) if last else 0
+    working = [
+        layer_working(size, slots) + activations.recomputed(size, slots, recompute, layers),
+        output_working(text, layout, size, policy.logprob_chunk_size) if last else 0,
+        vision_working(model.config, layout, row, nbytes) if first else 0,
+    ]
+    generation = policy.generation
+    samples = recipe.grpo.num_generations_per_prompt if isinstance(recipe, TrainRecipe) else 1
+    prompt_tokens = policy.max_total_sequence_length - generation.max_new_tokens
+    return StageMemory(
+        stage=stage,
+        layers=layers,
+        state=state,
+        engine_weights=nbytes * model.numel,
+        in_flight=min(layout.pipeline - stage, batches.count),
+        layer_activations=activations.stage_layers(size, slots, recompute, layers, levels),
+        vision_activations=kept_of_images(model.config, layout, row, nbytes, frozen=frozen) if first else 0,
+        output_activations=output,
+        boundary=boundary(hidden, recompute, nbytes, first=first, last=last),
+        # The deepstack features travel through the first stage's forward pass, kept or not.
+        update_working=max(working) + levels * hidden,
+        optimizer_working=_optimizer_working(parameters, state, parallelism, layout),
+        cache=engine.cache(text, generation.batch_size, policy.max_total_sequence_length, nbytes),
+        generation_working=engine.working(
+            model.config,
+            -(-generation.batch_size // samples),
+            prompt_tokens,
+            min(assumptions.image_tokens, prompt_tokens),
+            generation.batch_size,
+            nbytes,
+        ),
+        # A parameter's shards, and the tensors that they are joined to.
+        stream_working=2 * nbytes * max(tensor.numel() for tensor in model.tensors.values()),
+    )
+
+
+def boundary(hidden: int, recompute: Recompute, nbytes: int, *, first: bool, last: bool) -> int:
+    """Hidden states that the schedule holds for a micro-batch's backward pass.
+
+    The output always; the input where no layer keeps that very tensor (a checkpointed layer does, and a float32 norm).
+    """
+    received = 0 if first or recompute.granularity == "full" or nbytes == FP32 else hidden
+    return received + (0 if last else hidden)
+
+
+def kept_of_images(hf_config: Any, layout: Layout, row: Row, nbytes: int, *, frozen: bool) -> int:
+    """What the first stage keeps before its layers: embedding indices, merged features, this peer's share of the tower."""
+    kept = activations.INT64 * (row.tokens // layout.context)
+    if not row.images or frozen:
+        return kept
+    tower, text = hf_config.vision_config, hf_config.text_config
+    tokens = vision.image_share(row.images, layout.tensor * layout.context)
+    kept += vision.merge(tower, row.placeholders // layout.context, text.hidden_size, nbytes)
+    return kept + vision.tower(tower, tokens * tower.spatial_merge_size**2, nbytes)
+
+
+def layer_working(size: Sizes, slots: Slots) -> int:
+    """The largest moment of a layer's backward pass (norm, MLP or attention), and a weight's gradient."""
+    e, heads = size.nbytes, size.heads * size.head_dim
+    norm = size.shared * size.hidden * (3 * FP32 if e == FP32 else 4 * FP32)
+    mlp = 2 * e * size.tokens * size.features + e * size.shared * size.hidden
+    attention = 12 * heads * max(size.tokens, slots.queries)
+    return max(norm, mlp, attention) + 2 * e * size.features * size.hidden
+
+
+def output_working(text: Any, layout: Layout, size: Sizes, chunk_size: int | None) -> int:
+    """``linear_logprobs``: a chunk's logits twice in float32 and once as they come; gradients of hidden and weight."""
+    e, chunk = size.nbytes, min(chunk_size or size.tokens, size.tokens)
+    vocabulary = -(-text.vocab_size // layout.tensor)
+    logits = chunk * vocabulary * (2 * FP32 + (0 if e == FP32 else 2 * e))
+    hidden = size.tokens * size.hidden * (FP32 + 2 * e)
+    return logits + hidden + e * vocabulary * size.hidden
+
+
+def vision_working(hf_config: Any, layout: Layout, row: Row, nbytes: int) -> int:
+    """The tower's largest moment, and the gathered features with the tokens that they were chosen for."""
+    if not row.images:
+        return 0
+    tower, peers = hf_config.vision_config, layout.tensor * layout.context
+    tokens = vision.image_share(row.images, peers)
+    patches = tokens * tower.spatial_merge_size**2
+    block = patches * max(6 * FP32 * tower.hidden_size, 3 * nbytes * tower.intermediate_size)
+    gathered = tokens * peers if peers > 1 else tokens
+    return max(block, vision.features(tower, gathered, hf_config.text_config.hidden_size, nbytes))
+
+
+def _optimizer_working(
+    parameters: list[Parameter], state: ModelState, parallelism: DataParallelism, layout: Layout
+) -> int:
+    """Adam on lists of tensors makes a float32 tensor for each.
+
+    Before it, gradients of the vision tower are averaged over tensor-parallel ranks, in one flat copy.
+    """
+    averaged = sum(p.numel for p in parameters if p.is_vision and p.trains) if layout.tensor > 1 else 0
+    return max(FP32 * state.updated, parallelism.grad_bytes * averaged)

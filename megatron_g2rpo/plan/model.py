@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a plan reads of a model: its config.json, and from that every parameter of every pipeline stage, exactly.
+
+No weight is read: transformers builds the model on torch's meta device, where tensors have shapes and no memory, and
+the weight table's own shard rules cut them as they would cut a checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.initialization import no_init_weights
+
+from megatron_g2rpo.policy.layout import Layout
+from megatron_g2rpo.weights import table_for
+from megatron_g2rpo.weights.rules import Replicated
+
+CONFIG = "config.json"
+_EMBEDDING = "language_model.embedding.word_embeddings.weight"
+_OUTPUT = "language_model.output_layer.weight"
+
+
+class ModelConfigError(ValueError):
+    """There is no config.json to plan with."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of one rank.
+
+    Attributes:
+        name: Megatron's; layers are numbered over all pipeline stages.
+        numel: elements of this rank's shard.
+        replicated: tensor-parallel ranks all hold the whole of it.
+        trains: False when it is frozen: it then has neither gradient nor optimizer state.
+        shared: a tied embedding that another pipeline stage holds as well (megatron-core gives it a bucket of its own).
+        sequence_parallel: its gradient is summed over tensor-parallel ranks, by megatron-core's ``finalize_model_grads``.
+    """
+
+    name: str
+    numel: int
+    replicated: bool
+    trains: bool
+    shared: bool
+    sequence_parallel: bool
+
+    @property
+    def is_vision(self) -> bool:
+        return self.name.startswith("vision_model.")
+
+
+def read_config(name: str) -> Any:
+    """The transformers configuration of ``policy.model_name``; nothing else of the model is read or downloaded.
+
+    Args:
+        name: a directory with a config.json, or the name of a model on the Hugging Face hub.
+
+    Raises:
+        ModelConfigError: neither is to be had; says what to do.
+    """
+    return AutoConfig.from_pretrained(_config_directory(name), local_files_only=True)
+
+
+def _config_directory(name: str) -> Path:
+    directory = Path(name)
+    if directory.is_dir():
+        if not (directory / CONFIG).is_file():
+            raise ModelConfigError(
+                f"policy.model_name: the directory {name} has no {CONFIG}, which is what a plan reads"
+            )
+        return directory
+    try:
+        return Path(hf_hub_download(name, CONFIG)).parent
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelConfigError(
+            f"policy.model_name: {name} is no directory, and the Hugging Face hub did not give its {CONFIG} "
+            f"({type(error).__name__}); without a network pass policy.model_name=DIR, a directory that holds the "
+            f"model's {CONFIG} (weights are not needed)"
+        ) from error
+
+
+class Model:
+    """A model's parameters, by rank.
+
+    Args:
+        hf_config: its transformers configuration.
+    """
+
+    def __init__(self, hf_config: Any) -> None:
+        self.config = hf_config
+        self.tied = bool(hf_config.tie_word_embeddings)
+        self.tensors: dict[str, Tensor] = _meta_tensors(hf_config)
+        self._entries = table_for(hf_config).parameters(self.tensors)
+
+    @property
+    def numel(self) -> int:
+        """Parameters of the whole model; a tied output matrix is the embedding and counts once."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    def stage_parameters(self, layout: Layout, stage: int, *, freeze_vision: bool) -> list[Parameter]:
+        """The parameters of one rank of a pipeline stage, in the order of the policy's ``named_parameters()``.
+
+        Tensor-parallel ranks hold shards of equal size, so which of them it is makes no difference.
+        """
+        counts = layout.stage_layers(self.config.text_config.num_hidden_layers)
+        first, last = sum(counts[:stage]), sum(counts[: stage + 1])
+        shared = self.tied and layout.pipeline > 1
+        chosen = []
+        for name, entry in self._entries:
+            shard = entry.rule.shard([self.tensors[hf] for hf in entry.hf_names], 0, layout.tensor)
+            place = _stage_of(name, layout.pipeline)
+            layer = _layer(name)
+            names = [name] if (place == stage if layer is None else first <= layer < last) else []
+            if name == _EMBEDDING and shared and stage == layout.pipeline - 1:
+                names = [_OUTPUT]  # the copy that the last stage works with
+            for held in names:
+                chosen.append(
+                    Parameter(
+                        name=held,
+                        numel=shard.numel(),
+                        replicated=isinstance(entry.rule, Replicated),
+                        trains=not (freeze_vision and held.startswith("vision_model.")),
+                        shared=shared and name == _EMBEDDING,
+                        sequence_parallel=_summed_over_tensor_ranks(held, layout),
+                    )
+                )
+        return sorted(chosen, key=lambda parameter: _order(parameter.name))
+
+
+def _meta_tensors(hf_config: Any) -> dict[str, Tensor]:
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForImageTextToText.from_config(hf_config)
+    model.tie_weights()
+    return {name: parameter.data for name, parameter in model.named_parameters()}
+
+
+def _stage_of(name: str, stages: int) -> int | None:
+    """The stage of a parameter that belongs to no layer."""
+    if name == _OUTPUT or "final_layernorm" in name:
+        return stages - 1
+    return 0
+
+
+def _layer(name: str) -> int | None:
+    found = re.search(r"decoder\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def _summed_over_tensor_ranks(name: str, layout: Layout) -> bool:
+    if "q_layernorm" in name or "k_layernorm" in name:
+        return layout.tensor > 1
+    return layout.sequence_parallel and name.endswith("layernorm.weight")
+
+
+# Modules in the order in which megatron-core's constructors add them; DDP lays its buffers out by that order.
+_MODULES = (
+    "vision_model",
+    "embedding",
+    "layers",
+    "final_layernorm",
+    "output_layer",
+)
+_LAYER_MODULES = (
+    "input_layernorm",
+    "linear_proj",
+    "linear_qkv",
+    "q_layernorm",
+    "k_layernorm",
+    "pre_mlp_layernorm",
+    "linear_fc1",
+    "linear_fc2",
+)
+
+
+def _order(name: str) -> tuple[int, int, int]:
+    """Sorting key; parameters of the vision tower keep the order that transformers gives them."""
+    parts = name.split(".")
+    module = next(index for index, part in enumerate(_MODULES) if part in parts)
+    layer = _layer(name)
+    if layer is None or module == 0:
+        return module, 0, 0
+    return module, layer, next(index for index, part in enumerate(_LAYER_MODULES) if part in parts)

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows: how many tokens, sequences and images a micro-batch holds, and how many micro-batches an optimizer step takes.
+
+What a run samples is not known beforehand, so a plan assumes that all sequences have one length and every prompt one
+image; the packing is then the packer's own. Memory is planned for a row that is full to its budget.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_g2rpo.data.packing import assign_bins
+from megatron_g2rpo.policy.layout import Layout, token_multiples
+from megatron_g2rpo.recipe import Recipe, TrainRecipe
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What stands for the data.
+
+    Attributes:
+        sequence_tokens: prompt and response of every sequence.
+        image_tokens: of the one image of every prompt, after merging; 0 for text.
+    """
+
+    sequence_tokens: int
+    image_tokens: int
+
+
+def assume(
+    recipe: Recipe, hf_config: Any, mean_tokens: int | None = None, image_tokens: int | None = None
+) -> Assumptions:
+    """The worst case, where it is not said otherwise.
+
+    Args:
+        recipe: the recipe.
+        hf_config: of the model.
+        mean_tokens: of a sequence, prompt and response; None for ``policy.max_total_sequence_length``.
+        image_tokens: of a prompt; None for an image of ``data.max_pixels``, or, where the recipe leaves that to the
+            image processor, for a prompt that is all image.
+
+    Raises:
+        ValueError: more tokens than the recipe allows.
+    """
+    longest = recipe.policy.max_total_sequence_length
+    tokens = longest if mean_tokens is None else mean_tokens
+    if not 1 <= tokens <= longest:
+        raise ValueError(f"--mean-tokens {tokens} is not in 1..policy.max_total_sequence_length ({longest})")
+    room = min(longest - recipe.policy.generation.max_new_tokens, tokens)
+    if image_tokens is None:
+        vision = hf_config.vision_config
+        side = vision.patch_size * vision.spatial_merge_size
+        image_tokens = room if recipe.data.max_pixels is None else min(room, max(recipe.data.max_pixels // side**2, 1))
+    if not 0 <= image_tokens <= room:
+        raise ValueError(f"--image-tokens {image_tokens} does not fit into a prompt: it has room for {room} tokens")
+    return Assumptions(sequence_tokens=tokens, image_tokens=image_tokens)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packed row, as memory and traffic see it.
+
+    Attributes:
+        lengths: tokens of each sequence.
+        padded: the same with the padding that follows them in the row.
+        images: tokens of each distinct image, after merging.
+        placeholders: tokens of the row that an image feature replaces; samples of a group have them each.
+    """
+
+    lengths: tuple[int, ...]
+    padded: tuple[int, ...]
+    images: tuple[int, ...]
+    placeholders: int
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole row, padding included."""
+        return sum(self.padded)
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """The micro-batches of one optimizer step.
+
+    Attributes:
+        row: a full one.
+        count: of a data-parallel rank.
+        tokens: of all of them together, padding included.
+        images: distinct images of all of them together.
+        sequences: of a data-parallel rank.
+    """
+
+    row: Row
+    count: int
+    tokens: int
+    images: int
+    sequences: int
+
+
+def micro_batches(recipe: Recipe, layout: Layout, assumptions: Assumptions) -> MicroBatches:
+    """Pack what the data-parallel rank with the most prompts packs for one optimizer step."""
+    sequence_multiple, row_multiple = token_multiples(layout)
+    budget = _up(recipe.policy.sequence_packing.train_mb_tokens, row_multiple)
+    length = _up(assumptions.sequence_tokens, sequence_multiple)
+    samples = recipe.grpo.num_generations_per_prompt if isinstance(recipe, TrainRecipe) else 1
+    prompts = -(-recipe.policy.train_global_batch_size // samples)
+    mine = -(-prompts // recipe.data_parallel_size) * samples
+    groups = [index // samples if assumptions.image_tokens else index for index in range(mine)]
+    bins = assign_bins([length] * mine, budget, groups)
+    images = [len({groups[index] for index in members}) if assumptions.image_tokens else 0 for members in bins]
+    # Full rows: whole sequences, and what is left of the budget as one more.
+    whole, rest = divmod(budget, length)
+    padded = [length] * whole + ([rest] if rest else [])
+    real = [min(assumptions.sequence_tokens, size) for size in padded]
+    return MicroBatches(
+        row=Row(
+            lengths=tuple(real),
+            padded=tuple(padded),
+            images=(assumptions.image_tokens,) * max(images),
+            placeholders=sum(min(assumptions.image_tokens, length) for length in real),
+        ),
+        count=len(bins),
+        tokens=sum(_up(length * len(members), row_multiple) for members in bins),
+        images=sum(images),
+        sequences=mine,
+    )
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Sizes of the local core attention's padded batches on one context-parallel rank, summed over buckets.
+
+    Attributes:
+        queries, keys: tokens, padding of the buckets included.
+        mask: elements of the masks (none without context parallelism, where causality says it all).
+        tokens: real ones, without padding.
+    """
+
+    tokens: int
+    queries: int
+    keys: int
+    mask: int
+
+
+def attention_slots(row: Row, size: int, rank: int) -> Slots:
+    """What ``policy.attention`` lays out for a row: pieces of sequences, by powers of two of queries and keys.
+
+    Args:
+        row: the whole row.
+        size: context-parallel ranks.
+        rank: one of them.
+    """
+    pieces: list[tuple[int, int]] = []  # queries, keys
+    for length, padded in zip(row.lengths, row.padded, strict=True):
+        chunks = [(0, length)] if size == 1 else [(i, padded // (2 * size)) for i in (rank, 2 * size - 1 - rank)]
+        for index, chunk in chunks:
+            queries = min(chunk, length - index * chunk)
+            if queries > 0:
+                pieces.append((queries, index * chunk + queries))
+    buckets: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    for queries, keys in pieces:
+        buckets[(queries - 1).bit_length(), (keys - 1).bit_length()].append((queries, keys))
+    total = Slots(sum(queries for queries, _ in pieces), 0, 0, 0)
+    for members in buckets.values():
+        count, longest, widest = len(members), max(q for q, _ in members), max(k for _, k in members)
+        total = Slots(
+            tokens=total.tokens,
+            queries=total.queries + count * longest,
+            keys=total.keys + count * widest,
+            mask=total.mask + (count * longest * widest if size > 1 else 0),
+        )
+    return total
+
+
+def widest_slots(row: Row, size: int) -> Slots:
+    """Of the context-parallel rank that holds the most."""
+    return max((attention_slots(row, size, rank) for rank in range(size)), key=lambda s: (s.queries + s.keys, s.mask))
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
