@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
@@ -68,8 +69,7 @@ def check_normalisation(config: TransformerConfig, ddp: DistributedDataParallel)
         raise RuntimeError("calculate_per_token_loss is off: micro-batches would be averaged, whatever their tokens")
     if ddp.ddp_config.average_in_collective:
         raise RuntimeError("average_in_collective is on: gradients would be divided by data-parallel ranks as well")
-    buffers: list[Any] = [*ddp.buffers, *ddp.expert_parallel_buffers]  # pyright: ignore[reportGeneralTypeIssues]
-    factors = {part.gradient_scaling_factor for buffer in buffers for part in (buffer, *buffer.buckets)}
+    factors = {part.gradient_scaling_factor for buffer in _buffers(ddp) for part in (buffer, *buffer.buckets)}
     if factors - {1.0}:
         raise RuntimeError(f"gradient buffers scale by {sorted(factors)} before they are summed; it must be 1.0")
 
@@ -82,6 +82,25 @@ def wait_for_parameters(ddp: DistributedDataParallel) -> None:
     """
     if ddp.ddp_config.overlap_param_gather:
         ddp.start_param_sync(force_sync=True)
+
+
+def gather_gradients(ddp: DistributedDataParallel) -> None:
+    """Complete every ``main_grad``; a collective of the data- and context-parallel ranks.
+
+    With the distributed optimizer, the reduction leaves each rank with its own share of the summed gradient, which is
+    all that its update needs; the rest of ``main_grad`` is a partial sum. Whoever reads gradients calls this first.
+    """
+    if not ddp.ddp_config.use_distributed_optimizer:
+        return
+    group: Any = ddp.intra_dp_cp_group
+    for buffer in _buffers(ddp):
+        for bucket in buffer.buckets:
+            shares = bucket.grad_data.view(group.size(), -1)
+            dist.all_gather(list(shares.unbind()), shares[group.rank()].clone(), group=group)
+
+
+def _buffers(ddp: DistributedDataParallel) -> list[Any]:
+    return [*ddp.buffers, *ddp.expert_parallel_buffers]  # pyright: ignore[reportGeneralTypeIssues]
 
 
 def build_optimizer(model: DistributedDataParallel, dtype: torch.dtype, megatron_cfg: Any) -> MegatronOptimizer:

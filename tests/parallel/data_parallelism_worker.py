@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank of the data-parallelism test: every mode against the plain one. Usage: DIRECTORY TENSOR PIPELINE CONTEXT."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_g2rpo.policy import optimizer as policy_optimizer
+from megatron_g2rpo.policy.device import select
+from megatron_g2rpo.policy.megatron import MegatronPolicy
+from tests.parallel.checkpoint_layouts_worker import BUCKET, distance, micro_batches, weights_of
+from tests.parity import toy_loss
+from tests.policy_layout import DATA_PARALLELISM, layout_options
+
+STEPS = 3
+# Gradients are summed in another order: whole buffers or buckets, all-reduced or reduce-scattered.
+TOLERANCE = 1e-5
+UPDATE_TOLERANCE = 1e-3  # see checkpoint_layouts_worker
+
+
+def build(directory: Path, sizes: tuple[int, int, int], mode: str) -> MegatronPolicy:
+    tp, pp, cp = sizes
+    return MegatronPolicy(
+        layout_options(directory, tp=tp, pp=pp, cp=cp, mode=mode), select("cpu"), seed=0, max_steps=10
+    )
+
+
+def run(policy: MegatronPolicy) -> dict[str, Any]:
+    """Gradients of a minibatch; norm and log-probabilities after each step on it; weights before and after."""
+    assert policy._ddp is not None
+    batches = micro_batches(policy)
+    start = weights_of(policy)
+    policy.gradients(batches, toy_loss)
+    with policy.device.megatron():
+        policy_optimizer.gather_gradients(policy._ddp)
+    gradients = {name: grad.clone() for name, grad in policy.stream(lambda parameter: parameter.main_grad)}
+    norms, logprobs = [], []
+    for _ in range(STEPS):
+        norms.append(policy.update(batches, toy_loss)["grad_norm"])
+        # Forward passes without backward, just after a step: the weights must be the new ones.
+        logprobs += [stats.logprobs for stats in policy.logprobs(batches)]
+    return {"start": start, "gradients": gradients, "norms": norms, "logprobs": logprobs, "end": weights_of(policy)}
+
+
+def check(mode: str, plain: dict[str, Any], result: dict[str, Any]) -> dict[str, float]:
+    errors = {
+        "norm": max(abs(a / b - 1) for a, b in zip(result["norms"], plain["norms"], strict=True)),
+        "logprob": max(largest(a - b) for a, b in zip(result["logprobs"], plain["logprobs"], strict=True)),
+        "gradient": max(
+            float((result["gradients"][name] - grad).norm() / grad.norm()) for name, grad in plain["gradients"].items()
+        ),
+        "update": distance(result["end"], plain["end"]) / distance(plain["end"], plain["start"]),
+    }
+    assert errors.pop("update") <= UPDATE_TOLERANCE, (mode, errors)
+    assert all(error <= TOLERANCE for error in errors.values()), (mode, errors)
+    return errors
+
+
+def largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def check_stale_weights_are_waited_for(policy: MegatronPolicy) -> None:
+    """Negative: without waiting, a rank reads old values of what other ranks own."""
+    assert policy._ddp is not None
+    policy.update(micro_batches(policy), toy_loss)
+    read = {name: parameter.detach().clone() for name, parameter in policy.model.named_parameters()}
+    with policy.device.megatron():
+        policy_optimizer.wait_for_parameters(policy._ddp)
+    stale = [name for name, parameter in policy.model.named_parameters() if not torch.equal(parameter, read[name])]
+    shared = policy._ddp.intra_dp_cp_group.size() > 1
+    assert bool(stale) == shared, (stale, shared)
+
+
+def check_the_tower_must_run_on_every_row(policy: MegatronPolicy) -> None:
+    """Negative: a last micro-batch without images would leave the tower's buckets waiting for gradients."""
+    assert policy._ddp is not None
+    assert len(policy._ddp.buffers[0].buckets) > 3, "too few buckets: the test's claims would be about nothing"
+    encoder = policy.model._encode_images
+    if encoder is None or policy.layout.pipeline > 1:  # another stage would wait for ever
+        return
+    assert not len(micro_batches(policy)[-1].image_grid_thw)
+    encoder._every_row = False
+    with pytest.raises(AssertionError, match="params have grad available"):
+        policy.gradients(micro_batches(policy), toy_loss)
+
+
+def main() -> None:
+    directory = Path(sys.argv[1])
+    tp, pp, cp = (int(size) for size in sys.argv[2:])
+    ddp_config = partial(policy_optimizer.DistributedDataParallelConfig, bucket_size=BUCKET)
+    policy_optimizer.DistributedDataParallelConfig = ddp_config
+    results = {}
+    for mode in DATA_PARALLELISM:
+        policy = build(directory, (tp, pp, cp), mode)
+        results[mode] = run(policy)
+        errors = check(mode, results["plain"], results[mode])
+        if mode == "distributed-overlap-gather":
+            check_stale_weights_are_waited_for(policy)
+            check_the_tower_must_run_on_every_row(policy)
+        print(f"mode {mode}: {errors}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
