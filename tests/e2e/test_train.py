@@ -144,20 +144,23 @@ def greedy(model: Any, inputs: ModelInputs, max_new_tokens: int) -> list[int]:
     return output[0, ids.shape[1] :].tolist()
 
 
-def test_two_ranks_give_the_numbers_of_one_and_continue_each_other_s_run(
-    toy: Toy, straight: Path, tmp_path: Path
-) -> None:
-    expected = metrics(straight)
-    recipe = toy.recipe(tmp_path / "recipe.yaml", grpo={"val_at_start": False, "val_at_end": False})
-    one_step = ("--nproc", "2", "grpo.max_num_steps=1", "checkpointing.export_hf=false")
-    for name, keys in LAYOUTS_OF_TWO.items():
-        succeed("train", recipe, *one_step, f"logger.log_dir={tmp_path / name}", *keys)
-        assert_same_step(metrics(tmp_path / name)[1], expected[1], FIVE_DIGITS)
-    tensor = tmp_path / "tp2-sp"
+@pytest.mark.parametrize("layout", ["dp2", "pp2", "cp2"])
+def test_two_ranks_give_the_numbers_of_one(toy: Toy, straight: Path, tmp_path: Path, layout: str) -> None:
+    recipe = toy.recipe(tmp_path / "recipe.yaml", logger={"log_dir": str(tmp_path / "run")})
+    succeed("train", recipe, "--nproc", "2", *BARE, *LAYOUTS_OF_TWO[layout])
+    assert_same_step(metrics(tmp_path / "run")[1], metrics(straight)[1], FIVE_DIGITS)
 
-    # The tensor-parallel checkpoint, whose vocabulary is padded, read by two data-parallel ranks.
-    succeed("train", recipe, "--nproc", "2", "grpo.max_num_steps=2", f"logger.log_dir={tensor}")
-    resumed = metrics(tensor)
+
+def test_a_run_continues_at_another_layout(toy: Toy, straight: Path, tmp_path: Path) -> None:
+    """The tensor-parallel checkpoint, whose vocabulary is padded, read by two data-parallel ranks."""
+    expected, run = metrics(straight), tmp_path / "run"
+    recipe = toy.recipe(
+        tmp_path / "recipe.yaml", grpo={"val_at_start": False, "val_at_end": False}, logger={"log_dir": str(run)}
+    )
+    succeed("train", recipe, "--nproc", "2", "grpo.max_num_steps=1", *LAYOUTS_OF_TWO["tp2-sp"])
+    assert_same_step(metrics(run)[1], expected[1], FIVE_DIGITS)
+    succeed("train", recipe, "--nproc", "2", "grpo.max_num_steps=2")
+    resumed = metrics(run)
     assert list(resumed) == [1, 2]
     # Adam's first step divides a gradient by its own size: where that is nothing but rounding, so is the step.
     assert_same_step(resumed[2], expected[2], 1e-4)
