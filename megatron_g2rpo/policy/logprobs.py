@@ -2,7 +2,8 @@
 """Log-probability and entropy of each token from its hidden state, vocabulary-parallel, with their exact gradient.
 
 The output projection and the log-probabilities are one autograd function, so that the logits ``[S, V]`` never exist as
-a whole: both passes compute them a chunk at a time, the backward pass once more.
+a whole: the forward pass goes over chunks of tokens, the backward pass over parts of the vocabulary. The forward pass
+leaves its last chunk of logits for the backward pass, which computes the others again.
 
 Shape letters: S tokens, L of them with a label, h hidden size, V vocabulary, T tensor-parallel ranks; a rank holds the
 rows ``[rank * P, (rank + 1) * P)`` of the padded output matrix, P = padded / T, of which the first C are vocabulary.
@@ -15,6 +16,7 @@ With z = logits / temperature, and for each token y = z - max z, s = sum exp y, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_g2rpo.nouns import NO_LABEL
+
+# Elementwise operations go over logits in tiles of this size. Small enough for a last-level cache (measured: a third of
+# the time on a CPU), large enough that a GPU takes longer for a tile than the host for launching it.
+_TILE_BYTES = 16 * 2**20
 
 
 def linear_logprobs(
@@ -50,9 +56,8 @@ def linear_logprobs(
         vocab_size: V; rows of the matrix beyond it are padding and take no probability.
         temperature: divides the logits; > 0.
         group: tensor-parallel process group; None when the vocabulary is whole.
-        chunk_size: tokens whose logits are held at once; None for all. The backward pass holds as many logits, but of
-            all tokens and a part of the vocabulary: the gradient of that part of the matrix is then a single product,
-            rounded once.
+        chunk_size: tokens whose float32 logits are held at once. Seven eighths of them are kept from the forward to the
+            backward pass, which takes an eighth to compute the others again. None: all are kept.
 
     Returns:
         float32 ``[2, S]``, the same on every rank of the group: log-probabilities, entropies.
@@ -78,44 +83,27 @@ def linear_logprobs(
         first=first,
         width=min(max(vocab_size - first, 0), held),
         temperature=temperature,
-        chunk_size=min(chunk_size or len(labelled), len(labelled)),
         group=group if ranks > 1 else None,
     )
-    return _LinearLogprobs.apply(hidden, weight, labels, labelled, share)
+    keeps = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _LinearLogprobs.apply(hidden, weight, labels, labelled, share, _Chunks.of(len(labelled), chunk_size, keeps))
 
 
 @dataclass(frozen=True)
 class _Share:
-    """This rank's share of the vocabulary, and how it is gone through.
+    """This rank's share of the vocabulary, and what becomes of its logits.
 
     Attributes:
         first: vocabulary id of its first column of logits.
         width: C, its columns without padding; 0 where all are padding.
         temperature: divides the logits.
-        chunk_size: tokens whose logits are held at once; no more than there are, 0 if there are none.
         group: the ranks that hold the others; None without others.
     """
 
     first: int
     width: int
     temperature: float
-    chunk_size: int
     group: dist.ProcessGroup | None
-
-    def token_chunks(self, tokens: int) -> list[slice]:
-        return _slices(tokens, self.chunk_size) if self.width else []
-
-    def vocabulary_chunks(self, tokens: int) -> list[slice]:
-        """Parts of the columns whose logits, over all tokens, are no more than those of a chunk of tokens."""
-        return _slices(self.width, max(self.chunk_size * self.width // tokens, 1)) if tokens else []
-
-    def scaled_logits(self, hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-        """``hidden @ weight.T / temperature`` in ``out``."""
-        if out.dtype == hidden.dtype:
-            torch.mm(hidden, weight.t(), out=out)
-        else:
-            out.copy_(torch.mm(hidden, weight.t()))
-        return out if self.temperature == 1 else out.div_(self.temperature)
 
     def place(self, labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
         """Index of each label in these columns (of any, where it is not among them), and whether it is."""
@@ -124,54 +112,97 @@ class _Share:
         return index.clamp(0, max(width - 1, 0)), (index >= 0) & (index < width)
 
 
+@dataclass(frozen=True)
+class _Chunks:
+    """How the logits ``[L, C]`` are gone through: by tokens in the forward pass, by vocabulary in the backward pass.
+
+    By vocabulary, because the gradient of a row of the matrix is then one product over all tokens, rounded once.
+
+    Attributes:
+        tokens: L.
+        forward: tokens in a chunk of the forward pass; the last chunk has as many, the first may have fewer.
+        kept: tokens, the last ones, whose logits are kept for the backward pass.
+        backward: a chunk of the backward pass has as many logits, of all tokens, as the forward pass for these.
+    """
+
+    tokens: int
+    forward: int
+    kept: int
+    backward: int
+
+    @classmethod
+    def of(cls, tokens: int, chunk_size: int | None, keeps: bool) -> _Chunks:
+        """Logits of ``chunk_size`` tokens are held at once.
+
+        Args:
+            tokens: L.
+            chunk_size: None for no limit.
+            keeps: there will be a backward pass.
+        """
+        chunk_size = chunk_size or max(2 * tokens, 1)
+        backward = max(chunk_size // 8, 1)
+        kept = min(chunk_size - backward, tokens) if keeps else 0
+        return cls(tokens=tokens, forward=min(kept or chunk_size, tokens), kept=kept, backward=min(backward, tokens))
+
+    def of_tokens(self) -> list[slice]:
+        return [slice(max(stop - self.forward, 0), stop) for stop in range(self.tokens, 0, -self.forward or -1)][::-1]
+
+    def of_vocabulary(self, width: int) -> list[slice]:
+        return _slices(width, max(self.backward * width // self.tokens, 1)) if self.tokens else []
+
+
 class _LinearLogprobs(torch.autograd.Function):
-    """Saves the inputs and three numbers a token; the backward pass computes the logits again."""
+    """Saves the inputs, four numbers a token, and the logits of the last chunk."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, labelled: Tensor, share: _Share
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, labelled: Tensor, share: _Share, chunks: _Chunks
     ) -> Tensor:
-        outputs, statistics = _forward(_take(hidden, labelled), weight, _take(labels, labelled), share)
-        ctx.save_for_backward(hidden, weight, labels, labelled, statistics)
-        ctx.share = share
+        outputs, statistics, kept = _forward(_take(hidden, labelled), weight, _take(labels, labelled), share, chunks)
+        ctx.save_for_backward(hidden, weight, labels, labelled, statistics, kept)
+        ctx.share, ctx.chunks = share, chunks
         return outputs.new_zeros(2, len(labels)).index_copy_(1, labelled, outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        hidden, weight, labels, labelled, statistics = ctx.saved_tensors
+        hidden, weight, labels, labelled, statistics, kept = ctx.saved_tensors
         grad_tokens, grad_weight = _backward(
             grad[:, labelled],
             _take(hidden, labelled),
             weight,
             _take(labels, labelled),
             statistics,
+            kept,
             ctx.share,
+            ctx.chunks,
             needs=ctx.needs_input_grad[:2],
         )
         grad_hidden = None
         if grad_tokens is not None:
             grad_hidden = torch.zeros_like(hidden).index_copy_(0, labelled, grad_tokens.to(hidden.dtype))
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
-def _forward(hidden: Tensor, weight: Tensor, labels: Tensor, share: _Share) -> tuple[Tensor, Tensor]:
-    """``[2, L]`` log-probabilities and entropies; ``[3, L]`` max z, s and m."""
+def _forward(
+    hidden: Tensor, weight: Tensor, labels: Tensor, share: _Share, chunks: _Chunks
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``[2, L]`` log-probabilities and entropies; ``[4, L]`` max z, s, m, this rank's max z less that; kept y."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     # A rank that holds padding only has the lowest maximum and weightless sums.
     peak = hidden.new_full((len(hidden),), torch.finfo(dtype).min, dtype=dtype)
     total, weighted, picked = hidden.new_zeros(3, len(hidden), dtype=dtype)
     index, mine = share.place(labels, slice(0, share.width))
-    scratch = _Scratch(hidden, dtype)
-    for tokens in share.token_chunks(len(hidden)):
-        shape = (tokens.stop - tokens.start, share.width)
-        z = share.scaled_logits(hidden[tokens], weight[: share.width], out=scratch[0, shape])
-        peak[tokens] = z.amax(dim=1)
-        y = z.sub_(peak[tokens, None])
-        picked[tokens] = y.gather(1, index[tokens, None]).squeeze(1)
-        weights = torch.exp(y, out=scratch[1, shape])
-        total[tokens] = weights.sum(dim=1)
-        weighted[tokens] = weights.mul_(y).sum(dim=1)
+    memory = hidden.new_empty(chunks.forward * share.width, dtype=dtype)
+    kept = None
+    for chunk in chunks.of_tokens() if share.width else []:
+        kept = _product(hidden[chunk], weight[: share.width].t(), out=_view(memory, _length(chunk), share.width))
+        for tokens, logits, exp_y in _tiles(kept, chunk.start):
+            peak[tokens] = logits.div_(share.temperature).amax(dim=1)
+            y = logits.sub_(peak[tokens, None])
+            picked[tokens] = y.gather(1, index[tokens, None]).squeeze(1)
+            total[tokens] = torch.exp(y, out=exp_y).sum(dim=1)
+            weighted[tokens] = exp_y.mul_(y).sum(dim=1)
     # The sums of all chunks are relative to this rank's maxima, so that they need two collectives and not two a chunk.
     highest = _all_reduce(peak.clone(), dist.ReduceOp.MAX, share.group)
     shift = peak - highest
@@ -179,7 +210,8 @@ def _forward(hidden: Tensor, weight: Tensor, labels: Tensor, share: _Share) -> t
     sums = torch.stack([total * scale, (weighted + total * shift) * scale, torch.where(mine, picked + shift, 0.0)])
     total, weighted, picked = _all_reduce(sums, dist.ReduceOp.SUM, share.group)
     log_total, mean = total.log(), weighted / total
-    return torch.stack([picked - log_total, log_total - mean]), torch.stack([highest, total, mean])
+    outputs = torch.stack([picked - log_total, log_total - mean])
+    return outputs, torch.stack([highest, total, mean, shift]), kept if chunks.kept else None
 
 
 def _backward(
@@ -188,7 +220,9 @@ def _backward(
     weight: Tensor,
     labels: Tensor,
     statistics: Tensor,
+    kept: Tensor | None,
     share: _Share,
+    chunks: _Chunks,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of hidden ``[L, h]`` (this rank's part, in the dtype of ``grad``) and weight ``[P, h]``, if needed."""
@@ -196,25 +230,40 @@ def _backward(
     grad_weight = torch.empty_like(weight) if needs[1] else None
     if grad_weight is not None:
         grad_weight[share.width if len(hidden) else 0 :] = 0
-    peak, total, mean = statistics
+    peak, total, mean, shift = statistics
     grad_logprob, grad_entropy = grad / share.temperature
     # d/dz = onehot grad_logprob - p (grad_logprob + grad_entropy (y - m)), with p = exp(y) / s
     slope, intercept = -grad_entropy / total, (grad_entropy * mean - grad_logprob) / total
-    scratch = _Scratch(hidden, grad.dtype)
-    for columns in share.vocabulary_chunks(len(hidden)):
-        shape = (len(hidden), columns.stop - columns.start)
-        y = share.scaled_logits(hidden, weight[columns], out=scratch[0, shape]).sub_(peak[:, None])
-        exp_y = torch.exp(y, out=scratch[1, shape])
-        grad_logits = torch.addcmul(intercept[:, None], slope[:, None], y, out=y).mul_(exp_y)
+    # What was kept is y already, relative to this rank's maximum.
+    computed = len(hidden) - chunks.kept
+    origin = torch.cat([peak[:computed], -shift[computed:]])
+    divisor = torch.full_like(origin, share.temperature)
+    divisor[computed:] = 1
+    parts = chunks.of_vocabulary(share.width)
+    memory = grad.new_empty(len(hidden) * max((_length(columns) for columns in parts), default=0))
+    for columns in parts:
+        logits = _view(memory, len(hidden), _length(columns))
+        _product(hidden[:computed], weight[columns].t(), out=logits[:computed])
+        if kept is not None:
+            logits[computed:] = kept[:, columns]
+        for tokens, tile, exp_y in _tiles(logits, 0):
+            y = tile.div_(divisor[tokens, None]).sub_(origin[tokens, None])
+            torch.exp(y, out=exp_y)
+            torch.addcmul(intercept[tokens, None], slope[tokens, None], y, out=tile).mul_(exp_y)
         index, mine = share.place(labels, columns)
-        grad_logits.scatter_add_(1, index[:, None], torch.where(mine, grad_logprob, 0.0)[:, None])
-        grad_logits = grad_logits.to(hidden.dtype)
+        logits.scatter_add_(1, index[:, None], torch.where(mine, grad_logprob, 0.0)[:, None])
+        grad_logits = logits.to(hidden.dtype)
         if grad_weight is not None:
             torch.mm(grad_logits.t(), hidden, out=grad_weight[columns])
         if grad_hidden is not None:
             _add_product(grad_hidden, grad_logits, weight[columns])
         del grad_logits  # where it is a copy in the model's dtype, the next chunk's logits take its place
     return grad_hidden, grad_weight
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """``a @ b`` in ``out``, which may be of a wider dtype."""
+    return torch.mm(a, b, out=out) if out.dtype == a.dtype else out.copy_(torch.mm(a, b))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -225,19 +274,17 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.add_(torch.mm(a, b))
 
 
-class _Scratch:
-    """Memory that all chunks of a pass share: fresh pages for each would cost more than the arithmetic on them."""
+def _tiles(logits: Tensor, first: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Tiles of rows: their place, where the first row of all is number ``first``; the rows; memory of their shape."""
+    height = max(_TILE_BYTES // (logits.shape[1] * logits.itemsize), 1)
+    memory = torch.empty_like(logits[:height])
+    for rows in _slices(len(logits), height):
+        yield slice(first + rows.start, first + rows.stop), logits[rows], memory[: _length(rows)]
 
-    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
-        self._like, self._dtype = like, dtype
-        self._memory: dict[int, Tensor] = {}
 
-    def __getitem__(self, key: tuple[int, tuple[int, int]]) -> Tensor:
-        """Tensor number ``key[0]``, contiguous, of shape ``key[1]``; the first chunk is the largest."""
-        number, (rows, columns) = key
-        if number not in self._memory:
-            self._memory[number] = self._like.new_empty(rows * columns, dtype=self._dtype)
-        return self._memory[number][: rows * columns].view(rows, columns)
+def _view(memory: Tensor, rows: int, columns: int) -> Tensor:
+    """A matrix in memory that all chunks use in turn: fresh pages cost more than the arithmetic on them."""
+    return memory[: rows * columns].view(rows, columns)
 
 
 def _take(x: Tensor, tokens: Tensor) -> Tensor:
@@ -245,7 +292,11 @@ def _take(x: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _slices(length: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, length)) for start in range(0, length, max(step, 1))]
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def _length(part: slice) -> int:
+    return part.stop - part.start
 
 
 def _all_reduce(tensor: Tensor, op: Any, group: dist.ProcessGroup | None) -> Tensor:

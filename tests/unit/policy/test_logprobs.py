@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_g2rpo.nouns import NO_LABEL
+from megatron_g2rpo.policy import logprobs
 from megatron_g2rpo.policy.logprobs import linear_logprobs
 
 VOCAB, PADDED, HIDDEN = 50, 53, 6
@@ -93,8 +94,8 @@ def test_gradient_is_the_derivative(chunk: int | None) -> None:
 def test_bfloat16_is_as_exact_as_autograd_over_whole_logits(chunk: int | None) -> None:
     """Both round the logits and their gradient to bfloat16, and neither rounds anything else but the results.
 
-    The norm of the error may be a tenth larger than the plain way's: its rounding errors are of the same size, but not
-    the same. (Sums over chunks in bfloat16 make it twice as large.)
+    The norm of the error may be a quarter larger than the plain way's: rounding errors of the same size, but not the
+    same. (Sums over many chunks in bfloat16 make it twice as large.)
     """
     hidden, weight, labels, grad = case(tokens=40, dtype=torch.bfloat16)
     exact = with_gradients(lambda h, w: oracle(h, w, labels), hidden.double(), weight.double(), grad)
@@ -105,7 +106,7 @@ def test_bfloat16_is_as_exact_as_autograd_over_whole_logits(chunk: int | None) -
     assert ours["output"].dtype == torch.float32
     assert ours["hidden"].dtype == ours["weight"].dtype == torch.bfloat16
     for name, expected in exact.items():
-        assert (ours[name] - expected).norm() < 1.1 * (plain[name] - expected).norm(), name
+        assert (ours[name] - expected).norm() < 1.25 * (plain[name] - expected).norm(), name
 
 
 def test_padding_columns_take_no_probability_and_get_no_gradient() -> None:
@@ -192,23 +193,27 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("chunk", [2, None])
 @pytest.mark.parametrize(
-    ("needs_hidden", "needs_weight", "unlabelled", "expected"),
+    ("needs_hidden", "needs_weight", "unlabelled", "chunk", "expected"),
     [
-        (True, True, 0, 4),  # logits, logits again, two gradients
-        (True, False, 0, 3),
-        (False, True, 0, 3),
-        (False, False, 0, 1),
-        (True, True, 6, 4 * 2 / 8),
-        (True, True, 8, 0),
+        # The logits of 16 tokens, those of 16 - 7 again, two gradients: 8 tokens at once are 7 kept and 1 computed.
+        (True, True, 0, 8, 16 + 9 + 2 * 16),
+        (True, False, 0, 8, 16 + 9 + 16),
+        (False, True, 0, 8, 16 + 9 + 16),
+        (False, False, 0, 8, 16),
+        (True, True, 6, 8, 10 + 3 + 2 * 10),
+        (True, True, 16, 8, 0),
+        (True, True, 0, 1, 16 + 16 + 2 * 16),
+        (True, True, 0, 18, 16 + 2 * 16),
+        (True, True, 0, None, 16 + 2 * 16),
     ],
 )
 def test_only_what_is_needed_is_computed(
-    needs_hidden: bool, needs_weight: bool, unlabelled: int, expected: float, chunk: int | None
+    needs_hidden: bool, needs_weight: bool, unlabelled: int, chunk: int | None, expected: int
 ) -> None:
-    hidden, weight, labels, _ = case(tokens=8)
-    labels = torch.where(torch.arange(8) < unlabelled, NO_LABEL, labels.clamp(min=0))
+    """Tokens that go through a matrix product."""
+    hidden, weight, labels, _ = case(tokens=16)
+    labels = torch.where(torch.arange(16) < unlabelled, NO_LABEL, labels.clamp(min=0))
     hidden.requires_grad_(needs_hidden)
     weight.requires_grad_(needs_weight)
     with Products() as products:
@@ -217,7 +222,7 @@ def test_only_what_is_needed_is_computed(
             output.sum().backward()
     assert output.requires_grad == (needs_hidden or needs_weight)
     assert (hidden.grad is not None, weight.grad is not None) == (needs_hidden, needs_weight)
-    assert products.count == expected * 8 * VOCAB * HIDDEN
+    assert products.count == expected * VOCAB * HIDDEN
 
 
 def test_frozen_sides_do_not_change_the_other_gradient() -> None:
@@ -268,29 +273,34 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     return peak
 
 
-@pytest.mark.parametrize(("dtype", "chunks_held"), [(torch.float32, 2.0), (torch.bfloat16, 3.0)])
-def test_memory_is_that_of_a_chunk_in_both_passes(dtype: torch.dtype, chunks_held: float) -> None:
-    """Float32 logits and their exponentials; the gradient in bfloat16, which oneDNN copies once to transpose it.
+@pytest.mark.parametrize(("dtype", "chunks_held"), [(torch.float32, 1.0), (torch.bfloat16, 1.5)])
+@pytest.mark.parametrize("chunk", [8, 16, 32, None])
+def test_memory_is_that_of_a_chunk_in_both_passes(
+    dtype: torch.dtype, chunks_held: float, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 the products come out in that dtype: half as much again.
 
-    What comes on top is rows, columns, and 100 KiB of workspace of the matrix products.
+    What comes on top is rows, columns, a tile, and (in bfloat16) 100 KiB of workspace of the matrix products.
     """
+    monkeypatch.setattr(logprobs, "_TILE_BYTES", 1)  # a tile of its usual size would hold all of this case
     tokens, vocab, h = 64, 8192, 2
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, h, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(vocab, h, generator=generator).to(dtype).requires_grad_()
     labels = torch.randint(vocab, (tokens,), generator=generator)
-    rest = 128 * 1024 + weight.numel() * weight.itemsize
-    for chunk in (4, 16, None):
-        outputs = []
-        forward = peak_bytes(
-            lambda outputs=outputs, chunk=chunk: outputs.append(
-                linear_logprobs(hidden, weight, labels, vocab_size=vocab, chunk_size=chunk)
-            )
-        )
-        backward = peak_bytes(lambda outputs=outputs: torch.autograd.grad(outputs[0].sum(), (hidden, weight)))
-        logits = (chunk or tokens) * vocab * 4
-        assert logits < forward < chunks_held * logits + rest
-        assert logits < backward < chunks_held * logits + rest
+    held = 4 * vocab * (chunk or tokens * 5 // 4)
+    rest = 144 * 1024 + weight.numel() * weight.itemsize
+
+    def forward() -> Tensor:
+        return linear_logprobs(hidden, weight, labels, vocab_size=vocab, chunk_size=chunk)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(forward().sum(), (hidden, weight))
+
+    assert held * 3 / 4 < peak_bytes(forward) < chunks_held * held + rest
+    assert held < peak_bytes(both) < chunks_held * held + rest
+    with torch.no_grad():
+        assert peak_bytes(forward) < chunks_held * (chunk or tokens) * 4 * vocab + rest
 
 
 def test_a_uniform_distribution() -> None:
