@@ -56,6 +56,27 @@ def logprobs(
 
 
 @app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpu_memory_gb: Annotated[float, typer.Option(min=1, help="Memory of one GPU, 10^9 bytes.")] = 80.0,
+    mean_tokens: Annotated[int | None, typer.Option(help="Tokens of a sequence; default: the longest.")] = None,
+    image_tokens: Annotated[int | None, typer.Option(help="Image tokens of a prompt; default: as many as fit.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Check a layout before any GPU is asked for: memory, micro-batches, traffic. Exit code 1 if it does not fit."""
+
+    def run() -> None:
+        from megatron_g2rpo.plan import command
+
+        arguments = {"gpu_memory_gb": gpu_memory_gb, "mean_tokens": mean_tokens, "image_tokens": image_tokens}
+        if not command.run(recipe, overrides or [], **arguments, as_json=as_json):
+            raise typer.Exit(1)
+
+    _with_errors(run)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
     """Draw a run's rewards per task, before and after, to RUN/report."""
     from megatron_g2rpo.report.rewards import draw

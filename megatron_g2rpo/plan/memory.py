@@ -177,7 +177,7 @@ def boundary(hidden: int, recompute: Recompute, nbytes: int, *, first: bool, las
 
 
 def kept_of_images(hf_config: Any, layout: Layout, row: Row, nbytes: int, *, frozen: bool) -> int:
-    """What the first stage keeps before its layers: embedding indices, merged features, this peer's share of the tower."""
+    """What the first stage keeps before its layers: indices, merged features, this peer's share of the tower."""
     kept = activations.INT64 * (row.tokens // layout.context)
     if not row.images or frozen:
         return kept

@@ -41,8 +41,8 @@ class Parameter:
         numel: elements of this rank's shard.
         replicated: tensor-parallel ranks all hold the whole of it.
         trains: False when it is frozen: it then has neither gradient nor optimizer state.
-        shared: a tied embedding that another pipeline stage holds as well (megatron-core gives it a bucket of its own).
-        sequence_parallel: its gradient is summed over tensor-parallel ranks, by megatron-core's ``finalize_model_grads``.
+        shared: a tied embedding that another pipeline stage holds as well; DDP gives it a bucket of its own.
+        sequence_parallel: ``finalize_model_grads`` sums its gradient over tensor-parallel ranks.
     """
 
     name: str

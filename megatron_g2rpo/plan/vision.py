@@ -42,8 +42,8 @@ def tower(vision: Any, patches: int, nbytes: int) -> int:
     e, width, features, levels = nbytes, vision.hidden_size, vision.intermediate_size, _levels(vision)
     statistics = 2 * e  # mean and reciprocal deviation of a layer norm
     merged = patches // vision.spatial_merge_size**2
-    # Width: norm inputs and outputs (4), rotated queries and keys (2), the projection whose view the values are (3), the
-    # attention's output and, joined over images, the output projection's input (2).
+    # Widths: norm inputs and outputs (4), rotated queries and keys (2), the projection whose view the values are (3),
+    # the attention's output and, joined over images, the output projection's input (2).
     block = e * patches * (11 * width + 2 * features) + patches * (2 * statistics + FP32 * vision.num_heads)
     # Norm's output, the first linear's output, the second's input; merged, four patches are one row of fourfold width.
     merger = 3 * e * patches * width

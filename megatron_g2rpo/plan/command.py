@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb ``plan``: what ``megatron_g2rpo.cli`` calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_g2rpo.plan import show
+from megatron_g2rpo.plan.model import Model, read_config
+from megatron_g2rpo.plan.planner import Plan, load_recipe, make_plan
+from megatron_g2rpo.plan.verdict import judge
+
+
+def run(
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    gpu_memory_gb: float,
+    mean_tokens: int | None,
+    image_tokens: int | None,
+    as_json: bool,
+) -> bool:
+    """Plan a recipe and print the plan.
+
+    Args:
+        path: the recipe.
+        overrides: ``key=value`` each.
+        gpu_memory_gb: of one GPU, 10^9 bytes.
+        mean_tokens, image_tokens: see ``rows.assume``.
+        as_json: print JSON instead of tables.
+
+    Returns:
+        Whether it fits.
+
+    Raises:
+        RecipeError, LayoutError, ModelConfigError, ValueError: the recipe cannot be run; names the key to change.
+    """
+    recipe = load_recipe(path, overrides)
+    model = Model(read_config(recipe.policy.model_name))
+
+    def again(more: Sequence[str]) -> Plan:
+        return make_plan(load_recipe(path, [*overrides, *more]), model, mean_tokens, image_tokens)
+
+    plan = make_plan(recipe, model, mean_tokens, image_tokens)
+    memory = gpu_memory_gb * show.GB
+    verdict = judge(plan, memory, again)
+    if as_json:
+        print(show.as_json(plan, verdict, memory))
+    else:
+        Console(highlight=False, soft_wrap=False).print(show.tables(plan, verdict, memory))
+    return verdict.fits

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One plan: a recipe's layout checked, its memory, its micro-batches and its traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_g2rpo import recipe as recipes
+from megatron_g2rpo.plan.memory import StageMemory, recompute_of, stage_memory
+from megatron_g2rpo.plan.model import Model
+from megatron_g2rpo.plan.rows import Assumptions, MicroBatches, assume, micro_batches
+from megatron_g2rpo.plan.wire import Traffic, stage_traffic
+from megatron_g2rpo.policy.layout import Layout, LayoutError, check_layout, layout_of, token_multiples
+from megatron_g2rpo.recipe import Recipe, TrainRecipe
+from megatron_g2rpo.recipe.layers import load_layers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe asks of a cluster.
+
+    Attributes:
+        recipe: it.
+        layout: its parallel sizes.
+        model: its model.
+        assumptions: what stands for the data.
+        batches: the micro-batches of an optimizer step.
+        stages: memory of each pipeline stage's rank.
+        traffic: of each pipeline stage's rank.
+    """
+
+    recipe: Recipe
+    layout: Layout
+    model: Model
+    assumptions: Assumptions
+    batches: MicroBatches
+    stages: tuple[StageMemory, ...]
+    traffic: tuple[tuple[Traffic, ...], ...]
+
+    @property
+    def worst(self) -> StageMemory:
+        """The stage whose rank needs most memory."""
+        return max(self.stages, key=lambda stage: stage.peak)
+
+    @property
+    def bubble(self) -> float:
+        """Share of a stage's time that 1F1B leaves idle, with stages of equal time: (p - 1) / (m + p - 1)."""
+        stages = self.layout.pipeline
+        return (stages - 1) / (self.batches.count + stages - 1)
+
+    @property
+    def local_tokens(self) -> int:
+        """Of a full row, on one context-parallel rank."""
+        return self.batches.row.tokens // self.layout.context
+
+    @property
+    def multiples(self) -> tuple[int, int]:
+        """What sequences and rows are padded to, tokens."""
+        return token_multiples(self.layout)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of a rollout step."""
+        return self.recipe.num_updates_per_step if isinstance(self.recipe, TrainRecipe) else 1
+
+    def fits(self, memory: float) -> bool:
+        """Whether every rank's peak is within so many bytes."""
+        return self.worst.peak <= memory
+
+
+def load_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
+    """A recipe of either kind: ``train``, or ``sft`` where it has that section alone.
+
+    Raises:
+        RecipeError: see ``recipe.load``.
+    """
+    sections = load_layers(path, overrides).tree
+    if "sft" in sections and "grpo" not in sections:
+        return recipes.load(path, overrides, "sft")
+    return recipes.load(path, overrides, "train")
+
+
+def make_plan(recipe: Recipe, model: Model, mean_tokens: int | None = None, image_tokens: int | None = None) -> Plan:
+    """Plan a recipe.
+
+    Args:
+        recipe: validated.
+        model: of its ``policy.model_name``.
+        mean_tokens, image_tokens: see ``rows.assume``.
+
+    Raises:
+        LayoutError: the model cannot be split so; names the key.
+        ValueError: an assumption is out of range, or a sequence does not fit into a row.
+    """
+    layout = layout_of(recipe.policy.megatron_cfg)
+    check_layout(model.config, layout)
+    check_recompute(recipe, model, layout)
+    assumptions = assume(recipe, model.config, mean_tokens, image_tokens)
+    batches = micro_batches(recipe, layout, assumptions)
+    return Plan(
+        recipe=recipe,
+        layout=layout,
+        model=model,
+        assumptions=assumptions,
+        batches=batches,
+        stages=tuple(stage_memory(recipe, model, layout, assumptions, batches)),
+        traffic=tuple(tuple(stage_traffic(recipe, model, layout, batches, stage)) for stage in range(layout.pipeline)),
+    )
+
+
+def check_recompute(recipe: Recipe, model: Model, layout: Layout) -> None:
+    """Refuse chunks of layers that a stage does not divide into: megatron-core would look for layers beyond its last.
+
+    Raises:
+        LayoutError: naming the key.
+    """
+    recompute = recompute_of(recipe)
+    if recompute.granularity != "full" or recompute.method != "uniform":
+        return
+    for stage, layers in enumerate(layout.stage_layers(model.config.text_config.num_hidden_layers)):
+        if layers % recompute.layers:
+            raise LayoutError(
+                f"policy.megatron_cfg.recompute_num_layers={recompute.layers} does not divide the {layers} layers of "
+                f"pipeline stage {stage}; 1 always does"
+            )

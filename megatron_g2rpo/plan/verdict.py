@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a plan fit, and if not, which change makes it fit: tried, not guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from megatron_g2rpo.plan.planner import Plan
+from megatron_g2rpo.recipe import Recipe
+
+_MEGATRON = "policy.megatron_cfg."
+_ROW = "policy.sequence_packing.train_mb_tokens"
+_BATCH = "policy.generation.batch_size"
+
+
+@dataclass(frozen=True)
+class Change:
+    """Overrides of a recipe, and the plan with them."""
+
+    overrides: tuple[str, ...]
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer.
+
+    Attributes:
+        fits: the recipe as it is.
+        change: the first change that fits, if it does not; None if none does.
+        tried: how many changes were planned.
+    """
+
+    fits: bool
+    change: Change | None
+    tried: int
+
+
+def judge(plan: Plan, memory: float, again: Callable[[tuple[str, ...]], Plan]) -> Verdict:
+    """Try changes until one fits.
+
+    Args:
+        plan: of the recipe as it is.
+        memory: of one GPU, bytes.
+        again: plans the recipe with further overrides; raises ValueError where they do not go together.
+    """
+    if plan.fits(memory):
+        return Verdict(fits=True, change=None, tried=0)
+    tried = 0
+    for overrides in changes(plan):
+        try:
+            other = again(overrides)
+        except ValueError:  # a layout that the model or the cluster cannot be split into
+            continue
+        tried += 1
+        if other.fits(memory):
+            return Verdict(fits=False, change=Change(overrides, other), tried=tried)
+    return Verdict(fits=False, change=None, tried=tried)
+
+
+def changes(plan: Plan) -> Iterator[tuple[str, ...]]:
+    """Changes, cheapest first: one switch, all switches, then more model parallelism with all switches.
+
+    Every change of layout is a whole number of model copies over the same processes.
+    """
+    switches = list(_switches(plan.recipe))
+    yield from ((switch,) for switch in switches)
+    halves = [tuple(half) for half in _halves(plan.recipe)]
+    yield from halves
+    both = [f"{key}" for half in halves for key in half]
+    together = tuple(switches)
+    if len(switches) > 1:
+        yield together
+    for count in range(1, len(halves) + 1):
+        yield (*together, *_last_of_each([key for half in halves[:count] for key in half]))
+    smallest = _last_of_each(both)
+    for layout in _layouts(plan):
+        yield layout
+    for layout in _layouts(plan):
+        yield _joined(together, layout)
+        yield _joined((*together, *smallest), layout)
+
+
+def _switches(recipe: Recipe) -> Iterator[str]:
+    """What costs little or nothing: sharded optimizer state, recomputation, sequence parallelism."""
+    options = recipe.policy.megatron_cfg
+    if not options.distributed_data_parallel_config.use_distributed_optimizer:
+        yield f"{_MEGATRON}distributed_data_parallel_config.use_distributed_optimizer=true"
+    if options.recompute_granularity != "full":
+        yield f"{_MEGATRON}recompute_granularity=full"
+    if options.tensor_model_parallel_size > 1 and not options.sequence_parallel:
+        yield f"{_MEGATRON}sequence_parallel=true"
+
+
+def _halves(recipe: Recipe) -> Iterator[list[str]]:
+    """Fewer sequences decoded together, then a shorter row, down to one sequence."""
+    size = recipe.policy.generation.batch_size
+    while size > 1:
+        size //= 2
+        yield [f"{_BATCH}={size}"]
+    row, longest = recipe.policy.sequence_packing.train_mb_tokens, recipe.policy.max_total_sequence_length
+    while row > longest:
+        row = max(row // 2, longest)
+        yield [f"{_ROW}={row}"]
+
+
+def _layouts(plan: Plan) -> Iterator[tuple[str, ...]]:
+    """Larger model-parallel layouts, the smallest first; of one size tensor before context before pipeline."""
+    world, layout = plan.recipe.world_size, plan.layout
+    heads = plan.model.config.text_config.num_attention_heads
+    sizes = [size for size in range(1, world + 1) if world % size == 0]
+    found = [
+        (tensor * pipeline * context, pipeline, context, tensor)
+        for tensor in sizes
+        for pipeline in sizes
+        for context in sizes
+        if tensor >= layout.tensor and pipeline >= layout.pipeline and context >= layout.context
+        if heads % tensor == 0 and world % (tensor * pipeline * context) == 0
+        if tensor * pipeline * context > layout.model_parallel
+    ]
+    for _, pipeline, context, tensor in sorted(found):
+        changed = {
+            "tensor_model_parallel_size": (tensor, layout.tensor),
+            "pipeline_model_parallel_size": (pipeline, layout.pipeline),
+            "context_parallel_size": (context, layout.context),
+        }
+        overrides = [f"{_MEGATRON}{key}={new}" for key, (new, old) in changed.items() if new != old]
+        if tensor > 1 and not plan.recipe.policy.megatron_cfg.sequence_parallel:
+            overrides.append(f"{_MEGATRON}sequence_parallel=true")
+        yield tuple(overrides)
+
+
+def _joined(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ...]:
+    return _last_of_each([*first, *second])
+
+
+def _last_of_each(overrides: list[str]) -> tuple[str, ...]:
+    """One override a key, the last."""
+    return tuple({override.split("=")[0]: override for override in overrides}.values())

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes that one rank sends, by collective, with ring algorithms.
+
+A ring over n ranks sends ``(n - 1) / n`` of the whole tensor per rank in an all-gather or a reduce-scatter, and twice
+that in an all-reduce, which is one after the other. Small messages (counts, metrics, statistics of a few numbers a
+token, the responses of rollouts) are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_g2rpo.plan import activations, vision
+from megatron_g2rpo.plan.activations import Recompute, Sizes
+from megatron_g2rpo.plan.buffers import ddp_buffer
+from megatron_g2rpo.plan.memory import NBYTES, data_parallelism, recompute_of
+from megatron_g2rpo.plan.model import Model
+from megatron_g2rpo.plan.rows import MicroBatches
+from megatron_g2rpo.policy.layout import Layout
+from megatron_g2rpo.recipe import Recipe, TrainRecipe
+
+OPTIMIZER_STEP = "optimizer step"
+ROLLOUT_STEP = "rollout step"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One line of the account.
+
+    Attributes:
+        what: what travels.
+        collective: how.
+        group: whose ranks, and how many.
+        per: how often: every optimizer step, or every rollout step (which may hold several).
+        sent: bytes that one rank sends.
+    """
+
+    what: str
+    collective: str
+    group: str
+    per: str
+    sent: int
+
+
+def ring_gather(ranks: int, whole: float) -> float:
+    """Bytes a rank sends in a ring all-gather (or reduce-scatter) of ``whole`` bytes."""
+    return whole * (ranks - 1) / ranks
+
+
+def ring_reduce(ranks: int, whole: float) -> float:
+    """Bytes a rank sends in a ring all-reduce."""
+    return 2 * ring_gather(ranks, whole)
+
+
+def stage_traffic(recipe: Recipe, model: Model, layout: Layout, batches: MicroBatches, stage: int) -> list[Traffic]:
+    """What a rank of a pipeline stage sends; lines that send nothing are left out."""
+    account = _Account(recipe, model, layout, batches, stage)
+    lines = [*account.tensor(), *account.context(), *account.pipeline(), *account.vision(), *account.gradients()]
+    return [line for line in [*lines, *account.weights()] if line.sent]
+
+
+class _Account:
+    def __init__(self, recipe: Recipe, model: Model, layout: Layout, batches: MicroBatches, stage: int) -> None:
+        self.recipe, self.model, self.layout, self.batches, self.stage = recipe, model, layout, batches, stage
+        self.nbytes = NBYTES[recipe.policy.precision]
+        self.first, self.last = stage == 0, stage == layout.pipeline - 1
+        text = model.config.text_config
+        self.layers = layout.stage_layers(text.num_hidden_layers)[stage]
+        # All micro-batches of an optimizer step as one long row: volumes are linear in tokens.
+        self.size: Sizes = activations.sizes(text, layout, batches.tokens, self.nbytes)
+        # G2RPO computes the behaviour policy's log-probabilities in a forward pass of their own.
+        self.forwards = 2 if isinstance(recipe, TrainRecipe) else 1
+        self.parameters = model.stage_parameters(layout, stage, freeze_vision=recipe.policy.megatron_cfg.freeze_vision)
+        self.parallelism = data_parallelism(recipe, layout)
+
+    def _line(self, what: str, collective: str, group: str, sent: float, per: str = OPTIMIZER_STEP) -> Traffic:
+        return Traffic(what, collective, group, per, round(sent))
+
+    def _recomputed_layers(self) -> int:
+        recompute: Recompute = recompute_of(self.recipe)
+        chunks, _ = recompute.chunks(self.layers)
+        return sum(chunks)
+
+    def tensor(self) -> Iterator[Traffic]:
+        """Tensor parallelism, and sequence parallelism in its place."""
+        ranks, size = self.layout.tensor, self.size
+        if ranks == 1:
+            return
+        group, hidden = f"tensor ({ranks})", self.nbytes * size.tokens * size.hidden
+        forward = self.layers * self.forwards + self._recomputed_layers()
+        if self.layout.sequence_parallel:
+            # Forward, each of attention and MLP: gather before, scatter after. Backward: the inputs once more, and the
+            # adjoint of both.
+            gathers, scatters = 2 * forward + 4 * self.layers, 2 * forward + 2 * self.layers
+            yield self._line("layers", "all-gather", group, gathers * ring_gather(ranks, hidden))
+            yield self._line("layers", "reduce-scatter", group, scatters * ring_gather(ranks, hidden))
+        else:
+            reductions = 2 * forward + 2 * self.layers
+            yield self._line("layers", "all-reduce", group, reductions * ring_reduce(ranks, hidden))
+        if self.model.config.text_config.num_key_value_heads < ranks:
+            whole = self.nbytes * size.tokens * size.projected * size.head_dim
+            yield self._line("shared key/value heads", "all-gather", group, forward * ring_gather(ranks, whole))
+            yield self._line("shared key/value heads", "reduce-scatter", group, self.layers * ring_gather(ranks, whole))
+        if self.first:
+            yield self._line("embedding", "all-reduce", group, self.forwards * ring_reduce(ranks, hidden))
+            if self.layout.sequence_parallel:
+                levels = 1 + (self._levels() if self.batches.row.images else 0)
+                yield self._line("embedding", "all-gather", group, levels * ring_gather(ranks, hidden))
+        if self.last:
+            if self.layout.sequence_parallel:
+                yield self._line("output layer", "all-gather", group, self.forwards * ring_gather(ranks, hidden))
+                yield self._line("output layer", "reduce-scatter", group, ring_gather(ranks, hidden))
+            else:
+                yield self._line("output layer", "all-reduce", group, ring_reduce(ranks, hidden))
+        summed = sum(p.numel for p in self.parameters if p.trains and (p.is_vision or p.sequence_parallel))
+        sent = ring_reduce(ranks, self.parallelism.grad_bytes * summed)
+        yield self._line("gradients of replicated weights", "all-reduce", group, sent)
+
+    def context(self) -> Iterator[Traffic]:
+        """Keys and values of every layer, gathered by the local core attention."""
+        ranks, size = self.layout.context, self.size
+        if ranks == 1:
+            return
+        group = f"context ({ranks})"
+        whole = self.nbytes * size.tokens * ranks * 2 * size.groups * size.head_dim
+        selective = self.recipe.policy.megatron_cfg.recompute_granularity == "selective"
+        again = self.layers if selective else self._recomputed_layers()
+        gathers = self.layers * self.forwards + again
+        yield self._line("keys and values", "all-gather", group, gathers * ring_gather(ranks, whole))
+        yield self._line("keys and values", "reduce-scatter", group, self.layers * ring_gather(ranks, whole))
+
+    def pipeline(self) -> Iterator[Traffic]:
+        """Hidden states to the next stage, their gradients to the one before."""
+        hidden, group = self.nbytes * self.size.shared * self.size.hidden, f"pipeline ({self.layout.pipeline})"
+        if not self.last:
+            yield self._line("hidden states", "send", group, self.forwards * hidden)
+        if not self.first:
+            yield self._line("gradients of hidden states", "send", group, hidden)
+        shared = self.parallelism.grad_bytes * sum(p.numel for p in self.parameters if p.shared and p.trains)
+        yield self._line("gradient of the tied embedding", "all-reduce", "first and last stage (2)", shared)
+
+    def vision(self) -> Iterator[Traffic]:
+        """Features of the images, which tensor- and context-parallel peers encode a share of each."""
+        peers, images = self.layout.tensor * self.layout.context, self.batches.row.images
+        if not self.first or peers == 1 or not images:
+            return
+        config = self.model.config
+        # The gather pads every peer's share to the largest.
+        tokens = vision.image_share(images, peers) * peers * (self.batches.images / len(images))
+        whole = tokens * vision.features(config.vision_config, 1, config.text_config.hidden_size, self.nbytes)
+        group = f"tensor x context ({peers})"
+        yield self._line("image features", "all-gather", group, self.forwards * ring_gather(peers, whole))
+        if not self.recipe.policy.megatron_cfg.freeze_vision:
+            yield self._line("image features", "reduce-scatter", group, ring_gather(peers, whole))
+
+    def gradients(self) -> Iterator[Traffic]:
+        """Over data- and context-parallel ranks, once a step."""
+        ranks, buffer = self.parallelism.size, ddp_buffer(self.parameters, self.parallelism, self.stage)
+        if ranks == 1:
+            return
+        group, gradients = f"data x context ({ranks})", self.parallelism.grad_bytes * buffer.numel
+        if not self.parallelism.distributed_optimizer:
+            yield self._line("gradients", "all-reduce", group, ring_reduce(ranks, gradients))
+            return
+        yield self._line("gradients", "reduce-scatter", group, ring_gather(ranks, gradients))
+        yield self._line("updated weights", "all-gather", group, ring_gather(ranks, self.nbytes * buffer.numel))
+
+    def weights(self) -> Iterator[Traffic]:
+        """To the rollout engines: every rank receives every tensor."""
+        if not isinstance(self.recipe, TrainRecipe):
+            return
+        tensor, pipeline = self.layout.tensor, self.layout.pipeline
+        shards, sharded = 0, 0
+        for stage in range(pipeline):
+            held = self.model.stage_parameters(self.layout, stage, freeze_vision=False)
+            kept = [p for p in held if not (p.shared and stage > 0)]  # a copy is not streamed again
+            shards += sum(p.numel for p in kept)
+            sharded += sum(p.numel for p in kept if not p.replicated)
+        if pipeline > 1:
+            # A chain passes each shard from its stage on to all others: every rank but the last sends it once.
+            sent = ring_gather(pipeline, self.nbytes * shards)
+            yield self._line("weights to the engine", "broadcast", f"pipeline ({pipeline})", sent, ROLLOUT_STEP)
+        if tensor > 1:
+            sent = ring_gather(tensor, self.nbytes * sharded * tensor)
+            yield self._line("weights to the engine", "all-gather", f"tensor ({tensor})", sent, ROLLOUT_STEP)
+
+    def _levels(self) -> int:
+        return len(self.model.config.vision_config.deepstack_visual_indexes)
+
+
+def total(lines: list[Traffic], per: str) -> int:
+    """Bytes that a rank sends every optimizer step, or every rollout step beside those."""
+    return sum(line.sent for line in lines if line.per == per)
