@@ -20,7 +20,7 @@ def check(directory: Path, processes: int, tp: int, pp: int, cp: int) -> None:
     make_tiny_qwen3vl(directory, layers=2, vision_depth=2, deepstack=(0,), vocab=161, seed=1)
     worker = "tests.parallel.data_parallelism_worker"
     output = torchrun(processes, "-m", worker, str(directory), str(tp), str(pp), str(cp), timeout=900)
-    for mode in DATA_PARALLELISM:
+    for mode in (*DATA_PARALLELISM, "distributed-overlap-gather with full recomputation"):
         assert output.count(f"mode {mode}:") == processes, output
 
 

@@ -61,3 +61,22 @@ def test_recomputation_changes_nothing(directory: Path, kept: tuple[float, dict[
 def test_a_chunk_that_does_not_divide_a_stage_is_refused(directory: Path) -> None:
     with pytest.raises(LayoutError, match="recompute_num_layers=2 does not divide the 3 layers"):
         losses_and_gradients(directory, recompute_granularity="full", recompute_num_layers=2)
+
+
+@pytest.mark.parametrize(("granularity", "runs"), [(None, 1), ("selective", 1), ("full", 2)])
+def test_full_recomputation_takes_in_the_vision_tower(directory: Path, granularity: str | None, runs: int) -> None:
+    options = layout_options(directory, recompute_granularity=granularity)
+    policy = MegatronPolicy(options, select("cpu"), seed=0, max_steps=10)
+    batches = packer_for(policy.hf_config).pack(random_sequences(policy.hf_config), budget=80)
+    rows = sum(len(batch.image_grid_thw) > 0 for batch in batches)
+    calls = []
+    assert policy.model.vision_model is not None
+    policy.model.vision_model.blocks[0].attn.register_forward_hook(lambda *_: calls.append(1))  # type: ignore
+    policy.gradients(batches, toy_loss)
+    assert len(calls) == runs * rows
+    calls.clear()
+    policy.logprobs(batches)  # nothing to recompute for
+    assert len(calls) == rows
+    calls.clear()
+    policy.gradients(batches, toy_loss)  # transformers recomputes in training mode only: it must be back on
+    assert len(calls) == runs * rows
