@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claim: the errors that raise no exception (a swapped weight, a dropped feature) would fail the parity test.
+"""Claim: weights and features in the wrong place, which raise no exception, would fail the parity test.
 
-Each case makes one of them on purpose and measures what it does to the log-probabilities: far more than the parity
-test's tolerance.
+Each case makes one such error on purpose and measures what it does to the log-probabilities: far more than the parity
+test's tolerance. Mistakes of packing, of the loss and of layouts are in the two ``test_traps.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
 from megatron_g2rpo.data.packing import response_values
@@ -21,6 +21,7 @@ from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.policy.model import Qwen3VLPolicy
 from tests.parity import LOGPROB_TOLERANCE, packer_for, policy_options, random_sequences, reference
 from tests.tiny_model import make_tiny_qwen3vl
+from tests.traps import MARGIN
 
 # As many key/value heads as query heads: q, k and v have one shape, and gate and up always do.
 SHAPE = {"layers": 2, "heads": 4, "kv_heads": 4}
@@ -33,20 +34,28 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def error(directory: Path, change: Callable[[str], str] = str) -> float:
-    """Largest error of a log-probability against transformers, where ``change`` renames the policy's weights."""
+def error(
+    directory: Path,
+    rename: Callable[[str], str] = str,
+    change: Callable[[PackedBatch], PackedBatch] = lambda batch: batch,
+) -> float:
+    """Largest error of a log-probability against transformers.
+
+    Args:
+        rename: the policy's weights before they are loaded.
+        change: every packed row.
+    """
     config, model = make_tiny_qwen3vl(**SHAPE)
     policy = MegatronPolicy(policy_options(directory), select("cpu"), seed=0, max_steps=None)
     state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    policy.load({change(name): tensor for name, tensor in state.items()}, source="a test")
+    policy.load({rename(name): tensor for name, tensor in state.items()}, source="a test")
     sequences = random_sequences(config)
     expected, _ = reference(model, sequences, temperature=1.0)
-    batches = packer_for(config).pack(sequences, budget=80)
-    return max(
-        float((logprobs - expected[row]).abs().max())
-        for batch, stats in zip(batches, policy.logprobs(batches), strict=True)
-        for row, logprobs in response_values(batch, stats.logprobs).items()
-    )
+    (batch,) = packer_for(config).pack(sequences, budget=200)
+    (stats,) = policy.logprobs([change(batch)])
+    responses = response_values(batch, stats.logprobs)
+    assert len(responses) == len(sequences)
+    return max(float((logprobs - expected[row]).abs().max()) for row, logprobs in responses.items())
 
 
 def swapped(one: str, other: str) -> Callable[[str], str]:
@@ -72,7 +81,7 @@ def test_nothing_changed(directory: Path) -> None:
     ids=lambda name: name.strip("."),
 )
 def test_swapped_weights_are_seen(directory: Path, one: str, other: str) -> None:
-    assert error(directory, swapped(one, other)) > 100 * LOGPROB_TOLERANCE
+    assert error(directory, swapped(one, other)) > MARGIN * LOGPROB_TOLERANCE
 
 
 def test_a_dropped_deepstack_is_seen(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,27 +91,27 @@ def test_a_dropped_deepstack_is_seen(directory: Path, monkeypatch: pytest.Monkey
         return embed(self, batch)[0], None
 
     monkeypatch.setattr(Qwen3VLPolicy, "_embed", without_deepstack)
-    assert error(directory) > 100 * LOGPROB_TOLERANCE
+    assert error(directory) > MARGIN * LOGPROB_TOLERANCE
 
 
-def test_features_of_another_image_are_seen(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    embed = Qwen3VLPolicy._embed
+def test_features_of_another_image_are_seen(directory: Path) -> None:
+    """Features counted anew in every sequence: the second image of a row would be the first."""
 
-    def shuffled(self: Qwen3VLPolicy, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
-        object.__setattr__(batch, "vision_index", batch.vision_index.flip(0))
-        return embed(self, batch)
+    def counted_by_sequence(batch: PackedBatch) -> PackedBatch:
+        index = batch.vision_index.clone()
+        for segment in batch.segment_ids.unique():
+            own = (batch.segment_ids == segment) & (index >= 0)
+            index[own] -= index[own].min() if own.any() else 0
+        return replace(batch, vision_index=index)
 
-    monkeypatch.setattr(Qwen3VLPolicy, "_embed", shuffled)
-    assert error(directory) > 100 * LOGPROB_TOLERANCE
+    assert error(directory, change=counted_by_sequence) > MARGIN * LOGPROB_TOLERANCE
 
 
-def test_attention_over_neighbours_is_seen(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_over_neighbours_is_seen(directory: Path) -> None:
     """A row taken for one long sequence: what a missing segment mask would do."""
-    forward = Qwen3VLPolicy.forward
 
-    def unsegmented(self: Qwen3VLPolicy, batch: PackedBatch) -> Tensor:
-        object.__setattr__(batch, "cu_seqlens", batch.cu_seqlens[[0, -1]].to(torch.int32))
-        return forward(self, batch)
+    def unsegmented(batch: PackedBatch) -> PackedBatch:
+        ends = batch.cu_seqlens_padded[[0, -1]]
+        return replace(batch, cu_seqlens=ends, cu_seqlens_padded=ends)
 
-    monkeypatch.setattr(Qwen3VLPolicy, "forward", unsegmented)
-    assert error(directory) > 100 * LOGPROB_TOLERANCE
+    assert error(directory, change=unsegmented) > MARGIN * LOGPROB_TOLERANCE
