@@ -23,5 +23,5 @@ def torchrun(nproc: int, *arguments: str, timeout: int = 300) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     output = done.stdout + done.stderr
-    assert done.returncode == 0, f"{' '.join(command)} exited with {done.returncode}:\n{output[-6000:]}"
+    assert done.returncode == 0, f"{' '.join(command)} exited with {done.returncode}:\n{output[-20000:]}"
     return output

@@ -7,6 +7,8 @@ eight ranks takes longer than any check. With ``-s`` the largest errors of every
 
 from __future__ import annotations
 
+import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,26 @@ import pytest
 from tests.launch import torchrun
 from tests.layout_parity import prepare
 from tests.parallel.layouts import WORLDS
+
+
+def test_the_matrix_is_whole() -> None:
+    """Every layout with and without the distributed optimizer; of two tensor-parallel ranks, sequence parallelism."""
+    seen = {
+        (case.tensor, case.pipeline, case.context, ranks // (case.tensor * case.pipeline * case.context), *switches)
+        for name, (ranks, cases) in WORLDS.items()
+        for case in cases
+        for switches in (("sp", case.sequence_parallel), ("distopt", case.distributed_optimizer))
+        if name.startswith("fast")
+    }
+    layouts = [layout for layout in itertools.product((1, 2), repeat=4) if 1 < math.prod(layout) <= 8]
+    assert len(layouts) == 14
+    on_or_off = itertools.product(layouts, ("sp", "distopt"), (False, True))
+    missing = [
+        (*layout, switch, on)
+        for layout, switch, on in on_or_off
+        if (*layout, switch, on) not in seen and not (switch == "sp" and on and layout[0] == 1)
+    ]
+    assert not missing
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +53,7 @@ def check_world(directory: Path, world: str) -> None:
         print(line)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("world", [name for name in WORLDS if name.startswith("fast")])
 def test_every_layout_computes_what_transformers_computes(directory: Path, world: str) -> None:
     check_world(directory, world)

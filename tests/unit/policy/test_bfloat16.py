@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 from megatron_g2rpo.data.packing import response_values
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
+from tests.layout_parity import Case, check_layout_parity, prepare
 from tests.parity import packer_for, policy_options, random_sequences, reference, toy_loss
 from tests.tiny_model import hf_logits, make_tiny_qwen3vl
 
@@ -65,7 +66,7 @@ def test_rotary_frequencies_are_not_rounded(policy: MegatronPolicy) -> None:
         assert buffer.dtype == torch.float32
         assert torch.equal(buffer, expected[name])
     theirs = model.model.language_model.rotary_emb.inv_freq
-    assert torch.equal(policy.model.language_model.rotary_pos_emb.inv_freq, theirs)
+    assert torch.equal(policy.model.rotary_pos_emb.inv_freq, theirs)
 
 
 def test_an_update_moves_the_main_copies_and_the_weights_follow(policy: MegatronPolicy) -> None:
@@ -92,3 +93,15 @@ def test_load_takes_the_main_copies_along(policy: MegatronPolicy) -> None:
     for (name, weight, main), old in zip(main_copies(policy), stale, strict=True):
         assert torch.equal(main, weight.float()), f"the main copy of {name} was left behind"
         assert not torch.equal(main, old)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(shape="tied", precision="bfloat16"), Case(shape="untied", precision="bfloat16", distributed_optimizer=True)],
+    ids=str,
+)
+def test_gradients_are_as_near_to_float32_as_those_of_transformers(tmp_path: Path, case: Case) -> None:
+    prepare(tmp_path, case)
+    report = check_layout_parity(tmp_path, select("cpu"), case)
+    print(f"parity [{case}]: {report}")
+    report.assert_ok()
