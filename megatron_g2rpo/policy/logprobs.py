@@ -85,8 +85,7 @@ def linear_logprobs(
         temperature=temperature,
         group=group if ranks > 1 else None,
     )
-    keeps = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _LinearLogprobs.apply(hidden, weight, labels, labelled, share, _Chunks.of(len(labelled), chunk_size, keeps))
+    return _LinearLogprobs.apply(hidden, weight, labels, labelled, share, _Chunks.of(len(labelled), chunk_size))
 
 
 @dataclass(frozen=True)
@@ -131,18 +130,12 @@ class _Chunks:
     backward: int
 
     @classmethod
-    def of(cls, tokens: int, chunk_size: int | None, keeps: bool) -> _Chunks:
-        """Logits of ``chunk_size`` tokens are held at once.
-
-        Args:
-            tokens: L.
-            chunk_size: None for no limit.
-            keeps: there will be a backward pass.
-        """
+    def of(cls, tokens: int, chunk_size: int | None) -> _Chunks:
+        """Logits of ``chunk_size`` tokens are held at once; None for no limit."""
         chunk_size = chunk_size or max(2 * tokens, 1)
         backward = max(chunk_size // 8, 1)
-        kept = min(chunk_size - backward, tokens) if keeps else 0
-        return cls(tokens=tokens, forward=min(kept or chunk_size, tokens), kept=kept, backward=min(backward, tokens))
+        kept = min(chunk_size - backward, tokens)
+        return cls(tokens=tokens, forward=min(max(kept, 1), tokens), kept=kept, backward=min(backward, tokens))
 
     def of_tokens(self) -> list[slice]:
         return [slice(max(stop - self.forward, 0), stop) for stop in range(self.tokens, 0, -self.forward or -1)][::-1]
