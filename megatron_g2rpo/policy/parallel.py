@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -117,9 +118,19 @@ def initialize(device: Device, layout: Layout, seed: int) -> ParallelGroups:
 
 
 def reset() -> None:
-    """Forget the groups, so that ``initialize`` can build another layout in this process."""
+    """Destroy the groups, so that ``initialize`` can build another layout in these processes. A collective of all.
+
+    All ranks at once, and for certain: a layout has some twenty groups with threads and sockets of their own, and the
+    threads of a gloo group spin as long as its other end is closed. Policies that used them must be gone.
+    """
     parallel_state.destroy_model_parallel()
     _model_groups.clear()
+    gc.collect()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
+    dist.barrier()
 
 
 _model_groups: dict[Layout, dist.ProcessGroup] = {}

@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from megatron_g2rpo.data.packing import Packer
 from megatron_g2rpo.nouns import PackedBatch
 from megatron_g2rpo.policy import optimizer as policy_optimizer
-from megatron_g2rpo.policy.device import select
+from megatron_g2rpo.policy import parallel
+from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.policy.layout import token_multiples
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.train.checkpoint import Checkpoints
@@ -64,7 +65,8 @@ class Saved:
 
 
 def build(directory: Path, case: Case) -> MegatronPolicy:
-    parallel_state.destroy_model_parallel()
+    init_process_group(select("cpu"))
+    parallel.reset()
     options = layout_options(directory, tp=case.tp, pp=case.pp, cp=case.cp, mode=case.mode, precision=case.precision)
     return MegatronPolicy(options, select("cpu"), seed=0, max_steps=10)
 
