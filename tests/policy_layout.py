@@ -9,16 +9,6 @@ from typing import Any
 
 from tests.parity import policy_options
 
-_DEFAULTS = {
-    "sequence_parallel": False,
-    "num_layers_in_first_pipeline_stage": None,
-    "num_layers_in_last_pipeline_stage": None,
-    "core_attention": "local",
-    "cp_comm_type": "p2p",
-    "recompute_granularity": None,
-    "recompute_method": "uniform",
-    "recompute_num_layers": 1,
-}
 # The keys of distributed_data_parallel_config that each mode of data parallelism turns on.
 DATA_PARALLELISM: dict[str, tuple[str, ...]] = {
     "plain": (),
@@ -47,10 +37,6 @@ def layout_options(
         mode: of data parallelism, a key of ``DATA_PARALLELISM``.
         megatron: further keys of ``megatron_cfg``.
     """
-    options = policy_options(directory, tensor=tp, precision=precision, lr=lr)
-    sizes = {"pipeline_model_parallel_size": pp, "context_parallel_size": cp}
-    for key, value in {**_DEFAULTS, **sizes, **megatron}.items():
-        setattr(options.megatron_cfg, key, value)
-    for key in DATA_PARALLELISM["distributed-overlap-gather"]:
-        setattr(options.megatron_cfg.distributed_data_parallel_config, key, key in DATA_PARALLELISM[mode])
-    return options
+    modes = {key: key in DATA_PARALLELISM[mode] for key in DATA_PARALLELISM["distributed-overlap-gather"]}
+    sizes = {"tensor": tp, "pipeline": pp, "context": cp}
+    return policy_options(directory, **sizes, lr=lr, precision=precision, megatron=megatron, ddp=modes)

@@ -70,18 +70,12 @@ def load_state_dict(
     scheduler: OptimizerParamScheduler | None,
     state: Mapping[str, Any],
 ) -> None:
-    """Take what ``dist_checkpointing.load`` returned for ``sharded_state_dict(is_loading=True)``.
-
-    Raises:
-        ValueError: the checkpoint has no optimizer.
-    """
+    """Take what ``dist_checkpointing.load`` returned for ``sharded_state_dict(is_loading=True)``."""
     model.load_state_dict(state["model"])
     if optimizer is None or scheduler is None:
         return
     part = _single(optimizer)
     tensors = dict(state["optimizer"]["state"])
-    if "common_step" not in tensors:
-        raise ValueError("the checkpoint was saved by a policy without optimizer")
     step = int(tensors.pop("common_step"))
     if isinstance(part, DistributedOptimizer):
         _load_distributed(part, tensors)
