@@ -70,7 +70,8 @@ class Scene:
 class Errors:
     """The largest error of each kind, and where it is.
 
-    Of log-probabilities and entropies in nats, of the loss relative, of gradients ``||ours - theirs|| / ||theirs||``.
+    Of log-probabilities and entropies in nats, relative to values above one; of the loss relative; of gradients
+    ``||ours - theirs|| / ||theirs||``.
     """
 
     worst: dict[str, tuple[float, str]] = field(default_factory=dict)
@@ -110,7 +111,8 @@ def measure(
             ("entropy", stats.entropy, expected.entropies),
         ):
             for index, values in response_values(batch, ours).items():
-                errors.note(kind, float((values - theirs[index]).abs().max()), f"sequence {index}")
+                difference = (values - theirs[index]).abs() / theirs[index].abs().clamp(min=1)
+                errors.note(kind, float(difference.max()), f"sequence {index}")
     errors.note("loss", abs(policy.gradients(batches, loss, TEMPERATURE)["loss"] / expected.loss - 1))
     for name, gradient in policy.stream(lambda parameter: parameter.main_grad):
         errors.note("gradient", relative(gradient, expected.gradients[name]), name)
