@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -45,7 +46,7 @@ class LossTerms:
         loss: scalar, sum over tokens, with gradient: also where no token counts (0 times something), because the other
             ranks of the layout wait for this rank's part of the backward pass.
         num_tokens: tokens that the loss counts; the gradient is divided by their global number.
-        sums: metrics, name -> scalar sum over those tokens.
+        sums: metrics, name -> scalar sum over those tokens; the same names in every micro-batch and on every rank.
     """
 
     loss: Tensor
@@ -303,7 +304,7 @@ class MegatronPolicy:
         groups = self.groups
         sums: dict[str, float] = {}
         if groups.is_last_stage:
-            names = sorted(terms[0])
+            names = self._metric_names(terms)
             local = torch.stack([torch.stack([term[name].double() for name in names]) for term in terms]).sum(0)
             dist.all_reduce(local, group=groups.data_context)
             sums = dict(zip(names, local.tolist(), strict=True))
@@ -313,6 +314,21 @@ class MegatronPolicy:
             sums = box[0]
         tokens = sums.pop("num_tokens")
         return {**{name: value / max(tokens, 1.0) for name, value in sums.items()}, "num_tokens": tokens}
+
+    def _metric_names(self, terms: Sequence[Mapping[str, Tensor]]) -> list[str]:
+        """Names that every micro-batch of every rank has: sums of other tensors would abort, or say nonsense."""
+        differing = {name for term in terms for name in term.keys() ^ terms[0].keys()}
+        names = sorted(terms[0])
+        # A number of 31 bits for the names, and 0 where this rank's micro-batches do not agree among themselves.
+        number = 0 if differing else zlib.crc32("\n".join(names).encode()) >> 1
+        range_ = torch.tensor([number, -number])
+        dist.all_reduce(range_, op=dist.ReduceOp.MAX, group=self.groups.data_context)
+        if differing or int(range_[0]) != -int(range_[1]):
+            raise ValueError(
+                "a loss must report the same metrics in every micro-batch and on every rank, 0 where it has nothing to "
+                f"say; here: {', '.join(names)}; not in all of this rank's micro-batches: {sorted(differing)}"
+            )
+        return names
 
 
 def _to(batch: PackedBatch, device: torch.device) -> PackedBatch:

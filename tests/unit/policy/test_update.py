@@ -45,3 +45,19 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path: Path) -> None
     with pytest.raises(FloatingPointError, match="no optimizer step was taken"):
         policy.update(batches, poisoned)
     assert all(torch.equal(tensor, before[name]) for name, tensor in policy.stream())
+
+
+def test_metrics_that_some_micro_batches_lack_are_refused(tmp_path: Path) -> None:
+    """The sums of a metric that only some report would be of other tokens, or another metric's (a peer hangs on it)."""
+    config, _ = make_tiny_qwen3vl(tmp_path)
+    policy = MegatronPolicy(policy_options(tmp_path), select("cpu"), seed=0, max_steps=10)
+    batches = packer_for(config).pack(random_sequences(config), budget=80)
+    assert len({bool((batch.task_ids == 1).any()) for batch in batches}) == 2, "task 1 should be in some rows only"
+
+    def sometimes(batch: PackedBatch, stats: TokenStats) -> LossTerms:
+        terms = _nll(batch, stats)
+        present = {"task_1": terms.loss.detach()} if bool((batch.task_ids == 1).any()) else {}
+        return LossTerms(loss=terms.loss, num_tokens=terms.num_tokens, sums={**terms.sums, **present})
+
+    with pytest.raises(ValueError, match=r"the same metrics in every micro-batch .*\['task_1'\]"):
+        policy.update(batches, sometimes)
