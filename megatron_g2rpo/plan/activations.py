@@ -128,11 +128,6 @@ def mlp(size: Sizes) -> int:
     return kept + size.nbytes * size.tokens * 5 * size.features
 
 
-def indices(slots: Slots) -> int:
-    """Index tensors of the packed row, which all layers share."""
-    return INT64 * (slots.queries + slots.keys + slots.tokens)
-
-
 @dataclass(frozen=True)
 class Recompute:
     """``policy.megatron_cfg.recompute_*``.
@@ -157,6 +152,12 @@ class Recompute:
         return [self.layers] * whole + ([rest] if rest else []), 0
 
 
+def indices(slots: Slots, recompute: Recompute) -> int:
+    """Index tensors of the packed row, which all layers share; what is recomputed needs each token's place again."""
+    places = 1 if recompute.granularity is None else 2
+    return INT64 * (slots.queries + slots.keys + places * slots.tokens)
+
+
 def stage_layers(size: Sizes, slots: Slots, recompute: Recompute, layers: int, context_levels: int) -> int:
     """Bytes that a stage's layers keep of one micro-batch.
 
@@ -173,7 +174,7 @@ def stage_layers(size: Sizes, slots: Slots, recompute: Recompute, layers: int, c
     if chunks:
         hidden = size.nbytes * size.shared * size.hidden
         kept += len(chunks) * hidden + context_levels * hidden + FP32 * size.tokens * size.head_dim  # rotary angles
-    return kept + indices(slots)
+    return kept + indices(slots, recompute)
 
 
 def recomputed(size: Sizes, slots: Slots, recompute: Recompute, layers: int) -> int:
@@ -184,7 +185,49 @@ def recomputed(size: Sizes, slots: Slots, recompute: Recompute, layers: int) -> 
     return max(chunks, default=0) * layer(size, slots, selective=False)
 
 
-def output_layer(size: Sizes) -> int:
-    """Final norm and ``linear_logprobs``: hidden states of all tokens, three statistics, labels, results."""
+@dataclass(frozen=True)
+class LogitChunks:
+    """How ``policy.logprobs`` goes through the logits: the same arithmetic as its ``_Chunks``.
+
+    Attributes:
+        tokens: with a label.
+        forward: tokens whose logits the forward pass holds at once, and keeps if ``kept``.
+        backward: the backward pass holds as many logits as these tokens have.
+        kept: whether the last chunk is kept.
+        width: this rank's columns.
+    """
+
+    tokens: int
+    forward: int
+    backward: int
+    kept: bool
+    width: int
+
+
+def logit_chunks(text: Any, layout: Layout, labels: int, chunk_size: int | None) -> LogitChunks:
+    """Of one micro-batch.
+
+    Args:
+        text: the model's ``text_config``.
+        layout: parallel sizes.
+        labels: tokens with a label on this rank.
+        chunk_size: ``policy.logprob_chunk_size``.
+    """
+    limit = chunk_size or max(2 * labels, 1)
+    backward = max(limit // 8, 1)
+    kept = min(limit - backward, labels)
+    return LogitChunks(
+        tokens=labels,
+        forward=min(max(kept, 1), labels),
+        backward=min(backward, labels),
+        kept=kept > 0,
+        width=min(-(-text.vocab_size // layout.tensor), text.vocab_size),
+    )
+
+
+def output_layer(size: Sizes, chunks: LogitChunks) -> int:
+    """Final norm and ``linear_logprobs``: hidden states, labels, four statistics of each, the last chunk's logits."""
     kept = norm(size.shared, size.hidden, size.nbytes) + size.nbytes * size.tokens * size.hidden
-    return kept + size.tokens * (3 * FP32 + 2 * INT64)
+    logits = FP32 * chunks.forward * chunks.width if chunks.kept else 0
+    # The labels come with the micro-batch; the last two numbers of a token are the results.
+    return kept + logits + chunks.tokens * (4 * FP32 + INT64) + size.tokens * (INT64 + 2 * FP32)

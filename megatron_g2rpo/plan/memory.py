@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_g2rpo.plan import activations, engine, vision
-from megatron_g2rpo.plan.activations import FP32, Recompute, Sizes
+from megatron_g2rpo.plan.activations import FP32, LogitChunks, Recompute, Sizes
 from megatron_g2rpo.plan.buffers import DataParallelism, ModelState, model_state
 from megatron_g2rpo.plan.model import Model, Parameter
 from megatron_g2rpo.plan.rows import Assumptions, MicroBatches, Row, Slots, widest_slots
@@ -20,6 +20,8 @@ NBYTES = {"float32": 4, "bfloat16": 2}
 # allocator loses to fragmentation, as a share of what a phase allocates and frees.
 FIXED_ALLOWANCE = 3_000_000_000
 FRAGMENTATION = 0.05
+
+_LOGIT_TILE = 16 * 2**20  # bytes; policy.logprobs exponentiates logits tile by tile
 
 
 @dataclass(frozen=True)
@@ -117,41 +119,97 @@ def recompute_of(recipe: Recipe) -> Recompute:
     return Recompute(options.recompute_granularity, options.recompute_method, options.recompute_num_layers)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that autograd keeps of one micro-batch, on one rank of a stage.
+
+    Attributes:
+        layers: of the language layers.
+        vision: of the embedding, the merged features and this peer's share of the tower.
+        output: of the output layer.
+    """
+
+    layers: int
+    vision: int
+    output: int
+
+    @property
+    def total(self) -> int:
+        return self.layers + self.vision + self.output
+
+
+def kept_of_row(recipe: Recipe, hf_config: Any, layout: Layout, row: Row, stage: int) -> Kept:
+    """Of the rank that keeps most.
+
+    Args:
+        recipe: its precision, recomputation and frozen parts are read.
+        hf_config: of the model.
+        layout: parallel sizes.
+        row: the whole row.
+        stage: pipeline stage.
+    """
+    nbytes, text = NBYTES[recipe.policy.precision], hf_config.text_config
+    size, slots = activations.sizes(text, layout, row.tokens, nbytes), widest_slots(row, layout.context)
+    layers = layout.stage_layers(text.num_hidden_layers)[stage]
+    first, last = stage == 0, stage == layout.pipeline - 1
+    return Kept(
+        layers=activations.stage_layers(
+            size, slots, recompute_of(recipe), layers, context_levels(hf_config, row, stage)
+        ),
+        vision=_kept_of_images(recipe, hf_config, layout, row) if first else 0,
+        output=activations.output_layer(size, _logit_chunks(recipe, text, layout, row)) if last else 0,
+    )
+
+
+def update_working(recipe: Recipe, hf_config: Any, layout: Layout, row: Row, stage: int) -> int:
+    """What a forward or backward pass holds beside what is kept, at its worst; an upper bound."""
+    nbytes, text = NBYTES[recipe.policy.precision], hf_config.text_config
+    size, slots = activations.sizes(text, layout, row.tokens, nbytes), widest_slots(row, layout.context)
+    layers = layout.stage_layers(text.num_hidden_layers)[stage]
+    moments = [_layer_working(size, slots) + activations.recomputed(size, slots, recompute_of(recipe), layers)]
+    if stage == layout.pipeline - 1:
+        moments.append(_output_working(size, _logit_chunks(recipe, text, layout, row)))
+    if stage == 0:
+        moments.append(_vision_working(recipe, hf_config, layout, row))
+    # The deepstack features travel through the first stage's forward pass, kept or not.
+    return max(moments) + context_levels(hf_config, row, stage) * nbytes * size.shared * size.hidden
+
+
+def _logit_chunks(recipe: Recipe, text: Any, layout: Layout, row: Row) -> LogitChunks:
+    # A context-parallel rank may hold the end of every sequence, where the responses are.
+    labels = min(row.labels, row.tokens // layout.context)
+    return activations.logit_chunks(text, layout, labels, recipe.policy.logprob_chunk_size)
+
+
+def context_levels(hf_config: Any, row: Row, stage: int) -> int:
+    """Deepstack levels that travel through a stage's layers."""
+    return len(hf_config.vision_config.deepstack_visual_indexes) if stage == 0 and row.images else 0
+
+
 def _stage(
     recipe: Recipe, model: Model, layout: Layout, assumptions: Assumptions, batches: MicroBatches, stage: int
 ) -> StageMemory:
     policy, text, nbytes = recipe.policy, model.config.text_config, NBYTES[recipe.policy.precision]
-    frozen = policy.megatron_cfg.freeze_vision
-    parameters = model.stage_parameters(layout, stage, freeze_vision=frozen)
+    parameters = model.stage_parameters(layout, stage, freeze_vision=policy.megatron_cfg.freeze_vision)
     parallelism = data_parallelism(recipe, layout)
     state = model_state(parameters, parallelism, stage, nbytes=nbytes)
     first, last = stage == 0, stage == layout.pipeline - 1
-    row, recompute = batches.row, recompute_of(recipe)
-    layers = layout.stage_layers(text.num_hidden_layers)[stage]
-    size, slots = activations.sizes(text, layout, row.tokens, nbytes), widest_slots(row, layout.context)
-    levels = len(model.config.vision_config.deepstack_visual_indexes) if first and row.images else 0
-    hidden = nbytes * size.shared * size.hidden
-    output = activations.output_layer(size) if last else 0
-    working = [
-        layer_working(size, slots) + activations.recomputed(size, slots, recompute, layers),
-        output_working(text, layout, size, policy.logprob_chunk_size) if last else 0,
-        vision_working(model.config, layout, row, nbytes) if first else 0,
-    ]
+    kept = kept_of_row(recipe, model.config, layout, batches.row, stage)
+    size = activations.sizes(text, layout, batches.row.tokens, nbytes)
     generation = policy.generation
     samples = recipe.grpo.num_generations_per_prompt if isinstance(recipe, TrainRecipe) else 1
     prompt_tokens = policy.max_total_sequence_length - generation.max_new_tokens
     return StageMemory(
         stage=stage,
-        layers=layers,
+        layers=layout.stage_layers(text.num_hidden_layers)[stage],
         state=state,
         engine_weights=nbytes * model.numel,
         in_flight=min(layout.pipeline - stage, batches.count),
-        layer_activations=activations.stage_layers(size, slots, recompute, layers, levels),
-        vision_activations=kept_of_images(model.config, layout, row, nbytes, frozen=frozen) if first else 0,
-        output_activations=output,
-        boundary=boundary(hidden, recompute, nbytes, first=first, last=last),
-        # The deepstack features travel through the first stage's forward pass, kept or not.
-        update_working=max(working) + levels * hidden,
+        layer_activations=kept.layers,
+        vision_activations=kept.vision,
+        output_activations=kept.output,
+        boundary=_boundary(nbytes * size.shared * size.hidden, recompute_of(recipe), nbytes, first=first, last=last),
+        update_working=update_working(recipe, model.config, layout, batches.row, stage),
         optimizer_working=_optimizer_working(parameters, state, parallelism, layout),
         cache=engine.cache(text, generation.batch_size, policy.max_total_sequence_length, nbytes),
         generation_working=engine.working(
@@ -167,7 +225,7 @@ def _stage(
     )
 
 
-def boundary(hidden: int, recompute: Recompute, nbytes: int, *, first: bool, last: bool) -> int:
+def _boundary(hidden: int, recompute: Recompute, nbytes: int, *, first: bool, last: bool) -> int:
     """Hidden states that the schedule holds for a micro-batch's backward pass.
 
     The output always; the input where no layer keeps that very tensor (a checkpointed layer does, and a float32 norm).
@@ -176,18 +234,29 @@ def boundary(hidden: int, recompute: Recompute, nbytes: int, *, first: bool, las
     return received + (0 if last else hidden)
 
 
-def kept_of_images(hf_config: Any, layout: Layout, row: Row, nbytes: int, *, frozen: bool) -> int:
+def _kept_of_images(recipe: Recipe, hf_config: Any, layout: Layout, row: Row) -> int:
     """What the first stage keeps before its layers: indices, merged features, this peer's share of the tower."""
+    options, nbytes = recipe.policy.megatron_cfg, NBYTES[recipe.policy.precision]
     kept = activations.INT64 * (row.tokens // layout.context)
-    if not row.images or frozen:
+    if not row.images:
+        return kept
+    placeholders = row.placeholders // layout.context
+    kept += activations.INT64 * placeholders  # where the embeddings are replaced
+    if options.freeze_vision:
         return kept
     tower, text = hf_config.vision_config, hf_config.text_config
+    kept += vision.merge(tower, placeholders, text.hidden_size, nbytes)
+    recompute = options.recompute_granularity == "full"
+    return kept + vision.tower(tower, _patches(hf_config, layout, row), nbytes, recompute=recompute)
+
+
+def _patches(hf_config: Any, layout: Layout, row: Row) -> int:
+    """Of the peer that encodes the most."""
     tokens = vision.image_share(row.images, layout.tensor * layout.context)
-    kept += vision.merge(tower, row.placeholders // layout.context, text.hidden_size, nbytes)
-    return kept + vision.tower(tower, tokens * tower.spatial_merge_size**2, nbytes)
+    return tokens * hf_config.vision_config.spatial_merge_size**2
 
 
-def layer_working(size: Sizes, slots: Slots) -> int:
+def _layer_working(size: Sizes, slots: Slots) -> int:
     """The largest moment of a layer's backward pass (norm, MLP or attention), and a weight's gradient."""
     e, heads = size.nbytes, size.heads * size.head_dim
     norm = size.shared * size.hidden * (3 * FP32 if e == FP32 else 4 * FP32)
@@ -196,25 +265,28 @@ def layer_working(size: Sizes, slots: Slots) -> int:
     return max(norm, mlp, attention) + 2 * e * size.features * size.hidden
 
 
-def output_working(text: Any, layout: Layout, size: Sizes, chunk_size: int | None) -> int:
-    """``linear_logprobs``: a chunk's logits twice in float32 and once as they come; gradients of hidden and weight."""
-    e, chunk = size.nbytes, min(chunk_size or size.tokens, size.tokens)
-    vocabulary = -(-text.vocab_size // layout.tensor)
-    logits = chunk * vocabulary * (2 * FP32 + (0 if e == FP32 else 2 * e))
-    hidden = size.tokens * size.hidden * (FP32 + 2 * e)
-    return logits + hidden + e * vocabulary * size.hidden
+def _output_working(size: Sizes, chunks: LogitChunks) -> int:
+    """``linear_logprobs``: logits of a chunk, also as the model's dtype gives them; gradients of hidden and weight."""
+    e, copies = size.nbytes, 0 if size.nbytes == FP32 else 2
+    logits = chunks.forward * chunks.width
+    forward = logits * ((0 if chunks.kept else FP32) + (e if copies else 0)) + min(_LOGIT_TILE, FP32 * logits)
+    logits = chunks.backward * chunks.width
+    backward = logits * (FP32 + copies * e) + min(_LOGIT_TILE, FP32 * logits)
+    backward += chunks.tokens * size.hidden * (FP32 + 2 * e) + e * size.tokens * size.hidden
+    return max(forward, backward + e * chunks.width * size.hidden)
 
 
-def vision_working(hf_config: Any, layout: Layout, row: Row, nbytes: int) -> int:
-    """The tower's largest moment, and the gathered features with the tokens that they were chosen for."""
+def _vision_working(recipe: Recipe, hf_config: Any, layout: Layout, row: Row) -> int:
+    """The tower's largest moment, or the gathered features before tokens choose theirs."""
     if not row.images:
         return 0
-    tower, peers = hf_config.vision_config, layout.tensor * layout.context
-    tokens = vision.image_share(row.images, peers)
-    patches = tokens * tower.spatial_merge_size**2
-    block = patches * max(6 * FP32 * tower.hidden_size, 3 * nbytes * tower.intermediate_size)
-    gathered = tokens * peers if peers > 1 else tokens
-    return max(block, vision.features(tower, gathered, hf_config.text_config.hidden_size, nbytes))
+    options, nbytes = recipe.policy.megatron_cfg, NBYTES[recipe.policy.precision]
+    tower, peers, patches = hf_config.vision_config, layout.tensor * layout.context, _patches(hf_config, layout, row)
+    moment = patches * max(6 * FP32 * tower.hidden_size, 3 * nbytes * tower.intermediate_size)
+    if options.recompute_granularity == "full" and not options.freeze_vision:
+        moment += vision.block(tower, patches, nbytes)
+    gathered = patches * peers // tower.spatial_merge_size**2
+    return max(moment, vision.features(tower, gathered, hf_config.text_config.hidden_size, nbytes))
 
 
 def _optimizer_working(

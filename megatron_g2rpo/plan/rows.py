@@ -67,12 +67,14 @@ class Row:
         padded: the same with the padding that follows them in the row.
         images: tokens of each distinct image, after merging.
         placeholders: tokens of the row that an image feature replaces; samples of a group have them each.
+        labels: tokens of the row that predict a token of a response.
     """
 
     lengths: tuple[int, ...]
     padded: tuple[int, ...]
     images: tuple[int, ...]
     placeholders: int
+    labels: int
 
     @property
     def tokens(self) -> int:
@@ -120,6 +122,7 @@ def micro_batches(recipe: Recipe, layout: Layout, assumptions: Assumptions) -> M
             padded=tuple(padded),
             images=(assumptions.image_tokens,) * max(images),
             placeholders=sum(min(assumptions.image_tokens, length) for length in real),
+            labels=sum(min(recipe.policy.generation.max_new_tokens, length) for length in real),
         ),
         count=len(bins),
         tokens=sum(_up(length * len(members), row_multiple) for members in bins),

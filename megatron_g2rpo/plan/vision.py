@@ -29,25 +29,38 @@ def image_share(images: Sequence[int], peers: int) -> int:
     return max(loads)
 
 
-def tower(vision: Any, patches: int, nbytes: int) -> int:
+def block(vision: Any, patches: int, nbytes: int) -> int:
+    """Bytes that one block keeps of a number of patches.
+
+    Widths: norm inputs and outputs (4), rotated queries and keys (2), the projection whose view the values are (3), the
+    attention's output and, joined over images, the output projection's input (2); the MLP's two linears (2).
+    """
+    wide = nbytes * patches * (11 * vision.hidden_size + 2 * vision.intermediate_size)
+    return wide + patches * (2 * _statistics(nbytes) + FP32 * vision.num_heads)
+
+
+def _statistics(nbytes: int) -> int:
+    """Mean and reciprocal deviation of a row of a layer norm."""
+    return 2 * nbytes
+
+
+def tower(vision: Any, patches: int, nbytes: int, *, recompute: bool) -> int:
     """Bytes kept of a number of patches.
 
     Args:
         vision: the model's ``vision_config``.
         patches: V, of this rank.
         nbytes: e.
+        recompute: blocks are recomputed (``recompute_granularity: full``) and keep their inputs alone.
     """
     if not patches:
         return 0
-    e, width, features, levels = nbytes, vision.hidden_size, vision.intermediate_size, _levels(vision)
-    statistics = 2 * e  # mean and reciprocal deviation of a layer norm
+    e, width, levels, statistics = nbytes, vision.hidden_size, _levels(vision), _statistics(nbytes)
     merged = patches // vision.spatial_merge_size**2
-    # Widths: norm inputs and outputs (4), rotated queries and keys (2), the projection whose view the values are (3),
-    # the attention's output and, joined over images, the output projection's input (2).
-    block = e * patches * (11 * width + 2 * features) + patches * (2 * statistics + FP32 * vision.num_heads)
     # Norm's output, the first linear's output, the second's input; merged, four patches are one row of fourfold width.
     merger = 3 * e * patches * width
-    kept = vision.depth * block + (levels + 1) * merger + levels * merged * statistics
+    of_block = e * patches * width if recompute else block(vision, patches, nbytes)
+    kept = vision.depth * of_block + (levels + 1) * merger + levels * merged * statistics
     kept += e * patches * width + patches * statistics  # the last block's output, which the merger's norm keeps
     kept += e * patches * patch_values(vision)
     # Cosines and sines of the rotary embedding; places and weights of the four position embeddings of a patch.
@@ -55,8 +68,8 @@ def tower(vision: Any, patches: int, nbytes: int) -> int:
 
 
 def merge(vision: Any, placeholders: int, hidden: int, nbytes: int) -> int:
-    """Bytes kept of putting features into the embeddings: ``index_copy`` keeps what it copies, and its places."""
-    return features(vision, placeholders, hidden, nbytes) + 2 * INT64 * placeholders
+    """Bytes kept of choosing features for tokens: ``index_copy`` keeps what it copies, ``index_select`` which."""
+    return features(vision, placeholders, hidden, nbytes) + INT64 * placeholders
 
 
 def patch_values(vision: Any) -> int:
