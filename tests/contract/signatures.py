@@ -6,6 +6,12 @@ A release is read without being imported: newer ones need another Python than th
 
     pip download --no-deps megatron-core==0.19.2 --python-version 3.12 --only-binary=:all: --dest DIRECTORY
     python -m tests.contract.signatures DIRECTORY/megatron_core-0.19.2-*.whl
+
+Transformer Engine's attention, which megatron-core calls for us, is read in the same way, from the wheel that has its
+Python sources:
+
+    pip download --no-deps transformer-engine==2.20.2 --only-binary=:all: --dest DIRECTORY
+    python -m tests.contract.signatures DIRECTORY/transformer_engine-2.20.2-*.whl
 """
 
 from __future__ import annotations
@@ -16,7 +22,6 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -29,52 +34,79 @@ _OPTIMIZERS = {
     f"{LIBRARY}.optimizer.optimizer.ChainedOptimizer.{method}": keywords
     for method, keywords in {
         "get_grad_norm": set(),
-        "load_state_dict": {"state_dict"},
         "prepare_grads": set(),
         "reload_model_params": set(),
-        "sharded_state_dict": {"model_sharded_state_dict", "is_loading"},
+        "scale_loss": {"loss"},
         "step": set(),
         "zero_grad": set(),
     }.items()
 }
+TE_ATTENTION = f"{LIBRARY}.extensions.transformer_engine.TEDotProductAttention"
 METHODS: dict[str, set[str]] = {
     **_OPTIMIZERS,
     f"{LIBRARY}.optimizer_param_scheduler.OptimizerParamScheduler.load_state_dict": {"state_dict"},
     f"{LIBRARY}.optimizer_param_scheduler.OptimizerParamScheduler.state_dict": set(),
     f"{LIBRARY}.optimizer_param_scheduler.OptimizerParamScheduler.step": {"increment"},
     f"{LIBRARY}.distributed.DistributedDataParallel.no_sync": set(),
+    f"{LIBRARY}.distributed.DistributedDataParallel.start_grad_sync": set(),
+    f"{LIBRARY}.distributed.DistributedDataParallel.start_param_sync": {"force_sync"},
     f"{LIBRARY}.distributed.DistributedDataParallel.zero_grad_buffer": set(),
     f"{LIBRARY}.transformer.MegatronModule": {"config"},
     f"{LIBRARY}.transformer.MegatronModule.sharded_state_dict": set(),
-    f"{LIBRARY}.packed_seq_params.PackedSeqParams": {
-        "qkv_format",
-        "cu_seqlens_q",
-        "cu_seqlens_kv",
-        "max_seqlen_q",
-        "max_seqlen_kv",
-    },
     f"{LIBRARY}.models.common.embeddings.language_model_embedding.LanguageModelEmbedding.forward": {
         "input_ids",
         "position_ids",
     },
-    f"{LIBRARY}.models.gpt.GPTModel.forward": {
-        "input_ids",
-        "position_ids",
-        "attention_mask",
-        "decoder_input",
-        "packed_seq_params",
-        "extra_block_kwargs",
-    },
     f"{LIBRARY}.models.gpt.GPTModel.set_input_tensor": {"input_tensor"},
     f"{LIBRARY}.models.gpt.GPTModel.shared_embedding_or_output_weight": set(),
+    f"{LIBRARY}.transformer.transformer_block.TransformerBlock.forward": {
+        "hidden_states",
+        "attention_mask",
+        "context",
+        "rotary_pos_emb",
+        "packed_seq_params",
+    },
     f"{LIBRARY}.transformer.transformer_layer.TransformerLayer.forward": {"context"},
+    # By its subclass, ``LogprobOutputLayer``.
+    f"{LIBRARY}.tensor_parallel.ColumnParallelLinear": {
+        "input_size",
+        "output_size",
+        "config",
+        "init_method",
+        "bias",
+        "skip_weight_param_allocation",
+        "tp_group",
+    },
+    # What megatron-core's attention passes to its core attention, handed on by ours.
+    TE_ATTENTION: {
+        "config",
+        "layer_number",
+        "attn_mask_type",
+        "attention_type",
+        "cp_comm_type",
+        "softmax_scale",
+        "pg_collection",
+    },
+    f"{TE_ATTENTION}.forward": {"query", "key", "value", "attention_mask", "attn_mask_type", "packed_seq_params"},
 }
-# What a call returns, where we call the result at once.
+# What a call returns, where we call the result at once: whichever schedule it is.
 _RESULTS = {
-    f"{LIBRARY}.pipeline_parallel.get_forward_backward_func": (
-        f"{LIBRARY}.pipeline_parallel.schedules.forward_backward_no_pipelining"
+    f"{LIBRARY}.pipeline_parallel.get_forward_backward_func": tuple(
+        f"{LIBRARY}.pipeline_parallel.schedules.{schedule}"
+        for schedule in ("forward_backward_no_pipelining", "forward_backward_pipelining_without_interleaving")
     )
 }
+# Where megatron-core calls something of ours, or hands on what is ours: (its function, what it calls there).
+CORE_ATTENTION_BUILT = (f"{LIBRARY}.transformer.attention.Attention.__init__", "submodules.core_attention")
+CORE_ATTENTION_CALLED = (f"{LIBRARY}.transformer.attention.Attention.forward", "apply_module(self.core_attention)")
+TE_ATTENTION_BUILT = (f"{TE_ATTENTION}.__init__", "super().__init__")
+TE_ATTENTION_CALLED = (f"{TE_ATTENTION}.forward", "super().forward")
+THEIR_CALLS = (CORE_ATTENTION_BUILT, CORE_ATTENTION_CALLED, TE_ATTENTION_BUILT, TE_ATTENTION_CALLED)
+PACKED = f"{LIBRARY}.packed_seq_params.PackedSeqParams"
+# Of Transformer Engine.
+DOT_PRODUCT_ATTENTION = (
+    "transformer_engine.pytorch.attention.dot_product_attention.dot_product_attention.DotProductAttention"
+)
 
 
 @dataclass
@@ -99,13 +131,11 @@ def our_calls(package: Path = PACKAGE) -> dict[str, Call]:
         for node in ast.walk(tree):
             if not isinstance(node, ast.Call):
                 continue
-            target = _target(node.func, names)
-            if target is None:
-                continue
-            call = calls.setdefault(target, Call())
-            call.keywords |= {keyword.arg for keyword in node.keywords if keyword.arg is not None}
-            if node.args:
-                call.positional.append(f"{file.relative_to(package.parent)}:{node.lineno}")
+            for target in _targets(node.func, names):
+                call = calls.setdefault(target, Call())
+                call.keywords |= _keywords(node)
+                if node.args:
+                    call.positional.append(f"{file.relative_to(package.parent)}:{node.lineno}")
     return calls
 
 
@@ -116,35 +146,41 @@ def _imports(tree: ast.Module) -> Iterator[tuple[str, str]]:
                 yield alias.asname or alias.name, f"{node.module}.{alias.name}"
 
 
-def _target(function: ast.expr, names: dict[str, str]) -> str | None:
+def _targets(function: ast.expr, names: dict[str, str]) -> tuple[str, ...]:
     if isinstance(function, ast.Name):
-        return names.get(function.id)
-    if isinstance(function, ast.Attribute):
-        owner = _target(function.value, names) if not isinstance(function.value, ast.Call) else None
-        return f"{owner}.{function.attr}" if owner else None
+        return (names[function.id],) if function.id in names else ()
+    if isinstance(function, ast.Attribute) and not isinstance(function.value, ast.Call):
+        return tuple(f"{owner}.{function.attr}" for owner in _targets(function.value, names))
     if isinstance(function, ast.Call):
-        return _RESULTS.get(_target(function.func, names) or "")
-    return None
+        return tuple(result for of in _targets(function.func, names) for result in _RESULTS.get(of, ()))
+    return ()
+
+
+def _keywords(call: ast.Call) -> set[str]:
+    return {keyword.arg for keyword in call.keywords if keyword.arg is not None}
 
 
 class Release:
-    """One release of megatron-core, as source.
+    """One release of a library, as source.
 
     Args:
-        root: the folder that holds ``megatron``, or a wheel.
+        root: the folder that holds its package, or a wheel.
+        library: its name, for messages.
+        version: None for megatron-core, which says it itself.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, library: str = "megatron-core", version: str | None = None) -> None:
         self._root: Path | zipfile.Path = root if root.is_dir() else zipfile.Path(root)
+        self._library = library
+        self.version = version or self._version()
         self._trees: dict[str, ast.Module] = {}
 
-    @cached_property
-    def version(self) -> str:
+    def _version(self) -> str:
         """As ``megatron.core.package_info`` has it."""
         names = ("MAJOR", "MINOR", "PATCH")
         values = {
             node.targets[0].id: ast.literal_eval(node.value)
-            for node in self._tree(f"{LIBRARY}.package_info").body
+            for node in ast.parse(self._file(f"{LIBRARY}.package_info").read_text()).body
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in names
         }
         return ".".join(str(values[name]) for name in names)
@@ -166,19 +202,48 @@ class Release:
         _, init = self._method(module, node, "__init__") or (module, None)
         return {} if init is None else _function_parameters(init, is_method=True)
 
+    def passed(self, function: str, callee: str) -> dict[str, bool]:
+        """What a function passes to something that it calls: argument -> whether by keyword, sorted.
+
+        Positional arguments are named by the variable that is passed. Of a mapping that is unpacked, the keys that the
+        function spells out are among them, and ``**`` if there can be others.
+
+        Raises:
+            LookupError: there is no such function, or no such call in it.
+        """
+        _, node, _ = self._find(function)
+        calls = [call for call in ast.walk(node) if isinstance(call, ast.Call) and ast.unparse(call.func) == callee]
+        if not calls:
+            raise LookupError(f"{self._library} {self.version}: {function} does not call {callee}")
+        passed = {ast.unparse(argument): False for call in calls for argument in call.args}
+        for call in calls:
+            passed |= dict.fromkeys(_keywords(call) | _unpacked(node, call), True)
+        return dict(sorted(passed.items()))
+
+    def packed_fields_for_transformer_engine(self) -> dict[str, bool]:
+        """Fields of ``PackedSeqParams`` that megatron-core passes on to a recent Transformer Engine; all False."""
+        module, node, _ = self._find(TE_ATTENTION)
+        assert isinstance(node, ast.ClassDef), module
+        dropped = {
+            ast.literal_eval(item.args[0])
+            for item in _walk_recent(node)
+            if isinstance(item, ast.Call) and ast.unparse(item.func) == "self.kept_packed_seq_params.discard"
+        }
+        return {field: False for field in self.parameters(PACKED) if field not in dropped}
+
     def _find(self, name: str) -> tuple[str, ast.FunctionDef | ast.ClassDef, bool]:
         """(module, definition, whether it is a method) of a dotted name, re-exports followed."""
         parts = name.split(".")
         cut = next((n for n in range(len(parts), 0, -1) if self._file(".".join(parts[:n]))), 0)
         if cut in (0, len(parts)):
-            raise LookupError(f"megatron-core {self.version} has no {name}")
+            raise LookupError(f"{self._library} {self.version} has no {name}")
         module, (first, *rest) = ".".join(parts[:cut]), parts[cut:]
         node, where = self._definition(module, first)
         if not rest:
             return where, node, False
         found = self._method(where, node, rest[0]) if isinstance(node, ast.ClassDef) else None
         if found is None:
-            raise LookupError(f"megatron-core {self.version} has no {name}")
+            raise LookupError(f"{self._library} {self.version} has no {name}")
         return found[0], found[1], True
 
     def _definition(self, module: str, name: str) -> tuple[ast.FunctionDef | ast.ClassDef, str]:
@@ -191,7 +256,7 @@ class Release:
                         source = self._absolute(module, node)
                         if self._file(source):
                             return self._definition(source, alias.name)
-        raise LookupError(f"megatron-core {self.version}: {module} defines no {name}")
+        raise LookupError(f"{self._library} {self.version}: {module} defines no {name}")
 
     def _absolute(self, module: str, node: ast.ImportFrom) -> str:
         if not node.level:
@@ -270,16 +335,68 @@ def _function_parameters(node: ast.FunctionDef, *, is_method: bool) -> dict[str,
     return dict(sorted([*names, *([(ANY, False)] if arguments.kwarg else [])]))
 
 
+def _unpacked(function: ast.AST, call: ast.Call) -> set[str]:
+    """Keys of the mappings that a call unpacks, as far as the function that it is in spells them out."""
+    keys: set[str] = set()
+    for mapping in [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg is None]:
+        for item in ast.walk(function):
+            if isinstance(item, ast.Assign | ast.AnnAssign):
+                target = item.targets[0] if isinstance(item, ast.Assign) else item.target
+                if isinstance(target, ast.Subscript) and ast.unparse(target.value) == mapping:
+                    keys.add(ast.literal_eval(target.slice))
+                elif ast.unparse(target) == mapping:
+                    keys |= _spelled_out(function, item.value)
+    return keys
+
+
+def _spelled_out(function: ast.AST, mapping: ast.expr | None) -> set[str]:
+    if isinstance(mapping, ast.Dict) and not mapping.keys:
+        return set()
+    if isinstance(mapping, ast.Call) and ast.unparse(mapping.func) == "dict":
+        return _keywords(mapping) | _unpacked(function, mapping)
+    return {ANY}
+
+
+def _walk_recent(node: ast.AST) -> Iterator[ast.AST]:
+    """``ast.walk`` but for what only old releases of Transformer Engine need."""
+    yield node
+    if not (isinstance(node, ast.If) and ast.unparse(node.test).startswith("get_te_version() <")):
+        for child in ast.iter_child_nodes(node):
+            yield from _walk_recent(child)
+
+
 def wanted() -> dict[str, set[str]]:
     """Dotted name -> keywords that this package passes to it."""
     return {**{name: call.keywords for name, call in our_calls().items()}, **METHODS}
 
 
+def megatron_core(release: Release) -> dict[str, dict[str, bool]]:
+    """What we want to know of a release of megatron-core."""
+    return {
+        **{name: release.parameters(name) for name in wanted()},
+        **{f"{function} > {callee}": release.passed(function, callee) for function, callee in THEIR_CALLS},
+        f"{PACKED} > {TE_ATTENTION}": release.packed_fields_for_transformer_engine(),
+    }
+
+
+def transformer_engine(release: Release) -> dict[str, dict[str, bool]]:
+    """What we want to know of a release of Transformer Engine."""
+    return {name: release.parameters(name) for name in (DOT_PRODUCT_ATTENTION, f"{DOT_PRODUCT_ATTENTION}.forward")}
+
+
+def vendored(library: str, version: str) -> Path:
+    """Where the signatures of a release are kept."""
+    return HERE / f"{library}_{version.replace('.', '_')}.json"
+
+
 def main() -> None:
     """Write the signatures of the wheel named on the command line."""
-    release = Release(Path(sys.argv[1]))
-    lines = [f"{json.dumps(name)}: {json.dumps(release.parameters(name))}" for name in sorted(wanted())]
-    target = HERE / f"megatron_core_{release.version.replace('.', '_')}.json"
+    wheel = Path(sys.argv[1])
+    library, version, *_ = wheel.name.split("-")
+    release = Release(wheel, library, version)
+    signatures = {"megatron_core": megatron_core, "transformer_engine": transformer_engine}[library](release)
+    lines = [f"{json.dumps(name)}: {json.dumps(signatures[name])}" for name in sorted(signatures)]
+    target = vendored(library, version)
     target.write_text("{\n" + ",\n".join(lines) + "\n}\n")  # a line a name, so that two releases compare well
     print(f"wrote {target}")
 

@@ -15,18 +15,39 @@ from pathlib import Path
 import megatron.core
 import pytest
 
-from tests.contract.signatures import ANY, HERE, Release, our_calls, wanted
+from megatron_g2rpo.policy.attention import PackedCoreAttention, TransformerEngineCoreAttention
+from tests.contract.signatures import (
+    ANY,
+    CORE_ATTENTION_BUILT,
+    CORE_ATTENTION_CALLED,
+    HERE,
+    TE_ATTENTION,
+    Release,
+    megatron_core,
+    our_calls,
+    vendored,
+    wanted,
+)
 
 NEWEST = "0.19.2"  # of the range in pyproject.toml
 CALLS = wanted()
+# Cannot be imported where Transformer Engine is not installed: read from source.
+SOURCE_ONLY = {name for name in CALLS if name.startswith(TE_ATTENTION)}
+CORE_ATTENTIONS = (PackedCoreAttention, TransformerEngineCoreAttention)
 
 
-def vendored() -> dict[str, dict[str, bool]]:
-    return json.loads((HERE / f"megatron_core_{NEWEST.replace('.', '_')}.json").read_text())
+def installed_release() -> Release:
+    return Release(Path(megatron.core.__file__).parents[2])
+
+
+def newest() -> dict[str, dict[str, bool]]:
+    return json.loads(vendored("megatron_core", NEWEST).read_text())
 
 
 def installed(name: str) -> dict[str, bool]:
     """Parameters of a name of the installed release -> whether they must be given, by ``inspect``."""
+    if name in SOURCE_ONLY:
+        return installed_release().parameters(name)
     module, attributes = name, []
     while not _imports(module):
         module, _, attribute = module.rpartition(".")
@@ -67,7 +88,7 @@ def test_the_installed_release_takes_what_we_pass(name: str) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_the_newest_supported_release_takes_what_we_pass(name: str) -> None:
-    signatures = vendored()
+    signatures = newest()
     assert name in signatures, f"{name} is new: write the signatures again, see tests/contract/signatures.py"
     assert not misfits(CALLS[name], signatures[name])
 
@@ -82,9 +103,9 @@ def test_the_newest_supported_release_is_below_the_bound_of_pyproject() -> None:
 
 def test_source_and_inspect_agree() -> None:
     """The reader of source, whose word on the newest release is taken, against Python's own on the installed one."""
-    release = Release(Path(megatron.core.__file__).parents[2])
+    release = installed_release()
     assert release.version == megatron.core.__version__
-    for name in CALLS:
+    for name in CALLS.keys() - SOURCE_ONLY:
         assert release.parameters(name) == installed(name), name
 
 
@@ -94,10 +115,31 @@ def test_arguments_are_passed_by_keyword() -> None:
     assert not positional
 
 
+@pytest.mark.parametrize("attention", CORE_ATTENTIONS, ids=lambda attention: attention.__name__)
+@pytest.mark.parametrize("version", ["installed", NEWEST])
+def test_core_attentions_take_what_attention_passes(version: str, attention: type) -> None:
+    """The other way round: what megatron-core's attention builds and calls its core attention with."""
+    signatures = newest() if version == NEWEST else megatron_core(installed_release())
+    for (function, callee), target in (
+        (CORE_ATTENTION_BUILT, attention.__init__),
+        (CORE_ATTENTION_CALLED, attention.forward),
+    ):
+        passed = signatures[f"{function} > {callee}"]
+        _, *parameters = inspect.signature(target).parameters.values()  # without self
+        positional = [name for name, by_keyword in passed.items() if not by_keyword]
+        assert set(positional) == {parameter.name for parameter in parameters[: len(positional)]}
+        takes = {
+            ANY if parameter.kind is parameter.VAR_KEYWORD else parameter.name: parameter.default is parameter.empty
+            and parameter.kind is not parameter.VAR_KEYWORD
+            for parameter in parameters
+        }
+        assert not misfits(set(passed), takes)
+
+
 def test_misfits_are_seen() -> None:
     """Negative: a keyword that is gone, one that became necessary, and a name that is no more."""
     assert misfits({"a", "b"}, {"a": True, "c": True, "d": False}) == ["does not take b", "needs c"]
     assert misfits({"a", "b"}, {"a": True, ANY: False}) == []
-    release = Release(Path(megatron.core.__file__).parents[2])
+    release = installed_release()
     with pytest.raises(LookupError, match=r"has no megatron\.core\.optimizer\.optimizer\.ChainedOptimizer\.fly"):
         release.parameters("megatron.core.optimizer.optimizer.ChainedOptimizer.fly")

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claim: known mistakes of packing and of the loss are refused, or seen by the parity tests by a wide margin.
 
-Each test makes one on purpose and says where it was met. Those that need several ranks are in ``tests/parallel``; that
-the chunked rotary layout is seen, in ``test_parity.py``; that unknown weights (norms folded into Transformer Engine's
-linears) are refused, in ``tests/unit/weights``; that rows which cannot be cut are, in ``test_context_parallel.py``.
+Each test makes one on purpose and says where it was met. Others are elsewhere: those that need several ranks in
+``tests/parallel/test_traps.py``; weights and features in the wrong place in ``test_silent_errors.py``; the chunked
+rotary layout in ``test_parity.py``; logits changed in place, or rounded before the loss, in ``test_logprobs.py``; rows
+that cannot be cut in ``test_context_parallel.py``; a first stage that deepstack reaches beyond in ``test_layout.py``;
+norms folded into Transformer Engine's linears in ``tests/unit/weights``; Adam's step counter, shared after a load, in
+``tests/parallel/test_checkpoint_layouts.py``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claim: Transformer Engine's attention, through megatron-core, takes and computes what the policy asks of it.
+
+It runs on GPUs only, so this holds the way there: what ours passes to megatron-core's wrapper (here, and with all other
+calls in ``test_megatron_core.py``), what the wrapper passes on, by source; and, with an attention of plain torch in its
+place, shapes and the meaning of every field.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import megatron.core
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor, nn
+
+from megatron_g2rpo.data.packing import Packer, PackSequence
+from megatron_g2rpo.nouns import ModelInputs, PackedBatch
+from megatron_g2rpo.policy.attention import PackedCoreAttention, TransformerEngineCoreAttention, packed_row_params
+from tests.contract.signatures import (
+    ANY,
+    CORE_ATTENTION_BUILT,
+    DOT_PRODUCT_ATTENTION,
+    HERE,
+    METHODS,
+    PACKED,
+    TE_ATTENTION,
+    TE_ATTENTION_BUILT,
+    TE_ATTENTION_CALLED,
+    Release,
+    megatron_core,
+    our_calls,
+    vendored,
+)
+from tests.contract.test_megatron_core import NEWEST
+
+TRANSFORMER_ENGINE = "2.20.2"  # of the extra `te` in pyproject.toml
+VERSIONS = ["installed", NEWEST]
+HEADS, GROUPS, DIM = 4, 2, 8
+SCALE = 0.3
+
+
+def signatures(version: str) -> dict[str, dict[str, bool]]:
+    """Of megatron-core."""
+    if version == NEWEST:
+        return json.loads(vendored("megatron_core", NEWEST).read_text())
+    return megatron_core(Release(Path(megatron.core.__file__).parents[2]))
+
+
+def transformer_engine() -> dict[str, dict[str, bool]]:
+    return json.loads(vendored("transformer_engine", TRANSFORMER_ENGINE).read_text())
+
+
+def test_the_release_is_that_of_pyproject() -> None:
+    assert f'"transformer-engine[core_cu13]=={TRANSFORMER_ENGINE};' in (HERE.parents[1] / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_wrapper_is_built_with_what_attention_passes(version: str) -> None:
+    function, callee = CORE_ATTENTION_BUILT
+    assert signatures(version)[f"{function} > {callee}"].keys() == METHODS[TE_ATTENTION]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_transformer_engine_takes_what_the_wrapper_passes(version: str) -> None:
+    passes, takes = signatures(version), transformer_engine()
+    for (function, callee), target in (
+        (TE_ATTENTION_BUILT, DOT_PRODUCT_ATTENTION),
+        (TE_ATTENTION_CALLED, f"{DOT_PRODUCT_ATTENTION}.forward"),
+    ):
+        passed = passes[f"{function} > {callee}"]
+        by_keyword = {name for name, by_keyword in passed.items() if by_keyword and name != ANY}
+        assert by_keyword
+        assert by_keyword <= takes[target].keys()
+        # What is not spelled out are the fields of the packed row: see the next test.
+        assert (ANY in passed) == ((function, callee) == TE_ATTENTION_CALLED)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_field_of_a_packed_row_arrives(version: str) -> None:
+    arriving = signatures(version)[f"{PACKED} > {TE_ATTENTION}"].keys()
+    assert our_calls()[PACKED].keywords <= arriving
+    assert arriving <= transformer_engine()[f"{DOT_PRODUCT_ATTENTION}.forward"].keys()
+
+
+# -- with plain torch in its place --------------------------------------------------------------------------------
+
+
+class PlainTorch(nn.Module):
+    """``TEDotProductAttention`` for packed ("thd") rows, one sequence after the other.
+
+    As Transformer Engine documents it: tokens ``[T, heads, dim]`` to ``[T, heads * dim]``; sequence i lies at
+    ``cu_seqlens_q_padded[i]``, and has ``cu_seqlens_q[i + 1] - cu_seqlens_q[i]`` tokens.
+    """
+
+    def __init__(self, config: Any, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        assert type(packed_seq_params) is PackedSeqParams  # every field of a subclass would be passed on as well
+        assert (packed_seq_params.qkv_format, attn_mask_type, attention_mask) == ("thd", AttnMaskType.causal, None)
+        lengths = [end - start for start, end in pairwise(packed_seq_params.cu_seqlens_q.tolist())]
+        spans = list(pairwise(packed_seq_params.cu_seqlens_q_padded.tolist()))
+        assert packed_seq_params.max_seqlen_q == max(end - start for start, end in spans)
+        assert len(query) == spans[-1][1]
+        out = query.new_zeros(len(query), query.shape[1] * query.shape[2])
+        for length, (start, _) in zip(lengths, spans, strict=True):
+            q, k, v = (x[start : start + length].transpose(0, 1) for x in (query, key, value))
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
+            out[start : start + length] = attended.transpose(0, 1).flatten(1)
+        return out
+
+
+@pytest.fixture
+def attentions(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, nn.Module]:
+    """Ours for Transformer Engine, with plain torch in its place, and the local one."""
+    module: Any = ModuleType("megatron.core.extensions.transformer_engine")
+    module.TEDotProductAttention = PlainTorch
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    arguments = {
+        "config": SimpleNamespace(context_parallel_size=1),
+        "layer_number": 1,
+        "attn_mask_type": AttnMaskType.causal,
+        "attention_type": "self",
+        "cp_comm_type": "p2p",
+        "softmax_scale": SCALE,
+        "pg_collection": None,
+    }
+    return TransformerEngineCoreAttention(**arguments), PackedCoreAttention(**arguments)
+
+
+def row(*lengths: int, multiple: int) -> PackedBatch:
+    """Sequences of these lengths, each padded to a multiple."""
+    none = torch.zeros(0, 12), torch.zeros(0, 3, dtype=torch.int64)
+    sequences = [
+        PackSequence(
+            inputs=ModelInputs(token_ids=torch.arange(length - 1), pixel_values=none[0], image_grid_thw=none[1]),
+            response_ids=torch.tensor([1]),
+        )
+        for length in lengths
+    ]
+    packer = Packer(98, 2, pad_token_id=99, sequence_multiple=multiple, row_multiple=multiple)
+    (batch,) = packer.pack(sequences, budget=100)
+    return batch
+
+
+@pytest.mark.parametrize("multiple", [1, 8], ids=["dense", "padded"])
+def test_a_packed_row_is_attended_alike(attentions: tuple[nn.Module, nn.Module], multiple: int) -> None:
+    batch = row(5, 16, 2, 9, multiple=multiple)
+    generator = torch.Generator().manual_seed(0)
+    tokens = len(batch.tokens)
+    inputs = [
+        torch.randn(tokens, 1, heads, DIM, generator=generator, requires_grad=True) for heads in (HEADS, GROUPS, GROUPS)
+    ]
+    grad = torch.randn(tokens, 1, HEADS * DIM, generator=generator)
+    results = []
+    for attention in attentions:
+        out = attention(
+            *inputs,
+            None,
+            attn_mask_type=AttnMaskType.causal,
+            attention_bias=None,
+            packed_seq_params=packed_row_params(batch),
+        )
+        results.append((out, *torch.autograd.grad(out, inputs, grad)))
+    for ours, local in zip(*results, strict=True):
+        torch.testing.assert_close(ours, local, rtol=0, atol=1e-5)  # fp32 sums in another order
+
+
+def test_a_row_without_padding_says_so() -> None:
+    """Transformer Engine compares the two offsets by identity; more kernels take a row without padding."""
+    dense, padded = packed_row_params(row(5, 16, multiple=1)), packed_row_params(row(5, 16, multiple=8))
+    assert dense.cu_seqlens_q_padded is dense.cu_seqlens_q
+    assert dense.cu_seqlens_kv_padded is dense.cu_seqlens_kv
+    assert padded.cu_seqlens_q_padded is not padded.cu_seqlens_q
+    assert padded.cu_seqlens_q_padded.tolist() == [0, 8, 24]
