@@ -382,6 +382,17 @@ def the_loss_is_a_mean_over_each_rank(policy: MegatronPolicy, scene: Scene) -> E
     return measure(policy, scene, rows, loss=mean)
 
 
+@refused("dp2", "a loss must report the same metrics in every micro-batch and on every rank")
+def a_metric_is_reported_by_one_rank(policy: MegatronPolicy, scene: Scene) -> Errors:
+    """A sum over ranks would abort, or wait for ever: a metric of a task that the other rank has nothing of."""
+
+    def reported(batch: PackedBatch, stats: TokenStats) -> LossTerms:
+        terms = toy_loss(batch, stats)
+        return replace(terms, sums={**terms.sums, "task": torch.ones(())} if dist.get_rank() else terms.sums)
+
+    return measure(policy, scene, loss=reported)
+
+
 # -----------------------------------------------------------------------------------------------------------------
 
 
