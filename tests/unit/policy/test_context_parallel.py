@@ -86,7 +86,9 @@ def test_attention_of_the_shares_is_attention_of_the_row(size: int, monkeypatch:
 
         shares = [context_parallel.local_tokens(batch.cu_seqlens_padded, size, rank) for rank in range(size)]
         gathered = torch.stack((k, v), dim=1)[torch.cat(shares)]
-        monkeypatch.setattr(attention, "gather_from_sequence_parallel_region", lambda *_, gathered=gathered, **__: gathered)
+        monkeypatch.setattr(
+            attention, "gather_from_sequence_parallel_region", lambda *_, gathered=gathered, **__: gathered
+        )
         out = torch.zeros(length, 32)
         for rank, tokens in enumerate(shares):
             core = PackedCoreAttention(
