@@ -158,7 +158,9 @@ def indices(slots: Slots, recompute: Recompute) -> int:
     return INT64 * (slots.queries + slots.keys + places * slots.tokens)
 
 
-def stage_layers(size: Sizes, slots: Slots, recompute: Recompute, layers: int, context_levels: int) -> int:
+def stage_layers(
+    size: Sizes, slots: Slots, recompute: Recompute, layers: int, context_levels: int, *, first: bool
+) -> int:
     """Bytes that a stage's layers keep of one micro-batch.
 
     Args:
@@ -168,12 +170,18 @@ def stage_layers(size: Sizes, slots: Slots, recompute: Recompute, layers: int, c
         layers: of the stage.
         context_levels: deepstack levels that travel through the stage's layers (0 without images or on later stages);
             a checkpointed layer keeps them with its input.
+        first: the stage embeds. Under sequence parallelism a rank's share of the embeddings (and of the deepstack
+            levels) is a view of all tokens', so that what keeps the share keeps all.
     """
     chunks, whole = recompute.chunks(layers)
     kept = whole * layer(size, slots, selective=recompute.granularity == "selective")
+    hidden = size.nbytes * size.shared * size.hidden
+    others = size.nbytes * (size.tokens - size.shared) * size.hidden if first else 0
     if chunks:
-        hidden = size.nbytes * size.shared * size.hidden
-        kept += len(chunks) * hidden + context_levels * hidden + FP32 * size.tokens * size.head_dim  # rotary angles
+        kept += len(chunks) * hidden + FP32 * size.tokens * size.head_dim  # inputs; rotary angles
+        kept += context_levels * (hidden + others) + others
+    elif size.nbytes == FP32:
+        kept += others  # the first norm keeps its input
     return kept + indices(slots, recompute)
 
 

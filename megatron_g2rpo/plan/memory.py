@@ -154,7 +154,7 @@ def kept_of_row(recipe: Recipe, hf_config: Any, layout: Layout, row: Row, stage:
     first, last = stage == 0, stage == layout.pipeline - 1
     return Kept(
         layers=activations.stage_layers(
-            size, slots, recompute_of(recipe), layers, context_levels(hf_config, row, stage)
+            size, slots, recompute_of(recipe), layers, context_levels(hf_config, row, stage), first=first
         ),
         vision=_kept_of_images(recipe, hf_config, layout, row) if first else 0,
         output=activations.output_layer(size, _logit_chunks(recipe, text, layout, row)) if last else 0,

@@ -11,12 +11,13 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.data.packing import Packer, PackSequence
 from megatron_g2rpo.nouns import NO_LABEL, PackedBatch, TokenStats
-from megatron_g2rpo.plan.memory import NBYTES, data_parallelism, kept_of_row
+from megatron_g2rpo.plan.memory import data_parallelism, kept_of_row
 from megatron_g2rpo.plan.rows import Row
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.layout import Layout, layout_of, token_multiples
@@ -153,21 +154,37 @@ def kept_bytes(policy: MegatronPolicy, batch: PackedBatch) -> int:
     return sum(change for change in changes if abs(change) != torch.get_rng_state().nbytes)
 
 
-def planned_bytes(recipe: Recipe, hf_config: Any, row: Row, stage: int = 0) -> int:
-    """What a plan says of the same."""
-    layout, policy = layout_of(recipe.policy.megatron_cfg), recipe.policy
-    planned = kept_of_row(recipe, hf_config, layout, row, stage).total
-    tokens = row.tokens // layout.context
+def saved_bytes(policy: MegatronPolicy, batch: PackedBatch) -> int:
+    """What autograd saves in this rank's forward pass in one update: every storage once, parameters not.
+
+    For several ranks, where the profiler does not see what communication threads free. It does not see what closures
+    hold, as recomputation does.
+    """
+    parameters = set(_storages(parameter.data for parameter in policy.model.parameters()))
+    saved: dict[int, tuple[Any, int]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in parameters:
+            # With the storage itself, so that its address stays its own.
+            saved[storage.data_ptr()] = (storage, storage.nbytes())
+        return tensor
+
+    forward = policy.model.forward
+
+    def watched(*arguments: Any, **keywords: Any) -> Any:
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            return forward(*arguments, **keywords)
+
+    with patch.object(policy.model, "forward", watched):
+        policy.gradients([batch], toy_loss)
+    return sum(size for _, size in saved.values())
+
+
+def planned_bytes(recipe: Recipe, hf_config: Any, row: Row) -> int:
+    """What a plan says that ``kept_bytes`` is, in one process."""
     # Token ids and labels are the micro-batch's, and were there before.
-    planned -= 8 * tokens * ((stage == 0) + (stage == layout.pipeline - 1))
-    hidden = NBYTES[policy.precision] * hf_config.text_config.hidden_size * tokens
-    if layout.sequence_parallel:
-        hidden //= layout.tensor
-    if stage < layout.pipeline - 1:
-        planned += hidden  # the output; the plan counts it at the boundary of stages
-    if stage > 0 and (policy.precision == "float32" or policy.megatron_cfg.recompute_granularity == "full"):
-        planned -= hidden  # the input, which was there before and which the first layer keeps
-    return planned
+    return kept_of_row(recipe, hf_config, Layout(), row, 0).total - 2 * 8 * row.tokens
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
@@ -248,21 +265,15 @@ def watched_wire(smallest: int) -> Iterator[Wire]:
     def broadcast(tensor: Tensor, *_: Any, group: Any = None, **__: Any) -> None:
         count("broadcast", tensor.nbytes, group)
 
-    def send(tensor: Tensor, *_: Any, **__: Any) -> None:
-        if tensor.nbytes >= smallest:
-            wire.add("send", tensor.nbytes)
-
     def point_to_point(operations: list[Any]) -> None:
         for operation in operations:
-            if operation.op is original_send:
-                send(operation.tensor)
+            if operation.op is dist.isend and operation.tensor.nbytes >= smallest:
+                wire.add("send", operation.tensor.nbytes)
 
-    original_send = dist.isend
     with contextmanagers(
         patch.object(dist, "all_reduce", wrapped(dist.all_reduce, all_reduce)),
         patch.object(dist, "all_gather", wrapped(dist.all_gather, gather_list)),
         patch.object(dist, "broadcast", wrapped(dist.broadcast, broadcast)),
-        patch.object(dist, "isend", wrapped(dist.isend, send)),
         patch.object(dist, "batch_isend_irecv", wrapped(dist.batch_isend_irecv, point_to_point)),
         *(
             patch.object(module, f"dist_{name}_func", wrapped(getattr(module, f"dist_{name}_func"), note))

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank of test_ranks.py: plans against real policies, one layout after the other. Usage: DIRECTORY
+
+The directory holds the tiny models. Every rank prints a line for each case, and what is wrong below it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_g2rpo.plan.buffers import model_state
+from megatron_g2rpo.plan.memory import NBYTES, kept_of_row
+from megatron_g2rpo.plan.model import Model, read_config
+from megatron_g2rpo.plan.rows import MicroBatches
+from megatron_g2rpo.plan.wire import OPTIMIZER_STEP, ROLLOUT_STEP, Traffic, stage_traffic
+from megatron_g2rpo.policy import parallel
+from megatron_g2rpo.policy.device import init_process_group, select
+from megatron_g2rpo.policy.layout import layout_of
+from megatron_g2rpo.policy.megatron import MegatronPolicy
+from tests.unit.plan.measured import (
+    MEGATRON,
+    REDUCTION,
+    batch_of,
+    policy_of,
+    row_of,
+    saved_bytes,
+    shape_of,
+    state_bytes,
+    tiny_recipe,
+    toy_loss,
+    watched_wire,
+)
+
+TENSOR, CONTEXT = f"{MEGATRON}tensor_model_parallel_size=2", f"{MEGATRON}context_parallel_size=2"
+PIPELINE = f"{MEGATRON}pipeline_model_parallel_size=2"
+SEQUENCE, DISTRIBUTED = f"{MEGATRON}sequence_parallel=true", f"{REDUCTION}use_distributed_optimizer=true"
+OVERLAP = f"{REDUCTION}overlap_grad_reduce=true"
+FULL, SELECTIVE = f"{MEGATRON}recompute_granularity=full", f"{MEGATRON}recompute_granularity=selective"
+FLOAT32 = "policy.precision=float32"
+
+CASES: list[tuple[str, list[str]]] = [
+    ("tied", [FLOAT32, TENSOR]),
+    ("untied", [TENSOR, SEQUENCE, DISTRIBUTED]),
+    ("one_kv_head", [FLOAT32, TENSOR, SEQUENCE]),
+    ("tied", [FLOAT32, TENSOR, SEQUENCE, FULL]),
+    ("untied", [FLOAT32, DISTRIBUTED, OVERLAP]),
+    ("tied", [DISTRIBUTED]),
+    ("untied", [FLOAT32]),
+    ("tied", [FLOAT32, CONTEXT]),
+    ("tied", [CONTEXT]),
+    ("untied", [CONTEXT, SELECTIVE, DISTRIBUTED]),
+    ("tied", [FLOAT32, PIPELINE]),
+    ("tied", [PIPELINE, DISTRIBUTED]),
+    ("untied", [FLOAT32, PIPELINE, FULL, f"{MEGATRON}num_layers_in_first_pipeline_stage=3"]),
+]
+
+# Kept activations are derived to the byte, as in one process, but a plan takes the largest share of everything, and
+# different context-parallel ranks may have those of images, of placeholders and of labels.
+KEPT = 5e-3
+# A plan leaves small messages out. The tensors here are small enough for norms' gradients to be no larger than those.
+SENT, SMALL = 5e-3, 10_000
+
+ROW = ((((8, 8),), ((6, 10), (4, 4)), ()), 150, 20)
+
+
+def check(directory: Path, shape: str, overrides: list[str]) -> dict[str, tuple[Any, Any]]:
+    """A plan of one layout and the policy of this rank: what they say of the same, (planned, real)."""
+    recipe = tiny_recipe(directory / shape, *overrides, world=dist.get_world_size(), kind="train")
+    policy = policy_of(recipe)
+    layout, parallelism = shape_of(recipe)
+    stage, rank = policy.groups.pipeline_rank, dist.get_rank(policy.groups.data_context)
+    model = Model(read_config(recipe.policy.model_name))
+    batch = batch_of(model.config, layout, *ROW)
+    row = row_of(model.config, batch)
+
+    saved = most(saved_bytes(policy, batch), policy)
+    kept = kept_of_row(recipe, model.config, layout, row, stage).total
+    batches = [batch, batch]
+    with watched_wire(SMALL) as steps:
+        policy.logprobs(batches)
+        policy.update(batches, toy_loss)
+    counts = MicroBatches(row, count=2, tokens=2 * row.tokens, images=2 * len(row.images), sequences=6)
+    traffic = stage_traffic(recipe, model, layout, counts, stage)
+    with watched_wire(0) as stream:
+        for _ in policy.stream():
+            pass
+
+    parameters = model.stage_parameters(layout_of(recipe.policy.megatron_cfg), stage, freeze_vision=False)
+    state = model_state(parameters, parallelism, stage, nbytes=NBYTES[recipe.policy.precision], rank=rank)
+    found = {
+        "names": (
+            [without_layer(p.name) for p in parameters],
+            [without_layer(n) for n, _ in policy.model.named_parameters()],
+        ),
+        "state": ((state.weights, state.gradients, state.optimizer), state_bytes(policy)),
+        "sent in a step": (by_collective(traffic, OPTIMIZER_STEP), pytest.approx(steps.sent, rel=SENT)),
+        "sent to the engine": (by_collective(traffic, ROLLOUT_STEP), pytest.approx(stream.sent, rel=SENT)),
+    }
+    if recipe.policy.megatron_cfg.recompute_granularity is None:  # else see saved_bytes
+        found["kept"] = (kept, pytest.approx(saved, rel=KEPT))
+    return found
+
+
+def without_layer(name: str) -> str:
+    """Layers of a policy count from its stage's first, those of a plan from the model's."""
+    return re.sub(r"decoder\.layers\.\d+", "decoder.layers", name)
+
+
+def most(size: int, policy: MegatronPolicy) -> int:
+    """The largest among the ranks of this stage."""
+    sizes = [torch.zeros(2, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([policy.groups.pipeline_rank, size]))
+    return max(int(of) for stage, of in sizes if int(stage) == policy.groups.pipeline_rank)
+
+
+def by_collective(traffic: list[Traffic], per: str) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for line in traffic:
+        if line.per == per:
+            sums[line.collective] = sums.get(line.collective, 0.0) + line.sent
+    return sums
+
+
+def main() -> int:
+    directory, *words = sys.argv[1:]
+    init_process_group(select("cpu"))
+    failed = 0
+    for shape, overrides in CASES:
+        what = " ".join([shape, *(override.rpartition(".")[2] for override in overrides)])
+        if not all(word in what for word in words):
+            continue
+        wrong = [
+            f"{name}: planned {planned}, is {real}"
+            for name, (planned, real) in check(Path(directory), shape, overrides).items()
+            if planned != real
+        ]
+        parallel.reset()
+        failed += bool(wrong)
+        print(
+            "\n    ".join([f"plan {'FAILED' if wrong else 'holds'} [{what}] on rank {dist.get_rank()}", *wrong]),
+            flush=True,
+        )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
