@@ -15,6 +15,7 @@ from megatron_g2rpo.train import launch
 from tests.e2e.toy import Toy, break_image, call, command, error_of, metrics, only_error, write_shards
 
 TENSOR_PARALLEL = "policy.megatron_cfg.tensor_model_parallel_size"
+PIPELINE_PARALLEL = "policy.megatron_cfg.pipeline_model_parallel_size"
 # One step and nothing around it.
 BARE = ("grpo.max_num_steps=1", "grpo.val_at_start=false", "grpo.val_at_end=false", "checkpointing.export_hf=false")
 
@@ -72,20 +73,25 @@ def test_a_reward_that_raises_names_the_sample(own: Toy, tmp_path: Path) -> None
     assert "raised ValueError: the reference answer 'many' is not a number" in message
 
 
-@pytest.mark.parametrize("size", [3, 4])
-def test_tensor_parallelism_that_does_not_divide_the_heads_starts_no_process(
-    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+@pytest.mark.parametrize(
+    ("key", "size", "why"),
+    [
+        (TENSOR_PARALLEL, 3, f"{TENSOR_PARALLEL}=3 does not divide the model's 4 attention heads"),
+        (PIPELINE_PARALLEL, 3, f"{PIPELINE_PARALLEL}=3: 4 layers do not divide over 3 stages"),
+    ],
+    ids=["heads", "layers"],
+)
+def test_a_layout_that_the_model_cannot_be_split_into_starts_no_process(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, size: int, why: str
 ) -> None:
     monkeypatch.setattr(launch, "launch", lambda *_: pytest.fail("processes were started"))
     recipe = recipe_of(toy, tmp_path)
-    heads = {3: "4 attention heads", 4: "2 key/value heads"}[size]
-    expected = f"{TENSOR_PARALLEL}={size} does not divide the model's {heads}"
-    assert error_of("train", recipe, "--nproc", size, f"{TENSOR_PARALLEL}={size}") == expected
+    assert error_of("train", recipe, "--nproc", size, f"{key}={size}").startswith(why)
     arguments = ("--model", toy.model, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
-    assert error_of("logprobs", *arguments, "--nproc", size, f"{TENSOR_PARALLEL}={size}") == expected
+    assert error_of("logprobs", *arguments, "--nproc", size, f"{key}={size}").startswith(why)
     assert not (tmp_path / "run").exists()
     # Without processes to spread it over, the recipe itself is at fault.
-    assert TENSOR_PARALLEL in error_of("train", recipe, f"{TENSOR_PARALLEL}={size}")
+    assert TENSOR_PARALLEL in error_of("train", recipe, f"{key}={size}")
 
 
 def test_a_model_that_is_not_there_is_named(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
