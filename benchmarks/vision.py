@@ -35,7 +35,7 @@ from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.train.losses import sft_loss
 
 MODEL = "examples/quickstart/policy"
-PROMPTS, SAMPLES, SIDE, TEXT, RESPONSE, TURNS = 4, 8, 64, 40, 64, 3
+PROMPTS, SAMPLES, SIDE, TEXT, RESPONSE, TURNS = 2, 8, 64, 40, 64, 3
 
 
 class Stopwatch:
