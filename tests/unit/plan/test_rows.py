@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claim: rows, micro-batches and attention slots of a plan are what the packer and the core attention make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_g2rpo.data.packing import Packer, PackSequence
+from megatron_g2rpo.nouns import ModelInputs
+from megatron_g2rpo.plan.activations import Recompute, logit_chunks
+from megatron_g2rpo.plan.rows import Row, assume, attention_slots, micro_batches
+from megatron_g2rpo.plan.vision import image_share
+from megatron_g2rpo.policy.attention import packed_row_params
+from megatron_g2rpo.policy.layout import Layout, layout_of
+from megatron_g2rpo.policy.logprobs import _Chunks
+from megatron_g2rpo.policy.vision import assign_images
+from tests.tiny_model import make_tiny_qwen3vl, special_tokens, tiny_config
+from tests.unit.plan.measured import MEGATRON, batch_of, row_of, tiny_recipe
+
+
+@pytest.mark.parametrize("context", [1, 2, 4])
+def test_attention_slots_are_those_of_the_core_attention(context: int) -> None:
+    config, layout = tiny_config(), Layout(context=context)
+    for grids, text, response in ((((), (), ()), 7, 3), ((((4, 6),), ((8, 8), (2, 4)), ()), 30, 21), (((),), 1, 1)):
+        batch = batch_of(config, layout, grids, text, response)
+        row = row_of(config, batch)
+        for rank in range(context):
+            buckets = packed_row_params(batch, context, rank).buckets
+            slots = attention_slots(row, context, rank)
+            assert slots.tokens == sum(len(bucket.tokens) for bucket in buckets)
+            assert slots.queries == sum(bucket.queries.numel() for bucket in buckets)
+            assert slots.keys == sum(bucket.keys.numel() for bucket in buckets)
+            assert slots.mask == sum(0 if bucket.mask is None else bucket.mask.numel() for bucket in buckets)
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("tokens", [100, 260, 500])
+def test_micro_batches_are_those_of_the_packer(tmp_path: Path, samples: int, tokens: int) -> None:
+    config, _ = make_tiny_qwen3vl(tmp_path)
+    recipe = tiny_recipe(
+        tmp_path,
+        "policy.max_total_sequence_length=500",
+        "policy.sequence_packing.train_mb_tokens=1100",
+        "policy.generation.max_new_tokens=400",
+        f"grpo.num_generations_per_prompt={samples}",
+        "grpo.adv_estimator.stages=[task]",
+        "grpo.num_prompts_per_step=48",
+        f"policy.train_global_batch_size={24 * samples}",
+        f"{MEGATRON}context_parallel_size=2",
+        world=8,
+        kind="train",
+    )
+    layout = layout_of(recipe.policy.megatron_cfg)
+    planned = micro_batches(recipe, layout, assume(recipe, config, tokens, 6))
+    patches = torch.zeros(24, 3 * 2 * 8 * 8)
+    special = special_tokens(config.text_config.vocab_size)
+    ids = torch.tensor([special.image] * 6)
+    sequences = []
+    for _ in range(24 // 4):  # prompts of one of four data-parallel ranks
+        inputs = ModelInputs(token_ids=ids, pixel_values=patches, image_grid_thw=torch.tensor([[1, 4, 6]]))
+        response = torch.zeros(tokens - 6, dtype=torch.int64)
+        sequences += [PackSequence(inputs=inputs, response_ids=response) for _ in range(samples)]
+    packer = Packer(
+        image_token_id=special.image,
+        spatial_merge_size=2,
+        pad_token_id=special.pad,
+        sequence_multiple=4,
+        row_multiple=4,
+    )
+    rows = packer.pack(sequences, budget=1100)
+    assert planned.sequences == len(sequences)
+    assert planned.count == len(rows)
+    assert planned.tokens == sum(len(row.tokens) for row in rows)
+    assert planned.images == sum(len(row.image_grid_thw) for row in rows)
+    assert len(planned.row.images) == max(len(row.image_grid_thw) for row in rows)
+    assert planned.row.tokens == 1100
+
+
+def test_assumptions_are_the_worst_case_and_stay_within_the_recipe(tmp_path: Path) -> None:
+    config, _ = make_tiny_qwen3vl(tmp_path)
+    base = ["policy.max_total_sequence_length=1024", "policy.generation.max_new_tokens=512"]
+    recipe = tiny_recipe(tmp_path, *base)
+    assert vars(assume(recipe, config)) == {"sequence_tokens": 1024, "image_tokens": 512}
+    # A merged token is 16 x 16 pixels here.
+    small = tiny_recipe(tmp_path, *base, "data.max_pixels=25600")
+    assert assume(small, config).image_tokens == 100
+    assert assume(small, config, mean_tokens=64).image_tokens == 64
+    assert assume(small, config, image_tokens=0).image_tokens == 0
+    with pytest.raises(ValueError, match="--mean-tokens 1025"):
+        assume(recipe, config, mean_tokens=1025)
+    with pytest.raises(ValueError, match="--image-tokens 513"):
+        assume(recipe, config, image_tokens=513)
+
+
+@given(images=st.lists(st.integers(1, 64), min_size=1, max_size=9), peers=st.integers(1, 4))
+def test_the_image_share_is_that_of_the_busiest_peer(images: list[int], peers: int) -> None:
+    shares = assign_images([4 * tokens for tokens in images], peers)
+    assert image_share(images, peers) == max(sum(images[image] for image in share) for share in shares)
+
+
+@settings(max_examples=200)
+@given(labels=st.integers(1, 3000), chunk_size=st.none() | st.integers(1, 4000))
+def test_chunks_of_logits_are_those_of_the_kernel(labels: int, chunk_size: int | None) -> None:
+    planned = logit_chunks(tiny_config().text_config, Layout(), labels, chunk_size)
+    real = _Chunks.of(labels, chunk_size)
+    assert (planned.forward, planned.backward, planned.kept) == (real.forward, real.backward, real.kept > 0)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "layers", "chunks", "whole"),
+    [
+        (Recompute(None, "uniform", 1), 5, [], 5),
+        (Recompute("selective", "uniform", 1), 5, [], 5),
+        (Recompute("full", "uniform", 2), 6, [2, 2, 2], 0),
+        (Recompute("full", "block", 2), 6, [1, 1], 4),
+        (Recompute("full", "block", 9), 6, [1] * 6, 0),
+    ],
+)
+def test_chunks_of_layers(recompute: Recompute, layers: int, chunks: list[int], whole: int) -> None:
+    assert recompute.chunks(layers) == (chunks, whole)
+
+
+def test_a_row_counts_its_padding() -> None:
+    assert Row(lengths=(3, 5), padded=(4, 8), images=(), placeholders=0, labels=2).tokens == 12
