@@ -104,9 +104,9 @@ def _memory(plan: Plan) -> Table:
     stages = _shown(plan)
     for stage in stages:
         count = f"{stage.layers} layers, {stage.in_flight} in flight"
-        table.add_column(
-            f"stage {stage.stage}\n{count}", justify="right", style="bold" if _is_worst(plan, stage) else ""
-        )
+        worst = len(stages) > 1 and stage.stage == plan.worst.stage
+        title = f"stage {stage.stage}{' (the most)' if worst else ''}\n{count}"
+        table.add_column(title, justify="right", style="bold red" if worst else "")
     lines = [_lines(stage) for stage in stages]
     for key, name in _MEMORY_ROWS:
         if any(line[key] for line in lines):
@@ -114,10 +114,6 @@ def _memory(plan: Plan) -> Table:
     table.add_row("peak", *(_gb(stage.peak) for stage in stages), end_section=True)
     table.add_row("its phase", *(stage.phase for stage in stages))
     return table
-
-
-def _is_worst(plan: Plan, stage: StageMemory) -> bool:
-    return stage.stage == plan.worst.stage
 
 
 def _phases(plan: Plan) -> str:
