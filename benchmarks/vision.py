@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What it costs to encode a group's image: the vision tower's share of a training step, three ways, in one run.
 
-Prompts of 1,024 image tokens (4,096 patches) with eight samples each, packed into rows, one update on two ranks:
+Prompts of 1,024 image tokens (4,096 patches) with eight samples each, two groups a row, one update on two ranks:
 
 - ``copies``: every sample brings its own copy of the image, and both ranks encode all of them;
 - ``distinct``: each distinct image of a row once, but on both ranks;
@@ -35,7 +35,7 @@ from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.train.losses import sft_loss
 
 MODEL = "examples/quickstart/policy"
-PROMPTS, SAMPLES, SIDE, TEXT, RESPONSE, TURNS = 2, 8, 64, 40, 64, 3
+PROMPTS, SAMPLES, SIDE, TEXT, RESPONSE, TURNS = 2, 8, 64, 40, 64, 2
 
 
 class Stopwatch:
@@ -100,7 +100,7 @@ def every_peer_encodes_all(policy: MegatronPolicy, alone: dist.ProcessGroup) -> 
 def main() -> None:
     """Run the arms in turn and print a line for each."""
     axis = sys.argv[1] if len(sys.argv) > 1 else "tensor"
-    budget = SAMPLES * (SIDE * SIDE // 4 + TEXT + RESPONSE + 16)
+    budget = 2 * SAMPLES * (SIDE * SIDE // 4 + TEXT + RESPONSE + 16)  # a row holds two groups, so two images
     overrides = [
         f"policy.model_name={MODEL}",
         "policy.precision=float32",
@@ -116,7 +116,7 @@ def main() -> None:
     config = policy.hf_config
     packer = Packer(config.image_token_id, config.vision_config.spatial_merge_size, 0, *multiples)
     rows = {copies: packer.pack(sequences(config, copies=copies), budget) for copies in (False, True)}
-    assert len(rows[False]) == PROMPTS
+    assert len(rows[False]) == PROMPTS // 2
     watch = Stopwatch(policy.model.vision_model)
     steps: dict[str, list[float]] = {"copies": [], "distinct": [], "shared": []}
     towers: dict[str, list[float]] = {name: [] for name in steps}
