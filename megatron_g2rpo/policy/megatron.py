@@ -253,6 +253,8 @@ class MegatronPolicy:
     def gradients(self, batches: Sequence[PackedBatch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:
         """Fill ``main_grad`` of every parameter with the gradient of the global minibatch.
 
+        With the distributed optimizer a rank has only its share of it; ``optimizer.gather_gradients`` completes it.
+
         Returns:
             ``loss``, ``num_tokens`` and the loss's metrics, as ``update`` does.
         """
