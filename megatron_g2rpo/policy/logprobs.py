@@ -27,8 +27,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron_g2rpo.nouns import NO_LABEL
 
-# Elementwise operations go over logits in tiles of this size: a third of the time on a CPU, where a tile stays in cache.
-# Not smaller, for a GPU's sake: at 4 TB/s it reads and writes a tile in 8 us, no less than launching takes.
+# Elementwise operations go over logits in tiles of this size, which stay in a CPU's cache: a third of the time. Not
+# smaller, for a GPU's sake: at 4 TB/s it reads and writes a tile in 8 us, no less than launching a kernel takes.
 _TILE_BYTES = 16 * 2**20
 
 
