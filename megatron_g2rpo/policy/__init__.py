@@ -15,6 +15,8 @@ _OF_OTHERS = (
     ("Transformer Engine and Apex are not installed", UserWarning, "megatron.core"),
     ("Apex is not installed", UserWarning, "megatron.core.models"),
     ("full scope is deprecated", UserWarning, "megatron.core.transformer"),  # the default of its own config
+    # Selective recomputation of attention is right for our own core attention; it warns whichever is used.
+    ("If you are using transformer_engine as the transformer implementation", UserWarning, "megatron.core.transformer"),
     ("MLP requires ffn_hidden_size", DeprecationWarning, "megatron.core.transformer"),  # its layer leaves it out
     ("Warning: tp_group is None", DeprecationWarning, "megatron.core.tensor_parallel"),  # its row-parallel linear
     ("The following imports from `dynamic_context.py`", DeprecationWarning, "megatron.core.inference"),

@@ -100,6 +100,7 @@ class Qwen3VLPolicy(MegatronModule):
             vision_config, dtype=self.config.params_dtype, attn_implementation="sdpa"
         )
         if self.config.recompute_granularity == "full":
+            tower.main_input_name = "hidden_states"  # else transformers looks for an embedding of tokens, and warns
             tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for parameter in tower.parameters():
             # See policy.vision for why the average is the whole gradient.
@@ -169,4 +170,6 @@ class Qwen3VLPolicy(MegatronModule):
         """This tensor-parallel rank's share of the tokens (first axis), under sequence parallelism."""
         if not self.config.sequence_parallel:
             return x
-        return scatter_to_sequence_parallel_region(input_=x, group=self.pg_collection.tp)
+        share = scatter_to_sequence_parallel_region(input_=x, group=self.pg_collection.tp)
+        # A view of x: what recomputation keeps of it would keep the whole row alive.
+        return share.clone() if self.config.recompute_granularity == "full" else share
