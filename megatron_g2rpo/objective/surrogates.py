@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Policy surrogates, by the name a recipe gives them: per-token losses, to be averaged by the caller.
 
-Shape letter: ``S`` tokens of a packed row. A surrogate is called as ``(logprobs, behaviour_logprobs, advantages,
-**options)``. Positions outside the loss mask are computed like the others and must be masked when summing.
+Shape letter: ``S`` tokens of (a share of) a packed row. A surrogate is called as ``(logprobs, behaviour_logprobs,
+advantages, sequences, **options)``. Positions outside the loss mask are computed like the others and must be masked
+when summing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_g2rpo.objective.registry import Registry
+from megatron_g2rpo.objective.sequences import Sequences
 
 _registry: Registry = Registry("surrogate")
 register = _registry.register
@@ -55,6 +57,7 @@ def ppo(
     logprobs: Tensor,
     behaviour_logprobs: Tensor,
     advantages: Tensor,
+    sequences: Sequences,
     *,
     clip_low: float,
     clip_high: float,
@@ -73,6 +76,7 @@ def ppo(
         logprobs: ``[S]``, log-probabilities of the sampled tokens under the policy, with gradient.
         behaviour_logprobs: ``[S]``, under the policy that is kept fixed for the step; used without gradient.
         advantages: ``[S]``, used without gradient.
+        sequences: not used, a token's loss depends on that token alone.
         clip_low: distance of the lower bound from 1, in [0, 1].
         clip_high: distance of the upper bound from 1, at least 0.
         dual_clip: bound on the ratio where A < 0, above 1; None for none.
@@ -83,11 +87,7 @@ def ppo(
         ValueError: shapes differ, or an option is out of its range.
     """
     _check_ppo_options(clip_low, clip_high, dual_clip, log_ratio_clamp)
-    if not logprobs.shape == behaviour_logprobs.shape == advantages.shape:
-        raise ValueError(
-            f"logprobs, behaviour_logprobs and advantages must have one shape [S], got {tuple(logprobs.shape)}, "
-            f"{tuple(behaviour_logprobs.shape)} and {tuple(advantages.shape)}"
-        )
+    _check_shapes(logprobs, behaviour_logprobs, advantages, sequences)
     advantages = advantages.detach()
     log_ratio = logprobs - behaviour_logprobs.detach()
     ratio = log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp).exp()
@@ -106,6 +106,15 @@ def ppo(
         clipped_high=(advantages > 0) & (ratio > 1.0 + clip_high),
         clipped_dual=clipped_dual,
     )
+
+
+def _check_shapes(logprobs: Tensor, behaviour_logprobs: Tensor, advantages: Tensor, sequences: Sequences) -> None:
+    shapes = [tuple(tensor.shape) for tensor in (logprobs, behaviour_logprobs, advantages, sequences.ids)]
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            "logprobs, behaviour_logprobs, advantages and sequences.ids must have one shape [S], got "
+            + ", ".join(map(str, shapes))
+        )
 
 
 def _check_ppo_options(clip_low: float, clip_high: float, dual_clip: float | None, log_ratio_clamp: float) -> None:
