@@ -23,6 +23,10 @@ _OF_OTHERS = (
     # Reading a distributed checkpoint. The second is attributed to the caller: on a CPU, to the device seam.
     ("`load_state_dict` is deprecated", FutureWarning, "megatron.core.dist_checkpointing"),
     ("Please use DTensor instead", FutureWarning, "(torch|megatron_g2rpo.policy.device)"),
+    # Its distributed optimizer: names of collectives that torch 2.13 renamed, and a look at gradients of views.
+    ("`torch.distributed.reduce_scatter_tensor` is deprecated", FutureWarning, "torch.distributed"),
+    ("`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning, "torch.distributed"),
+    ("The .grad attribute of a Tensor that is not a leaf", UserWarning, "megatron_g2rpo.policy.device"),
 )
 
 for _message, _category, _module in _OF_OTHERS:
