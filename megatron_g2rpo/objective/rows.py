@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows every estimator reads: one reward, one group id and one task id a rollout."""
+"""The rows every estimator reads: one reward, its components, one group id and one task id a rollout."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,38 +20,52 @@ class Rows:
         rewards: float32 or float64 ``[N]``.
         groups: int64 ``[N]``, id of the prompt a rollout answers; any values, any order.
         tasks: int64 ``[N]``, id of its task; any values, any order.
+        parts: name -> float64 ``[N]``, the components of the rewards, unweighted, names ascending; empty where the
+            caller has none.
     """
 
     rewards: Tensor
     groups: Tensor
     tasks: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rewards)
 
 
-def as_rows(rewards: Tensor | np.ndarray, groups: Tensor | np.ndarray, tasks: Tensor | np.ndarray) -> Rows:
+def as_rows(
+    rewards: Tensor | np.ndarray,
+    groups: Tensor | np.ndarray,
+    tasks: Tensor | np.ndarray,
+    parts: Mapping[str, Tensor] | None = None,
+) -> Rows:
     """Checks types and shapes. Values are not looked at.
 
     Args:
         rewards: float32 or float64 ``[N]``, a CPU tensor or an array.
         groups: int64 ``[N]``; narrower integers are widened.
         tasks: int64 ``[N]``; likewise.
+        parts: name -> float32 or float64 ``[N]``, the components of the rewards, or none.
 
     Raises:
         TypeError: an argument that is neither a tensor nor an array, or has another dtype.
         ValueError: a tensor that is not on the CPU, an argument that is not one-dimensional, unequal lengths.
     """
+    floats, integers = (torch.float32, torch.float64), (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
     rows = Rows(
-        rewards=_vector("rewards", rewards, (torch.float32, torch.float64)),
-        groups=_vector("groups", groups, (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)).long(),
-        tasks=_vector("tasks", tasks, (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)).long(),
+        rewards=_vector("rewards", rewards, floats),
+        groups=_vector("groups", groups, integers).long(),
+        tasks=_vector("tasks", tasks, integers).long(),
+        parts={name: _vector(f"part {name!r}", part, floats).double() for name, part in sorted((parts or {}).items())},
     )
     if not len(rows.rewards) == len(rows.groups) == len(rows.tasks):
         raise ValueError(
             f"rewards, groups and tasks need one entry a rollout, got lengths {len(rows.rewards)}, {len(rows.groups)} "
             f"and {len(rows.tasks)}"
         )
+    for name, part in rows.parts.items():
+        if len(part) != len(rows):
+            raise ValueError(f"part {name!r} needs one entry a rollout, got length {len(part)} for {len(rows)}")
     return rows
 
 

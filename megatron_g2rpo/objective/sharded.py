@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Advantages of a batch whose rows are spread over the ranks of a process group.
+"""Advantages and statistics of a batch whose rows are spread over the ranks of a process group.
 
 The rows of one group may lie on several ranks, and the task stage ranks all rows of a task, so every rank gathers all
-rows (24 bytes each), computes the same result, and keeps its own part. Estimators do not depend on the order of rows:
-the result is that of one process, bit for bit, for any number of ranks and any split.
+rows (24 bytes each, and 8 for each reward component), computes the same result, and keeps its own part. Estimators do
+not depend on the order of rows: the result is that of one process, bit for bit, for any number of ranks and any split.
+What an estimator remembers is computed from the same rows, and hence the same, on every rank.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,9 +19,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_g2rpo.objective.advantages import TIE_TOLERANCE, GroupStatistics, group_statistics
 from megatron_g2rpo.objective.estimators import Estimator
+from megatron_g2rpo.objective.history import History
 from megatron_g2rpo.objective.rows import Rows, as_rows, first_non_finite, non_finite_message
-
-_INVALID = -1  # sent in place of a row count by a rank whose rows are unusable
 
 
 def sharded_advantages(
@@ -27,6 +30,8 @@ def sharded_advantages(
     *,
     estimator: Estimator,
     group: ProcessGroup | None,
+    history: History | None = None,
+    parts: Mapping[str, Tensor] | None = None,
     tie_tolerance: float = TIE_TOLERANCE,
 ) -> tuple[Tensor, GroupStatistics]:
     """Advantages of this rank's rows within the global batch, and statistics of the global batch.
@@ -40,6 +45,10 @@ def sharded_advantages(
         estimator: maps the global rows to advantages, see ``estimators``.
         group: the data-parallel group. Tensor-, pipeline- and context-parallel peers hold the same rows and must not be
             in it. None: this process holds all rows.
+        history: what the estimator remembers of earlier calls, updated in place; equal on every rank before the call
+            and after it. None: the call is an estimator's first.
+        parts: name -> float32 or float64 ``[N_local]``, the components of the rewards; the same names on every rank
+            (one without rows need not know them).
         tie_tolerance: of the statistics.
 
     Returns:
@@ -47,64 +56,113 @@ def sharded_advantages(
 
     Raises:
         TypeError, ValueError: rows of this rank that can't be read.
-        ValueError: on every rank, when another rank's rows can't be read or a reward of any rank is not finite; names
-            the rank and the row.
+        ValueError: on every rank, when another rank's rows can't be read, the ranks name other components, or a reward
+            or component of any rank is not finite; names the rank and the row.
     """
+    batch = _gather(rewards, groups, tasks, parts, group)
+    advantages = estimator(batch.rows, History() if history is None else history)
+    return advantages[batch.mine].clone(), _statistics(batch.rows, tie_tolerance)
+
+
+def sharded_statistics(
+    rewards: Tensor,
+    groups: Tensor,
+    tasks: Tensor,
+    *,
+    group: ProcessGroup | None,
+    tie_tolerance: float = TIE_TOLERANCE,
+) -> GroupStatistics:
+    """Statistics of the global batch alone; a collective, with the arguments and errors of ``sharded_advantages``."""
+    return _statistics(_gather(rewards, groups, tasks, None, group).rows, tie_tolerance)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The rows of all ranks, in rank order, and which of them are this rank's."""
+
+    rows: Rows
+    mine: slice
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a rank tells the others of its rows: how many, which components, or why they can't be read."""
+
+    count: int = 0
+    parts: tuple[str, ...] = ()
+    error: str | None = None
+
+
+def _statistics(rows: Rows, tie_tolerance: float) -> GroupStatistics:
+    return group_statistics(rows.rewards, rows.groups, rows.tasks, tie_tolerance=tie_tolerance)
+
+
+def _gather(
+    rewards: Tensor, groups: Tensor, tasks: Tensor, parts: Mapping[str, Tensor] | None, group: ProcessGroup | None
+) -> _Batch:
+    """Every rank's rows, checked: all of them could be read, and all values are finite."""
     if group is None:
-        return estimator(rewards, groups, tasks), group_statistics(rewards, groups, tasks, tie_tolerance=tie_tolerance)
+        rows = as_rows(rewards, groups, tasks, parts)
+        _check_finite(rows, None)
+        return _Batch(rows, slice(0, len(rows)))
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError("this process is not a member of the process group that it gathers over")
-
-    rows, counts = _exchange_counts(rewards, groups, tasks, group)
-    everything = _all_gather(rows, counts, group)
-    bad = first_non_finite(everything.rewards)
-    if bad is not None:
-        owner, row = _locate(bad, counts)
-        raise ValueError(non_finite_message(everything, bad, f"row {row} of data-parallel rank {owner}"))
-
+    rows, headers = _exchange_headers(rewards, groups, tasks, parts, group)
+    counts = [header.count for header in headers]
+    everything = _all_gather(rows, counts, _component_names(headers), group)
+    _check_finite(everything, counts)
     offset = sum(counts[:rank])
-    gathered = (everything.rewards, everything.groups, everything.tasks)
-    advantages = estimator(*gathered)[offset : offset + counts[rank]]
-    return advantages.clone(), group_statistics(*gathered, tie_tolerance=tie_tolerance)
+    return _Batch(everything, slice(offset, offset + counts[rank]))
 
 
-def _exchange_counts(rewards: Tensor, groups: Tensor, tasks: Tensor, group: ProcessGroup) -> tuple[Rows, list[int]]:
-    """Reads the local rows and learns the count of every rank; a rank that can't read its rows fails all of them."""
-    rows = _read(rewards, groups, tasks)
-    count = torch.tensor([len(rows) if isinstance(rows, Rows) else _INVALID], device=_wire_device(group))
-    received = [torch.empty_like(count) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(received, count, group=group)
-    counts = [int(entry.item()) for entry in received]
-    if not isinstance(rows, Rows):
-        raise rows
-    if _INVALID in counts:
-        raise ValueError(f"data-parallel rank {counts.index(_INVALID)} passed rows that can't be read; see its error")
-    return rows, counts
-
-
-def _read(rewards: Tensor, groups: Tensor, tasks: Tensor) -> Rows | TypeError | ValueError:
-    """Returns the error instead of raising it: the other ranks wait for a count and must hear of it first."""
+def _exchange_headers(
+    rewards: Tensor, groups: Tensor, tasks: Tensor, parts: Mapping[str, Tensor] | None, group: ProcessGroup
+) -> tuple[Rows, list[_Header]]:
+    """Reads the local rows and learns of every rank's; a rank that can't read its rows fails all of them."""
     try:
-        return as_rows(rewards, groups, tasks)
-    except (TypeError, ValueError) as error:
-        return error
+        rows, failure = as_rows(rewards, groups, tasks, parts), None
+        header = _Header(len(rows), tuple(rows.parts))
+    except (TypeError, ValueError) as error:  # raised only once the other ranks, who wait for a header, know of it
+        rows, failure = None, error
+        header = _Header(error=str(error))
+    received: list[_Header | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(received, header, group=group)
+    headers = [header for header in received if header is not None]
+    if rows is None:
+        assert failure is not None
+        raise failure
+    for rank, header in enumerate(headers):
+        if header.error is not None:
+            raise ValueError(f"data-parallel rank {rank} passed rows that can't be read: {header.error}")
+    return rows, headers
 
 
-def _all_gather(rows: Rows, counts: list[int], group: ProcessGroup) -> Rows:
+def _component_names(headers: list[_Header]) -> tuple[str, ...]:
+    """Names of the components, which all ranks with rows must share; a rank without rows need not know them."""
+    owners = {header.parts: rank for rank, header in enumerate(headers) if header.count > 0}
+    if len(owners) > 1:
+        known = "; ".join(f"rank {rank} has {', '.join(names) or 'none'}" for names, rank in sorted(owners.items()))
+        raise ValueError(f"the data-parallel ranks name other reward components: {known}")
+    return next(iter(owners), ())
+
+
+def _all_gather(rows: Rows, counts: list[int], names: tuple[str, ...], group: ProcessGroup) -> Rows:
     """Returns the rows of all ranks, in rank order, with float64 rewards."""
     longest = max(counts)
-    mine = torch.zeros(longest, 3, dtype=torch.int64)
-    mine[: len(rows), 0] = rows.rewards.double().view(torch.int64)  # the bits of the double travel as an integer
-    mine[: len(rows), 1] = rows.groups
-    mine[: len(rows), 2] = rows.tasks
+    mine = torch.zeros(longest, 3 + len(names), dtype=torch.int64)
+    if len(rows) > 0:
+        doubles = [rows.rewards.double(), *(rows.parts[name] for name in names)]
+        columns = [rows.groups, rows.tasks, *(values.view(torch.int64) for values in doubles)]  # bits as integers
+        mine[: len(rows)] = torch.stack(columns, dim=1)
     mine = mine.to(_wire_device(group))
     received = [torch.empty_like(mine) for _ in counts]
     if longest > 0:
         dist.all_gather(received, mine, group=group)
     table = torch.cat([part[:count] for part, count in zip(received, counts, strict=True)]).cpu()
-    rewards, groups, tasks = (column.contiguous() for column in table.unbind(1))
-    return Rows(rewards=rewards.view(torch.float64), groups=groups, tasks=tasks)
+    groups, tasks, *doubles = (column.contiguous() for column in table.unbind(1))
+    rewards, *parts = (bits.view(torch.float64) for bits in doubles)
+    return Rows(rewards=rewards, groups=groups, tasks=tasks, parts=dict(zip(names, parts, strict=True)))
 
 
 def _wire_device(group: ProcessGroup) -> torch.device:
@@ -112,6 +170,24 @@ def _wire_device(group: ProcessGroup) -> torch.device:
     # The configuration reads "device:backend,device:backend".
     devices = [entry.split(":")[0] for entry in dist.get_backend_config(group).split(",")]
     return torch.device("cpu" if "cpu" in devices else devices[0])
+
+
+def _check_finite(rows: Rows, counts: list[int] | None) -> None:
+    """Names the first reward, or component of one, that is not finite, and with ``counts`` the rank it came from."""
+    for name, values in [(None, rows.rewards), *rows.parts.items()]:
+        bad = first_non_finite(values)
+        if bad is None:
+            continue
+        where = f"row {bad}"
+        if counts is not None:
+            rank, row = _locate(bad, counts)
+            where = f"row {row} of data-parallel rank {rank}"
+        if name is None:
+            raise ValueError(non_finite_message(rows, bad, where))
+        raise ValueError(
+            f"part {name!r} of the reward of {where} is {values[bad].item()} (group {rows.groups[bad].item()}, "
+            f"task {rows.tasks[bad].item()}); rewards must be finite"
+        )
 
 
 def _locate(index: int, counts: list[int]) -> tuple[int, int]:
