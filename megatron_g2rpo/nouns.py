@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # A target that ``torch.nn.functional.cross_entropy`` would call ``ignore_index``: no token to predict.
@@ -106,12 +107,38 @@ class Rewards:
     """Rewards of N rollouts: the parts, and their one combination.
 
     Attributes:
-        parts: name -> float64 ``[N]`` (``accuracy``, ``format``, ``structure``, ``length``), unweighted.
+        parts: name -> float64 ``[N]`` (``accuracy``, ``format``, ``structure``, ``length``...), unweighted.
+        weights: name -> weight of the part.
         total: float64 ``[N]``, the weighted sum that the advantage is computed from.
     """
 
     parts: Mapping[str, Tensor]
+    weights: Mapping[str, float]
     total: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Rewards:
+        """Those of some rollouts, by their numbers."""
+        return Rewards(
+            parts={name: part[rows] for name, part in self.parts.items()}, weights=self.weights, total=self.total[rows]
+        )
+
+    @classmethod
+    def concatenate(cls, rewards: Sequence[Rewards]) -> Rewards:
+        """Those of several lists of rollouts (at least one), one after the other."""
+        first = rewards[0]
+        return cls(
+            parts={name: torch.cat([each.parts[name] for each in rewards]) for name in first.parts},
+            weights=first.weights,
+            total=torch.cat([each.total for each in rewards]),
+        )
+
+    def plus(self, name: str, part: Tensor, weight: float) -> Rewards:
+        """With one part more."""
+        return Rewards(
+            parts={**self.parts, name: part},
+            weights={**self.weights, name: weight},
+            total=self.total + weight * part,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +166,9 @@ class PackedBatch:
         advantages: float32 ``[S]``, 0 outside the loss mask.
         rollout_logprobs: float32 ``[S]``, what the rollout engine reported; 0 outside the response.
         behaviour_logprobs: float32 ``[S]`` or None before the policy has computed them.
+        reference_logprobs: float32 ``[S]`` under the reference policy, or None where there is none.
+        importance_weights: float32 ``[S]``, factor of the surrogate's loss that corrects for what the rollout engine
+            sampled from; None for 1.
         token_weights: float32 ``[S]``; the loss is ``sum(weight * token_loss) / global token count``. Equal to
             ``loss_mask`` for token averaging.
     """
@@ -159,6 +189,8 @@ class PackedBatch:
     rollout_logprobs: Tensor
     token_weights: Tensor
     behaviour_logprobs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+    importance_weights: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -22,7 +22,7 @@ class PackSequence:
     Attributes:
         inputs: the prompt's model inputs; sequences that share this very object share its images.
         response_ids: int64 ``[R]``.
-        advantage: of every response token.
+        advantage: of every response token, where it is known already; else see ``with_advantages``.
         task_id: index of the task.
         rollout_logprobs: float32 ``[R]`` of the rollout engine, or None (supervised training).
         token_weight: weight of every response token in the loss sum.
@@ -244,6 +244,17 @@ def _round_up(value: int, multiple: int) -> int:
 
 def _offsets(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def with_advantages(batch: PackedBatch, advantages: Tensor) -> PackedBatch:
+    """The row with these advantages.
+
+    Args:
+        batch: the row.
+        advantages: one for each of the sequences that were packed (``PackedBatch.rows`` says which are in this row).
+    """
+    of_segment = torch.cat([advantages[batch.rows].float(), torch.zeros(1)])  # the last for segment -1, padding
+    return replace(batch, advantages=torch.where(batch.task_ids >= 0, of_segment[batch.segment_ids], 0.0))
 
 
 def response_values(batch: PackedBatch, values: Tensor) -> dict[int, Tensor]:

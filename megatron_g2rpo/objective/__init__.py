@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mathematics of G2RPO: tensors in, tensors out. No Megatron, no files, no tokenizer.
 
-``advantages`` and ``estimators`` turn rewards into advantages (``sharded`` does so over ranks); ``surrogates`` turns
-advantages into per-token losses; ``entropy`` keeps the entropy of every task between its bounds.
+``advantages`` and ``estimators`` turn rewards into advantages (``sharded`` does so over ranks, ``diagnostics`` says how
+they are distributed); ``surrogates`` turns advantages into per-token losses; ``kl`` holds the policy near a reference;
+``importance`` corrects for what the rollout engine sampled from; ``entropy`` keeps the entropy of every task between its
+bounds.
 """
 
-from megatron_g2rpo.objective import entropy, estimators, surrogates
+from megatron_g2rpo.objective import entropy, estimators, importance, kl, surrogates
 from megatron_g2rpo.objective.advantages import (
     GroupStatistics,
     SetStatistics,
@@ -13,20 +15,32 @@ from megatron_g2rpo.objective.advantages import (
     gaussian_advantages,
     group_statistics,
 )
+from megatron_g2rpo.objective.diagnostics import AdvantageDiagnostics, advantage_diagnostics
 from megatron_g2rpo.objective.estimators import Estimator
-from megatron_g2rpo.objective.sharded import sharded_advantages
+from megatron_g2rpo.objective.history import History
+from megatron_g2rpo.objective.rows import Rows
+from megatron_g2rpo.objective.sequences import Sequences
+from megatron_g2rpo.objective.sharded import sharded_advantages, sharded_statistics
 from megatron_g2rpo.objective.surrogates import PolicyLoss
 
 __all__ = [
+    "AdvantageDiagnostics",
     "Estimator",
     "GroupStatistics",
+    "History",
     "PolicyLoss",
+    "Rows",
+    "Sequences",
     "SetStatistics",
+    "advantage_diagnostics",
     "backend",
     "entropy",
     "estimators",
     "gaussian_advantages",
     "group_statistics",
+    "importance",
+    "kl",
     "sharded_advantages",
+    "sharded_statistics",
     "surrogates",
 ]

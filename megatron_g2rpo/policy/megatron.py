@@ -159,6 +159,15 @@ class MegatronPolicy:
             **keywords,
         )
 
+    def local_weights(self) -> list[Tensor]:
+        """This rank's shards of all parameters, current ones; writing to them changes the model.
+
+        A collective of the data- and context-parallel ranks. The optimizer's own copies are not touched: weights that
+        were written must be put back before the next update.
+        """
+        self._wait_for_parameters()
+        return list(self.model.parameters())
+
     @property
     def _layer_offset(self) -> int:
         """Layers on earlier pipeline stages."""
@@ -236,19 +245,30 @@ class MegatronPolicy:
             FloatingPointError: the gradient norm is not finite; no step was taken.
         """
         _, optimizer, scheduler = self._training()
-        sums = self.gradients(batches, loss, temperature)
+        # Before step(), which would clip by a norm that is not finite, and write it into every weight.
+        metrics = self.gradient_norm(batches, loss, temperature)
+        lr = optimizer.param_groups[0]["lr"]
         with self.device.megatron():
-            lr = optimizer.param_groups[0]["lr"]
-            # step() would clip by a norm that is not finite, and write it into every weight.
-            optimizer.prepare_grads()
-            grad_norm = optimizer.get_grad_norm()
-            if not math.isfinite(grad_norm):
-                raise FloatingPointError(
-                    f"the gradient's norm is {grad_norm} at loss {sums['loss']}; no optimizer step was taken"
-                )
             optimizer.step()
         scheduler.step(increment=1)
-        return {**sums, "grad_norm": float(grad_norm), "lr": float(lr)}
+        return {**metrics, "lr": float(lr)}
+
+    def gradient_norm(self, batches: Sequence[PackedBatch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:
+        """What ``update`` would report, without its step (and without ``lr``).
+
+        Raises:
+            FloatingPointError: the gradient norm is not finite.
+        """
+        _, optimizer, _ = self._training()
+        sums = self.gradients(batches, loss, temperature)
+        with self.device.megatron():
+            optimizer.prepare_grads()
+            grad_norm = optimizer.get_grad_norm()
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"the gradient's norm is {grad_norm} at loss {sums['loss']}; no optimizer step was taken"
+            )
+        return {**sums, "grad_norm": float(grad_norm)}
 
     def gradients(self, batches: Sequence[PackedBatch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:
         """Fill ``main_grad`` of every parameter with the gradient of the global minibatch.

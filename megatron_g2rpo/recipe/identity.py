@@ -22,6 +22,7 @@ NOT_IDENTITY = (
     "grpo.val_period",
     "grpo.val_at_start",
     "grpo.val_at_end",
+    "grpo.task_gradient_period",
     "sft.max_num_steps",
     "sft.val_period",
     "sft.val_at_start",

@@ -114,6 +114,13 @@ class TrainRecipe(_Common):
                 "grpo.num_prompts_per_step",
                 "grpo.num_generations_per_prompt",
             )
+        buffer, longest = self.grpo.overlong_penalty.buffer, self.policy.generation.max_new_tokens
+        if self.grpo.overlong == "penalise" and buffer > longest:
+            raise conflict(
+                f"the penalty would begin {buffer} tokens before the limit of {longest}: every response would have one",
+                "grpo.overlong_penalty.buffer",
+                "policy.generation.max_new_tokens",
+            )
         self._check(self.grpo.max_num_steps * self.num_updates_per_step)
         return self
 

@@ -17,7 +17,7 @@ class AdvEstimator(Section):
     """``grpo.adv_estimator``: from rewards to advantages."""
 
     name: Text
-    """Name in the registry of advantage estimators: ``g2rpo`` or ``grpo``."""
+    """Name in the registry of advantage estimators (``objective.estimators``)."""
     stages: Annotated[tuple[Literal["group", "task"], ...], Field(strict=False)]
     """Scopes that the rewards are mapped to N(0, 1) in, one after the other."""
     tie_tolerance: NonNegativeFloat
@@ -26,6 +26,12 @@ class AdvEstimator(Section):
     """Groups whose rewards are all equal: advantage 0 and no rank in the task, or ranked like the rest."""
     variance: Literal["as_is", "unit"]
     """Keep the variance of the midpoint quantiles, or rescale every task to 1."""
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """``ema_grpo``: what a task's moving averages keep from step to step."""
+    min_std: PositiveFloat
+    """``ema_grpo``: least standard deviation that is divided by."""
+    baseline: Literal["batch", "group"]
+    """``reinforce_plus_plus``: what is subtracted from a reward."""
 
     @model_validator(mode="after")
     def _order(self) -> AdvEstimator:
@@ -49,6 +55,38 @@ class _Loop(Section):
     """Seed of everything that is drawn: initial weights, order of prompts, sampling."""
 
 
+class OverlongPenalty(Section):
+    """``grpo.overlong_penalty``: of ``grpo.overlong: penalise``."""
+
+    buffer: PositiveInt
+    """Response tokens before ``policy.generation.max_new_tokens`` over which the penalty grows from 0 to all of it."""
+    weight: PositiveFloat
+    """What is taken from the reward at ``max_new_tokens``."""
+
+
+class DynamicSampling(Section):
+    """``grpo.dynamic_sampling``: groups without signal are replaced by new prompts."""
+
+    enabled: bool
+    """Replace them; false: they are trained on as they are (see ``grpo.adv_estimator.zero_variance``)."""
+    filter_low: Annotated[float, Field(ge=0.0, lt=1.0)] | None
+    """A group whose mean accuracy is not above this is dropped; null: no bound."""
+    filter_high: Annotated[float, Field(gt=0.0, le=1.0)] | None
+    """A group whose mean accuracy is not below this is dropped; null: no bound."""
+    max_rounds: PositiveInt
+    """Rounds of generation in a step. What they leave unfilled keeps its dropped groups."""
+    oversampling: Annotated[float, Field(ge=1.0)]
+    """Prompts drawn in a round per prompt that is missing."""
+
+    @model_validator(mode="after")
+    def _order(self) -> DynamicSampling:
+        if self.filter_low is not None and self.filter_high is not None and self.filter_low >= self.filter_high:
+            raise conflict(
+                f"no mean accuracy lies between {self.filter_low} and {self.filter_high}", "filter_low", "filter_high"
+            )
+        return self
+
+
 class Grpo(_Loop):
     """``grpo``: the reinforcement-learning loop."""
 
@@ -56,8 +94,14 @@ class Grpo(_Loop):
     """Prompts per step, over all ranks."""
     num_generations_per_prompt: PositiveInt
     """Responses sampled per prompt: the size of a group."""
-    overlong: Literal["keep", "mask"]
-    """Truncated responses: trained on, or rewarded but masked out of the loss."""
+    overlong: Literal["keep", "mask", "penalise"]
+    """Truncated responses: trained on, rewarded but masked out of the loss, or trained on with a lower reward."""
+    overlong_penalty: OverlongPenalty
+    """How much lower."""
+    dynamic_sampling: DynamicSampling
+    """Replacement of groups without signal."""
+    task_gradient_period: NonNegativeInt
+    """Steps between measurements of each task's share of the gradient, a backward pass a task; 0: never."""
     adv_estimator: AdvEstimator
     """From rewards to advantages."""
 
@@ -83,13 +127,44 @@ class EntropyShaping(Section):
     """Add the term to the loss."""
     weight: NonNegativeFloat
     """Weight of the sum over tasks, loss per nat."""
+    sides: Literal["fresh", "sampled"]
+    """Which entropies say on what side of its bounds a task is: those of the weights that an update starts from (a
+    forward pass more for every update of a step but the first), or of the weights that sampled the step."""
+
+
+class ReferencePolicyKl(Section):
+    """``loss_fn.reference_policy_kl``: the KL divergence from the policy that the run started with."""
+
+    penalty: NonNegativeFloat
+    """Its weight; 0: off, and no reference policy is kept."""
+    kind: Literal["k1", "k2", "k3"]
+    """Schulman's estimators, see ``objective.kl``."""
+    where: Literal["loss", "reward"]
+    """A term of the loss with gradient, or taken from the reward before advantages are computed."""
+
+    @model_validator(mode="after")
+    def _gradient(self) -> ReferencePolicyKl:
+        if self.penalty > 0.0 and self.kind == "k1" and self.where == "loss":
+            raise conflict("the gradient of k1 in the loss has expectation 0; take k2 or k3", "kind", "where")
+        return self
+
+
+class ImportanceSampling(Section):
+    """``loss_fn.importance_sampling``: where the rollout engine and the trainer disagree about the same tokens."""
+
+    truncated_ratio: Annotated[float, Field(ge=1.0)] | None
+    """A token's loss is weighted by trainer / engine probability, at most this; null: by 1."""
+    sequence_ratio_min: Annotated[float, Field(gt=0.0, le=1.0)] | None
+    """Sequences whose geometric-mean ratio lies below are masked out of the surrogate's loss; null: none."""
+    sequence_ratio_max: Annotated[float, Field(ge=1.0)] | None
+    """Sequences whose geometric-mean ratio lies above are masked out of the surrogate's loss; null: none."""
 
 
 class LossFn(Section):
-    """``loss_fn``: the surrogate."""
+    """``loss_fn``: the surrogate, and the terms beside it."""
 
     name: Text
-    """Name in the registry of surrogates: ``ppo``."""
+    """Name in the registry of surrogates: ``ppo``, ``gspo``, ``cispo`` or ``sapo``."""
     ratio_clip_min: Annotated[float, Field(gt=0.0, lt=1.0)]
     """The ratio is clipped below at 1 minus this."""
     ratio_clip_max: PositiveFloat
@@ -100,6 +175,14 @@ class LossFn(Section):
     """Mean over all response tokens of the batch; false: over sequences of each one's token mean."""
     log_ratio_clamp: PositiveFloat
     """The log-ratio is clamped to plus or minus this before it is exponentiated, nats."""
+    sapo_tau_positive: PositiveFloat
+    """``sapo``: temperature of the gate at positive advantages."""
+    sapo_tau_negative: PositiveFloat
+    """``sapo``: temperature of the gate at the others."""
+    reference_policy_kl: ReferencePolicyKl
+    """Divergence from the initial policy."""
+    importance_sampling: ImportanceSampling
+    """Correction of the gap between the rollout engine's and the trainer's log-probabilities."""
     entropy_shaping: EntropyShaping
     """The entropy term."""
 

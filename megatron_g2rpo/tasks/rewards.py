@@ -15,7 +15,7 @@ import torch
 from megatron_g2rpo.nouns import Rewards, Rollout
 from megatron_g2rpo.tasks.accuracy import get_accuracy
 from megatron_g2rpo.tasks.parsing import find_answer, is_well_formed
-from megatron_g2rpo.tasks.shaping import structure_bonus, trapezoid
+from megatron_g2rpo.tasks.shaping import overlong_penalty, structure_bonus, trapezoid
 
 PARTS = ("accuracy", "format", "structure", "length")
 
@@ -80,7 +80,8 @@ def score(rollouts: Sequence[Rollout], env: EnvSettings) -> Rewards:
 
     Returns:
         ``parts`` with all of ``PARTS``, float64 ``[N]`` each and unweighted (0 where a part does not apply: structure
-        of a sample without reference steps, length of a task without bounds), and ``total``, the weighted sum.
+        of a sample without reference steps, length of a task without bounds), their ``weights``, and ``total``, the
+        weighted sum.
 
     Raises:
         RewardError: a task that ``env.tasks`` lacks, a reward function that raises, or a reward that is not finite.
@@ -89,10 +90,26 @@ def score(rollouts: Sequence[Rollout], env: EnvSettings) -> Rewards:
     parts = {
         name: torch.tensor([row[column] for row in rows], dtype=torch.float64) for column, name in enumerate(PARTS)
     }
-    total = torch.zeros(len(rows), dtype=torch.float64)
+    rewards = Rewards(parts={}, weights={}, total=torch.zeros(len(rows), dtype=torch.float64))
     for name in PARTS:  # in this order everywhere, so that the sum rounds alike on every rank
-        total = total + getattr(env.reward_weights, name) * parts[name]
-    return Rewards(parts=parts, total=total)
+        rewards = rewards.plus(name, parts[name], getattr(env.reward_weights, name))
+    return rewards
+
+
+def penalise_overlong(
+    rewards: Rewards, rollouts: Sequence[Rollout], *, limit: int, buffer: int, weight: float
+) -> Rewards:
+    """With the part ``overlong`` in [-1, 0], see ``shaping.overlong_penalty``.
+
+    Args:
+        rewards: of the rollouts.
+        rollouts: N responses.
+        limit: most response tokens.
+        buffer: tokens before the limit over which the part falls from 0 to -1.
+        weight: of the part.
+    """
+    part = [overlong_penalty(len(rollout.response_ids), limit, buffer) for rollout in rollouts]
+    return rewards.plus("overlong", torch.tensor(part, dtype=torch.float64), weight)
 
 
 def _score_one(rollout: Rollout, env: EnvSettings) -> tuple[float, ...]:

@@ -33,6 +33,14 @@ def trapezoid(length: float, start: float, peak_start: float, peak_end: float, e
     return (end - length) / (end - peak_end)
 
 
+def overlong_penalty(length: float, limit: float, buffer: float) -> float:
+    """How much too long a response is: 0 up to ``limit - buffer`` tokens, falling to -1 at ``limit``.
+
+    Source: the length-aware penalty of DAPO, arXiv 2503.14476, section 3.4.
+    """
+    return -min(max((length - (limit - buffer)) / buffer, 0.0), 1.0)
+
+
 def structure_bonus(response: str, reference_steps: str) -> float:
     """How much of the reference's working the thinking states: the share of right operands and operators.
 

@@ -4,40 +4,75 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_g2rpo.nouns import Rewards, Rollout
-from megatron_g2rpo.objective import Estimator, GroupStatistics, estimators, sharded_advantages
+from megatron_g2rpo.objective import (
+    AdvantageDiagnostics,
+    Estimator,
+    GroupStatistics,
+    History,
+    Rows,
+    advantage_diagnostics,
+    estimators,
+    sharded_advantages,
+)
 from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.train.assembly import Assembly
 
 
-def estimator_of(recipe: TrainRecipe) -> Estimator:
+@dataclass(frozen=True)
+class Advantages:
+    """Advantages of a step.
+
+    Attributes:
+        values: float64 ``[N]``, of this data-parallel rank's rollouts.
+        diagnostics: how those of the global batch are distributed, by task.
+        statistics: of the rewards of the global batch.
+    """
+
+    values: Tensor
+    diagnostics: AdvantageDiagnostics
+    statistics: GroupStatistics
+
+
+def estimator_of(recipe: TrainRecipe, part_weights: dict[str, float] | None = None) -> Estimator:
     """The estimator that ``grpo.adv_estimator`` names, with those of the section's options that it has.
+
+    Args:
+        part_weights: of the reward's parts, for estimators that look at them one by one.
 
     Raises:
         ValueError: unknown name.
     """
     options = recipe.grpo.adv_estimator.model_dump()
+    options["part_weights"] = part_weights or {}
     name = options.pop("name")
     return estimators.bind(name, **{key: options[key] for key in estimators.options(name) if key in options})
 
 
-def advantages_of(
-    recipe: TrainRecipe, parts: Assembly, rollouts: Sequence[Rollout], rewards: Rewards
-) -> tuple[Tensor, GroupStatistics]:
-    """Advantages of this data-parallel rank's rollouts. A collective over the data-parallel group.
+def advantages_of(recipe: TrainRecipe, parts: Assembly, rollouts: Sequence[Rollout], rewards: Rewards) -> Advantages:
+    """Advantages of this data-parallel rank's rollouts. A collective over the data-parallel group; once a step."""
+    options = recipe.grpo.adv_estimator
+    estimate = estimator_of(recipe, dict(rewards.weights))
+    everywhere: list[AdvantageDiagnostics] = []
 
-    Returns:
-        float64 ``[N]`` in the order of the rollouts, and the statistics of the global batch.
-    """
-    return sharded_advantages(
+    def watched(rows: Rows, history: History) -> Tensor:
+        advantages = estimate(rows, history)
+        everywhere.append(advantage_diagnostics(advantages, rows.tasks))
+        return advantages
+
+    values, statistics = sharded_advantages(
         rewards.total,
         torch.tensor([rollout.group_id for rollout in rollouts], dtype=torch.int64),
         torch.tensor([parts.task_id(rollout.prompt.task) for rollout in rollouts], dtype=torch.int64),
-        estimator=estimator_of(recipe),
+        estimator=watched,
         group=parts.policy.groups.data,
-        tie_tolerance=recipe.grpo.adv_estimator.tie_tolerance,
+        history=parts.history,
+        parts=rewards.parts if estimators.uses_parts(options.name) else None,
+        tie_tolerance=options.tie_tolerance,
     )
+    return Advantages(values=values, diagnostics=everywhere[0], statistics=statistics)

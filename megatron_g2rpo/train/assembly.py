@@ -12,10 +12,12 @@ from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.data.shards import ShardIndex
 from megatron_g2rpo.data.stream import PromptStream, validation_prompts
 from megatron_g2rpo.nouns import Prompt
+from megatron_g2rpo.objective import History
 from megatron_g2rpo.policy.device import Device, select, set_cpu_threads
 from megatron_g2rpo.policy.layout import Layout, token_multiples
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.policy.precision import DTYPES
+from megatron_g2rpo.policy.reference import ReferencePolicy
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
 from megatron_g2rpo.rollout import base as engines
 
@@ -33,6 +35,8 @@ class Assembly:
         stream: the training prompts.
         validation: the held-out prompts that this rank answers.
         tasks: task names; a task's id is its place here.
+        history: what the advantage estimator remembers.
+        reference: the policy as it was before the run, where the loss or the reward measures the distance from it.
     """
 
     device: Device
@@ -43,6 +47,8 @@ class Assembly:
     stream: PromptStream
     validation: list[Prompt]
     tasks: tuple[str, ...]
+    history: History
+    reference: ReferencePolicy | None
 
     def task_id(self, task: str) -> int:
         """Number of a task; the same on every rank."""
@@ -89,7 +95,14 @@ def assemble(recipe: Recipe) -> Assembly:
             rows=slice(torch.distributed.get_rank(), None, torch.distributed.get_world_size()),
         ),
         tasks=tuple(sorted(recipe.env.tasks)),
+        history=History(),
+        # Now, before the run's newest checkpoint is read.
+        reference=ReferencePolicy(policy) if _needs_reference(recipe) else None,
     )
+
+
+def _needs_reference(recipe: Recipe) -> bool:
+    return isinstance(recipe, TrainRecipe) and recipe.loss_fn.reference_policy_kl.penalty > 0.0
 
 
 def packer_for(processor: ChatProcessor, layout: Layout) -> Packer:

@@ -3,28 +3,31 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_g2rpo.nouns import PackedBatch
 from megatron_g2rpo.recipe import TrainRecipe
-from megatron_g2rpo.tasks import rewards as task_rewards
 from megatron_g2rpo.train.advantages import advantages_of, estimator_of
 from megatron_g2rpo.train.assembly import Assembly, assemble
+from megatron_g2rpo.train.collect import collect
 from megatron_g2rpo.train.loop import Run, Timers
-from megatron_g2rpo.train.losses import G2RPOLoss, TaskEntropies
+from megatron_g2rpo.train.losses import G2RPOLoss, TaskEntropies, surrogate_of
+from megatron_g2rpo.train.measure import entropies_of, measured, reference_kl
 from megatron_g2rpo.train.metrics import Column, MetricsLog, StepMetrics
-from megatron_g2rpo.train.minibatches import check_lengths, minibatches, owned_rows
-from megatron_g2rpo.train.rollouts import generate
+from megatron_g2rpo.train.minibatches import Minibatch, minibatches
 from megatron_g2rpo.train.step_metrics import (
+    advantage_metrics,
     entropy_metrics,
     gap_metrics,
+    group_metrics,
+    importance_metrics,
+    length_metrics,
     mean_over,
     packing_metrics,
     rollout_metrics,
     skipped_metrics,
+    task_gradient_metrics,
 )
 
 COLUMNS = (
@@ -48,7 +51,9 @@ def train(recipe: TrainRecipe) -> Path | None:
     Returns:
         The exported Hugging Face directory, if the recipe asks for one.
     """
-    estimator_of(recipe)  # an unknown name is an error now, not after the first rollouts
+    # An unknown name is an error now, not after the first rollouts.
+    estimator_of(recipe)
+    surrogate_of(recipe)
     parts = assemble(recipe)
     run = Run(recipe, parts)
     with MetricsLog(recipe, COLUMNS, run.last_step, run.first_step, enabled=dist.get_rank() == 0) as log:
@@ -64,59 +69,68 @@ def train(recipe: TrainRecipe) -> Path | None:
 
 def g2rpo_step(recipe: TrainRecipe, parts: Assembly, step: int) -> dict[str, float]:
     """One step: sample, score, and update the policy on the advantages; its metrics."""
-    timers, policy, generation = Timers(parts), parts.policy, recipe.policy.generation
-    owned, skipped = owned_rows(recipe.grpo.num_prompts_per_step, policy.groups), parts.stream.num_skipped
-    with timers("data"):
-        prompts = parts.stream.next_batch(recipe.grpo.num_prompts_per_step, owned)
-        check_lengths(recipe, prompts)
-    with timers("generation"):
-        parts.engine.load_weights(policy.stream())
-        rollouts = generate(
-            parts.engine,
-            policy.groups,
-            prompts,
-            recipe.grpo.num_generations_per_prompt,
-            temperature=generation.temperature,
-            seed=sampling_seed(recipe.grpo.seed, step),
-            group_ids=list(owned),
-        )
-    with timers("rewards"):
-        rewards = task_rewards.score(rollouts, recipe.env)
-        advantages, statistics = advantages_of(recipe, parts, rollouts, rewards)
-        batches = minibatches(recipe, parts, rollouts, advantages)
+    timers, skipped = Timers(parts), parts.stream.num_skipped
+    collected = collect(recipe, parts, step, timers)
+    rollouts, rewards = collected.rollouts, collected.rewards
     with timers("logprobs"):  # of every minibatch before the first update: the policy that sampled
-        measured = [with_behaviour(parts, batch, generation.temperature) for batch in batches]
-    updates = []
-    for minibatch, entropies in measured:
-        with timers("update"):
-            loss = G2RPOLoss(recipe, parts.tasks, entropies)
-            metrics = policy.update(minibatch, loss, generation.temperature)
-        updates.append(
-            {
-                **{f"train/{name}": value for name, value in metrics.items()},
-                **entropy_metrics(parts, entropies, loss.hinge),
-            }
-        )
-    rows = [row for minibatch, _ in measured for row in minibatch]
+        batches, entropies = measured(recipe, parts, minibatches(recipe, parts, rollouts))
+    with timers("rewards"):
+        options = recipe.loss_fn.reference_policy_kl
+        if parts.reference is not None and options.where == "reward":
+            rewards = rewards.plus("reference_kl_sum", reference_kl(recipe, batches), -options.penalty)
+        advantages = advantages_of(recipe, parts, rollouts, rewards)
+        batches = [minibatch.with_advantages(advantages.values) for minibatch in batches]
+    updates = [
+        update(recipe, parts, step, number, minibatch, entropy, timers)
+        for number, (minibatch, entropy) in enumerate(zip(batches, entropies, strict=True))
+    ]
+    rows = [row for minibatch in batches for row in minibatch.rows]
     return {
-        **rollout_metrics(parts, rollouts, rewards, statistics),
+        **rollout_metrics(parts, rollouts, rewards),
+        **length_metrics(recipe, parts, rollouts),
+        **group_metrics(parts, rollouts, advantages.statistics),
+        **advantage_metrics(parts, advantages.diagnostics),
         **mean_over(updates),
-        **gap_metrics(rows, policy.groups.data),
-        **packing_metrics(rows, policy.groups.data),
+        **gap_metrics(parts, rows),
+        **importance_metrics(recipe, rows, parts.policy.groups.data),
+        **packing_metrics(rows, parts.policy.groups.data),
+        **collected.metrics,
         **skipped_metrics(parts, skipped),
         **timers.metrics(),
     }
 
 
-def with_behaviour(
-    parts: Assembly, batches: list[PackedBatch], temperature: float
-) -> tuple[list[PackedBatch], TaskEntropies]:
-    """The minibatch with the policy's own log-probabilities as behaviour, and its entropy per task. A collective."""
-    stats = parts.policy.logprobs(batches, temperature)
-    entropies = TaskEntropies.of(batches, stats, len(parts.tasks), parts.policy.groups.data)
-    return [replace(b, behaviour_logprobs=s.logprobs) for b, s in zip(batches, stats, strict=True)], entropies
+def update(
+    recipe: TrainRecipe,
+    parts: Assembly,
+    step: int,
+    number: int,
+    minibatch: Minibatch,
+    entropies: TaskEntropies,
+    timers: Timers,
+) -> dict[str, float]:
+    """One optimizer step; its metrics.
 
-
-def sampling_seed(seed: int, step: int) -> int:
-    """Seed of a step's draws; the engine tells prompts and samples apart itself."""
-    return seed * 1_000_003 + step
+    Args:
+        step: of the run.
+        number: of the update in the step, from 0.
+        minibatch: with advantages.
+        entropies: of the minibatch under the policy that sampled it.
+    """
+    policy, temperature = parts.policy, recipe.policy.generation.temperature
+    shaping, metrics = recipe.loss_fn.entropy_shaping, {}
+    with timers("logprobs"):
+        if number > 0 and shaping.enabled and shaping.sides == "fresh":
+            entropies = entropies_of(recipe, parts, minibatch)
+    loss = G2RPOLoss(recipe, parts.tasks, entropies, policy.groups.context)
+    period = recipe.grpo.task_gradient_period
+    if number == 0 and period > 0 and step % period == 0:
+        with timers("task_gradients"):
+            metrics = task_gradient_metrics(parts, minibatch.rows, loss, entropies, temperature)
+    with timers("update"):
+        means = loss.metrics(policy.update(minibatch.rows, loss, temperature))
+    return {
+        **{f"train/{name}": value for name, value in means.items()},
+        **entropy_metrics(parts, entropies, loss),
+        **metrics,
+    }

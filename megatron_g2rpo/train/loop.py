@@ -61,6 +61,7 @@ class Run:
         if latest is not None:
             state = self._checkpoints.load(latest, parts.policy)
             parts.stream.load_state_dict(state["stream"])
+            parts.history.load_state_dict(state["history"])
             self.first_step = state["step"]
 
     @property
@@ -89,7 +90,8 @@ class Run:
         """Write a checkpoint, when it is time; after the step was logged, so that no step is missing on resumption."""
         options = self.recipe.checkpointing
         if options.enabled and (step == self.last_step or step % options.save_period == 0):
-            self._checkpoints.save(step, self.parts.policy, {"stream": self.parts.stream.state_dict()})
+            state = {"stream": self.parts.stream.state_dict(), "history": self.parts.history.state_dict()}
+            self._checkpoints.save(step, self.parts.policy, state)
 
     def finish(self) -> Path | None:
         """Export the policy as a Hugging Face directory, if the recipe asks for it; where it is."""

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_g2rpo.nouns import PackedBatch, TokenStats
-from megatron_g2rpo.objective import PolicyLoss, entropy, surrogates
-from megatron_g2rpo.policy.megatron import LossTerms
+from megatron_g2rpo.objective import PolicyLoss, Sequences, entropy, kl, surrogates
+from megatron_g2rpo.policy.megatron import Loss, LossTerms
 from megatron_g2rpo.recipe import TrainRecipe
 
 
@@ -28,10 +29,7 @@ def sft_loss(batch: PackedBatch, stats: TokenStats) -> LossTerms:
 
 @dataclass(frozen=True)
 class TaskEntropies:
-    """Entropy of each task over the global minibatch, under the policy that sampled it.
-
-    Measured once per step, before the first update: in a step of several updates the later ones see the hinge's side as
-    it was then.
+    """Entropy of each task over the global minibatch, under one policy.
 
     Attributes:
         sums: float64 ``[T]``, nats.
@@ -60,7 +58,7 @@ class TaskEntropies:
 
 
 class G2RPOLoss:
-    """Surrogate plus entropy shaping, for one global minibatch.
+    """Surrogate, KL term and entropy shaping, for one global minibatch.
 
     The hinge of the entropy term is linear once its side is known for each task; the sides come from the entropies of
     the whole minibatch, so the gradient does not depend on micro-batches or layout (``objective.entropy``).
@@ -69,52 +67,125 @@ class G2RPOLoss:
         recipe: reads ``loss_fn`` and the entropy bounds of ``env.tasks``.
         tasks: task names in the order of their ids.
         entropies: of this minibatch.
+        context: the ranks that hold other tokens of the same sequences.
+
+    Attributes:
+        hinge: value of the entropy term.
+        sides: int64 ``[T]``, +1 for a task above its entropy bounds, -1 below, 0 between.
     """
 
-    def __init__(self, recipe: TrainRecipe, tasks: tuple[str, ...], entropies: TaskEntropies) -> None:
+    def __init__(
+        self, recipe: TrainRecipe, tasks: tuple[str, ...], entropies: TaskEntropies, context: dist.ProcessGroup
+    ) -> None:
         options, shaping = recipe.loss_fn, recipe.loss_fn.entropy_shaping
-        self._surrogate: Callable[..., PolicyLoss] = surrogates.bind(
-            options.name,
-            clip_low=options.ratio_clip_min,
-            clip_high=options.ratio_clip_max,
-            dual_clip=options.ratio_clip_c,
-            log_ratio_clamp=options.log_ratio_clamp,
-        )
-        low, high = entropy_bounds(recipe, tasks)
+        self._surrogate = surrogate_of(recipe)
         self._clamp = options.log_ratio_clamp
+        # In the reward it is part of the advantages.
+        self._kl = options.reference_policy_kl if options.reference_policy_kl.where == "loss" else None
+        self._tasks, self._context = tasks, context
         self._counts = entropies.counts
         self._total = float(entropies.counts.sum())
         self._weight = shaping.weight
-        self._sides = entropy.hinge_sides(entropies.sums, entropies.counts, low, high)
+        low, high = entropy_bounds(recipe, tasks)
+        self.sides = entropy.hinge_sides(entropies.sums, entropies.counts, low, high)
         self.hinge = float(entropy.hinge_loss(entropies.sums, entropies.counts, low, high, shaping.weight))
+
+    def of_task(self, task: int) -> Loss:
+        """What one task contributes: these losses of all tasks add up to the whole, and so do their gradients."""
+        part = copy(self)
+        part.sides = torch.where(torch.arange(len(self.sides)) == task, self.sides, 0)
+
+        def loss(batch: PackedBatch, stats: TokenStats) -> LossTerms:
+            mine = batch.task_ids == task
+            return part(replace(batch, token_weights=batch.token_weights * mine), stats)
+
+        return loss
 
     def __call__(self, batch: PackedBatch, stats: TokenStats) -> LossTerms:
         """See ``policy.megatron.Loss``."""
         assert batch.behaviour_logprobs is not None
-        result = self._surrogate(stats.logprobs, batch.behaviour_logprobs, batch.advantages)
-        policy_loss = (result.loss * batch.token_weights).sum()
-        device = batch.task_ids.device
-        coefficients = entropy.entropy_loss_weights(
-            batch.task_ids,
-            batch.loss_mask,
-            self._sides.to(device),
-            self._counts.to(device),
-            self._weight,
-            self._total,
-        )
-        entropy_term = (coefficients * stats.entropy).sum()
+        sequences = sequences_of(batch, self._context)
+        result = self._surrogate(stats.logprobs, batch.behaviour_logprobs, batch.advantages, sequences)
+        importance = 1.0 if batch.importance_weights is None else batch.importance_weights
+        policy_loss = (result.loss * batch.token_weights * importance).sum()
         log_ratio = (stats.logprobs - batch.behaviour_logprobs).detach().clamp(-self._clamp, self._clamp)
+        loss, sums = policy_loss + self._entropy_term(batch, stats), {}
+        if self._kl is not None and batch.reference_logprobs is not None:
+            divergence = kl.penalty(
+                self._kl.kind, stats.logprobs, batch.reference_logprobs, log_ratio_clamp=self._clamp
+            )
+            loss = loss + self._kl.penalty * (divergence * batch.token_weights).sum()
+            sums["reference_kl"] = (divergence.detach() * batch.loss_mask).sum()
         return LossTerms(
-            loss=policy_loss + entropy_term,
+            loss=loss,
             num_tokens=batch.num_tokens,
             sums={
+                **sums,
                 "policy_loss": policy_loss.detach(),
                 "entropy": (stats.entropy.detach() * batch.loss_mask).sum(),
                 # k3, Schulman's low-variance estimate of KL(behaviour || policy).
                 "kl": ((log_ratio.exp() - 1 - log_ratio) * batch.loss_mask).sum(),
                 **result.sums(batch.loss_mask),
+                **self._clipped_by_task(batch, result),
             },
         )
+
+    def metrics(self, means: Mapping[str, float]) -> dict[str, float]:
+        """The metrics that ``policy.update`` returned, those of single tasks as means over the task's tokens."""
+        metrics = dict(means)
+        for task, count in zip(self._tasks, self._counts.tolist(), strict=True):
+            clipped = metrics.pop(f"{task}/clipped")
+            if count > 0:
+                metrics[f"{task}/clipped"] = clipped * self._total / count
+        return metrics
+
+    def _entropy_term(self, batch: PackedBatch, stats: TokenStats) -> Tensor:
+        device = batch.task_ids.device
+        coefficients = entropy.entropy_loss_weights(
+            batch.task_ids, batch.loss_mask, self.sides.to(device), self._counts.to(device), self._weight, self._total
+        )
+        return (coefficients * stats.entropy).sum()
+
+    def _clipped_by_task(self, batch: PackedBatch, result: PolicyLoss) -> dict[str, Tensor]:
+        clipped = (result.clipped_low | result.clipped_high | result.clipped_dual) & (batch.loss_mask != 0)
+        return {f"{task}/clipped": (clipped & (batch.task_ids == i)).sum() for i, task in enumerate(self._tasks)}
+
+
+def surrogate_of(recipe: TrainRecipe) -> Callable[..., PolicyLoss]:
+    """The surrogate that ``loss_fn.name`` names, with those of the section's options that it has.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    section = recipe.loss_fn
+    options = {
+        "clip_low": section.ratio_clip_min,
+        "clip_high": section.ratio_clip_max,
+        "dual_clip": section.ratio_clip_c,
+        "log_ratio_clamp": section.log_ratio_clamp,
+        "tau_positive": section.sapo_tau_positive,
+        "tau_negative": section.sapo_tau_negative,
+    }
+    return surrogates.bind(section.name, **{name: options[name] for name in surrogates.options(section.name)})
+
+
+def sequences_of(batch: PackedBatch, context: dist.ProcessGroup | None = None) -> Sequences:
+    """Which sequence each token of a row counts for.
+
+    Args:
+        batch: a row, or a context-parallel rank's share of one.
+        context: the ranks with the other shares; None for a whole row.
+    """
+    ids = torch.where(batch.loss_mask != 0, batch.segment_ids, -1)
+    size = len(batch.cu_seqlens) - 1
+    if context is None or context.size() == 1:
+        return Sequences(ids=ids, size=size)
+
+    def reduce(sums: Tensor) -> Tensor:
+        dist.all_reduce(sums, group=context)
+        return sums
+
+    return Sequences(ids=ids, size=size, reduce=reduce)
 
 
 def entropy_bounds(recipe: TrainRecipe, tasks: tuple[str, ...]) -> tuple[Tensor, Tensor]:

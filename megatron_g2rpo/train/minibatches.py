@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_g2rpo.data.errors import SampleError
-from megatron_g2rpo.data.packing import PackSequence
+from megatron_g2rpo.data.packing import PackSequence, with_advantages
 from megatron_g2rpo.nouns import PackedBatch, Prompt, Rollout
 from megatron_g2rpo.policy.parallel import ParallelGroups
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
@@ -39,10 +40,25 @@ def check_lengths(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
             )
 
 
-def minibatches(
-    recipe: TrainRecipe, parts: Assembly, rollouts: Sequence[Rollout], advantages: Tensor
-) -> list[list[PackedBatch]]:
-    """The step's minibatches, each as this rank's micro-batches. A collective over the data-parallel group.
+@dataclass(frozen=True)
+class Minibatch:
+    """This rank's part of the sequences of one optimizer step.
+
+    Attributes:
+        rollouts: which of this rank's rollouts of the step it holds, in the order in which they were packed.
+        rows: them as packed micro-batches, as many as on every other data-parallel rank.
+    """
+
+    rollouts: Tensor
+    rows: list[PackedBatch]
+
+    def with_advantages(self, advantages: Tensor) -> Minibatch:
+        """With the advantages ``[N]`` of all of this rank's rollouts of the step."""
+        return replace(self, rows=[with_advantages(row, advantages[self.rollouts]) for row in self.rows])
+
+
+def minibatches(recipe: TrainRecipe, parts: Assembly, rollouts: Sequence[Rollout]) -> list[Minibatch]:
+    """The step's minibatches, without advantages. A collective over the data-parallel group.
 
     A minibatch is ``train_global_batch_size`` consecutive rollouts of the global batch, in the order of (prompt,
     sample): which rollouts it holds does not depend on the number of ranks.
@@ -52,19 +68,17 @@ def minibatches(
     for index, rollout in enumerate(rollouts):
         row = rollout.group_id * samples + rollout.sample_index
         members[row // recipe.policy.train_global_batch_size].append(index)
+    budget = recipe.policy.sequence_packing.train_mb_tokens
     return [
-        pack_evenly(
-            parts,
-            _sequences(recipe, parts, [rollouts[i] for i in chosen], advantages[chosen]),
-            recipe.policy.sequence_packing.train_mb_tokens,
+        Minibatch(
+            rollouts=torch.tensor(chosen, dtype=torch.int64),
+            rows=pack_evenly(parts, _sequences(recipe, parts, [rollouts[i] for i in chosen]), budget),
         )
         for chosen in members
     ]
 
 
-def _sequences(
-    recipe: TrainRecipe, parts: Assembly, rollouts: Sequence[Rollout], advantages: Tensor
-) -> list[PackSequence]:
+def _sequences(recipe: TrainRecipe, parts: Assembly, rollouts: Sequence[Rollout]) -> list[PackSequence]:
     in_loss = [not (rollout.truncated and recipe.grpo.overlong == "mask") for rollout in rollouts]
     weights = [1.0] * len(rollouts)
     if not recipe.loss_fn.token_level_loss:
@@ -73,13 +87,12 @@ def _sequences(
         PackSequence(
             inputs=rollout.prompt.inputs,
             response_ids=rollout.response_ids,
-            advantage=float(advantage),
             task_id=parts.task_id(rollout.prompt.task),
             rollout_logprobs=rollout.logprobs,
             token_weight=weight,
             in_loss=kept,
         )
-        for rollout, advantage, weight, kept in zip(rollouts, advantages, weights, in_loss, strict=True)
+        for rollout, weight, kept in zip(rollouts, weights, in_loss, strict=True)
     ]
 
 

@@ -23,6 +23,7 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.nouns import NO_LABEL, PackedBatch, TokenStats
 from megatron_g2rpo.policy import megatron, output_layer, precision
 from megatron_g2rpo.policy.device import select
@@ -270,14 +271,15 @@ def test_the_entropy_hinge_is_taken_in_every_micro_batch(policy: MegatronPolicy,
     everything = TaskEntropies.of(behaviour, stats, TASKS, policy.groups.data)
     # Just below the means: a hinge of a row's own mean is off where that is a little lower.
     shaped = {str(task): SimpleNamespace(low=0.0, high=float(mean) - 0.05) for task, mean in enumerate(everything.mean)}
-    options = {"ratio_clip_min": 0.2, "ratio_clip_max": 0.3, "ratio_clip_c": None, "log_ratio_clamp": 20.0}
+    loss_fn = recipes.load(recipes.EXEMPLARS / "vlm_g2rpo.yaml", [], "train").loss_fn
+    shaping = loss_fn.entropy_shaping.model_copy(update={"weight": 1.0})
     recipe: Any = SimpleNamespace(
-        loss_fn=SimpleNamespace(name="ppo", entropy_shaping=SimpleNamespace(enabled=True, weight=1.0), **options),
+        loss_fn=loss_fn.model_copy(update={"entropy_shaping": shaping}),
         env=SimpleNamespace(tasks={task: SimpleNamespace(entropy=bounds) for task, bounds in shaped.items()}),
     )
 
     def run(batches: Sequence[PackedBatch], entropies: Sequence[TaskEntropies]) -> dict[str, Tensor]:
-        losses = iter([G2RPOLoss(recipe, tuple(shaped), entropy) for entropy in entropies])
+        losses = iter([G2RPOLoss(recipe, tuple(shaped), entropy, policy.groups.context) for entropy in entropies])
         policy.gradients(batches, lambda batch, stats: next(losses)(batch, stats), TEMPERATURE)
         return gradients(policy)
 

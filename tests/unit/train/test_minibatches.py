@@ -85,6 +85,12 @@ def advantages(count: int = len(LENGTHS)) -> Tensor:
     return torch.arange(count, dtype=torch.float64) - 3.5
 
 
+def packed(recipe: TrainRecipe, parts: Any, rollouts: list[Rollout]) -> list[list[PackedBatch]]:
+    """The rows of every minibatch, with advantages."""
+    values = advantages(len(rollouts))
+    return [minibatch.with_advantages(values).rows for minibatch in minibatches(recipe, parts, rollouts)]
+
+
 def responses(batches: list[PackedBatch], field: str) -> list[Tensor]:
     """One field of every response, in the order of packing; the first response token says which rollout it is."""
     found = {}
@@ -118,7 +124,7 @@ def token_losses(rows: list[int]) -> list[Tensor]:
 
 
 def test_every_field_of_a_rollout_reaches_its_response_tokens(parts: Any, recipe: MakeRecipe) -> None:
-    (batches,) = minibatches(recipe(), parts, rollouts(), advantages())
+    (batches,) = packed(recipe(), parts, rollouts())
     assert len(batches) > 1, "one row would not show that rows are told apart"
     assert all(len(batch.tokens) <= 24 for batch in batches)
     for row, length in enumerate(LENGTHS):
@@ -131,27 +137,27 @@ def test_every_field_of_a_rollout_reaches_its_response_tokens(parts: Any, recipe
 
 def test_a_minibatch_is_consecutive_rollouts_of_the_global_batch(parts: Any, recipe: MakeRecipe) -> None:
     small = recipe("policy.train_global_batch_size=4")
-    whole = [members(batches) for batches in minibatches(small, parts, rollouts(), advantages())]
+    whole = [members(batches) for batches in packed(small, parts, rollouts())]
     assert whole == [{0, 1, 2, 3}, {4, 5, 6, 7}]
     # A data-parallel rank that owns groups 1 and 3 contributes its rows to the same minibatches.
     own = [rollout for rollout in rollouts() if rollout.group_id in (1, 3)]
-    part = [members(batches) for batches in minibatches(small, parts, own, advantages(4))]
+    part = [members(batches) for batches in packed(small, parts, own)]
     assert part == [{2, 3}, {6, 7}]
     # One that owns group 0 alone has an empty row in the second.
-    alone = minibatches(small, parts, rollouts()[:2], advantages(2))
+    alone = packed(small, parts, rollouts()[:2])
     assert [members(batches) for batches in alone] == [{0, 1}, set()]
     assert [sum(batch.num_tokens for batch in batches) for batches in alone] == [6, 0]
 
 
 def test_token_level_loss_is_the_mean_over_all_tokens(parts: Any, recipe: MakeRecipe) -> None:
-    (batches,) = minibatches(recipe(), parts, rollouts(), advantages())
+    (batches,) = packed(recipe(), parts, rollouts())
     expected = torch.cat(token_losses(list(range(8)))).mean()
     # Weights of 1: float64 sums of small integers.
     assert loss_of(batches) == pytest.approx(float(expected), rel=1e-12)
 
 
 def test_sequence_weights_give_the_mean_over_sequences_of_token_means(parts: Any, recipe: MakeRecipe) -> None:
-    (batches,) = minibatches(recipe("loss_fn.token_level_loss=false"), parts, rollouts(), advantages())
+    (batches,) = packed(recipe("loss_fn.token_level_loss=false"), parts, rollouts())
     expected = torch.stack([losses.mean() for losses in token_losses(list(range(8)))]).mean()
     # The weights are float32.
     assert loss_of(batches) == pytest.approx(float(expected), rel=1e-6)
@@ -160,7 +166,7 @@ def test_sequence_weights_give_the_mean_over_sequences_of_token_means(parts: Any
 @pytest.mark.parametrize("token_level", [True, False])
 def test_a_masked_overlong_response_is_in_no_mean(parts: Any, recipe: MakeRecipe, token_level: bool) -> None:
     options = ["grpo.overlong=mask", f"loss_fn.token_level_loss={str(token_level).lower()}"]
-    (batches,) = minibatches(recipe(*options), parts, rollouts(), advantages())
+    (batches,) = packed(recipe(*options), parts, rollouts())
     losses = token_losses([row for row in range(8) if row not in TRUNCATED])
     means = torch.stack([values.mean() for values in losses])
     assert loss_of(batches) == pytest.approx(float(torch.cat(losses).mean() if token_level else means.mean()), rel=1e-6)
@@ -169,7 +175,7 @@ def test_a_masked_overlong_response_is_in_no_mean(parts: Any, recipe: MakeRecipe
         counted = 0.0 if row in TRUNCATED else 1.0
         assert responses(batches, "loss_mask")[row].tolist() == [counted] * LENGTHS[row]
 
-    (kept,) = minibatches(recipe(), parts, rollouts(), advantages())
+    (kept,) = packed(recipe(), parts, rollouts())
     assert sum(batch.num_tokens for batch in kept) == sum(LENGTHS)
 
 
@@ -188,7 +194,7 @@ def test_sequence_weights_count_the_sequences_of_every_rank(
     for mine in ([0, 1, 4, 5], [2, 3, 6, 7]):
         own = [everything[row] for row in mine]
         elsewhere[:] = [row for row in range(8) if row not in mine]
-        batches += minibatches(recipe("loss_fn.token_level_loss=false"), parts, own, advantages(4))[0]
+        batches += packed(recipe("loss_fn.token_level_loss=false"), parts, own)[0]
     expected = torch.stack([losses.mean() for losses in token_losses(list(range(8)))]).mean()
     assert loss_of(batches) == pytest.approx(float(expected), rel=1e-6)
 
