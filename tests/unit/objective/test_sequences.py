@@ -10,28 +10,34 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_g2rpo.objective.sequences import Sequences
+from tests.unit.objective.shares import on_two_ranks
 
 
-def by_loop(ids: Tensor, values: Tensor, size: int) -> tuple[list[float], list[float], list[float]]:
-    """(sum [N], count [N], mean of its sequence at each token [S]) in Python floats: the oracle."""
+def by_loop(ids: Tensor, values: Tensor, size: int) -> list[Tensor]:
+    """[sum [N], count [N], mean of its sequence at each token [S]], added up in Python: the oracle."""
     members: list[list[float]] = [[] for _ in range(size)]
     for index, value in zip(ids.tolist(), values.tolist(), strict=True):
         if index >= 0:
             members[index].append(value)
-    means = [sum(member) / len(member) if member else 0.0 for member in members]
-    at_tokens = [means[index] if index >= 0 else 0.0 for index in ids.tolist()]
-    return [sum(member) for member in members], [float(len(member)) for member in members], at_tokens
+    sums, counts = [sum(member) for member in members], [len(member) for member in members]
+    means = [sums[index] / counts[index] if index >= 0 else 0.0 for index in ids.tolist()]
+    return [torch.tensor(column, dtype=torch.float64) for column in (sums, counts, means)]
 
 
 @st.composite
 def rows(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, Tensor]:
     """(ids [S], values [S], N, rank of each token [S]); sequences without tokens and ranks without tokens occur."""
     size, length = draw(st.integers(1, 4)), draw(st.integers(0, 12))
-    column = {"min_size": length, "max_size": length}
-    ids = draw(st.lists(st.integers(-1, size - 1), **column))
-    values = draw(st.lists(st.floats(-30, 0), **column))
-    ranks = draw(st.lists(st.integers(0, 1), **column))
-    return torch.tensor(ids).long(), torch.tensor(values, dtype=torch.float64), size, torch.tensor(ranks).long()
+    ids, values, ranks = (
+        draw(st.lists(elements, min_size=length, max_size=length))
+        for elements in (st.integers(-1, size - 1), st.floats(-30, 0), st.integers(0, 1))
+    )
+    return (
+        torch.tensor(ids, dtype=torch.int64),
+        torch.tensor(values, dtype=torch.float64),
+        size,
+        torch.tensor(ranks, dtype=torch.int64),
+    )
 
 
 @given(row=rows())
@@ -39,23 +45,17 @@ def rows(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, Tensor]:
 def test_sums_counts_and_means_equal_a_loop_on_one_rank_and_on_two(row: tuple[Tensor, Tensor, int, Tensor]) -> None:
     """float64; up to twelve terms, added in another order: 1e-12 of values up to 30."""
     ids, values, size, ranks = row
-    expected = [torch.tensor(column, dtype=torch.float64) for column in by_loop(ids, values, size)]
-    whole = Sequences(ids=ids, size=size)
-    for result, oracle in zip((whole.sum(values), whole.counts(), whole.mean(values)), expected, strict=True):
-        torch.testing.assert_close(result, oracle, rtol=1e-12, atol=1e-12)
+    sums, counts, means = by_loop(ids, values, size)
 
-    for rank in (0, 1):
-        own, other = ranks == rank, ranks != rank
-        peer = Sequences(ids=ids[other], size=size)
-        sums, counts = peer.sum(values[other]), peer.counts()
+    def results(sequences: Sequences, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return sequences.sum(values[own]), sequences.counts(), sequences.mean(values[own])
 
-        share = Sequences(ids=ids[own], size=size, reduce=lambda mine, theirs=sums: mine + theirs)
-        torch.testing.assert_close(share.sum(values[own]), expected[0], rtol=1e-12, atol=1e-12)
-        share = Sequences(ids=ids[own], size=size, reduce=lambda mine, theirs=counts: mine + theirs)
-        assert torch.equal(share.counts(), expected[1])
-        both = torch.stack([sums, counts])
-        share = Sequences(ids=ids[own], size=size, reduce=lambda mine, theirs=both: mine + theirs)
-        torch.testing.assert_close(share.mean(values[own]), expected[2][own], rtol=1e-12, atol=1e-12)
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    cases = [(everything, results(Sequences(ids=ids, size=size), everything))]
+    cases += zip((ranks == 0, ranks == 1), on_two_ranks(ids, size, ranks, results), strict=True)
+    for own, found in cases:
+        for result, expected in zip(found, (sums, counts, means[own]), strict=True):
+            torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_accumulates_in_float64_and_returns_means_in_the_type_of_the_values() -> None:
@@ -83,7 +83,7 @@ def test_what_is_summed_carries_no_gradient_and_is_reduced_once_per_call_without
 
 def test_a_rank_without_tokens_still_takes_part_in_the_collective() -> None:
     calls = []
-    empty = Sequences(ids=torch.zeros(0).long(), size=2, reduce=lambda t: calls.append(t.shape) or t + 1)
+    empty = Sequences(ids=torch.zeros(0).long(), size=2, reduce=lambda sums: calls.append(sums.shape) or sums + 1)
     assert empty.sum(torch.zeros(0)).tolist() == [1.0, 1.0]
     assert empty.mean(torch.zeros(0)).shape == (0,)
     assert len(calls) == 2

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registry of surrogates, what they return, and the checks they share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_g2rpo.objective.registry import Registry
+from megatron_g2rpo.objective.sequences import Sequences
+
+_registry: Registry = Registry("surrogate")
+register = _registry.register
+get = _registry.get
+names = _registry.names
+options = _registry.options
+bind = _registry.bind
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyLoss:
+    """Per-token loss and what the clips did. All but ``loss`` carry no gradient.
+
+    Attributes:
+        loss: ``[S]``, to be minimised.
+        ratio: ``[S]``, probability of the token (``gspo``: of its sequence, per token) under the policy over that under
+            the behaviour policy.
+        clipped_low: bool ``[S]``, the lower clip decides the loss.
+        clipped_high: bool ``[S]``, the upper clip decides the loss.
+        clipped_dual: bool ``[S]``, the dual clip decides the loss.
+    """
+
+    loss: Tensor
+    ratio: Tensor
+    clipped_low: Tensor
+    clipped_high: Tensor
+    clipped_dual: Tensor
+
+    def sums(self, mask: Tensor) -> dict[str, Tensor]:
+        """Sums of the diagnostics over the tokens where ``mask`` ``[S]`` is not 0.
+
+        Sums, not means: they add up over micro-batches and ranks, and are divided by the global token count once.
+        """
+        kept = mask != 0
+        names = ("ratio", "clipped_low", "clipped_high", "clipped_dual")
+        return {name: torch.where(kept, getattr(self, name), 0.0).sum() for name in names}
+
+
+def check_shapes(logprobs: Tensor, behaviour_logprobs: Tensor, advantages: Tensor, sequences: Sequences) -> None:
+    """Refuses tensors that would broadcast.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    shapes = [tuple(tensor.shape) for tensor in (logprobs, behaviour_logprobs, advantages, sequences.ids)]
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            "logprobs, behaviour_logprobs, advantages and sequences.ids must have one shape [S], got "
+            + ", ".join(map(str, shapes))
+        )
+
+
+def check_clips(clip_low: float, clip_high: float) -> None:
+    """Refuses distances of the clips' bounds from 1 that leave no ratio unclipped.
+
+    Raises:
+        ValueError: out of range.
+    """
+    if not 0.0 <= clip_low <= 1.0:
+        raise ValueError(f"clip_low must lie in [0, 1], got {clip_low}")
+    if not clip_high >= 0.0:
+        raise ValueError(f"clip_high must not be negative, got {clip_high}")
+
+
+def check_clamp(log_ratio_clamp: float) -> None:
+    """Refuses a clamp that would cut every log-ratio.
+
+    Raises:
+        ValueError: out of range.
+    """
+    if not log_ratio_clamp > 0.0:
+        raise ValueError(f"log_ratio_clamp must be above 0, got {log_ratio_clamp}")

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A surrogate with a smooth gate in the place of the clip."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_g2rpo.objective.sequences import Sequences
+from megatron_g2rpo.objective.surrogates.base import PolicyLoss, check_clamp, check_shapes, register
+
+
+@register("sapo")
+def sapo(
+    logprobs: Tensor,
+    behaviour_logprobs: Tensor,
+    advantages: Tensor,
+    sequences: Sequences,
+    *,
+    tau_positive: float,
+    tau_negative: float,
+    log_ratio_clamp: float,
+) -> PolicyLoss:
+    """Soft gate on the ratio: ``-A f(r)`` with ``f(r) = sigmoid(tau (r - 1)) 4 / tau``.
+
+    f has slope 1 at r = 1, where the gradient is that of ``ppo``, and the slope falls off to both sides, the faster the
+    larger tau. Tau is ``tau_positive`` where A > 0 and ``tau_negative`` elsewhere; the paper takes the latter larger.
+    Nothing is clipped, and the value of f depends on tau: -A 2 / tau at r = 1.
+
+    Source: SAPO, arXiv 2511.20347, which averages per sequence.
+
+    Args:
+        tau_positive: above 0.
+        tau_negative: above 0.
+
+    Raises:
+        ValueError: shapes differ, or an option is out of its range.
+    """
+    check_shapes(logprobs, behaviour_logprobs, advantages, sequences)
+    check_clamp(log_ratio_clamp)
+    for name, tau in (("tau_positive", tau_positive), ("tau_negative", tau_negative)):
+        if not tau > 0.0:
+            raise ValueError(f"{name} must be above 0, got {tau}")
+    advantages = advantages.detach()
+    log_ratio = logprobs - behaviour_logprobs.detach()
+    ratio = log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp).exp()
+    tau = ratio.new_full(ratio.shape, tau_negative).masked_fill(advantages > 0, tau_positive)
+    none = torch.zeros_like(advantages, dtype=torch.bool)
+    return PolicyLoss(
+        loss=-advantages * torch.sigmoid(tau * (ratio - 1.0)) * (4.0 / tau),
+        ratio=ratio.detach(),
+        clipped_low=none,
+        clipped_high=none,
+        clipped_dual=none,
+    )
