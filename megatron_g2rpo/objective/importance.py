@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gap between the rollout engine's and the trainer's log-probabilities of the same tokens: weights, masks, sums.
+
+The engine samples from its own distribution, which differs from the trainer's at the same weights (other kernels, other
+precision), so that the loss is off-policy from its first update. The trainer's log-probabilities at the weights that
+sampled are the ``behaviour_logprobs`` of the surrogates.
+
+Shape letters: ``S`` tokens of (a share of) a packed row, ``T`` tasks, numbered 0..T-1. Nothing here carries a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_g2rpo.objective import kl
+from megatron_g2rpo.objective.sequences import Sequences
+
+# One token that the trainer thinks impossible must not drown a task's mean: exp(20) is 5e8.
+_LOG_RATIO_CLAMP = 20.0
+
+
+def truncated_weights(behaviour_logprobs: Tensor, rollout_logprobs: Tensor, *, cap: float) -> Tensor:
+    """Importance weight of each token, from the engine's distribution to the trainer's, cut at ``cap``.
+
+    To be multiplied with the token's loss. Source: truncated importance sampling, F. Yao et al., "Your Efficient RL
+    Framework Secretly Brings You Off-Policy RL Training", 2025.
+
+    Args:
+        behaviour_logprobs: ``[S]``, the trainer's.
+        rollout_logprobs: ``[S]``, the engine's.
+        cap: at least 1, the weight of a token on which both agree.
+
+    Returns:
+        ``[S]``: ``min(exp(behaviour - rollout), cap)``.
+
+    Raises:
+        ValueError: shapes differ, or ``cap`` is out of its range.
+    """
+    if not 1.0 <= cap < math.inf:
+        raise ValueError(f"cap must be at least 1 and finite, got {cap}")
+    return _gap(behaviour_logprobs, rollout_logprobs).exp().clamp(max=cap)
+
+
+def sequences_within(
+    behaviour_logprobs: Tensor, rollout_logprobs: Tensor, sequences: Sequences, *, low: float, high: float
+) -> Tensor:
+    """Which tokens belong to a sequence on which engine and trainer agree.
+
+    They do where the geometric mean of the sequence's token ratios, ``exp(mean(behaviour - rollout))``, lies in
+    ``[low, high]``.
+
+    Args:
+        behaviour_logprobs: ``[S]``, the trainer's.
+        rollout_logprobs: ``[S]``, the engine's.
+        sequences: which sequence each token belongs to. Calls ``reduce`` once.
+        low: in [0, 1].
+        high: at least 1.
+
+    Returns:
+        bool ``[S]``; False where a token belongs to no sequence.
+
+    Raises:
+        ValueError: shapes differ, or a bound is out of its range.
+    """
+    if not 0.0 <= low <= 1.0:
+        raise ValueError(f"low must lie in [0, 1], got {low}")
+    if not high >= 1.0:
+        raise ValueError(f"high must be at least 1, got {high}")
+    ratio = sequences.mean(_gap(behaviour_logprobs, rollout_logprobs).double()).exp()
+    return (sequences.ids >= 0) & (ratio >= low) & (ratio <= high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GapSums:
+    """Per-task sums over tokens, float64 ``[T]`` each. Over ranks: all-reduce by sum, ``largest`` by maximum.
+
+    Attributes:
+        count: tokens.
+        absolute: of ``|behaviour - rollout|``, nats.
+        kl: of k3 estimates of KL(rollout || trainer), nats; the tokens are samples of the rollout engine. A token's
+            log-ratio is cut to plus or minus 20 here, and here alone.
+        largest: maximum of ``|behaviour - rollout|``, nats; 0 without tokens.
+    """
+
+    count: Tensor
+    absolute: Tensor
+    kl: Tensor
+    largest: Tensor
+
+    def merge(self, other: GapSums) -> GapSums:
+        """Sums over the tokens of both, for micro-batches."""
+        return GapSums(
+            count=self.count + other.count,
+            absolute=self.absolute + other.absolute,
+            kl=self.kl + other.kl,
+            largest=torch.maximum(self.largest, other.largest),
+        )
+
+
+def gap_sums(
+    behaviour_logprobs: Tensor, rollout_logprobs: Tensor, task_ids: Tensor, mask: Tensor, num_tasks: int
+) -> GapSums:
+    """Sums of the gap by task, over the tokens of one micro-batch.
+
+    Args:
+        behaviour_logprobs: ``[S]``, the trainer's.
+        rollout_logprobs: ``[S]``, the engine's.
+        task_ids: int64 ``[S]``; may be -1 where ``mask`` is 0.
+        mask: ``[S]``, not 0 at response tokens.
+        num_tasks: T.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    _check_shapes(
+        behaviour_logprobs=behaviour_logprobs, rollout_logprobs=rollout_logprobs, task_ids=task_ids, mask=mask
+    )
+    kept = mask != 0
+    tasks = task_ids[kept]
+    behaviour, rollout = (logprobs.detach()[kept].double() for logprobs in (behaviour_logprobs, rollout_logprobs))
+    gap = (behaviour - rollout).abs()
+    zeros = torch.zeros(num_tasks, dtype=torch.float64, device=mask.device)
+    return GapSums(
+        count=zeros.index_add(0, tasks, torch.ones_like(gap)),
+        absolute=zeros.index_add(0, tasks, gap),
+        kl=zeros.index_add(0, tasks, kl.penalty("k3", rollout, behaviour, log_ratio_clamp=_LOG_RATIO_CLAMP)),
+        largest=zeros.scatter_reduce(0, tasks, gap, "amax"),
+    )
+
+
+def _gap(behaviour_logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
+    """Log-ratio of the trainer's to the engine's probability: ``[S]``, no gradient."""
+    _check_shapes(behaviour_logprobs=behaviour_logprobs, rollout_logprobs=rollout_logprobs)
+    return (behaviour_logprobs - rollout_logprobs).detach()
+
+
+def _check_shapes(**tensors: Tensor) -> None:
+    if len({tensor.shape for tensor in tensors.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(f"one shape [S] is needed, got {shapes}")
