@@ -6,7 +6,13 @@ An estimator maps the rows of the whole global batch, and what it remembers of e
 function with the decorator ``register`` in a file that is imported here; its keyword-only parameters are its options.
 """
 
-from megatron_g2rpo.objective.estimators import gaussian, group_relative  # noqa: F401  (they register themselves)
+from megatron_g2rpo.objective.estimators import (  # noqa: F401  (they register themselves)
+    batch_relative,
+    decoupled,
+    gaussian,
+    group_relative,
+    moving_average,
+)
 from megatron_g2rpo.objective.estimators.base import Estimator, bind, get, names, options, register, uses_parts
 
 __all__ = ["Estimator", "bind", "get", "names", "options", "register", "uses_parts"]

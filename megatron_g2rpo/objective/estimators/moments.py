@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_g2rpo.objective.advantages import SetStatistics, group_statistics
+from megatron_g2rpo.objective.advantages import TIE_TOLERANCE, SetStatistics, group_statistics
 
-_HUGE = 2.0**1000  # differences of values below it are far from the largest double, 2**1024
+HUGE = 2.0**1000  # differences of values below it are far from the largest double, 2**1024
 
 
-def statistics_by(values: Tensor, ids: Tensor, tie_tolerance: float) -> tuple[SetStatistics, Tensor]:
+def statistics_by(values: Tensor, ids: Tensor, tie_tolerance: float = TIE_TOLERANCE) -> tuple[SetStatistics, Tensor]:
     """Statistics of float64 ``values [N]`` by int64 ``ids [N]``, and each row's index into them, int64 ``[N]``."""
     sets = group_statistics(values, ids, ids, tie_tolerance=tie_tolerance).groups
     return sets, torch.searchsorted(sets.id, ids)
@@ -23,7 +23,7 @@ def statistics_by(values: Tensor, ids: Tensor, tie_tolerance: float) -> tuple[Se
 
 def scaled_difference(values: Tensor, means: Tensor, divisors: Tensor) -> Tensor:
     """``(values - means) / divisors``, float64 ``[N]``, also where the difference alone would overflow."""
-    huge = (values.abs() > _HUGE) | (means.abs() > _HUGE)
+    huge = (values.abs() > HUGE) | (means.abs() > HUGE)
     scale = torch.where(huge, 0.25, 1.0).double()
     return (values * scale - means * scale) / (divisors * scale)
 

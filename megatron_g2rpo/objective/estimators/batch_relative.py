@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Estimators that divide by the standard deviation of the whole batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_g2rpo.objective.advantages import TIE_TOLERANCE
+from megatron_g2rpo.objective.estimators.base import register
+from megatron_g2rpo.objective.estimators.moments import HUGE, scaled_difference, standardised, statistics_by
+from megatron_g2rpo.objective.history import History
+from megatron_g2rpo.objective.rows import Rows
+
+
+@register("reinforce_plus_plus")
+def reinforce_plus_plus(
+    rows: Rows, history: History, *, baseline: str = "group", tie_tolerance: float = TIE_TOLERANCE
+) -> Tensor:
+    """Rewards, or their differences from their group's mean, standardised over the whole batch.
+
+    Source: "REINFORCE++", arXiv 2501.03262. Its penalty on the distance to a reference policy belongs to the loss here.
+
+    Args:
+        baseline: ``"batch"``: ``(R - mean) / std`` over the batch. ``"group"`` (the paper's variant with a baseline):
+            the differences ``R - mean of the group`` take the rewards' place, so that the standard deviation is theirs.
+        tie_tolerance: a batch in which what is standardised is all equal within it gets 0.
+
+    Returns:
+        float64 ``[N]``.
+
+    Raises:
+        ValueError: an unknown baseline, or a reward that is not finite.
+    """
+    values = rows.rewards.double()
+    if baseline == "group":
+        sets, index = statistics_by(values, rows.groups, tie_tolerance)
+        # Any common divisor leaves the result as it is; 4 keeps the differences of the largest doubles in range.
+        divisor = 4.0 if bool((values.abs() > HUGE).any()) else 1.0
+        values = scaled_difference(values, sets.mean[index], torch.full_like(values, divisor))
+    elif baseline != "batch":
+        raise ValueError(f"baseline must be 'batch' or 'group', got {baseline!r}")
+    return standardised(values, torch.zeros_like(rows.groups), tie_tolerance)
