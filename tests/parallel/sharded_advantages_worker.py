@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of test_sharded_advantages.py: compares with one process, on groups of 1, 2 and 3 ranks."""
+"""One rank of test_sharded_advantages.py: compares with one process, on groups of 1 to 4 ranks."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -9,31 +11,50 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_g2rpo.objective import GroupStatistics, estimators, sharded_advantages
+from megatron_g2rpo.objective.history import History
+from megatron_g2rpo.objective.rows import Rows, as_rows
+from megatron_g2rpo.objective.sharded import sharded_statistics
 
+STEPS = 2
+ROWS = 120
+WEIGHTS = {"accuracy": 0.9, "format": 0.1, "length": 0.3}
 ESTIMATORS = {
-    "g2rpo": estimators.get("g2rpo"),
+    **{name: estimators.get(name) for name in estimators.names()},
     "g2rpo, kept, unit": estimators.bind("g2rpo", zero_variance="keep", variance="unit"),
-    "grpo": estimators.get("grpo"),
+    "g2_gdpo, kept, unit": estimators.bind("g2_gdpo", part_weights=WEIGHTS, zero_variance="keep", variance="unit"),
+    "gdpo, weighed": estimators.bind("gdpo", part_weights=WEIGHTS),
+    "reinforce_plus_plus, batch": estimators.bind("reinforce_plus_plus", baseline="batch"),
 }
-Rows = tuple[Tensor, Tensor, Tensor]
 
 
 def global_rows(seed: int) -> Rows:
     """120 rollouts of 15 prompts and 3 tasks, with ties and all-equal groups, in random order."""
     rng = np.random.default_rng(seed)
-    rewards = np.concatenate([rng.integers(0, grid, 8) / 7 for grid in rng.integers(1, 6, 15)])
+    accuracy, form = (
+        np.concatenate([rng.integers(0, grid, 8) / 7 for grid in rng.integers(1, 6, 15)]) for _ in range(2)
+    )
+    parts = {"accuracy": accuracy, "format": form, "length": rng.normal(size=ROWS)}
     groups = np.repeat(rng.integers(-(2**63), 2**63 - 1, 15), 8)
     tasks = np.repeat(rng.choice([-1, 5, 2**63 - 1], 15), 8)
-    order = rng.permutation(120)
-    return tuple(torch.from_numpy(column[order]) for column in (rewards, groups, tasks))  # type: ignore[return-value]
+    order = rng.permutation(ROWS)
+    columns = {name: torch.from_numpy(part[order]) for name, part in parts.items()}
+    return as_rows(accuracy[order] * 0.9 + form[order] * 0.1, groups[order], tasks[order], columns)
 
 
-def boundaries(seed: int, world: int) -> list[int]:
-    """Where to cut the rows: at random; every third seed leaves a rank without rows."""
-    cuts = sorted(np.random.default_rng(1000 + seed).integers(0, 121, world - 1).tolist())
+def dealt_rows(seed: int, rank: int, world: int) -> Tensor:
+    """Which of the rows a rank owns, in which order: at random; every third seed leaves a rank without any."""
+    rng = np.random.default_rng(1000 + seed)
+    owner = rng.choice(world, ROWS, p=rng.dirichlet(np.ones(world)))
     if seed % 3 == 0 and world > 1:
-        cuts[0] = 0
-    return [0, *cuts, 120]
+        owner[owner == seed % world] = (seed + 1) % world
+    return torch.from_numpy(np.random.default_rng(2000 + seed).permutation(np.flatnonzero(owner == rank)))
+
+
+def call(rows: Rows, mine: Tensor, group: dist.ProcessGroup | None, estimator: estimators.Estimator, history: History):
+    # A rank without rows has met no component, and need not name one.
+    parts: Mapping[str, Tensor] = {name: part[mine] for name, part in rows.parts.items()} if len(mine) else {}
+    local = rows.rewards[mine], rows.groups[mine], rows.tasks[mine]
+    return sharded_advantages(*local, estimator=estimator, group=group, history=history, parts=parts)
 
 
 def assert_same_bits(actual: GroupStatistics, expected: GroupStatistics) -> None:
@@ -44,46 +65,60 @@ def assert_same_bits(actual: GroupStatistics, expected: GroupStatistics) -> None
 
 def check_equal_to_one_process(group: dist.ProcessGroup) -> None:
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    for seed in range(6):
-        rows, cuts = global_rows(seed), boundaries(seed, world)
-        mine = slice(cuts[rank], cuts[rank + 1])
+    for seed in range(3):
         for name, estimator in ESTIMATORS.items():
-            expected, statistics = sharded_advantages(*rows, estimator=estimator, group=None)
-            assert expected.abs().max() > 1, "the comparison needs advantages"
-            local = tuple(column[mine] for column in rows)
-            actual, gathered = sharded_advantages(*local, estimator=estimator, group=group)
-            same = torch.equal(actual.view(torch.int64), expected[mine].view(torch.int64))
-            assert same, f"{name}, seed {seed}, rank {rank} of {world}"
-            assert_same_bits(gathered, statistics)
+            one, sharded = History(), History()
+            for step in range(STEPS):
+                rows = global_rows(STEPS * seed + step)
+                mine = dealt_rows(STEPS * seed + step, rank, world)
+                expected, statistics = call(rows, torch.arange(ROWS), None, estimator, one)
+                assert len(expected.unique()) > 3, "the comparison needs advantages"
+                actual, gathered = call(rows, mine, group, estimator, sharded)
+                same = torch.equal(actual.view(torch.int64), expected[mine].view(torch.int64))
+                assert same, f"{name}, seed {seed}, step {step}, rank {rank} of {world}"
+                assert sharded.state_dict() == one.state_dict(), f"{name}, seed {seed}, step {step}"
+                assert_same_bits(gathered, statistics)
+            assert bool(one.moments) == (name == "ema_grpo")
+        local = rows.rewards[mine], rows.groups[mine], rows.tasks[mine]
+        assert_same_bits(sharded_statistics(*local, group=group), statistics)
 
 
 def check_no_rows_at_all(group: dist.ProcessGroup) -> None:
     empty = torch.zeros(0, dtype=torch.int64)
-    advantages, statistics = sharded_advantages(
-        empty.double(), empty, empty, estimator=ESTIMATORS["g2rpo"], group=group
-    )
-    assert len(advantages) == len(statistics.groups.id) == 0
+    for estimator in ESTIMATORS.values():
+        advantages, statistics = sharded_advantages(empty.double(), empty, empty, estimator=estimator, group=group)
+        assert len(advantages) == len(statistics.groups.id) == 0
 
 
 def check_errors_reach_every_rank(group: dist.ProcessGroup) -> None:
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     last = world - 1
-    rewards, groups = torch.arange(4.0), torch.arange(4) + 10 * rank
+    groups, zeros, bad = torch.arange(4) + 10 * rank, torch.zeros(4), torch.arange(4.0)
     if rank == last:
-        rewards[2] = torch.nan
-    message = error_of(rewards, groups, groups, group)
-    assert f"row 2 of data-parallel rank {last} is nan (group {10 * last + 2}, task {10 * last + 2})" in message, (
-        message
-    )
+        bad[2] = torch.nan
+    named = f"row 2 of data-parallel rank {last} is nan (group {10 * last + 2}, task {10 * last + 2})"
 
-    message = error_of(torch.zeros(4), groups[: 3 if rank == last else 4], groups, group)
-    expected = "lengths 4, 3 and 4" if rank == last else f"data-parallel rank {last} passed rows that can't be read"
-    assert expected in message, message
+    message = error_of(bad, groups, groups, group)
+    assert f"reward of {named}" in message, message
+    message = error_of(zeros, groups, groups, group, {"format": zeros, "length": bad})
+    assert f"part 'length' of the reward of {named}" in message, message
+
+    message = error_of(zeros, groups[: 3 if rank == last else 4], groups, group)
+    assert "lengths 4, 3 and 4" in message, message
+    assert rank == last or f"data-parallel rank {last} passed rows that can't be read" in message, message
+
+    names = ("format", "length") if rank == last else ("format",)
+    if world > 1:
+        message = error_of(zeros, groups, groups, group, dict.fromkeys(names, zeros))
+        assert f"rank {last} has format, length" in message, message
+        assert f"rank {last - 1} has format;" in message, message
 
 
-def error_of(rewards: Tensor, groups: Tensor, tasks: Tensor, group: dist.ProcessGroup) -> str:
+def error_of(
+    rewards: Tensor, groups: Tensor, tasks: Tensor, group: dist.ProcessGroup, parts: Mapping[str, Tensor] | None = None
+) -> str:
     try:
-        sharded_advantages(rewards, groups, tasks, estimator=ESTIMATORS["g2rpo"], group=group)
+        sharded_advantages(rewards, groups, tasks, estimator=ESTIMATORS["g2rpo"], group=group, parts=parts)
     except ValueError as error:
         return str(error)
     raise AssertionError("no error was raised")
@@ -92,7 +127,7 @@ def error_of(rewards: Tensor, groups: Tensor, tasks: Tensor, group: dist.Process
 def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    for members in ([0], [0, 1], [2, 1], [0, 1, 2]):
+    for members in ([0], [0, 1], [2, 1], [3, 0, 2], [0, 1, 2, 3]):
         group = dist.new_group(members)
         if rank in members:
             check_equal_to_one_process(group)

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claim: advantages and statistics of sharded rows are those of one process, bit for bit; errors reach every rank."""
+"""Claim: advantages, statistics and history of sharded rows are those of one process, bit for bit; errors reach every
+rank."""
 
 from __future__ import annotations
 
 from tests.launch import torchrun
 
 
-def test_any_split_over_one_to_three_ranks_equals_one_process() -> None:
-    """Groups of 1, 2 and 3 ranks (sub-groups too), six random batches and splits, three estimators, ranks without
-    rows; a reward that is not finite and rows that can't be read fail on every rank instead of hanging."""
-    output = torchrun(3, "-m", "tests.parallel.sharded_advantages_worker", timeout=120)
-    assert output.count("sharded advantages agree on rank") == 3, output
+def test_any_split_over_one_to_four_ranks_equals_one_process() -> None:
+    """Groups of 1 to 4 ranks (sub-groups too), every registered estimator with components over two steps with a
+    history, six random batches dealt to the ranks at random, ranks without rows; values that are not finite, rows that
+    can't be read and components that differ fail on every rank instead of hanging."""
+    output = torchrun(4, "-m", "tests.parallel.sharded_advantages_worker", timeout=180)
+    assert output.count("sharded advantages agree on rank") == 4, output
