@@ -70,7 +70,7 @@ def sequences_within(
         raise ValueError(f"low must lie in [0, 1], got {low}")
     if not high >= 1.0:
         raise ValueError(f"high must be at least 1, got {high}")
-    ratio = sequences.mean(_gap(behaviour_logprobs, rollout_logprobs).double()).exp()
+    ratio = sequences.mean(_gap(behaviour_logprobs, rollout_logprobs)).exp()
     return (sequences.ids >= 0) & (ratio >= low) & (ratio <= high)
 
 

@@ -55,7 +55,8 @@ class Sequences:
         """At each token the mean of ``values`` ``[S]`` over its sequence, all ranks: ``[S]``, 0 where ``ids`` is -1."""
         both = torch.stack([self._local_sum(values), self._local_sum(torch.ones_like(self.ids))])
         sums, counts = self._reduced(both)
-        means = torch.cat([sums.new_zeros(1), sums / counts.clamp(min=1)])
+        # 0 / 0 of a sequence without tokens stays in the table: no token looks it up.
+        means = torch.cat([sums.new_zeros(1), sums / counts])
         return means[self.ids + 1].to(values.dtype)
 
     def _local_sum(self, values: Tensor) -> Tensor:
