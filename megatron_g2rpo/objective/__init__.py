@@ -3,8 +3,8 @@
 
 ``advantages`` and ``estimators`` turn rewards into advantages (``sharded`` does so over ranks, ``diagnostics`` says how
 they are distributed); ``surrogates`` turns advantages into per-token losses; ``kl`` holds the policy near a reference;
-``importance`` corrects for what the rollout engine sampled from; ``entropy`` keeps the entropy of every task between its
-bounds.
+``importance`` corrects for what the rollout engine sampled from; ``entropy`` keeps the entropy of every task between
+its bounds.
 """
 
 from megatron_g2rpo.objective import entropy, estimators, importance, kl, surrogates

@@ -108,7 +108,8 @@ class G2RPOLoss:
         result = self._surrogate(stats.logprobs, batch.behaviour_logprobs, batch.advantages, sequences)
         importance = 1.0 if batch.importance_weights is None else batch.importance_weights
         policy_loss = (result.loss * batch.token_weights * importance).sum()
-        log_ratio = (stats.logprobs - batch.behaviour_logprobs).detach().clamp(-self._clamp, self._clamp)
+        # The tokens are samples of the behaviour policy: KL(behaviour || policy).
+        moved = kl.penalty("k3", batch.behaviour_logprobs, stats.logprobs.detach(), log_ratio_clamp=self._clamp)
         loss, sums = policy_loss + self._entropy_term(batch, stats), {}
         if self._kl is not None and batch.reference_logprobs is not None:
             divergence = kl.penalty(
@@ -123,8 +124,7 @@ class G2RPOLoss:
                 **sums,
                 "policy_loss": policy_loss.detach(),
                 "entropy": (stats.entropy.detach() * batch.loss_mask).sum(),
-                # k3, Schulman's low-variance estimate of KL(behaviour || policy).
-                "kl": ((log_ratio.exp() - 1 - log_ratio) * batch.loss_mask).sum(),
+                "kl": (moved * batch.loss_mask).sum(),
                 **result.sums(batch.loss_mask),
                 **self._clipped_by_task(batch, result),
             },
