@@ -67,6 +67,13 @@ def test_a_run_leaves_its_metrics_recipe_events_and_checkpoint(toy: Toy, straigh
         # One update a step: the policy is the one that sampled.
         assert lines[step]["train/ratio"] == 1.0
         assert lines[step]["train/kl"] == 0.0
+        assert lines[step]["train/importance_masked"] == lines[step]["train/importance_truncated"] == 0.0
+        shares = [lines[step][name] for name in lines[step] if name.endswith("/gradient_share")]
+        assert bool(shares) == (step % 2 == 0), "task_gradient_period 2"
+        assert not shares or sum(shares) == pytest.approx(1.0, rel=1e-12)
+    # Nothing has been learned before the first update: the policy is the reference.
+    assert lines[1]["train/reference_kl"] == 0.0 < lines[2]["train/reference_kl"]
+    assert lines[1]["train/sampling/groups_drawn"] > 6, "some groups should have been replaced"
     assert lines[1]["train/zero_variance_groups"] < 1.0, "the comparisons of this file need advantages"
 
     again = recipes.load(straight / "recipe.yaml", [], "train")
@@ -167,6 +174,9 @@ def test_a_run_continues_at_another_layout(toy: Toy, straight: Path, tmp_path: P
 
 
 def assert_same_step(line: dict[str, float], expected: dict[str, float], tolerance: float) -> None:
+    exact = [name for name in expected if name.startswith("train/sampling/")]
+    assert exact
+    assert {name: line[name] for name in exact} == {name: expected[name] for name in exact}
     for name in ("train/loss", "train/grad_norm", "train/entropy", "train/reward"):
         assert math.isclose(line[name], expected[name], rel_tol=tolerance), (name, line[name], expected[name])
     assert line["train/num_tokens"] == expected["train/num_tokens"]

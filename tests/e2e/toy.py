@@ -137,7 +137,17 @@ def _train(toy: Toy) -> dict[str, Any]:
         _common(toy),
         {
             "defaults": "vlm_g2rpo.yaml",
-            "grpo": {**loop, "max_val_samples": 4},
+            # Whatever a layout or a resumed run could get wrong is on.
+            "grpo": {
+                **loop,
+                "max_val_samples": 4,
+                "dynamic_sampling": {"enabled": True, "max_rounds": 2},
+                "task_gradient_period": 2,
+            },
+            "loss_fn": {
+                "reference_policy_kl": {"penalty": 0.05},
+                "importance_sampling": {"truncated_ratio": 2.0, "sequence_ratio_max": 2.0},
+            },
             "policy": {"train_global_batch_size": 24, "megatron_cfg": {"optimizer": {"lr": 3e-4}}},
         },
     )
