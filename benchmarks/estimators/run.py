@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run what ``conditions.py`` lists, one process a run, and keep of each what ``report.py`` needs.
+
+    python benchmarks/estimators/run.py [--jobs 2] [--only plain]
+
+Needs the quickstart's data (``make data``). Finished runs are not repeated: their results lie in ``results/``. With two
+cores, two runs of one thread each take less time than one of two after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from conditions import ARMS, BUDGET, RECIPE, SEEDS, SPIKE, SPIKE_SHARE, Arm
+
+RESULTS = Path(__file__).parent / "results"
+RUNS = Path("runs/estimators")
+KEPT = (
+    "reward", "accuracy", "entropy", "response_tokens", "gradient_share", "gradient_norm", "advantage_std",
+    "advantage_normal_distance", "zero_variance_groups",
+)  # fmt: skip
+
+
+def spike(rewards: Any, rollouts: Any) -> Any:
+    """Rewards of which a share, drawn from what each response says, is ``SPIKE``; a component of its own."""
+
+    def drawn(rollout: Any) -> float:
+        text = f"{rollout.prompt.key} {rollout.sample_index} {rollout.response_ids.tolist()}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+    hit = torch.tensor([drawn(rollout) < SPIKE_SHARE for rollout in rollouts], dtype=torch.bool)
+    return rewards.plus("spike", torch.where(hit, SPIKE - rewards.total, 0.0), 1.0)
+
+
+def run_one(arm: Arm, seed: int) -> None:
+    """One run in this process, its metrics condensed into ``results/``."""
+    from megatron_g2rpo import recipe as recipes
+    from megatron_g2rpo.policy.device import init_process_group, select
+    from megatron_g2rpo.train import collect, g2rpo
+
+    directory = RUNS / arm.key(seed)
+    overrides = [*BUDGET, *arm.overrides, f"grpo.seed={seed}", f"logger.log_dir={directory}"]
+    recipe = recipes.load(RECIPE, overrides, "train")
+    (directory / "metrics.jsonl").unlink(missing_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    init_process_group(select("cpu"))
+    score = collect._score
+
+    def spiked(recipe: Any, rollouts: Any) -> Any:
+        return spike(score(recipe, rollouts), rollouts)
+
+    with patch.object(collect, "_score", spiked if arm.heavy_tailed else score):
+        g2rpo.train(recipe)
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == recipe.grpo.max_num_steps
+    RESULTS.mkdir(exist_ok=True)
+    kept = [{key: _short(value) for key, value in line.items() if _is_kept(key)} for line in lines]
+    result = {"condition": arm.condition, "arm": arm.name, "seed": seed, "overrides": overrides[:-1], "lines": kept}
+    (RESULTS / f"{arm.key(seed)}.json").write_text(json.dumps(result, separators=(",", ":")) + "\n")
+
+
+def _is_kept(key: str) -> bool:
+    if key.startswith("val/"):
+        return key.rsplit("/", 1)[1].removeprefix("mean_").removeprefix("greedy_") in ("reward", "accuracy")
+    return key in ("step", "train/grad_norm", "train/ratio") or key.rsplit("/", 1)[-1] in KEPT
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+def main() -> None:
+    """Start what is missing, or be one run."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--only", help="one condition")
+    parser.add_argument("--key", help="one run, in this process")
+    arguments = parser.parse_args()
+    runs = {arm.key(seed): (arm, seed) for seed in SEEDS for arm in ARMS if arguments.only in (None, arm.condition)}
+    if arguments.key:
+        run_one(*runs[arguments.key])
+        return
+    missing = [key for key in runs if not (RESULTS / f"{key}.json").exists()]
+
+    def start(key: str) -> None:
+        (RUNS / key).mkdir(parents=True, exist_ok=True)
+        with (RUNS / key / "output.txt").open("w") as output:
+            command = [sys.executable, __file__, "--key", key]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            code = subprocess.run(command, env=environment, stdout=output, stderr=output, check=False).returncode
+        print(f"{key}: {'done' if code == 0 else f'FAILED, see {output.name}'}", flush=True)
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(start, missing))
+
+
+if __name__ == "__main__":
+    main()
