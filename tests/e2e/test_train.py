@@ -18,6 +18,7 @@ from megatron_g2rpo.nouns import ModelInputs, PackedBatch
 from megatron_g2rpo.train.assembly import assemble
 from megatron_g2rpo.train.g2rpo import g2rpo_step
 from megatron_g2rpo.train.loop import Run
+from megatron_g2rpo.train.losses import G2RPOLoss, TaskEntropies
 from tests.e2e.toy import TASKS, Toy, call, metrics, numbers, succeed
 
 # Five significant digits: half a unit of the fifth.
@@ -236,10 +237,12 @@ def test_every_update_of_a_step_is_measured_against_the_policy_that_sampled(
     path = toy.recipe(tmp_path / "recipe.yaml", policy={"train_global_batch_size": 12})
     recipe = recipes.load(path, [f"logger.log_dir={tmp_path / 'run'}"], "train")
     parts = assemble(recipe)
-    update, distances = parts.policy.update, []
+    update, distances, hinges = parts.policy.update, [], []
 
-    def measured_update(batches: list[PackedBatch], *args: Any) -> dict[str, float]:
+    def measured_update(batches: list[PackedBatch], loss: G2RPOLoss, *args: Any) -> dict[str, float]:
         now = parts.policy.logprobs(batches)
+        entropies = TaskEntropies.of(batches, now, len(parts.tasks), parts.policy.groups.data)
+        hinges.append((loss.hinge, G2RPOLoss(recipe, parts.tasks, entropies, parts.policy.groups.context).hinge))
         for batch, stats in zip(batches, now, strict=True):
             assert batch.behaviour_logprobs is not None
             response = batch.task_ids >= 0
@@ -247,10 +250,11 @@ def test_every_update_of_a_step_is_measured_against_the_policy_that_sampled(
             gap = (batch.behaviour_logprobs - batch.rollout_logprobs)[response].abs().max()
             assert gap < 1e-4, f"update {len(distances) + 1}: behaviour is {gap} away from the rollouts"
             distances.append(float((stats.logprobs - batch.behaviour_logprobs)[response].abs().max()))
-        return update(batches, *args)
+        return update(batches, loss, *args)
 
     monkeypatch.setattr(parts.policy, "update", measured_update)
     line = g2rpo_step(recipe, parts, 1)
+    assert all(used == fresh != 0.0 for used, fresh in hinges), "entropies are those of the weights of the update"
     first, second = distances
     assert first == 0.0  # the same weights and the same rows: the same bits
     assert second > 1e-3

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_g2rpo.policy import optimizer as policy_optimizer
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
+from megatron_g2rpo.policy.reference import ReferencePolicy
 from tests.parallel.checkpoint_layouts_worker import BUCKET, distance, micro_batches, weights_of
 from tests.parity import toy_loss
 from tests.policy_layout import DATA_PARALLELISM, layout_options
@@ -46,11 +47,15 @@ def run(policy: MegatronPolicy) -> dict[str, Any]:
     with policy.device.megatron():
         policy_optimizer.gather_gradients(policy._ddp)
     gradients = {name: grad.clone() for name, grad in policy.stream(lambda parameter: parameter.main_grad)}
+    reference, initial = ReferencePolicy(policy), policy.logprobs(batches)
     norms, logprobs = [], []
     for _ in range(STEPS):
         norms.append(policy.update(batches, toy_loss)["grad_norm"])
         # Forward passes without backward, just after a step: the weights must be the new ones.
         logprobs += [stats.logprobs for stats in policy.logprobs(batches)]
+        # The reference takes the weights' place and gives it back, wherever the optimizer keeps its shares.
+        held = reference.logprobs(batches)
+        assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(held, initial, strict=True))
     return {"start": start, "gradients": gradients, "norms": norms, "logprobs": logprobs, "end": weights_of(policy)}
 
 
