@@ -25,10 +25,7 @@ from conditions import ARMS, BUDGET, RECIPE, SEEDS, SPIKE, SPIKE_SHARE, Arm
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/estimators")
-KEPT = (
-    "reward", "accuracy", "entropy", "response_tokens", "gradient_share", "gradient_norm", "advantage_std",
-    "advantage_normal_distance", "zero_variance_groups",
-)  # fmt: skip
+KEPT = ("entropy", "response_tokens", "gradient_share", "advantage_std", "advantage_normal_distance")
 
 
 def spike(rewards: Any, rollouts: Any) -> Any:
@@ -64,19 +61,28 @@ def run_one(arm: Arm, seed: int) -> None:
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == recipe.grpo.max_num_steps
     RESULTS.mkdir(exist_ok=True)
-    kept = [{key: _short(value) for key, value in line.items() if _is_kept(key)} for line in lines]
-    result = {"condition": arm.condition, "arm": arm.name, "seed": seed, "overrides": overrides[:-1], "lines": kept}
+    result = {
+        "condition": arm.condition,
+        "arm": arm.name,
+        "seed": seed,
+        "overrides": overrides[:-1],
+        "series": {key: series(lines, key) for key in sorted(set().union(*lines)) if is_kept(key)},
+    }
     (RESULTS / f"{arm.key(seed)}.json").write_text(json.dumps(result, separators=(",", ":")) + "\n")
 
 
-def _is_kept(key: str) -> bool:
+def is_kept(key: str) -> bool:
+    """Whether the report needs a metric."""
+    name = key.rsplit("/", 1)[-1]
     if key.startswith("val/"):
-        return key.rsplit("/", 1)[1].removeprefix("mean_").removeprefix("greedy_") in ("reward", "accuracy")
-    return key in ("step", "train/grad_norm", "train/ratio") or key.rsplit("/", 1)[-1] in KEPT
+        return name.removeprefix("mean_").removeprefix("greedy_") in ("reward", "accuracy")
+    return key == "train/grad_norm" or name in KEPT
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.5g}")
+def series(lines: list[dict[str, float]], key: str) -> list[list[float]]:
+    """Steps, and the values that were logged at them to four digits."""
+    steps = [line["step"] for line in lines if key in line]
+    return [steps, [float(f"{line[key]:.4g}") for line in lines if key in line]]
 
 
 def main() -> None:
