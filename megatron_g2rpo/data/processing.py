@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chat messages and images to model inputs: the tokenizer and the image processor of a Qwen3-VL directory.
+"""Chat messages and images to model inputs: the tokenizer and, of a Qwen3-VL directory, the image processor.
 
 Not ``AutoProcessor``: it insists on a video processor, which needs torchvision. And not ``AutoImageProcessor``: it
 picks the torchvision implementation where torchvision imports and the PIL one elsewhere, whose resized pixels differ.
@@ -25,6 +25,7 @@ from megatron_g2rpo.tasks.prompts import build_messages
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 VISION_START_TOKEN, VISION_END_TOKEN = "<|vision_start|>", "<|vision_end|>"
+NO_TOKEN = -1
 VISION_TOKENS = (IMAGE_TOKEN, VIDEO_TOKEN, VISION_START_TOKEN, VISION_END_TOKEN)
 
 
@@ -33,12 +34,14 @@ class ChatProcessor:
 
     Attributes:
         tokenizer: the directory's tokenizer.
-        image_processor: the directory's image processor, in its PIL implementation.
+        image_processor: the directory's image processor, in its PIL implementation; None for a model of text alone.
         vision_token_ids: the placeholders and their frame: ids that a policy must never sample.
+        image_token_id: the placeholder of images; ``NO_TOKEN`` for a model of text alone.
         spatial_merge_size: patches along one side that merge into one image token.
 
     Args:
-        model_dir: a Qwen3-VL directory; nothing is downloaded.
+        model_dir: a Hugging Face directory; nothing is downloaded. One without ``preprocessor_config.json`` is of a
+            model of text alone.
         min_pixels: lower bound on height x width after resizing; None for the directory's own.
         max_pixels: upper bound likewise.
         system_prompt: text of the system turn that ``encode_sample`` puts first; None for no such turn.
@@ -57,20 +60,20 @@ class ChatProcessor:
     ) -> None:
         model_dir = Path(model_dir)
         self.image_processor = _load_image_processor(model_dir, min_pixels, max_pixels)
+        sees = self.image_processor is not None
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
         self.system_prompt = system_prompt
-        self.spatial_merge_size: int = self.image_processor.merge_size
+        self.spatial_merge_size: int = self.image_processor.merge_size if self.image_processor is not None else 1
         self._chat_template = _load_chat_template(model_dir, self.tokenizer)
         vocabulary = self.tokenizer.get_vocab()
-        for token in VISION_TOKENS:
+        for token in VISION_TOKENS if sees else ():
             if token not in vocabulary:
                 raise DataError(f"{model_dir}: the tokenizer has no token {token}; is this a Qwen3-VL directory?")
         if self.tokenizer.eos_token_id is None:
             raise DataError(f"{model_dir}: the tokenizer names no end-of-turn token (eos_token)")
-        self.image_token_id: int = vocabulary[IMAGE_TOKEN]
-        self.video_token_id: int = vocabulary[VIDEO_TOKEN]
-        self.vision_start_token_id: int = vocabulary[VISION_START_TOKEN]
-        self.vision_token_ids: list[int] = [vocabulary[token] for token in VISION_TOKENS]
+        self.image_token_id: int = vocabulary[IMAGE_TOKEN] if sees else NO_TOKEN
+        self.video_token_id: int = vocabulary[VIDEO_TOKEN] if sees else NO_TOKEN
+        self.vision_token_ids: list[int] = [vocabulary[token] for token in VISION_TOKENS] if sees else []
         self.eos_token_id: int = self.tokenizer.eos_token_id
         pad = self.tokenizer.pad_token_id
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
@@ -142,6 +145,10 @@ class ChatProcessor:
 
     def _encode_images(self, images: Sequence[Image.Image], name: str) -> tuple[Tensor, Tensor]:
         processor = self.image_processor
+        if processor is None:
+            if images:
+                raise SampleError(f"{name}: has {len(images)} images, but the model reads text alone")
+            return torch.zeros(0, 0), torch.zeros(0, 3, dtype=torch.int64)
         if not images:
             width = 3 * processor.temporal_patch_size * processor.patch_size**2
             return torch.zeros(0, width), torch.zeros(0, 3, dtype=torch.int64)
@@ -173,10 +180,17 @@ def _texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     return texts
 
 
-def _load_image_processor(model_dir: Path, min_pixels: int | None, max_pixels: int | None) -> Qwen2VLImageProcessorPil:
+def _load_image_processor(
+    model_dir: Path, min_pixels: int | None, max_pixels: int | None
+) -> Qwen2VLImageProcessorPil | None:
     path = model_dir / "preprocessor_config.json"
     if not path.exists():
-        raise DataError(f"{path} does not exist: a Qwen3-VL Hugging Face directory is needed")
+        config = model_dir / "config.json"
+        if not config.exists():
+            raise DataError(f"{config} does not exist: a Hugging Face model directory is needed")
+        if "vision_config" in json.loads(config.read_text()):
+            raise DataError(f"{path} does not exist, but the model sees images")
+        return None
     kind = json.loads(path.read_text()).get("image_processor_type", "")
     if not kind.startswith("Qwen2VLImageProcessor"):
         raise DataError(f"{path}: image_processor_type is {kind!r}; Qwen3-VL's is Qwen2VLImageProcessor or ...Fast")

@@ -64,9 +64,14 @@ def read_config(name: str) -> Any:
         name: a directory with a config.json, or the name of a model on the Hugging Face hub.
 
     Raises:
-        ModelConfigError: neither is to be had; says what to do.
+        ModelConfigError: neither is to be had, or the model does not see; says what to do.
     """
-    return AutoConfig.from_pretrained(_config_directory(name), local_files_only=True)
+    config = AutoConfig.from_pretrained(_config_directory(name), local_files_only=True)
+    if getattr(config, "vision_config", None) is None:
+        raise ModelConfigError(
+            f"policy.model_name: {name} is a model of text alone ({config.model_type}); a plan knows models that see"
+        )
+    return config
 
 
 def _config_directory(name: str) -> Path:

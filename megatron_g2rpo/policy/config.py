@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a Hugging Face Qwen3-VL config and a layout to megatron-core's TransformerConfig."""
+"""From a Hugging Face config and a layout to megatron-core's TransformerConfig."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, megat
     """The language model's TransformerConfig.
 
     Args:
-        hf_config: a ``Qwen3VLConfig``.
+        hf_config: transformers' configuration of a family in ``layout.SUPPORTED_MODEL_TYPES``.
         layout: parallel sizes.
         dtype: parameter and activation dtype, float32 or bfloat16.
         megatron_cfg: the recipe's ``policy.megatron_cfg``; what it says of recomputation and attention is read here.
@@ -24,7 +24,8 @@ def transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, megat
     Raises:
         LayoutError: a stage's layers cannot be dealt out as asked, over stages or over chunks to recompute.
     """
-    text = hf_config.text_config
+    text = hf_config.get_text_config()
+    section = text.rope_parameters.get("mrope_section")
     full = megatron_cfg.recompute_granularity == "full"
     if full and megatron_cfg.recompute_method == "uniform":
         _check_chunks(layout.stage_layers(text.num_hidden_layers), megatron_cfg.recompute_num_layers)
@@ -37,14 +38,14 @@ def transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, megat
         kv_channels=text.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=text.rms_norm_eps,
-        qk_layernorm=True,
+        qk_layernorm=has_qk_norm(hf_config),
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        mrope_section=list(text.rope_parameters["mrope_section"]),
+        mrope_section=None if section is None else list(section),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -77,6 +78,11 @@ def transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, megat
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
     )
+
+
+def has_qk_norm(hf_config: Any) -> bool:
+    """Whether the family normalises queries and keys."""
+    return hf_config.model_type.startswith("qwen3")
 
 
 def _check_chunks(stages: tuple[int, ...], chunk: int) -> None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SUPPORTED_MODEL_TYPES = ("qwen3_vl",)
+SUPPORTED_MODEL_TYPES = ("qwen3_vl", "qwen3", "llama")
+# transformers' names of rescaled rotary frequencies that depend on the configuration alone.
+SCALED_ROPE_TYPES = ("linear", "llama3")
 
 
 class LayoutError(ValueError):
@@ -113,7 +115,7 @@ def check_layout(hf_config: Any, layout: Layout) -> None:
         raise LayoutError(
             f"policy.model_name: model type {hf_config.model_type!r} is not supported; known: {SUPPORTED_MODEL_TYPES}"
         )
-    text, key = hf_config.text_config, "policy.megatron_cfg.tensor_model_parallel_size"
+    text, key = hf_config.get_text_config(), "policy.megatron_cfg.tensor_model_parallel_size"
     for what, number in (("attention heads", text.num_attention_heads), ("MLP features", text.intermediate_size)):
         if number % layout.tensor:
             raise LayoutError(f"{key}={layout.tensor} does not divide the model's {number} {what}")
@@ -123,7 +125,8 @@ def check_layout(hf_config: Any, layout: Layout) -> None:
         raise LayoutError(f"{key}={layout.tensor} neither divides nor is a multiple of the {groups} key/value heads")
     if layout.sequence_parallel and layout.tensor == 1:
         raise LayoutError(f"policy.megatron_cfg.sequence_parallel needs {key} above 1")
-    levels = len(hf_config.vision_config.deepstack_visual_indexes)
+    vision = getattr(hf_config, "vision_config", None)
+    levels = 0 if vision is None else len(vision.deepstack_visual_indexes)
     first = layout.stage_layers(text.num_hidden_layers)[0]
     if first < levels:
         raise LayoutError(
@@ -131,10 +134,13 @@ def check_layout(hf_config: Any, layout: Layout) -> None:
             "and lives there: raise policy.megatron_cfg.num_layers_in_first_pipeline_stage or lower "
             "pipeline_model_parallel_size"
         )
-    if text.rope_parameters.get("rope_type", "default") != "default":
-        raise LayoutError(f"rope_type {text.rope_parameters['rope_type']!r} is not supported; known: default")
-    if text.hidden_act != "silu" or text.attention_bias:
-        raise LayoutError("only Qwen3-VL's own MLP (silu, gated) and bias-free attention are supported")
+    rope_types = ("default", *SCALED_ROPE_TYPES)
+    if text.rope_parameters["rope_type"] not in rope_types:
+        raise LayoutError(f"rope_type {text.rope_parameters['rope_type']!r} is not supported; known: {rope_types}")
+    if text.hidden_act != "silu" or text.attention_bias or getattr(text, "mlp_bias", False):
+        raise LayoutError("only gated MLPs with silu, and layers without biases, are supported")
+    if getattr(text, "use_sliding_window", False):
+        raise LayoutError("sliding-window attention is not supported")
 
 
 def layout_of(megatron_cfg: Any) -> Layout:

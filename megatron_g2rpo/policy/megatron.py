@@ -25,7 +25,7 @@ from megatron_g2rpo.policy import checkpointing, context_parallel
 from megatron_g2rpo.policy.config import transformer_config
 from megatron_g2rpo.policy.device import Device
 from megatron_g2rpo.policy.layout import check_layout, layout_of
-from megatron_g2rpo.policy.model import Qwen3VLPolicy
+from megatron_g2rpo.policy.model import PolicyModel
 from megatron_g2rpo.policy.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -87,7 +87,7 @@ class MegatronPolicy:
         megatron_cfg = options.megatron_cfg
         overlap = megatron_cfg.distributed_data_parallel_config.overlap_grad_reduce
         with device.megatron():
-            self.model = Qwen3VLPolicy(
+            self.model = PolicyModel(
                 self.config,
                 self.hf_config,
                 self.groups.collection,
@@ -118,11 +118,13 @@ class MegatronPolicy:
     def _initial_weights(self, seed: int) -> Mapping[str, Tensor]:
         if self.options.init == "pretrained":
             return weights.SafetensorsDirectory(self.options.model_name)
-        from transformers import Qwen3VLForConditionalGeneration
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+        sees = getattr(self.hf_config, "vision_config", None) is not None
+        builder = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         with torch.random.fork_rng(devices=[]):  # the same weights on every rank, whatever the layout
             torch.manual_seed(seed)
-            state = Qwen3VLForConditionalGeneration(self.hf_config).state_dict()
+            state = builder.from_config(self.hf_config).state_dict()
         return state
 
     # -- weights ------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen3-VL (dense) as a megatron-core model: transformers' vision tower before the blocks of a ``GPTModel``.
+"""A policy as a megatron-core model: a ``GPTModel`` and, for a family that sees, transformers' vision tower before it.
 
 The features of the tower replace the placeholder embeddings and, deepstack, are added after the first language layers.
 Which feature belongs at which token is known on the whole row before any split; embeddings are merged on this rank's
@@ -24,17 +24,17 @@ from megatron_g2rpo.nouns import PackedBatch
 from megatron_g2rpo.policy.attention import PackedCoreAttention, packed_row_params
 from megatron_g2rpo.policy.output_layer import LogprobOutputLayer
 from megatron_g2rpo.policy.precision import local_block_spec
-from megatron_g2rpo.policy.rope import InterleavedMRoPE
+from megatron_g2rpo.policy.rope import InterleavedMRoPE, inverse_frequencies
 from megatron_g2rpo.policy.vision import ImageFeatures, VisionEncoder
 from megatron_g2rpo.weights.rules import padded_rows
 
 
-class Qwen3VLPolicy(MegatronModule):
+class PolicyModel(MegatronModule):
     """One pipeline stage of the policy: the first has the embedding and the vision tower, the last the output layer.
 
     Args:
         config: the language model's configuration.
-        hf_config: the ``Qwen3VLConfig`` it was made from.
+        hf_config: transformers' configuration that it was made from.
         pg_collection: megatron-core's process groups.
         device: where the model will live.
         core_attention: see ``policy.precision``.
@@ -54,7 +54,8 @@ class Qwen3VLPolicy(MegatronModule):
         vision_every_row: bool = False,
     ) -> None:
         super().__init__(config=config)
-        text = hf_config.text_config
+        text = hf_config.get_text_config()
+        vision = getattr(hf_config, "vision_config", None)
         stage, stages = pg_collection.pp.rank(), pg_collection.pp.size()
         self.pg_collection = pg_collection
         self.pre_process, self.post_process = stage == 0, stage == stages - 1
@@ -62,12 +63,12 @@ class Qwen3VLPolicy(MegatronModule):
         self.share_embeddings_and_output_weights = bool(hf_config.tie_word_embeddings)
         self.vocab_size = text.vocab_size
         self._local_attention = core_attention is PackedCoreAttention
-        self.vision_model = self._vision_tower(hf_config.vision_config) if self.pre_process else None
+        self.vision_model = self._vision_tower(vision) if self.pre_process and vision else None
         layers = get_num_layers_to_build(config=config, vp_stage=None, pp_rank=stage)
         self.language_model = GPTModel(
             config=config,
             # Annotated as the spec of one layer; the block takes its submodules as well.
-            transformer_layer_spec=local_block_spec(layers, core_attention),  # pyright: ignore[reportArgumentType]
+            transformer_layer_spec=local_block_spec(layers, core_attention, qk_norm=bool(config.qk_layernorm)),  # pyright: ignore[reportArgumentType]
             vocab_size=padded_rows(text.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=text.max_position_embeddings,
             pre_process=self.pre_process,
@@ -78,8 +79,7 @@ class Qwen3VLPolicy(MegatronModule):
             scatter_embedding_sequence_parallel=False,
             pg_collection=pg_collection,
         )
-        rope = text.rope_parameters
-        self.rotary_pos_emb = InterleavedMRoPE(text.head_dim, rope["rope_theta"], rope["mrope_section"])
+        self.rotary_pos_emb = InterleavedMRoPE(inverse_frequencies(text), text.rope_parameters.get("mrope_section"))
         if self.post_process:
             self.language_model.output_layer = LogprobOutputLayer.adopt(
                 self.language_model.output_layer,
@@ -142,9 +142,10 @@ class Qwen3VLPolicy(MegatronModule):
 
     def _embed(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
         """Embeddings with image features in place ``[S, 1, h]``, and deepstack features ``[K, S, 1, h]`` or None."""
-        assert self._encode_images is not None
-        # The tower first, in the order of registration: that in which overlap_param_gather fetches weights.
-        features = self._encode_images(batch.pixel_values, batch.image_grid_thw)
+        features = None
+        if self._encode_images is not None:
+            # The tower first, in the order of registration: that in which overlap_param_gather fetches weights.
+            features = self._encode_images(batch.pixel_values, batch.image_grid_thw)
         embeddings = self.language_model.embedding(input_ids=batch.tokens[None], position_ids=None).squeeze(1)
         if features is None:
             return self._scatter(embeddings).unsqueeze(1), None

@@ -12,6 +12,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -47,13 +48,15 @@ def core_attention(name: str, device: Device) -> type[torch.nn.Module]:
     return TransformerEngineCoreAttention
 
 
-def local_block_spec(num_layers: int, attention: type[torch.nn.Module]) -> TransformerBlockSubmodules:
+def local_block_spec(num_layers: int, attention: type[torch.nn.Module], *, qk_norm: bool) -> TransformerBlockSubmodules:
     """Spec of the decoder block of this pipeline stage.
 
     Args:
         num_layers: layers on this stage.
         attention: the core attention, see ``core_attention``.
+        qk_norm: whether queries and keys are normalised.
     """
+    head_norm = RMSNorm if qk_norm else IdentityOp
     layer = ModuleSpec(
         module=DeepstackLayer,
         submodules=TransformerLayerSubmodules(
@@ -65,8 +68,8 @@ def local_block_spec(num_layers: int, attention: type[torch.nn.Module]) -> Trans
                     linear_qkv=ColumnParallelLinear,
                     core_attention=attention,  # pyright: ignore[reportArgumentType]
                     linear_proj=RowParallelLinear,
-                    q_layernorm=RMSNorm,
-                    k_layernorm=RMSNorm,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             # Annotated as a class or spec; megatron-core's own specs pass this function too.

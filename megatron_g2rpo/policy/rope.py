@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen3-VL's interleaved multimodal rotary embedding.
+"""Rotary angles: Qwen3-VL's interleaved multimodal embedding, of which the embedding of text is a special case.
 
 megatron-core's ``MultimodalRotaryEmbedding`` lays the (time, height, width) frequencies out in chunks, as Qwen2-VL
 does; Qwen3-VL interleaves them (t h w t h w ... t t). The two agree wherever t = h = w, so a text-only test cannot tell
@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from megatron_g2rpo.policy.layout import SCALED_ROPE_TYPES
 
 
 def interleaved_axis(mrope_section: Sequence[int]) -> list[int]:
@@ -33,23 +36,35 @@ def interleaved_axis(mrope_section: Sequence[int]) -> list[int]:
     return axes
 
 
+def inverse_frequencies(text_config: Any) -> Tensor:
+    """Angle per position of each rotary frequency, float32 ``[head_dim / 2]``.
+
+    Args:
+        text_config: transformers' configuration of the language model.
+    """
+    rope = text_config.rope_parameters
+    if rope["rope_type"] in SCALED_ROPE_TYPES:
+        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](text_config, torch.device("cpu"))[0]
+    exponents = torch.arange(0, text_config.head_dim, 2, dtype=torch.float32) / text_config.head_dim
+    return 1.0 / rope["rope_theta"] ** exponents
+
+
 class InterleavedMRoPE(nn.Module):
     """Rotary angles from three rows of positions; takes the place of ``GPTModel.rotary_pos_emb``.
 
     Args:
-        head_dim: dimension of one attention head; all of it is rotated.
-        rope_theta: base period.
-        mrope_section: see ``interleaved_axis``.
+        inv_freq: float32 ``[head_dim / 2]``, see ``inverse_frequencies``; all of a head is rotated.
+        mrope_section: see ``interleaved_axis``; None for a model of text, which reads the first row alone.
     """
 
-    def __init__(self, head_dim: int, rope_theta: float, mrope_section: Sequence[int]) -> None:
+    def __init__(self, inv_freq: Tensor, mrope_section: Sequence[int] | None = None) -> None:
         super().__init__()
-        if 2 * sum(mrope_section) != head_dim:
-            raise ValueError(f"mrope_section {list(mrope_section)} must sum to head_dim / 2 = {head_dim // 2}")
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        section = [len(inv_freq), 0, 0] if mrope_section is None else list(mrope_section)
+        if sum(section) != len(inv_freq):
+            raise ValueError(f"mrope_section {section} must sum to head_dim / 2 = {len(inv_freq)}")
         # Plain attributes, not buffers: Module.bfloat16() would round buffers.
-        self.inv_freq = 1.0 / rope_theta**exponents
-        self.axis = torch.tensor(interleaved_axis(mrope_section))
+        self.inv_freq = inv_freq
+        self.axis = torch.tensor(interleaved_axis(section))
 
     def forward(self, position_ids: Tensor, mrope_section: Any = None, cp_group: Any = None) -> Tensor:
         """Angles of the given tokens (already this rank's share under context parallelism).

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from megatron_g2rpo.nouns import Prompt, Rollout
@@ -81,7 +81,7 @@ class _InFlight:
 
 @base.register("transformers")
 class TransformersEngine:
-    """A Qwen-VL model of transformers that samples groups of responses.
+    """A model of transformers that samples groups of responses: a Qwen-VL or one of text alone.
 
     Args:
         model: Hugging Face directory or configuration. Only the configuration is read: weights come by
@@ -125,7 +125,8 @@ class TransformersEngine:
         self._device = torch.device(device)
         self._model = _empty_model(model, self._device, dtype)
         self._config = self._model.config
-        vocab = self._config.text_config.vocab_size
+        vocab = self._config.get_text_config().vocab_size
+        self._vision = getattr(self._config, "vision_config", None)
         outside = [i for i in (*eos_token_ids, pad_token_id, *banned_token_ids) if not 0 <= i < vocab]
         if outside:
             raise ValueError(f"special token ids {outside} lie outside the model's vocabulary of {vocab}")
@@ -221,7 +222,11 @@ class TransformersEngine:
     def _check_prompt(self, prompt: Prompt) -> None:
         inputs = prompt.inputs
         patches = int(inputs.image_grid_thw.prod(-1).sum())
-        expected = patches // self._config.vision_config.spatial_merge_size**2
+        if self._vision is None:
+            if patches:
+                raise ValueError(f"prompt {prompt.key!r} has images, but {type(self._model).__name__} reads text alone")
+            return
+        expected = patches // self._vision.spatial_merge_size**2
         placeholders = int((inputs.token_ids == self._config.image_token_id).sum())
         if len(inputs.token_ids) == 0 or placeholders != expected or len(inputs.pixel_values) != patches:
             raise ValueError(
@@ -269,12 +274,7 @@ class TransformersEngine:
         if any(len(i.image_grid_thw) for i in inputs):
             images["pixel_values"] = torch.cat([i.pixel_values for i in inputs]).to(self._device)
             images["image_grid_thw"] = torch.cat([i.image_grid_thw for i in inputs]).to(self._device)
-        positions, delta = self._model.model.get_rope_index(
-            ids,
-            mm_token_type_ids=(ids == self._config.image_token_id).int(),
-            image_grid_thw=images.get("image_grid_thw"),
-            attention_mask=visible,
-        )
+        positions, delta = self._positions(ids, visible, images.get("image_grid_thw"))
         cache = RoomyCache()
         hidden = self._forward(ids, positions, None, cache, **images)
         last = torch.arange(len(distinct), device=self._device)
@@ -282,7 +282,7 @@ class TransformersEngine:
             cache=cache,
             room=0,
             hidden=hidden[last, lengths - 1],
-            position=lengths + delta[:, 0],
+            position=lengths + delta,
             visible=torch.nn.functional.pad(visible, (0, self._max_new_tokens), value=True),
             rows=last,
             running=torch.ones_like(last, dtype=torch.bool),
@@ -302,12 +302,26 @@ class TransformersEngine:
             flight.keep(index, min(tokens_left, _ROOM))
         flight.room -= 1
         mask = flight.visible[:, None, None, : flight.cache.get_seq_length() + 1]
-        positions = flight.position.expand(3, -1)[..., None]
+        positions = flight.position[:, None]
+        if self._vision is not None:
+            positions = positions.expand(3, -1, -1)
         flight.hidden = self._forward(tokens[:, None], positions, mask, flight.cache)[:, 0]
         flight.position = flight.position + 1
 
+    def _positions(self, ids: Tensor, visible: Tensor, image_grid_thw: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Positions of prompts ``[B, P]``, and by how much the next token's differs from its place: int64 ``[B]``."""
+        if self._vision is None:
+            return torch.arange(ids.shape[1], device=ids.device).expand_as(ids), torch.zeros_like(ids[:, 0])
+        positions, delta = self._model.model.get_rope_index(
+            ids,
+            mm_token_type_ids=(ids == self._config.image_token_id).int(),
+            image_grid_thw=image_grid_thw,
+            attention_mask=visible,
+        )
+        return positions, delta[:, 0]
+
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: RoomyCache, **images) -> Tensor:
-        """Hidden states ``[B, S, H]`` of tokens ``[B, S]`` at mRoPE positions ``[3, B, S]``."""
+        """Hidden states ``[B, S, H]`` of tokens ``[B, S]`` at positions ``[B, S]``, or ``[3, B, S]`` for mRoPE."""
         return self._model.model(
             input_ids=ids,
             position_ids=positions,
@@ -333,7 +347,8 @@ def _empty_model(model: str | PathLike[str] | PreTrainedConfig, device: torch.de
     """Build the model with uninitialised parameters, in eval mode; buffers are computed, not read."""
     config = copy.deepcopy(model) if isinstance(model, PreTrainedConfig) else AutoConfig.from_pretrained(model)
     # Not `.to(dtype)`: that would also round the rotary tables, which the constructor keeps in fp32.
+    kind = AutoModelForCausalLM if getattr(config, "vision_config", None) is None else AutoModelForImageTextToText
     with device, no_init_weights():
-        built = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+        built = kind.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
     built.tie_weights()
     return built.eval().requires_grad_(False)

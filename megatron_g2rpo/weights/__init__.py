@@ -4,7 +4,8 @@
 from megatron_g2rpo.weights.checkpoint import CheckpointError, SafetensorsDirectory
 from megatron_g2rpo.weights.export import export_hf
 from megatron_g2rpo.weights.load import load
+from megatron_g2rpo.weights.mapping import table_for
 from megatron_g2rpo.weights.stream import stream
-from megatron_g2rpo.weights.table import WeightTable, table_for
+from megatron_g2rpo.weights.table import WeightTable
 
 __all__ = ["CheckpointError", "SafetensorsDirectory", "WeightTable", "export_hf", "load", "stream", "table_for"]

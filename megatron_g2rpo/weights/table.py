@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one table of parameter names: Megatron's, Hugging Face's, and the shard rule between them."""
+"""Tables of parameter names: Megatron's, Hugging Face's, and the shard rule between them. ``mapping`` holds them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
-from megatron_g2rpo.weights.rules import GateUp, GroupedQKV, Replicated, ShardRule, Split, Vocabulary
+from megatron_g2rpo.weights.rules import ShardRule
 
 
 @dataclass(frozen=True)
@@ -131,56 +130,3 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 def _filled(row: Row, fields: dict[str, str]) -> Entry:
     return Entry(tuple(hf.format(**fields) for hf in row.hf), row.rule, row.copy)
-
-
-def qwen3_vl(hf_config: Any) -> WeightTable:
-    """Qwen3-VL, dense."""
-    text = hf_config.text_config
-    layer, hf_layer = "language_model.decoder.layers.{layer}.", "model.language_model.layers.{layer}."
-    attention, hf_attention = layer + "self_attention.", hf_layer + "self_attn."
-    embedding, output = "model.language_model.embed_tokens.weight", "lm_head.weight"
-    tied = bool(hf_config.tie_word_embeddings)
-    vocabulary = Vocabulary(text.vocab_size)
-    qkv = GroupedQKV(text.num_attention_heads, text.num_key_value_heads, text.head_dim)
-    gate_up = (hf_layer + "mlp.gate_proj.weight", hf_layer + "mlp.up_proj.weight")
-    input_norm, mlp_norm = (hf_layer + "input_layernorm.weight",), (hf_layer + "post_attention_layernorm.weight",)
-    one = Replicated()
-    return WeightTable(
-        [
-            Row("vision_model.{path}", ("model.visual.{path}",), one),
-            Row("language_model.embedding.word_embeddings.weight", (embedding,), vocabulary),
-            # Under tied weights only a last pipeline stage that is not the first has an output matrix.
-            Row("language_model.output_layer.weight", (embedding if tied else output,), vocabulary, copy=tied),
-            Row("language_model.decoder.final_layernorm.weight", ("model.language_model.norm.weight",), one),
-            Row(layer + "input_layernorm.weight", input_norm, one),
-            Row(layer + "pre_mlp_layernorm.weight", mlp_norm, one),
-            # Transformer Engine's linears hold the norm before them.
-            Row(layer + "self_attention.linear_qkv.layer_norm_weight", input_norm, one),
-            Row(layer + "mlp.linear_fc1.layer_norm_weight", mlp_norm, one),
-            Row(
-                attention + "linear_qkv.weight",
-                tuple(f"{hf_attention}{part}_proj.weight" for part in ("q", "k", "v")),
-                qkv,
-            ),
-            Row(attention + "linear_proj.weight", (hf_attention + "o_proj.weight",), Split(1)),
-            Row(attention + "q_layernorm.weight", (hf_attention + "q_norm.weight",), one),
-            Row(attention + "k_layernorm.weight", (hf_attention + "k_norm.weight",), one),
-            Row(layer + "mlp.linear_fc1.weight", gate_up, GateUp()),
-            Row(layer + "mlp.linear_fc2.weight", (hf_layer + "mlp.down_proj.weight",), Split(1)),
-        ],
-        ignored=[output] if tied else [],  # a tied checkpoint may store the embedding twice
-    )
-
-
-TABLES: dict[str, Callable[[Any], WeightTable]] = {"qwen3_vl": qwen3_vl}
-
-
-def table_for(hf_config: Any) -> WeightTable:
-    """The table of a model family.
-
-    Raises:
-        KeyError: the family has none.
-    """
-    if hf_config.model_type not in TABLES:
-        raise KeyError(f"no weight table for model type {hf_config.model_type!r}; known: {sorted(TABLES)}")
-    return TABLES[hf_config.model_type](hf_config)

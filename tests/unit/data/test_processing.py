@@ -200,8 +200,28 @@ def test_another_family_s_image_processor_is_refused(copied):
 
 
 def test_a_directory_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere/preprocessor_config\.json does not exist"):
+    with pytest.raises(DataError, match=r"nowhere/config\.json does not exist"):
         ChatProcessor(tmp_path / "nowhere")
+
+
+def test_a_model_that_sees_needs_its_image_processor(copied):
+    (copied / "preprocessor_config.json").unlink()
+    with pytest.raises(DataError, match=r"preprocessor_config\.json does not exist, but the model sees images"):
+        ChatProcessor(copied)
+
+
+def test_a_model_of_text_alone_refuses_images(copied):
+    (copied / "preprocessor_config.json").unlink()
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config["text_config"], "model_type": "qwen3"}))
+    processor = ChatProcessor(copied)
+    messages = [{"role": "user", "content": "what is 1 + 2?"}]
+    inputs = processor.encode(messages, [])
+    assert "what is 1 + 2?" in processor.decode(inputs.token_ids)
+    assert inputs.image_grid_thw.shape == (0, 3)
+    assert processor.vision_token_ids == []
+    with pytest.raises(SampleError, match="has 1 images, but the model reads text alone"):
+        processor.encode(messages, [Image.new("RGB", (32, 32))], name="sample 7")
 
 
 def test_pixel_bounds_out_of_order_are_an_error(model_dir):

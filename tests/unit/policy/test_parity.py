@@ -45,8 +45,8 @@ def test_chunked_mrope_is_caught(directory: Path, monkeypatch: pytest.MonkeyPatc
     """Negative: Qwen2-VL's chunked frequency layout agrees on text and must fail here, on images."""
 
     class Chunked(InterleavedMRoPE):
-        def __init__(self, head_dim: int, rope_theta: float, mrope_section: list[int]) -> None:
-            super().__init__(head_dim, rope_theta, mrope_section)
+        def __init__(self, inv_freq: torch.Tensor, mrope_section: list[int]) -> None:
+            super().__init__(inv_freq, mrope_section)
             self.axis = torch.repeat_interleave(torch.arange(3), torch.tensor(mrope_section))
 
     monkeypatch.setattr(policy_model, "InterleavedMRoPE", Chunked)

@@ -18,7 +18,7 @@ from megatron_g2rpo.data.packing import response_values
 from megatron_g2rpo.nouns import PackedBatch
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from megatron_g2rpo.policy.model import Qwen3VLPolicy
+from megatron_g2rpo.policy.model import PolicyModel
 from tests.parity import LOGPROB_TOLERANCE, packer_for, policy_options, random_sequences, reference
 from tests.tiny_model import make_tiny_qwen3vl
 from tests.traps import MARGIN
@@ -85,12 +85,12 @@ def test_swapped_weights_are_seen(directory: Path, one: str, other: str) -> None
 
 
 def test_a_dropped_deepstack_is_seen(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    embed = Qwen3VLPolicy._embed
+    embed = PolicyModel._embed
 
-    def without_deepstack(self: Qwen3VLPolicy, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
+    def without_deepstack(self: PolicyModel, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
         return embed(self, batch)[0], None
 
-    monkeypatch.setattr(Qwen3VLPolicy, "_embed", without_deepstack)
+    monkeypatch.setattr(PolicyModel, "_embed", without_deepstack)
     assert error(directory) > MARGIN * LOGPROB_TOLERANCE
 
 

@@ -28,7 +28,7 @@ from megatron_g2rpo.nouns import NO_LABEL, PackedBatch, TokenStats
 from megatron_g2rpo.policy import megatron, output_layer, precision
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import LossTerms, MegatronPolicy
-from megatron_g2rpo.policy.model import Qwen3VLPolicy
+from megatron_g2rpo.policy.model import PolicyModel
 from megatron_g2rpo.policy.optimizer import check_normalisation
 from megatron_g2rpo.train.losses import G2RPOLoss, TaskEntropies
 from tests.parity import TASKS, TEMPERATURE, policy_options, random_sequences, toy_loss
@@ -324,14 +324,14 @@ def test_deepstack_features_are_kept_outside_of_the_checkpointed_arguments(
                 hidden = hidden + features[self.layer_number - 1]
             return hidden, None
 
-    def embed(self: Qwen3VLPolicy, batch: PackedBatch) -> tuple[Tensor, None]:
+    def embed(self: PolicyModel, batch: PackedBatch) -> tuple[Tensor, None]:
         embeddings, features = _embed(self, batch)
         stored.append(features)
         return embeddings, None
 
-    _embed = Qwen3VLPolicy._embed
+    _embed = PolicyModel._embed
     monkeypatch.setattr(precision, "DeepstackLayer", Hooked)
-    monkeypatch.setattr(Qwen3VLPolicy, "_embed", embed)
+    monkeypatch.setattr(PolicyModel, "_embed", embed)
     measure(build(scene), scene).assert_none()
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         measure(build(scene, megatron={"recompute_granularity": "full"}), scene)
