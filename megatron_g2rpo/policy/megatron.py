@@ -161,6 +161,16 @@ class MegatronPolicy:
             **keywords,
         )
 
+    def specs(self) -> dict[str, Tensor]:
+        """What ``stream`` yields, on the meta device. A collective of the replica."""
+        return weights.specs(
+            self.model,
+            self.table,
+            tensor_size=self.groups.tensor_size,
+            pipeline_group=self.groups.pipeline,
+            layer_offset=self._layer_offset,
+        )
+
     def local_weights(self) -> list[Tensor]:
         """This rank's shards of all parameters, current ones; writing to them changes the model.
 

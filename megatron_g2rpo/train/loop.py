@@ -100,6 +100,7 @@ class Run:
         directory = Path(self.recipe.logger.log_dir) / "hf"
         weights.export_hf(
             self.parts.policy.stream(),
+            self.parts.policy.specs(),
             directory,
             source=self.recipe.policy.model_name,
             write=dist.get_rank() == 0,

@@ -2,10 +2,20 @@
 """One table of names and shard rules; everything that reads or writes weights goes through it."""
 
 from megatron_g2rpo.weights.checkpoint import CheckpointError, SafetensorsDirectory
-from megatron_g2rpo.weights.export import export_hf
+from megatron_g2rpo.weights.export import copy_companions, export_hf
 from megatron_g2rpo.weights.load import load
 from megatron_g2rpo.weights.mapping import table_for
-from megatron_g2rpo.weights.stream import stream
+from megatron_g2rpo.weights.stream import specs, stream
 from megatron_g2rpo.weights.table import WeightTable
 
-__all__ = ["CheckpointError", "SafetensorsDirectory", "WeightTable", "export_hf", "load", "stream", "table_for"]
+__all__ = [
+    "CheckpointError",
+    "SafetensorsDirectory",
+    "WeightTable",
+    "copy_companions",
+    "export_hf",
+    "load",
+    "specs",
+    "stream",
+    "table_for",
+]

@@ -1,29 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing a Hugging Face model directory from a weight stream."""
+"""Writing a Hugging Face model directory from a weight stream, one tensor at a time."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import IO
 
-from safetensors.torch import save_file
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from megatron_g2rpo.weights.checkpoint import INDEX_NAME
 
 # What travels beside the weights: configuration, tokenizer, processors, chat template, licence.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md")
+_NAMES = "model{suffix}.safetensors"
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+
+
+def copy_companions(source: str | Path, target: str | Path) -> None:
+    """Copy what a Hugging Face directory holds beside its weights."""
+    for pattern in _COPIED:
+        for file in Path(source).glob(pattern):
+            if file.name != INDEX_NAME:
+                shutil.copy2(file, Path(target) / file.name)
 
 
 def export_hf(
     tensors: Iterable[tuple[str, Tensor]],
+    specs: Mapping[str, Tensor],
     directory: str | Path,
     *,
     source: str | Path,
     write: bool,
-    max_shard_bytes: int = 5 * 1024**3,
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Write a directory that ``from_pretrained`` loads.
 
@@ -32,47 +46,106 @@ def export_hf(
     dtype of the weights, which ``from_pretrained`` would otherwise round to the source's.
 
     Args:
-        tensors: ``(hf_name, full_tensor)``.
+        tensors: ``(hf_name, full_tensor)``; each is written before the next is asked for.
+        specs: every tensor that will come, on the meta device.
         directory: where to; replaced if it exists.
         source: the model directory that training started from; its other files are copied.
         write: whether this rank writes.
-        max_shard_bytes: size of one safetensors file.
+        max_shard_size: of one safetensors file, bytes or such as ``"5GB"``; a larger tensor has a file of its own.
+
+    Raises:
+        ValueError: a tensor that was not announced, came twice, has another shape or dtype, or did not come.
     """
-    directory, source = Path(directory), Path(source)
-    partial = directory.with_name(directory.name + ".partial")
-    if write:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    total = pending_bytes = 0
-    dtype = ""
-    for name, tensor in tensors:
-        if not write:
-            continue
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        size = tensor.numel() * tensor.element_size()
-        if pending and pending_bytes + size > max_shard_bytes:
-            _flush(partial, shards, pending)
-            pending, pending_bytes = {}, 0
-        pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        pending_bytes += size
-        total += size
     if not write:
+        for _ in tensors:
+            pass
         return
-    _flush(partial, shards, pending)
-    _name_shards(partial, shards, total)
-    for pattern in _COPIED:
-        for file in source.glob(pattern):
-            if file.name != INDEX_NAME:
-                shutil.copy2(file, partial / file.name)
-    _name_dtype(partial / "config.json", dtype)
+    directory = Path(directory)
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    split = split_torch_state_dict_into_shards(dict(specs), max_shard_size=max_shard_size, filename_pattern=_NAMES)
+    with ExitStack() as stack:
+        files = {
+            file: stack.enter_context(SafetensorsWriter(partial / file, {name: specs[name] for name in names}))
+            for file, names in split.filename_to_tensors.items()
+        }
+        for name, tensor in tensors:
+            if name not in split.tensor_to_filename:
+                raise ValueError(f"{directory}: the stream has a tensor that was not announced: {name}")
+            files[split.tensor_to_filename[name]].write(name, tensor)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (partial / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    copy_companions(source, partial)
+    dtypes = {spec.dtype for spec in specs.values()}
+    if len(dtypes) == 1:
+        _name_dtype(partial / "config.json", str(dtypes.pop()).removeprefix("torch."))
     old = directory.with_name(directory.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
         directory.rename(old)
     partial.rename(directory)
     shutil.rmtree(old, ignore_errors=True)
+
+
+class SafetensorsWriter:
+    """A safetensors file whose tensors are written one at a time, in any order.
+
+    The library writes a file from tensors that are all in memory. The format is a length (8 bytes, little-endian), a
+    header of JSON, and the tensors' bytes.
+
+    Args:
+        path: of the file.
+        specs: its tensors, on the meta device.
+
+    Raises:
+        ValueError: a dtype that is no floating-point type.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, Tensor]) -> None:
+        self._path, self._specs, self._missing = path, specs, set(specs)
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._offsets: dict[str, int] = {}
+        end = 0
+        for name, spec in specs.items():
+            if spec.dtype not in _DTYPES:
+                raise ValueError(f"{path}: {name} has dtype {spec.dtype}; weights are {', '.join(map(str, _DTYPES))}")
+            start, end = end, end + spec.numel() * spec.element_size()
+            self._offsets[name] = start
+            header[name] = {"dtype": _DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # aligns the tensors, as the library does
+        self._first = 8 + len(text)
+        self._file: IO[bytes] = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(self._first + end)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one of the tensors.
+
+        Raises:
+            ValueError: it was written before, or has another shape or dtype.
+        """
+        spec = self._specs[name]
+        if name not in self._missing:
+            raise ValueError(f"{self._path}: {name} came twice")
+        if (tensor.shape, tensor.dtype) != (spec.shape, spec.dtype):
+            raise ValueError(
+                f"{self._path}: {name} is {tensor.dtype} {list(tensor.shape)}, announced were {spec.dtype} "
+                f"{list(spec.shape)}"
+            )
+        self._missing.remove(name)
+        self._file.seek(self._first + self._offsets[name])
+        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._file.close()
+        if kind is None and self._missing:
+            raise ValueError(f"{self._path}: {len(self._missing)} tensors did not come: {sorted(self._missing)}")
 
 
 def _name_dtype(config: Path, dtype: str) -> None:
@@ -84,26 +157,3 @@ def _name_dtype(config: Path, dtype: str) -> None:
         for section, key in stated:
             section[key] = dtype
         config.write_text(json.dumps(tree, indent=2) + "\n")
-
-
-def _flush(partial: Path, shards: list[list[str]], pending: dict[str, Tensor]) -> None:
-    shards.append(list(pending))
-    file = partial / f"{len(shards)}.part"
-    file.touch()
-    mode = file.stat().st_mode  # the user's umask; safetensors would leave the file readable to its owner alone
-    save_file(pending, file, metadata={"format": "pt"})
-    file.chmod(mode)
-
-
-def _name_shards(partial: Path, shards: list[list[str]], total_bytes: int) -> None:
-    """Give the files their final names, which hold the number of shards, and write the index."""
-    if len(shards) == 1:
-        (partial / "1.part").rename(partial / "model.safetensors")
-        return
-    weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (partial / f"{number}.part").rename(partial / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (partial / INDEX_NAME).write_text(json.dumps(index, indent=2))

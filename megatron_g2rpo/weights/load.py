@@ -37,38 +37,42 @@ def load(
         layer_offset: layers on earlier stages.
 
     Raises:
-        CheckpointError: a tensor is missing, has another shape, or is left over on all stages; raised on every stage.
+        CheckpointError: tensors are missing, have other shapes, or fit no parameter on any stage: all are listed.
+            Raised on every stage, before anything is copied.
         UnmappedParameter: the table does not know a parameter (on other stages: RuntimeError).
     """
+    entries = {}
 
-    def take() -> set[str]:
-        used: set[str] = set()
+    def check() -> tuple[set[str], dict[str, str]]:
+        problems: dict[str, str] = {}
         for name, parameter in model.named_parameters():
-            entry = table.entry(name, layer_offset)
-            full = _full(tensors, name, entry, parameter.shape, tensor_size, source)
-            parameter.data.copy_(entry.rule.shard(full, tensor_rank, tensor_size))
-            used.update(entry.hf_names)
-        return used
+            entries[name] = table.entry(name, layer_offset)
+            problems |= _problems(tensors, name, entries[name], parameter.shape, tensor_size)
+        return {hf_name for entry in entries.values() for hf_name in entry.hf_names}, problems
 
-    used = set[str]().union(*of_all_stages(take, pipeline_group))
-    left = sorted(set(tensors) - used - table.ignored)
-    if left:
-        raise CheckpointError(f"{source}: {len(left)} tensors fit no parameter, the first: {', '.join(left[:3])}")
+    stages = of_all_stages(check, pipeline_group)
+    used = set[str]().union(*(names for names, _ in stages))
+    # By name: two stages may hold copies of one tensor.
+    problems = list({name: problem for _, of_stage in stages for name, problem in of_stage.items()}.values())
+    problems += [f"fits no parameter: {name}" for name in sorted(set(tensors) - used - table.ignored)]
+    if problems:
+        raise CheckpointError(
+            f"{source}: the weights do not fit config.json in {len(problems)} places:\n  " + "\n  ".join(problems)
+        )
+    for name, parameter in model.named_parameters():
+        full = [tensors[hf_name] for hf_name in entries[name].hf_names]
+        parameter.data.copy_(entries[name].rule.shard(full, tensor_rank, tensor_size))
 
 
-def _full(
-    tensors: Mapping[str, Tensor], name: str, entry: Entry, shape: torch.Size, tensor_size: int, source: str
-) -> list[Tensor]:
-    """The tensors of one parameter, if they have the shapes that shards of this shape make."""
-    missing = [hf_name for hf_name in entry.hf_names if hf_name not in tensors]
-    if missing:
-        raise CheckpointError(f"{source}: lacks {', '.join(missing)}, needed for {name}")
-    full = [tensors[hf_name] for hf_name in entry.hf_names]
+def _problems(
+    tensors: Mapping[str, Tensor], name: str, entry: Entry, shape: torch.Size, tensor_size: int
+) -> dict[str, str]:
+    """What keeps the tensors of one parameter from being those that shards of this shape make, by their names."""
     expected = entry.rule.merge([torch.empty(shape, device="meta")] * tensor_size)
-    for hf_name, tensor, like in zip(entry.hf_names, full, expected, strict=True):
-        if tensor.shape != like.shape:
-            raise CheckpointError(
-                f"{source}: {hf_name} has shape {tuple(tensor.shape)}, but the model's {name} needs "
-                f"{tuple(like.shape)}; does config.json belong to these weights?"
-            )
-    return full
+    problems = {}
+    for hf_name, like in zip(entry.hf_names, expected, strict=True):
+        if hf_name not in tensors:
+            problems[hf_name] = f"missing: {hf_name} (for {name})"
+        elif (found := tensors[hf_name].shape) != like.shape:
+            problems[hf_name] = f"shape {tuple(found)} instead of {tuple(like.shape)}: {hf_name} (for {name})"
+    return problems

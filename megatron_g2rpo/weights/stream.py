@@ -49,14 +49,7 @@ def stream(
     """
     parameters = dict(model.named_parameters())
     device = next(iter(parameters.values())).device
-
-    def holdings() -> list[_Holding]:
-        return [
-            _Holding(name, table.entry(name, layer_offset), parameter.shape, tensor_of(parameter).dtype)
-            for name, parameter in parameters.items()
-        ]
-
-    stages = of_all_stages(holdings, pipeline_group)
+    stages = _holdings(model, table, pipeline_group, layer_offset, tensor_of)
     this_stage = dist.get_rank(pipeline_group) if pipeline_group is not None else 0
     for stage, holding in _without_copies(stages):
         if stage == this_stage:
@@ -67,6 +60,44 @@ def stream(
             dist.broadcast(local, group=pipeline_group, group_src=stage)
         shards = [local] if isinstance(holding.entry.rule, Replicated) else _gather(local, tensor_group)
         yield from zip(holding.entry.hf_names, holding.entry.rule.merge(shards), strict=True)
+
+
+def specs(
+    model: nn.Module,
+    table: WeightTable,
+    *,
+    tensor_size: int,
+    pipeline_group: dist.ProcessGroup | None = None,
+    layer_offset: int = 0,
+) -> dict[str, Tensor]:
+    """What ``stream`` will yield, on the meta device, in its order. A collective of the pipeline group.
+
+    Args:
+        model, table, pipeline_group, layer_offset: as ``stream``.
+        tensor_size: of the tensor-parallel group.
+    """
+    stages = _holdings(model, table, pipeline_group, layer_offset, lambda parameter: parameter.data)
+    result: dict[str, Tensor] = {}
+    for _, holding in _without_copies(stages):
+        shard = torch.empty(holding.shape, dtype=holding.dtype, device="meta")
+        result.update(zip(holding.entry.hf_names, holding.entry.rule.merge([shard] * tensor_size), strict=True))
+    return result
+
+
+def _holdings(
+    model: nn.Module,
+    table: WeightTable,
+    pipeline_group: dist.ProcessGroup | None,
+    layer_offset: int,
+    tensor_of: Callable[[nn.Parameter], Tensor],
+) -> list[list[_Holding]]:
+    def make() -> list[_Holding]:
+        return [
+            _Holding(name, table.entry(name, layer_offset), parameter.shape, tensor_of(parameter).dtype)
+            for name, parameter in model.named_parameters()
+        ]
+
+    return of_all_stages(make, pipeline_group)
 
 
 @dataclass(frozen=True)

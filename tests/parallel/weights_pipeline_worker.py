@@ -143,9 +143,9 @@ def check_lazy(place: Replica, table: weights.WeightTable, tensors: dict[str, Te
 
 def check_errors_reach_every_rank(place: Replica, table: weights.WeightTable, tensors: dict[str, Tensor]) -> None:
     for change, message in (
-        ({name: tensor for name, tensor in tensors.items() if name != LAST_NORM}, f"lacks {LAST_NORM}"),
-        ({**tensors, FIRST_NORM: torch.zeros(3)}, f"{FIRST_NORM} has shape (3,)"),
-        ({**tensors, "model.extra": torch.zeros(3)}, "1 tensors fit no parameter, the first: model.extra"),
+        ({name: tensor for name, tensor in tensors.items() if name != LAST_NORM}, f"missing: {LAST_NORM}"),
+        ({**tensors, FIRST_NORM: torch.zeros(3)}, f"shape (3,) instead of (64,): {FIRST_NORM}"),
+        ({**tensors, "model.extra": torch.zeros(3)}, "in 1 places:\n  fits no parameter: model.extra"),
     ):
         error = error_of(lambda change=change: place.load(place.build(table, tensors), table, change))
         assert isinstance(error, weights.CheckpointError), repr(error)

@@ -22,7 +22,9 @@ def test_export_equals_import_bit_for_bit(tmp_path: Path, tied: bool) -> None:
     (tmp_path / "in" / "tokenizer.json").write_text("{}")
     policy = MegatronPolicy(policy_options(tmp_path / "in"), select("cpu"), seed=0, max_steps=None)
     # 40 kB a file: several shards and an index.
-    weights.export_hf(policy.stream(), tmp_path / "out", source=tmp_path / "in", write=True, max_shard_bytes=40_000)
+    weights.export_hf(
+        policy.stream(), policy.specs(), tmp_path / "out", source=tmp_path / "in", write=True, max_shard_size=40_000
+    )
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"], "nothing is left beside the export"
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
@@ -43,7 +45,7 @@ def test_an_export_is_not_rounded_to_the_dtype_of_its_source(tmp_path: Path) -> 
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.mul_(1 + 2**-12)  # lost in bf16
-    weights.export_hf(policy.stream(), tmp_path / "out", source=tmp_path / "in", write=True)
+    weights.export_hf(policy.stream(), policy.specs(), tmp_path / "out", source=tmp_path / "in", write=True)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in policy.stream())
 

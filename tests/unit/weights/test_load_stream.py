@@ -59,6 +59,20 @@ def test_norms_inside_linears_are_never_skipped(norm: str) -> None:
         list(weights.stream(model, without, tensor_group=None))
 
 
+def test_all_that_does_not_fit_is_listed_before_anything_is_copied() -> None:
+    table, tensors = tiny()
+    model = plain_stage(table, tensors, tensor_size=1)
+    key = "model.language_model.layers.1.self_attn.k_proj.weight"
+    wrong = {name: tensor for name, tensor in tensors.items() if name != NORM}
+    wrong |= {key: tensors[key][:3], "model.extra": torch.zeros(3), "model.more": torch.zeros(3)}
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    with pytest.raises(weights.CheckpointError, match="in 4 places") as caught:
+        weights.load(model, table, wrong, tensor_rank=0, tensor_size=1, source="a test")
+    assert all(name in str(caught.value) for name in (NORM, key, "model.extra", "model.more"))
+    assert not any(bool(parameter.any()) for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_checkpoints_that_do_not_fit(size: int) -> None:
     table, tensors = tiny()
@@ -67,12 +81,15 @@ def test_checkpoints_that_do_not_fit(size: int) -> None:
     key = "model.language_model.layers.1.self_attn.k_proj.weight"
     taller = torch.cat([tensors[table_rows], tensors[table_rows][:1]])
     for change, message in (
-        ({name: tensor for name, tensor in tensors.items() if name != NORM}, f"lacks {NORM}"),
-        ({**tensors, NORM: torch.zeros(3)}, rf"{NORM} has shape \(3,\)"),
+        ({name: tensor for name, tensor in tensors.items() if name != NORM}, f"missing: {NORM}"),
+        ({**tensors, NORM: torch.zeros(3)}, rf"shape \(3,\) instead of \(64,\): {NORM}"),
         # Ranks that cut what they need would not notice a row too many.
-        ({**tensors, table_rows: taller}, r"has shape \(164, 64\), but the model's .* needs \(163, 64\)"),
-        ({**tensors, key: tensors[key].repeat(2, 1)}, r"k_proj.weight has shape \(64, 64\)"),
-        ({**tensors, "model.extra": torch.zeros(3)}, "1 tensors fit no parameter, the first: model.extra"),
+        (
+            {**tensors, table_rows: taller},
+            r"shape \(164, 64\) instead of \(163, 64\): model.language_model.embed_tokens.weight",
+        ),
+        ({**tensors, key: tensors[key].repeat(2, 1)}, r"shape \(64, 64\) instead of \(32, 64\): .*k_proj.weight"),
+        ({**tensors, "model.extra": torch.zeros(3)}, "in 1 places:\n  fits no parameter: model.extra"),
     ):
         for rank in range(size):
             with pytest.raises(weights.CheckpointError, match=message):
