@@ -19,6 +19,8 @@ R = TypeVar("R", bound=Recipe)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+convert = typer.Typer(no_args_is_help=True, help="Weights from Hugging Face format to Megatron checkpoints, and back.")
+app.add_typer(convert, name="convert")
 
 RecipePath = Annotated[Path, typer.Argument(help="Recipe (YAML).", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides.", show_default=False)]
@@ -76,6 +78,37 @@ def plan(
     _with_errors(run)
 
 
+Dtype = Annotated[
+    Literal["float32", "bfloat16"] | None, typer.Option("--dtype", help="Of the result; default: as it is.")
+]
+
+
+@convert.command("import")
+def convert_import(
+    source: Annotated[Path, typer.Argument(help="Hugging Face directory.", metavar="HF_DIR", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="Megatron checkpoint to write.", metavar="OUT", show_default=False)],
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    dtype: Dtype = None,
+) -> None:
+    """Write a Hugging Face directory as a Megatron checkpoint, which runs of any layout can start from."""
+    _with_errors(lambda: _import(source, target, overrides or [], nproc, dtype))
+
+
+@convert.command("export")
+def convert_export(
+    source: Annotated[Path, typer.Argument(help="Megatron checkpoint.", metavar="CKPT", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="Hugging Face directory to write.", metavar="OUT", show_default=False)],
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    dtype: Dtype = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of one safetensors file.")] = "5GB",
+    model: Annotated[Path | None, typer.Option(help="Hugging Face directory of config and tokenizer.")] = None,
+) -> None:
+    """Write a Megatron checkpoint, of `convert import` or a run's step_N, as a Hugging Face directory."""
+    _with_errors(lambda: _export(source, target, overrides or [], nproc, dtype, max_shard_size, model))
+
+
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
     """Draw a run's rewards per task, before and after, to RUN/report."""
@@ -130,11 +163,7 @@ def _entry(kind: str) -> Callable[..., Path | None]:
 
 
 def _logprobs(model: Path, source: Path, target: Path, overrides: list[str], nproc: int | None) -> None:
-    from megatron_g2rpo import recipe as recipes
-
-    named = [f"policy.model_name={model}", "policy.precision=float32", *overrides]
-    recipe = recipes.load(recipes.EXEMPLARS / "vlm_sft.yaml", [*named, *_cluster(nproc)], "sft")
-    local = _with_local_model(recipe)
+    recipe = _policy_recipe([f"policy.model_name={model}", "policy.precision=float32", *overrides], nproc)
     if _launch_needed(recipe):
         from megatron_g2rpo.train.launch import launch
 
@@ -143,9 +172,60 @@ def _logprobs(model: Path, source: Path, target: Path, overrides: list[str], npr
         return
     from megatron_g2rpo.train.logprobs import logprobs as run
 
-    lines = run(local, source, target)
+    lines = run(recipe, source, target)
     if _is_first():
         typer.echo(f"wrote {lines} lines to {target}")
+
+
+def _import(source: Path, target: Path, overrides: list[str], nproc: int | None, dtype: str | None) -> None:
+    from megatron_g2rpo.train import convert as conversion
+    from megatron_g2rpo.train.launch import is_launched, launch
+
+    if not is_launched():
+        conversion.check_target(target)
+    dtype = dtype or conversion.precision_of_hf(source)
+    recipe = _policy_recipe([f"policy.model_name={source}", f"policy.precision={dtype}", *overrides], nproc)
+    if _launch_needed(recipe):
+        arguments = ["convert", "import", str(source), str(target), "--dtype", dtype, *overrides]
+        launch(recipe.cluster.gpus_per_node, arguments)
+        return
+    conversion.import_hf(recipe, target)
+    if _is_first():
+        typer.echo(f"Megatron checkpoint: {target}")
+
+
+def _export(
+    source: Path,
+    target: Path,
+    overrides: list[str],
+    nproc: int | None,
+    dtype: str | None,
+    max_shard_size: str,
+    model: Path | None,
+) -> None:
+    from megatron_g2rpo.train import convert as conversion
+    from megatron_g2rpo.train.launch import is_launched, launch
+
+    if not is_launched():
+        conversion.check_target(target)
+    companions = conversion.companions(source, model)
+    stored = conversion.precision_of_checkpoint(source)
+    named = [f"policy.model_name={companions}", f"policy.pretrained_checkpoint={source}", f"policy.precision={stored}"]
+    recipe = _policy_recipe([*named, *overrides], nproc)
+    if _launch_needed(recipe):
+        options = ["--max-shard-size", max_shard_size, "--model", str(companions), "--dtype", dtype or stored]
+        launch(recipe.cluster.gpus_per_node, ["convert", "export", str(source), str(target), *options, *overrides])
+        return
+    conversion.export(recipe, target, dtype=dtype or stored, max_shard_size=max_shard_size)
+    if _is_first():
+        typer.echo(f"Hugging Face checkpoint: {target}")
+
+
+def _policy_recipe(overrides: list[str], nproc: int | None) -> Recipe:
+    """A recipe for a verb that reads its policy and cluster sections alone."""
+    from megatron_g2rpo import recipe as recipes
+
+    return _with_local_model(recipes.load(recipes.EXEMPLARS / "vlm_sft.yaml", [*overrides, *_cluster(nproc)], "sft"))
 
 
 def _with_local_model(recipe: R) -> R:

@@ -72,6 +72,7 @@ def policy_options(
     options = {
         "model_name": str(directory),
         "init": "pretrained",
+        "pretrained_checkpoint": None,
         "precision": "float32",
         "logprob_chunk_size": 7,
         "megatron_cfg": SimpleNamespace(**megatron_cfg),

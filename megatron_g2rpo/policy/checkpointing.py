@@ -13,12 +13,15 @@ them advances.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
@@ -29,10 +32,50 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
 
+from megatron_g2rpo.weights import CheckpointError
+
 Sharded = ShardedTensor | ShardedTensorFactory
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "fp32_param"
+
+
+# Told of bytes that have been moved.
+Advance = Callable[[int], None]
+
+
+def weight_dtypes(directory: str | Path) -> set[torch.dtype]:
+    """Dtypes of the weights in a checkpoint."""
+    tensors = dist_checkpointing.load_tensors_metadata(checkpoint_dir=str(directory))
+    return {
+        entry.dtype
+        for key, entry in tensors.items()
+        if isinstance(entry, ShardedTensor) and not key.startswith("optimizer.")
+    }
+
+
+def load_weights(model: MegatronModule, directory: str | Path, dtype: torch.dtype) -> None:
+    """Take the weights of a checkpoint of any layout, with or without an optimizer's state. A collective of all ranks.
+
+    Args:
+        model: this rank's part, without wrapper.
+        directory: the checkpoint.
+        dtype: of the model.
+
+    Raises:
+        CheckpointError: its weights have another dtype, lack some of the model's, or have other shapes.
+    """
+    found = weight_dtypes(directory)
+    if found != {dtype}:
+        names = ", ".join(sorted(str(each).removeprefix("torch.") for each in found))
+        raise CheckpointError(f"{directory}: its weights are {names}; set policy.precision to that")
+    try:
+        state: Any = dist_checkpointing.load(
+            sharded_state_dict={"model": model.sharded_state_dict()}, checkpoint_dir=str(directory)
+        )
+    except (CheckpointingException, KeyError, ValueError) as error:
+        raise CheckpointError(f"{directory} does not fit the model of policy.model_name: {error}") from error
+    model.load_state_dict(state["model"])
 
 
 def sharded_state_dict(

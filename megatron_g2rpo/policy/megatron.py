@@ -66,13 +66,22 @@ class MegatronPolicy:
         device: this rank's device.
         seed: of random initialisation and of megatron-core's random state.
         max_steps: optimizer steps of the run; None builds no optimizer (inference only).
+        on_loaded: told the bytes of each parameter that was loaded from a Hugging Face directory.
 
     Raises:
         LayoutError: the model cannot be split as asked.
         CheckpointError: the directory's weights do not fit its config.
     """
 
-    def __init__(self, options: Any, device: Device, *, seed: int, max_steps: int | None) -> None:
+    def __init__(
+        self,
+        options: Any,
+        device: Device,
+        *,
+        seed: int,
+        max_steps: int | None,
+        on_loaded: checkpointing.Advance | None = None,
+    ) -> None:
         self.options, self.device = options, device
         self.hf_config = AutoConfig.from_pretrained(options.model_name, local_files_only=True)
         self.layout = layout_of(options.megatron_cfg)
@@ -96,7 +105,10 @@ class MegatronPolicy:
                 chunk_size=options.logprob_chunk_size,
                 vision_every_row=overlap and max_steps is not None and not megatron_cfg.freeze_vision,
             ).to(device.torch_device)
-            self.load(self._initial_weights(seed), source=str(options.model_name))
+            if options.pretrained_checkpoint is None:
+                self.load(self._initial_weights(seed), source=str(options.model_name), on_loaded=on_loaded)
+            else:
+                checkpointing.load_weights(self.model, options.pretrained_checkpoint, self.dtype)
             if megatron_cfg.freeze_vision and self.model.vision_model is not None:
                 self.model.vision_model.requires_grad_(False)
             if max_steps is not None:
@@ -129,7 +141,7 @@ class MegatronPolicy:
 
     # -- weights ------------------------------------------------------------------------------------------------
 
-    def load(self, tensors: Mapping[str, Tensor], source: str) -> None:
+    def load(self, tensors: Mapping[str, Tensor], source: str, on_loaded: checkpointing.Advance | None = None) -> None:
         """Take full tensors by Hugging Face name; see ``weights.load``."""
         weights.load(
             self.model,
@@ -140,6 +152,7 @@ class MegatronPolicy:
             pipeline_group=self.groups.pipeline,
             layer_offset=self._layer_offset,
             source=source,
+            on_loaded=on_loaded,
         )
         if self.optimizer is not None:
             with self.device.megatron():

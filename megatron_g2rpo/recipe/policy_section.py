@@ -156,6 +156,8 @@ class Policy(Section):
     """Hugging Face directory: weights, config, tokenizer, image processor and chat template."""
     init: Literal["pretrained", "random"]
     """Weights from ``model_name``, or drawn from the run's seed with only its config read."""
+    pretrained_checkpoint: Annotated[str, Field(min_length=1)] | None
+    """Megatron checkpoint that the initial weights come from instead; null: those that ``init`` says."""
     train_global_batch_size: PositiveInt
     """Sequences per optimizer step, over all ranks."""
     max_total_sequence_length: PositiveInt

@@ -15,12 +15,42 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_g2rpo.policy.megatron import MegatronPolicy
+from megatron_g2rpo.weights import copy_companions
 
 _NAME = re.compile(r"step_(\d+)")
 
 # Where a save leaves its results for the process that saves. megatron-core's own is a manager process, meant for saves
 # that go on in the background: it takes seconds to start, and survives a rank that is killed, its terminal held open.
 filesystem_async._results_queue = queue.Queue()
+
+
+# Where a checkpoint keeps the model's config, tokenizer and processor.
+COMPANIONS = "huggingface"
+
+
+def write_checkpoint(directory: Path, policy: MegatronPolicy, state: dict[str, Any]) -> None:
+    """Write a state in megatron-core's distributed format, with what its model directory holds beside weights.
+
+    A collective. The directory appears whole: it is written beside its place and renamed.
+
+    Args:
+        directory: where to; replaced if it exists.
+        policy: whose state it is.
+        state: a sharded state dict, and plain values that are equal on every rank.
+    """
+    partial = directory.with_name(directory.name + ".partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / COMPANIONS).mkdir(parents=True)
+        copy_companions(policy.options.model_name, partial / COMPANIONS)
+    dist.barrier()
+    with policy.device.megatron():
+        dist_checkpointing.save(sharded_state_dict=state, checkpoint_dir=str(partial))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+    dist.barrier()
 
 
 class Checkpoints:
@@ -50,22 +80,12 @@ class Checkpoints:
             policy: what to save.
             state: plain values that are equal on every rank, such as the position in the data.
         """
-        partial = self._directory / f"step_{step}.partial"
         if dist.get_rank() == 0:
             for left in self._directory.glob("step_*.partial"):  # by a job that was killed while it saved
                 shutil.rmtree(left)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        with policy.device.megatron():
-            dist_checkpointing.save(
-                sharded_state_dict={**policy.sharded_state_dict(), "loop": {"step": step, **state}},
-                checkpoint_dir=str(partial),
-            )
-        dist.barrier()
+        everything = {**policy.sharded_state_dict(), "loop": {"step": step, **state}}
+        write_checkpoint(self._directory / f"step_{step}", policy, everything)
         if dist.get_rank() == 0:
-            final = self._directory / f"step_{step}"
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
             self._prune()
         dist.barrier()
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ def load(
     source: str,
     pipeline_group: dist.ProcessGroup | None = None,
     layer_offset: int = 0,
+    on_loaded: Callable[[int], None] | None = None,
 ) -> None:
     """Copy full Hugging Face tensors into this rank's shards. A collective of the pipeline group.
 
@@ -35,6 +36,7 @@ def load(
         source: where the tensors come from, for messages.
         pipeline_group: pipeline-parallel process group, in the order of the stages; None when there is one stage.
         layer_offset: layers on earlier stages.
+        on_loaded: told the bytes of each parameter that was copied.
 
     Raises:
         CheckpointError: tensors are missing, have other shapes, or fit no parameter on any stage: all are listed.
@@ -62,6 +64,8 @@ def load(
     for name, parameter in model.named_parameters():
         full = [tensors[hf_name] for hf_name in entries[name].hf_names]
         parameter.data.copy_(entries[name].rule.shard(full, tensor_rank, tensor_size))
+        if on_loaded is not None:
+            on_loaded(parameter.numel() * parameter.element_size())
 
 
 def _problems(
