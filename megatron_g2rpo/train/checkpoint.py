@@ -41,13 +41,14 @@ def write_checkpoint(directory: Path, policy: MegatronPolicy, state: dict[str, A
     partial = directory.with_name(directory.name + ".partial")
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
-        (partial / COMPANIONS).mkdir(parents=True)
-        copy_companions(policy.options.model_name, partial / COMPANIONS)
+        partial.mkdir(parents=True)
     dist.barrier()
     with policy.device.megatron():
         dist_checkpointing.save(sharded_state_dict=state, checkpoint_dir=str(partial))
     dist.barrier()
     if dist.get_rank() == 0:
+        (partial / COMPANIONS).mkdir()
+        copy_companions(policy.options.model_name, partial / COMPANIONS)
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
     dist.barrier()

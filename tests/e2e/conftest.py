@@ -47,3 +47,11 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> WarmStart:
 def toy(warm: WarmStart) -> Toy:
     """The data and the warm-started policy."""
     return warm.trained
+
+
+@pytest.fixture(scope="session")
+def straight(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps in one go; the run directory."""
+    root = tmp_path_factory.mktemp("straight")
+    succeed("train", toy.recipe(root / "recipe.yaml"), f"logger.log_dir={root / 'run'}")
+    return root / "run"

@@ -38,14 +38,6 @@ DISTRIBUTED = tuple(
 BARE = ("grpo.max_num_steps=1", "grpo.val_at_start=false", "grpo.val_at_end=false", "checkpointing.export_hf=false")
 
 
-@pytest.fixture(scope="module")
-def straight(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four steps in one go; the run directory."""
-    root = tmp_path_factory.mktemp("straight")
-    succeed("train", toy.recipe(root / "recipe.yaml"), f"logger.log_dir={root / 'run'}")
-    return root / "run"
-
-
 def checkpoints(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims: ``convert`` takes what runs write and gives what runs start from, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests.e2e.test_train import BARE, FIVE_DIGITS, TENSOR_PARALLEL, assert_same_step
+from tests.e2e.toy import Toy, error_of, metrics, succeed
+
+
+def same_tensors(one: Path, other: Path) -> None:
+    ours, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_a_run_s_checkpoint_becomes_the_directory_that_it_exported(straight: Path, tmp_path: Path) -> None:
+    """At another layout, from the checkpoint alone: it carries config and tokenizer."""
+    checkpoint = straight / "checkpoints" / "step_4"
+    output = succeed("convert", "export", checkpoint, tmp_path / "hf", "--nproc", "2", f"{TENSOR_PARALLEL}=2")
+    assert output.strip().endswith(f"Hugging Face checkpoint: {tmp_path / 'hf'}")
+    same_tensors(tmp_path / "hf", straight / "hf")
+    for name in ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json", "generation_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (straight / "hf" / name).read_bytes()
+
+
+def test_a_run_starts_from_an_imported_checkpoint(toy: Toy, straight: Path, tmp_path: Path) -> None:
+    """The first step is that of the run that started from the Hugging Face directory."""
+    imported = tmp_path / "megatron"
+    succeed("convert", "import", toy.model, imported)
+    recipe = toy.recipe(tmp_path / "recipe.yaml", logger={"log_dir": str(tmp_path / "run")})
+    named = (f"policy.model_name={imported}/huggingface", f"policy.pretrained_checkpoint={imported}")
+    succeed("train", recipe, *BARE, *named)
+    assert_same_step(metrics(tmp_path / "run")[1], metrics(straight)[1], FIVE_DIGITS)
+
+
+def test_what_cannot_be_converted_is_refused_and_leaves_nothing(toy: Toy, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    assert error_of("convert", "import", toy.model, target).startswith(f"{target} exists already")
+    target.rmdir()
+    assert "is no Megatron checkpoint" in error_of("convert", "export", toy.model, target)
+
+    wrong = tmp_path / "wrong"
+    shutil.copytree(toy.model, wrong)
+    config = json.loads((wrong / "config.json").read_text())
+    config["text_config"]["intermediate_size"] *= 2
+    (wrong / "config.json").write_text(json.dumps(config))
+    message = error_of("convert", "import", wrong, target)
+    layers = config["text_config"]["num_hidden_layers"]
+    # gate, up and down of every layer, each by name
+    assert f"do not fit config.json in {3 * layers} places" in message
+    assert all(
+        f"layers.{layer}.mlp.{part}_proj.weight" in message for layer in range(layers) for part in ("gate", "up")
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["wrong"]
+
+
+def test_a_checkpoint_of_another_dtype_is_named(toy: Toy, tmp_path: Path) -> None:
+    imported = tmp_path / "megatron"
+    succeed("convert", "import", toy.model, imported, "--dtype", "bfloat16")
+    recipe = toy.recipe(tmp_path / "recipe.yaml", logger={"log_dir": str(tmp_path / "run")})
+    message = error_of("train", recipe, f"policy.pretrained_checkpoint={imported}")
+    assert f"{imported}: its weights are bfloat16; set policy.precision to that" in message
+    succeed("convert", "export", imported, tmp_path / "hf", "--dtype", "float32")
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    source = load_file(toy.model / "model.safetensors")
+    assert all(torch.equal(tensor, source[name].bfloat16().float()) for name, tensor in exported.items())
