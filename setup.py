@@ -38,7 +38,7 @@ def extensions() -> list[Pybind11Extension]:
     return [
         Pybind11Extension(
             "megatron_g2rpo.objective._group_ops",
-            ["csrc/binding.cpp"],
+            ["csrc/binding.cpp", "csrc/vector_kernels.cpp"],
             depends=sorted(str(header) for header in Path("csrc").glob("*.hpp")),
             cxx_std=17,
             # No contraction into fused multiply-adds: it would let the target CPU decide the last bit of an advantage.

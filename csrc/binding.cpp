@@ -10,7 +10,8 @@
 #include <utility>
 #include <vector>
 
-#include "group_ops.hpp"
+#include "gaussian_advantages.hpp"
+#include "set_statistics.hpp"
 
 namespace py = pybind11;
 
@@ -53,12 +54,13 @@ py::array_t<double> gaussian_advantages(const Array<Real>& rewards, const Array<
     const g2rpo::Batch<Real> batch = view(rewards, groups, tasks);
     g2rpo::AdvantageOptions options{{}, tie_tolerance, drop_zero_variance, unit_variance};
     for (const std::string& name : stages) options.stages.push_back(parse_stage(name));
-    std::vector<double> advantages;
+    py::array_t<double> advantages(rewards.size());
+    double* const values = advantages.mutable_data();
     {
         py::gil_scoped_release release;
-        advantages = g2rpo::gaussian_advantages(batch, options);
+        g2rpo::gaussian_advantages(batch, options, values);
     }
-    return to_numpy(std::move(advantages));
+    return advantages;
 }
 
 py::dict to_dict(g2rpo::SetStatistics&& statistics) {
@@ -80,8 +82,10 @@ std::pair<py::dict, py::dict> group_statistics(const Array<Real>& rewards, const
     g2rpo::SetStatistics by_group, by_task;
     {
         py::gil_scoped_release release;
-        by_group = g2rpo::set_statistics(batch, batch.groups, tie_tolerance);
-        by_task = g2rpo::set_statistics(batch, batch.tasks, tie_tolerance);
+        g2rpo::LargeVector<double> values(batch.size);
+        g2rpo::copy_rewards(batch, values.data());
+        by_group = g2rpo::set_statistics(values.data(), batch.groups, batch.size, tie_tolerance);
+        by_task = g2rpo::set_statistics(values.data(), batch.tasks, batch.size, tie_tolerance);
     }
     return {to_dict(std::move(by_group)), to_dict(std::move(by_task))};
 }

@@ -45,22 +45,39 @@ constexpr std::array<double, 8> far_denominator = {
 
 }  // namespace detail
 
+// Phi^-1(p) has three branches. Here the central one holds:
+inline bool in_central_region(double p) { return std::fabs(p - 0.5) <= 0.425; }
+
+inline double central_normal_quantile(double p) {
+    const double centred = p - 0.5;
+    const double r = 0.180625 - centred * centred;
+    return centred * detail::polynomial(detail::central_numerator, r) /
+           detail::polynomial(detail::central_denominator, r);
+}
+
+// Outside of it, |Phi^-1| depends on this of the smaller tail's probability,
+inline double tail_root(double tail_probability) { return std::sqrt(-std::log(tail_probability)); }
+
+// up to where the third branch begins (1.4e-11).
+constexpr double far_tail_root = 5.0;
+
+inline double tail_normal_quantile(double root) {
+    return detail::polynomial(detail::tail_numerator, root - 1.6) /
+           detail::polynomial(detail::tail_denominator, root - 1.6);
+}
+
+inline double far_tail_normal_quantile(double root) {
+    return detail::polynomial(detail::far_numerator, root - 5.0) /
+           detail::polynomial(detail::far_denominator, root - 5.0);
+}
+
 // Phi^-1(p) for 0 < p < 1; odd in p - 1/2.
 inline double normal_quantile(double p) {
-    const double centred = p - 0.5;
-    if (std::fabs(centred) <= 0.425) {
-        const double r = 0.180625 - centred * centred;
-        return centred * detail::polynomial(detail::central_numerator, r) /
-               detail::polynomial(detail::central_denominator, r);
-    }
-    const double root = std::sqrt(-std::log(centred < 0.0 ? p : 1.0 - p));
-    const double magnitude =
-        root <= 5.0
-            ? detail::polynomial(detail::tail_numerator, root - 1.6) /
-                  detail::polynomial(detail::tail_denominator, root - 1.6)
-            : detail::polynomial(detail::far_numerator, root - 5.0) /
-                  detail::polynomial(detail::far_denominator, root - 5.0);
-    return centred < 0.0 ? -magnitude : magnitude;
+    if (in_central_region(p)) return central_normal_quantile(p);
+    const bool lower = p < 0.5;
+    const double root = tail_root(lower ? p : 1.0 - p);
+    const double magnitude = root <= far_tail_root ? tail_normal_quantile(root) : far_tail_normal_quantile(root);
+    return lower ? -magnitude : magnitude;
 }
 
 }  // namespace g2rpo
