@@ -235,6 +235,26 @@ def test_rows_of_other_types_and_lengths_are_errors() -> None:
         gaussian_advantages(torch.zeros(3, device="meta"), ids, ids)
 
 
+@pytest.mark.skipif(backend() != "cpp", reason="the compiled op is not built here")
+def test_the_compiled_op_itself_takes_nothing_that_it_would_misread() -> None:
+    """What ``as_rows`` refuses or converts before; a caller of the op alone must not get another answer."""
+    from megatron_g2rpo.objective import _group_ops
+
+    rewards, ids = np.zeros(4), np.zeros(4, dtype=np.int64)
+    options = (["group"], 1e-6, True, False)
+    with pytest.raises(ValueError, match="of one length"):
+        _group_ops.gaussian_advantages(rewards, ids[:3], ids, *options)
+    with pytest.raises(ValueError, match="one-dimensional"):
+        _group_ops.group_statistics(rewards.reshape(2, 2), ids, ids, 1e-6)
+    with pytest.raises(ValueError, match="unknown stage 'prompt'; known: group, task"):
+        _group_ops.gaussian_advantages(rewards, ids, ids, ["prompt"], *options[1:])
+    for wrong in (rewards.astype(np.float16), rewards.astype(np.int64), np.zeros(8)[::2]):
+        with pytest.raises(TypeError):
+            _group_ops.gaussian_advantages(wrong, ids, ids, *options)
+    with pytest.raises(TypeError):
+        _group_ops.gaussian_advantages(rewards, ids.astype(np.int32), ids, *options)
+
+
 def test_a_missing_extension_is_reported_once_and_replaced_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module._EXTENSION, None)
     with pytest.warns(UserWarning, match="_group_ops is not built"):
