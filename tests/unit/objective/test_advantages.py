@@ -7,6 +7,7 @@ Every test with the ``implementation`` fixture holds for the compiled op and for
 from __future__ import annotations
 
 import sys
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -167,7 +168,7 @@ def test_unit_variance_of_a_task_without_signal_stays_zero(implementation: str) 
 def test_order_of_rows_does_not_change_a_bit(implementation: str, zero_variance: str, variance: str) -> None:
     rewards, groups, tasks = random_batch(7)
     rewards = rewards * 0.1
-    options = {"zero_variance": zero_variance, "variance": variance}
+    options: dict[str, Any] = {"zero_variance": zero_variance, "variance": variance}
     expected = gaussian_advantages(rewards, groups, tasks, **options).numpy()
     for seed in range(5):
         order = np.random.default_rng(seed).permutation(len(rewards))
@@ -230,7 +231,7 @@ def test_rows_of_other_types_and_lengths_are_errors() -> None:
     with pytest.raises(TypeError, match=r"tasks has dtype torch\.float64"):
         gaussian_advantages(rewards, ids, rewards)
     with pytest.raises(TypeError, match="rewards must be a tensor or a numpy array, got list"):
-        gaussian_advantages([0.0, 1.0, 2.0], ids, ids)
+        gaussian_advantages(cast(Any, [0.0, 1.0, 2.0]), ids, ids)
     with pytest.raises(ValueError, match="rewards is on meta; move it to the CPU"):
         gaussian_advantages(torch.zeros(3, device="meta"), ids, ids)
 
@@ -241,6 +242,8 @@ def test_the_compiled_op_itself_takes_nothing_that_it_would_misread() -> None:
     from megatron_g2rpo.objective import _group_ops
 
     rewards, ids = np.zeros(4), np.zeros(4, dtype=np.int64)
+    wrong_rewards: tuple[Any, ...] = (rewards.astype(np.float16), rewards.astype(np.int64), np.zeros(8)[::2])
+    narrow_ids: Any = ids.astype(np.int32)
     options = (["group"], 1e-6, True, False)
     with pytest.raises(ValueError, match="of one length"):
         _group_ops.gaussian_advantages(rewards, ids[:3], ids, *options)
@@ -248,11 +251,11 @@ def test_the_compiled_op_itself_takes_nothing_that_it_would_misread() -> None:
         _group_ops.group_statistics(rewards.reshape(2, 2), ids, ids, 1e-6)
     with pytest.raises(ValueError, match="unknown stage 'prompt'; known: group, task"):
         _group_ops.gaussian_advantages(rewards, ids, ids, ["prompt"], *options[1:])
-    for wrong in (rewards.astype(np.float16), rewards.astype(np.int64), np.zeros(8)[::2]):
+    for wrong in wrong_rewards:
         with pytest.raises(TypeError):
             _group_ops.gaussian_advantages(wrong, ids, ids, *options)
     with pytest.raises(TypeError):
-        _group_ops.gaussian_advantages(rewards, ids.astype(np.int32), ids, *options)
+        _group_ops.gaussian_advantages(rewards, narrow_ids, ids, *options)
 
 
 def test_a_missing_extension_is_reported_once_and_replaced_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
