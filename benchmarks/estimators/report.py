@@ -99,14 +99,18 @@ def rewards(runs: Runs, tasks: Sequence[str]) -> None:
         counts = {len(of_arm) for of_arm in arms.values()}
         start = spread(next(iter(arms.values())), lambda run: run.first("val/mean_reward"))
         print(f"\n## {condition}: validation reward after {STEPS} steps ({counts} seeds; before: {start})\n")
+        # Accuracy is what arms with other rewards have in common.
         kinds = (("sampled", "val/mean_reward"), ("greedy", "val/mean_greedy_reward"))
+        accuracies = ("val/mean_accuracy", "val/mean_greedy_accuracy")
         rows = [
             [name]
             + [spread(of_arm, lambda run, key=key: run.last(key)) for _, key in kinds]
             + [spread(of_arm, lambda run, key=key: run.area(key)) for _, key in kinds]
+            + [spread(of_arm, lambda run, key=key: run.last(key)) for key in accuracies]
             for name, of_arm in arms.items()
         ]
-        print(table(["arm", "sampled", "greedy", "sampled, mean level", "greedy, mean level"], rows))
+        header = ["arm", "sampled", "greedy", "sampled, mean level", "greedy, mean level"]
+        print(table([*header, "accuracy, sampled", "accuracy, greedy"], rows))
         rows = [
             [name] + [spread(of_arm, lambda run, task=task: run.last(f"val/{task}/reward")) for task in tasks]
             for name, of_arm in arms.items()
