@@ -81,7 +81,8 @@ class G2RPOLoss:
         self._surrogate = surrogate_of(recipe)
         self._clamp = options.log_ratio_clamp
         # In the reward it is part of the advantages.
-        self._kl = options.reference_policy_kl if options.reference_policy_kl.where == "loss" else None
+        divergence = options.reference_policy_kl
+        self._kl = divergence if divergence.where == "loss" and divergence.penalty > 0.0 else None
         self._tasks, self._context = tasks, context
         self._counts = entropies.counts
         self._total = float(entropies.counts.sum())
@@ -111,7 +112,8 @@ class G2RPOLoss:
         # The tokens are samples of the behaviour policy: KL(behaviour || policy).
         moved = kl.penalty("k3", batch.behaviour_logprobs, stats.logprobs.detach(), log_ratio_clamp=self._clamp)
         loss, sums = policy_loss + self._entropy_term(batch, stats), {}
-        if self._kl is not None and batch.reference_logprobs is not None:
+        if self._kl is not None:
+            assert batch.reference_logprobs is not None
             divergence = kl.penalty(
                 self._kl.kind, stats.logprobs, batch.reference_logprobs, log_ratio_clamp=self._clamp
             )
