@@ -87,8 +87,8 @@ class Rollout:
         group_id: id of the prompt's group, unique in the global batch (all ranks).
         sample_index: index of this response in its group, 0-based.
         response_ids: int64 ``[R]``, the end-of-turn token included when it was sampled.
-        logprobs: float32 ``[R]``, log-probability of each sampled token under the engine's distribution *at the
-            sampling temperature* (the behaviour policy as the engine saw it).
+        logprobs: float32 ``[R]``, log-probability of each sampled token under the distribution that it was drawn from:
+            *at the sampling temperature*, over the tokens that can be sampled.
         text: the decoded response without special tokens that end the turn.
         truncated: True when the token limit ended the response, not an end-of-turn token.
     """

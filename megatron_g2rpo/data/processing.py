@@ -138,6 +138,14 @@ class ChatProcessor:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return torch.tensor([*ids, self.eos_token_id], dtype=torch.int64)
 
+    def banned_token_ids(self, vocab_size: int) -> list[int]:
+        """Ids that must never be sampled, ascending: vision tokens, and rows that the tokenizer has no token for.
+
+        Args:
+            vocab_size: rows of the model's embedding.
+        """
+        return sorted({*self.vision_token_ids, *range(len(self.tokenizer), vocab_size)})
+
     def decode(self, token_ids: Tensor | Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
         ids = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)

@@ -30,6 +30,8 @@ from megatron_g2rpo.nouns import NO_LABEL
 # Elementwise operations go over logits in tiles of this size, which stay in a CPU's cache: a third of the time. Not
 # smaller, for a GPU's sake: at 4 TB/s it reads and writes a tile in 8 us, no less than launching a kernel takes.
 _TILE_BYTES = 16 * 2**20
+# The logit of an excluded token: its exponential is 0, and finite, so that 0 times it is 0 as well.
+_NEVER = -1e30
 
 
 def linear_logprobs(
@@ -39,6 +41,7 @@ def linear_logprobs(
     *,
     vocab_size: int,
     temperature: float = 1.0,
+    excluded: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
@@ -55,6 +58,8 @@ def linear_logprobs(
             are 0 there and send no gradient.
         vocab_size: V; rows of the matrix beyond it are padding and take no probability.
         temperature: divides the logits; > 0.
+        excluded: int64 ``[E]``, the same on every rank: ids that the policy never samples. They take no probability,
+            and no gradient reaches their rows: the distribution is that of the tokens which can be sampled.
         group: tensor-parallel process group; None when the vocabulary is whole.
         chunk_size: tokens whose float32 logits are held at once. Seven eighths of them are kept from the forward to the
             backward pass, which takes an eighth to compute the others again. None: all are kept.
@@ -63,8 +68,8 @@ def linear_logprobs(
         float32 ``[2, S]``, the same on every rank of the group: log-probabilities, entropies.
 
     Raises:
-        ValueError: a label is not in the vocabulary, the ranks hold less than the vocabulary, or the temperature or the
-            chunk size is not positive.
+        ValueError: a label is not in the vocabulary or is excluded, the ranks hold less than the vocabulary, or the
+            temperature or the chunk size is not positive.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
@@ -78,10 +83,16 @@ def linear_logprobs(
     wrong = labels[labelled][(labels[labelled] < 0) | (labels[labelled] >= vocab_size)]
     if len(wrong):
         raise ValueError(f"label {int(wrong[0])} is not in a vocabulary of {vocab_size}")
+    excluded = labels.new_empty(0) if excluded is None else excluded.to(labels.device)
+    never = labels[labelled][torch.isin(labels[labelled], excluded)]
+    if len(never):
+        raise ValueError(f"label {int(never[0])} is one of the tokens that the policy never samples")
     first = rank * held
+    width = min(max(vocab_size - first, 0), held)
     share = _Share(
         first=first,
-        width=min(max(vocab_size - first, 0), held),
+        width=width,
+        excluded=excluded[(excluded >= first) & (excluded < first + width)] - first,
         temperature=temperature,
         group=group if ranks > 1 else None,
     )
@@ -95,14 +106,22 @@ class _Share:
     Attributes:
         first: vocabulary id of its first column of logits.
         width: C, its columns without padding; 0 where all are padding.
+        excluded: int64, those of its columns that take no probability.
         temperature: divides the logits.
         group: the ranks that hold the others; None without others.
     """
 
     first: int
     width: int
+    excluded: Tensor
     temperature: float
     group: dist.ProcessGroup | None
+
+    def exclude(self, logits: Tensor, columns: slice) -> None:
+        """Take all probability from the excluded ones of these columns: logits ``[tokens, columns]``, in place."""
+        if len(self.excluded):
+            among = self.excluded[(self.excluded >= columns.start) & (self.excluded < columns.stop)] - columns.start
+            logits.index_fill_(1, among, _NEVER)
 
     def place(self, labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
         """Index of each label in these columns (of any, where it is not among them), and whether it is."""
@@ -190,6 +209,7 @@ def _forward(
     kept = None
     for chunk in chunks.of_tokens() if share.width else []:
         kept = _product(hidden[chunk], weight[: share.width].t(), out=_view(memory, _length(chunk), share.width))
+        share.exclude(kept, slice(0, share.width))
         for tokens, logits, exp_y in _tiles(kept, chunk.start):
             peak[tokens] = logits.div_(share.temperature).amax(dim=1)
             y = logits.sub_(peak[tokens, None])
@@ -236,7 +256,7 @@ def _backward(
     memory = grad.new_empty(len(hidden) * max((_length(columns) for columns in parts), default=0))
     for columns in parts:
         logits = _view(memory, len(hidden), _length(columns))
-        _product(hidden[:computed], weight[columns].t(), out=logits[:computed])
+        share.exclude(_product(hidden[:computed], weight[columns].t(), out=logits[:computed]), columns)
         if kept is not None:
             logits[computed:] = kept[:, columns]
         for tokens, tile, exp_y in _tiles(logits, 0):

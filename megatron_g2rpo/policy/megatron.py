@@ -66,6 +66,7 @@ class MegatronPolicy:
         device: this rank's device.
         seed: of random initialisation and of megatron-core's random state.
         max_steps: optimizer steps of the run; None builds no optimizer (inference only).
+        excluded: ids that the rollout engine never samples: the policy is the distribution over the others.
         on_loaded: told the bytes of each parameter that was loaded from a Hugging Face directory.
 
     Raises:
@@ -80,6 +81,7 @@ class MegatronPolicy:
         *,
         seed: int,
         max_steps: int | None,
+        excluded: Sequence[int] = (),
         on_loaded: checkpointing.Advance | None = None,
     ) -> None:
         self.options, self.device = options, device
@@ -102,6 +104,7 @@ class MegatronPolicy:
                 self.groups.collection,
                 device=device.torch_device,
                 core_attention=core_attention(megatron_cfg.core_attention, device),
+                excluded=excluded,
                 chunk_size=options.logprob_chunk_size,
                 vision_every_row=overlap and max_steps is not None and not megatron_cfg.freeze_vision,
             ).to(device.torch_device)

@@ -8,6 +8,7 @@ context-parallel share, and sequence parallelism scatters what has been merged.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class PolicyModel(MegatronModule):
         pg_collection: megatron-core's process groups.
         device: where the model will live.
         core_attention: see ``policy.precision``.
+        excluded: ids that the policy never samples; they take no probability.
         chunk_size: tokens whose float32 logits are held at once; None for all.
         vision_every_row: see ``VisionEncoder``.
     """
@@ -50,6 +52,7 @@ class PolicyModel(MegatronModule):
         *,
         device: torch.device,
         core_attention: type[nn.Module] = PackedCoreAttention,
+        excluded: Sequence[int] = (),
         chunk_size: int | None = None,
         vision_every_row: bool = False,
     ) -> None:
@@ -84,6 +87,7 @@ class PolicyModel(MegatronModule):
             self.language_model.output_layer = LogprobOutputLayer.adopt(
                 self.language_model.output_layer,
                 vocab_size=text.vocab_size,
+                excluded=excluded,
                 chunk_size=chunk_size,
                 tp_group=pg_collection.tp,
             )

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -24,6 +26,7 @@ class LogprobOutputLayer(ColumnParallelLinear):
     """
 
     vocab_size: int
+    excluded: Tensor
     chunk_size: int | None
 
     @classmethod
@@ -32,6 +35,7 @@ class LogprobOutputLayer(ColumnParallelLinear):
         output_layer: ColumnParallelLinear,
         *,
         vocab_size: int,
+        excluded: Sequence[int] = (),
         chunk_size: int | None = None,
         tp_group: dist.ProcessGroup,
     ) -> LogprobOutputLayer:
@@ -40,6 +44,7 @@ class LogprobOutputLayer(ColumnParallelLinear):
         Args:
             output_layer: of a ``GPTModel``; not to be used any more.
             vocab_size: of the model, without padding.
+            excluded: ids that take no probability.
             chunk_size: tokens whose float32 logits are held at once; None for all.
             tp_group: tensor-parallel process group.
 
@@ -62,6 +67,8 @@ class LogprobOutputLayer(ColumnParallelLinear):
         )
         layer.weight = output_layer.weight
         layer.vocab_size, layer.chunk_size = vocab_size, chunk_size
+        # Moves with the layer, and is no part of its state.
+        layer.register_buffer("excluded", torch.tensor(list(excluded), dtype=torch.int64), persistent=False)
         return layer.train(output_layer.training)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -99,6 +106,7 @@ class LogprobOutputLayer(ColumnParallelLinear):
             labels,
             vocab_size=self.vocab_size,
             temperature=temperature,
+            excluded=self.excluded,
             group=self.tp_group,  # pyright: ignore[reportArgumentType]  # annotated by its first assignment
             chunk_size=self.chunk_size,
         )

@@ -33,41 +33,32 @@ class Draw(NamedTuple):
 
     Attributes:
         tokens: int64 ``[B]``.
-        logprobs: float64 ``[B]``, under the *full* distribution at the sampling temperature (1 when greedy).
-        excluded: float64 ``[B]``, probability of the banned tokens under that distribution.
+        logprobs: float64 ``[B]``, under the distribution that they were drawn from (at temperature 1 when greedy).
     """
 
     tokens: Tensor
     logprobs: Tensor
-    excluded: Tensor
 
 
 def draw(logits: Tensor, uniform: Tensor | None, *, temperature: float, allowed: Tensor) -> Draw:
-    """Draw one token a row from ``softmax(logits / temperature)`` restricted to the allowed tokens.
-
-    The log-probability is that of the full distribution, banned tokens included: it is what a trainer computes with
-    its log-softmax over the whole vocabulary, so the difference between the two measures numerics alone. The exact
-    behaviour log-probability is ``logprobs - log1p(-excluded)``.
+    """Draw one token a row from ``softmax(logits / temperature)`` over the allowed tokens.
 
     Args:
         logits: ``[B, V]``, finite.
         uniform: float64 ``[B]`` in [0, 1); None takes the most likely allowed token (greedy).
         temperature: > 0; not used when greedy.
-        allowed: int64 ``[A]``, ascending ids of the tokens that may be drawn.
+        allowed: int64 ``[A]``, ascending ids of the tokens that may be drawn; the others have probability 0.
     """
     scores = logits.double() if uniform is None else logits.double() / temperature
-    log_z = scores.logsumexp(-1)
-    candidates = scores[:, allowed]
-    top = candidates.amax(-1)
-    cumulative = (candidates - top[:, None]).exp().cumsum(-1)
+    scores = scores[:, allowed]
+    top = scores.amax(-1)
+    cumulative = (scores - top[:, None]).exp().cumsum(-1)
     total = cumulative[:, -1]
     if uniform is None:
-        index = candidates.argmax(-1)
+        index = scores.argmax(-1)
     else:
         # Strictly below the total, so that an entry above it exists, and the first such entry has positive mass.
         target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
         index = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-    tokens = allowed[index]
-    logprobs = scores.gather(1, tokens[:, None])[:, 0] - log_z
-    excluded = -torch.expm1(top + total.log() - log_z).clamp(max=0.0)
-    return Draw(tokens, logprobs, excluded)
+    logprobs = scores.gather(1, index[:, None])[:, 0] - top - total.log()
+    return Draw(allowed[index], logprobs)

@@ -46,7 +46,6 @@ class _Responses(NamedTuple):
 
     tokens: Tensor
     logprobs: Tensor
-    excluded: Tensor
 
 
 @dataclass
@@ -90,15 +89,10 @@ class TransformersEngine:
         dtype: of its parameters; rotary tables stay fp32.
         eos_token_ids: tokens that end a response.
         pad_token_id: fills prompts of a batch to equal length; the model never looks at it.
-        banned_token_ids: tokens that can not be sampled: image and video placeholders and their frame.
+        banned_token_ids: tokens of probability 0: image and video placeholders and their frame.
         decode: token ids to text.
         max_new_tokens: response tokens after which a response is truncated.
         batch_size: sequences decoded together.
-
-    Attributes:
-        banned_probability: mean probability that the model gave to the banned tokens, over all response tokens of the
-            last ``generate``. Logprobs are those of the full distribution (see ``sampling.draw``); when this is not
-            negligible, the policy wants to emit placeholders, and the reported logprobs are too low by as much.
     """
 
     def __init__(
@@ -121,7 +115,6 @@ class TransformersEngine:
                 f"responses could not end: eos_token_ids {list(eos_token_ids)} must be non-empty and disjoint from "
                 f"banned_token_ids {list(banned_token_ids)}"
             )
-        self.banned_probability = 0.0
         self._device = torch.device(device)
         self._model = _empty_model(model, self._device, dtype)
         self._config = self._model.config
@@ -199,7 +192,6 @@ class TransformersEngine:
         # Neighbours in length share a batch; the longest come first, so that running out of memory happens at once.
         rows.sort(key=lambda row: (-len(prompts[row.prompt].inputs.token_ids), row))
         rollouts: dict[_Row, Rollout] = {}
-        excluded: list[Tensor] = []
         for start in range(0, len(rows), self._batch_size):
             batch = rows[start : start + self._batch_size]
             responses = self._respond(prompts, batch, temperature, seed)
@@ -215,8 +207,6 @@ class TransformersEngine:
                     text=self._decode_text(ids.tolist() if truncated else ids[:-1].tolist()),
                     truncated=truncated,
                 )
-                excluded.append(responses.excluded[index, :length])
-        self.banned_probability = torch.cat(excluded).mean().item() if excluded else 0.0
         return [rollouts[row] for row in sorted(rollouts)]
 
     def _check_prompt(self, prompt: Prompt) -> None:
@@ -247,7 +237,7 @@ class TransformersEngine:
             numbers = [uniforms(seed, prompts[row.prompt].key, row.sample, limit) for row in rows]
             uniform = torch.stack(numbers).to(self._device)
         tokens = torch.zeros(len(rows), limit, dtype=torch.int64, device=self._device)
-        logprobs, excluded = torch.zeros(2, len(rows), limit, device=self._device)
+        logprobs = torch.zeros(len(rows), limit, device=self._device)
         flight = self._take_off(prompts, rows)
         for step in range(limit):
             logits = self._model.lm_head(flight.hidden)
@@ -256,12 +246,11 @@ class TransformersEngine:
             drawn = draw(logits, number, temperature=temperature, allowed=self._allowed)
             tokens[flight.rows, step] = drawn.tokens
             logprobs[flight.rows, step] = drawn.logprobs.float()
-            excluded[flight.rows, step] = drawn.excluded.float()
             flight.running &= ~torch.isin(drawn.tokens, self._eos)
             if step + 1 == limit or not flight.running.any():
                 break
             self._advance(flight, drawn.tokens, limit - step - 1)
-        return _Responses(tokens.cpu(), logprobs.cpu(), excluded.cpu())
+        return _Responses(tokens.cpu(), logprobs.cpu())
 
     def _take_off(self, prompts: Sequence[Prompt], rows: list[_Row]) -> _InFlight:
         """Prefill the distinct prompts of the rows, padded on the right, and give every row its copy."""

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import AutoConfig
 
 from megatron_g2rpo.data.packing import Packer
 from megatron_g2rpo.data.processing import ChatProcessor
@@ -71,7 +73,14 @@ def assemble(recipe: Recipe) -> Assembly:
     known = set(recipe.env.tasks)
     train_index = ShardIndex(data.train.path, known_tasks=known)
     validation_index = ShardIndex(data.validation.path, known_tasks=known)
-    policy = MegatronPolicy(recipe.policy, device, seed=loop.seed, max_steps=loop.max_num_steps * updates)
+    vocab_size = (
+        AutoConfig.from_pretrained(recipe.policy.model_name, local_files_only=True).get_text_config().vocab_size
+    )
+    # What no engine samples has no probability in the policy either: both then speak of one distribution.
+    banned = processor.banned_token_ids(vocab_size)
+    policy = MegatronPolicy(
+        recipe.policy, device, seed=loop.seed, max_steps=loop.max_num_steps * updates, excluded=banned
+    )
     stream = PromptStream(
         train_index,
         data.task_weights,
@@ -85,7 +94,7 @@ def assemble(recipe: Recipe) -> Assembly:
         processor=processor,
         policy=policy,
         packer=packer_for(processor, policy.layout),
-        engine=engine_for(recipe, processor, device, policy.model.vocab_size),
+        engine=engine_for(recipe, processor, device, banned),
         stream=stream,
         validation=validation_prompts(
             validation_index,
@@ -117,21 +126,18 @@ def packer_for(processor: ChatProcessor, layout: Layout) -> Packer:
     )
 
 
-def engine_for(recipe: Recipe, processor: ChatProcessor, device: Device, vocab_size: int) -> engines.Engine:
-    """The rollout engine that the recipe names, without weights.
-
-    Args:
-        vocab_size: rows of the model's embedding; ids that the tokenizer does not know must not be sampled.
-    """
+def engine_for(
+    recipe: Recipe, processor: ChatProcessor, device: Device, banned_token_ids: Sequence[int]
+) -> engines.Engine:
+    """The rollout engine that the recipe names, without weights."""
     generation = recipe.policy.generation
-    unknown = range(len(processor.tokenizer), vocab_size)
     return engines.get(generation.backend)(
         recipe.policy.model_name,
         device=device.torch_device,
         dtype=DTYPES[recipe.policy.precision],
         eos_token_ids=[processor.eos_token_id],
         pad_token_id=processor.pad_token_id,
-        banned_token_ids=[*processor.vision_token_ids, *unknown],
+        banned_token_ids=banned_token_ids,
         decode=processor.decode,
         max_new_tokens=generation.max_new_tokens,
         batch_size=generation.batch_size,

@@ -51,10 +51,11 @@ def with_gradients(
     return {"output": output.detach(), "hidden": hidden.grad, "weight": weight.grad}
 
 
-def whole(hidden: Tensor, weight: Tensor, labels: Tensor, grad: Tensor, vocab: int) -> Results:
-    return with_gradients(
-        lambda h, w: linear_logprobs(h, w, labels, vocab_size=vocab, temperature=TEMPERATURE), hidden, weight, grad
-    )
+def whole(
+    hidden: Tensor, weight: Tensor, labels: Tensor, grad: Tensor, vocab: int, excluded: Tensor | None = None
+) -> Results:
+    keywords = {"vocab_size": vocab, "temperature": TEMPERATURE, "excluded": excluded}
+    return with_gradients(lambda h, w: linear_logprobs(h, w, labels, **keywords), hidden, weight, grad)
 
 
 def my_rows(weight: Tensor, rank: int) -> Tensor:
@@ -73,14 +74,26 @@ def assert_same_on_both_ranks(tensor: Tensor, name: str) -> None:
     assert torch.equal(tensor, other), f"{name} differs between the ranks"
 
 
-def check_kernel(group: dist.ProcessGroup, vocab: int, scale: float, labelled: bool, chunk: int | None) -> None:
+def check_kernel(
+    group: dist.ProcessGroup, vocab: int, scale: float, labelled: bool, chunk: int | None, first_kept: int = 0
+) -> None:
+    """Tokens before ``first_kept`` are excluded."""
     rank, name = dist.get_rank(group), f"vocabulary {vocab}, scale {scale}, labelled {labelled}, chunk {chunk}: "
     hidden, weight, labels, grad = case(vocab, scale, labelled)
-    expected = whole(hidden, weight, labels, grad, vocab)
+    labels = labels.clamp(min=first_kept).where(labels != NO_LABEL, NO_LABEL)
+    excluded = torch.arange(first_kept)
+    expected = whole(hidden, weight, labels, grad, vocab, excluded)
     with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
         ours = with_gradients(
             lambda h, w: linear_logprobs(
-                h, w, labels, vocab_size=vocab, temperature=TEMPERATURE, group=group, chunk_size=chunk
+                h,
+                w,
+                labels,
+                vocab_size=vocab,
+                temperature=TEMPERATURE,
+                excluded=excluded,
+                group=group,
+                chunk_size=chunk,
             ),
             hidden,
             my_rows(weight, rank),
@@ -133,6 +146,9 @@ def main() -> None:
         check_kernel(group, vocab=50, scale=1.0, labelled=True, chunk=chunk)
         check_kernel(group, vocab=54, scale=1.0, labelled=True, chunk=chunk)
         check_kernel(group, vocab=20, scale=1.0, labelled=True, chunk=chunk)  # the second rank holds padding only
+        check_kernel(group, vocab=50, scale=1.0, labelled=True, chunk=chunk, first_kept=5)
+        # The first rank holds excluded tokens only.
+        check_kernel(group, vocab=54, scale=1.0, labelled=True, chunk=chunk, first_kept=PADDED // 2)
         check_kernel(group, vocab=50, scale=4096.0, labelled=True, chunk=chunk)
         check_kernel(group, vocab=50, scale=1.0, labelled=False, chunk=chunk)
     for sequence_parallel in (False, True):

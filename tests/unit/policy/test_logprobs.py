@@ -119,6 +119,36 @@ def test_padding_columns_take_no_probability_and_get_no_gradient() -> None:
     assert (wrong - ours["output"]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_excluded_tokens_take_no_probability_and_get_no_gradient(chunk: int | None, temperature: float) -> None:
+    """The distribution over the others: the oracle leaves their columns out."""
+    hidden, weight, labels, grad = case()
+    excluded = torch.tensor([0, 7, 31, VOCAB - 1])
+    others = torch.tensor([token for token in range(VOCAB) if token not in excluded])
+    has_label = labels != NO_LABEL
+    labels[has_label] = others[labels[has_label] % len(others)]
+    places = torch.searchsorted(others, labels.clamp(min=0)).where(has_label, NO_LABEL)
+
+    def left_out(h: Tensor, w: Tensor) -> Tensor:
+        return oracle(h, w[others], places, vocab=len(others), temperature=temperature)
+
+    def ours(h: Tensor, w: Tensor, excluded: Tensor | None = excluded) -> Tensor:
+        keywords = {"temperature": temperature, "chunk_size": chunk}
+        return linear_logprobs(h, w, labels, vocab_size=VOCAB, excluded=excluded, **keywords)
+
+    actual = with_gradients(ours, hidden, weight, grad)
+    exact = with_gradients(left_out, hidden.double(), weight.double(), grad)
+    for name, expected in exact.items():
+        assert error(actual[name], expected) < TOLERANCE, name
+    assert not actual["weight"][excluded].any()
+    # Negative: a kernel that forgot them could not pass.
+    assert (ours(hidden, weight, None) - actual["output"]).abs().max() > 1e-2
+    labels[0] = 7
+    with pytest.raises(ValueError, match="label 7 is one of the tokens that the policy never samples"):
+        ours(hidden, weight)
+
+
 @pytest.mark.parametrize("chunk", [1, None])
 def test_extreme_logits(chunk: int | None) -> None:
     """Logits of +-1e4: a certain token, an impossible one, and two tokens that share everything, apart by 1.
