@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict
 from pydantic_core import PydanticCustomError
 
 
@@ -35,19 +33,6 @@ def conflict(message: str, *keys: str) -> PydanticCustomError:
         keys: the dotted keys at fault, relative to the section that raises it.
     """
     return PydanticCustomError("conflict", "{message}", {"message": message, "keys": list(keys)})
-
-
-def only(*allowed: Any, hint: str) -> AfterValidator:
-    """Accept the given values alone; the rest of what the key will once mean is not in this version."""
-
-    def check(value: Any) -> Any:
-        if value not in allowed:
-            choices = " or ".join(str(choice).lower() for choice in allowed)
-            text = {"value": str(value).lower(), "choices": choices, "hint": hint}
-            raise PydanticCustomError("not_yet", "{value} is not in this version, only {choices} is. {hint}", text)
-        return value
-
-    return AfterValidator(check)
 
 
 def ascending(section: Section, names: Sequence[str]) -> None:

@@ -72,8 +72,6 @@ def _describe(fault: ErrorDetails, recipe: type[TrainRecipe] | type[SftRecipe], 
         return f"{start}unknown key '{key}'; nearest valid key: {nearest_key(recipe, path)}"
     if fault["type"] == "missing":
         return f"{start}missing key '{key}'{'; write null for none' if key.startswith('env.tasks.') else ''}"
-    if fault["type"] == "not_yet":
-        return f"{start}'{key}': {fault['msg']}"
     if fault["type"] in _NOT_A_MAPPING:
         return f"{start}'{key}' must be a mapping of keys, got {_shown(fault['input'])}"
     return f"{start}'{key}': {fault['msg']}, got {_shown(fault['input'])}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``policy`` section: the model, its parallel layout, its optimizer and how it generates."""
+"""The ``policy`` section: the model, its parallel layout and its optimizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from megatron_g2rpo.recipe.base import Section, ascending, conflict, only
+from megatron_g2rpo.recipe.base import Section, ascending, conflict
+from megatron_g2rpo.recipe.generation_section import Generation
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -132,21 +133,6 @@ class SequencePacking(Section):
 
     train_mb_tokens: PositiveInt
     """Tokens of a row."""
-
-
-class Generation(Section):
-    """``policy.generation``: how responses are sampled."""
-
-    backend: Annotated[str, only("transformers", hint="It runs embedded in every training process.")]
-    """Rollout engine."""
-    max_new_tokens: PositiveInt
-    """Longest response, tokens; one that has not ended by then is truncated."""
-    temperature: PositiveFloat
-    """Sampling temperature in training; log-probabilities and entropies are taken at it as well."""
-    val_temperature: PositiveFloat
-    """Temperature of the sampled validation; greedy validation is always run beside it."""
-    batch_size: PositiveInt
-    """Sequences decoded together on one rank; changes speed and memory only."""
 
 
 class Policy(Section):

@@ -23,14 +23,6 @@ def load(*overrides: str) -> recipe.TrainRecipe:
     return recipe.load(EXEMPLAR, list(overrides), "train")
 
 
-@pytest.mark.parametrize(("override", "value"), [("policy.generation.backend=vllm", "vllm")])
-def test_what_this_version_cannot_do_is_refused_in_words(override: str, value: str) -> None:
-    with pytest.raises(recipe.RecipeError) as error:
-        load(override)
-    key = override.partition("=")[0]
-    assert f"override '{override}': '{key}': {value} is not in this version, only " in str(error.value)
-
-
 @pytest.mark.parametrize(
     "override",
     [
@@ -66,6 +58,12 @@ def test_what_this_version_cannot_do_is_refused_in_words(override: str, value: s
         f"{MEGATRON}.scheduler.lr_decay_style=inverse",
         "policy.generation.temperature=0.0",
         "policy.generation.val_temperature=0.0",
+        "policy.generation.backend=sglang",
+        "policy.generation.gap_warning=0.0",
+        "policy.generation.vllm_cfg.gpu_memory_utilization=1.5",
+        "policy.generation.vllm_server_cfg.addresses=['127.0.0.1:8000']",
+        "policy.generation.vllm_server_cfg.addresses=['http://127.0.0.1:8000/v1']",
+        "policy.generation.vllm_server_cfg.on_no_server=retry",
         "data.on_bad_sample=ignore",
         "data.task_weights={ocr: -1.0}",
         "env.tasks={_override_: true}",
@@ -93,6 +91,11 @@ def test_a_value_out_of_its_range_is_refused(override: str) -> None:
         ([f"{MEGATRON}.optimizer.min_lr=1.0"], r"min_lr \(1\.0\) <= lr \(2e-06\)"),
         (["policy.max_total_sequence_length=2048"], "leaves no room for a prompt"),
         (["policy.sequence_packing.train_mb_tokens=4095"], r"train_mb_tokens \(4095\) is less than"),
+        (["policy.generation.backend=vllm_server"], "needs the addresses of its servers"),
+        (
+            ["policy.generation.vllm_server_cfg.addresses=['http://a:1', 'http://b:1', 'http://a:1']"],
+            "a server is listed twice: http://a:1, http://b:1, http://a:1",
+        ),
         (["policy.train_global_batch_size=768"], "does not divide the 1024 rollouts"),
         (["grpo.num_generations_per_prompt=1"], "a group of 1 has no advantage"),
         ([f"{MEGATRON}.tensor_model_parallel_size=2"], "= 1, not a multiple of the 2"),

@@ -94,6 +94,7 @@ def test_the_exemplars_agree_but_for_their_loop() -> None:
     assert different == {
         "checkpointing.checkpoint_dir",
         "checkpointing.save_period",
+        "policy.generation.vllm_server_cfg.weights_dir",
         "logger.log_dir",
         "policy.train_global_batch_size",
         "policy.megatron_cfg.optimizer.lr",
