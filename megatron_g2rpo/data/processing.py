@@ -9,6 +9,7 @@ The PIL implementation is named here, so that one recipe sees the same pixels on
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,9 @@ class ChatProcessor:
         self.eos_token_id: int = self.tokenizer.eos_token_id
         pad = self.tokenizer.pad_token_id
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
-        self._reserved = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
+        reserved = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        # Without any, a pattern that matches nothing.
+        self._reserved = re.compile("|".join(map(re.escape, sorted(reserved, key=len, reverse=True))) or "(?!)")
 
     def encode(
         self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image], name: str = "prompt"
@@ -95,13 +98,15 @@ class ChatProcessor:
             float32 ``[V, D]`` and ``image_grid_thw`` int64 ``[I, 3]``.
 
         Raises:
-            SampleError: text that contains a reserved token, more or fewer image parts than images, a video part, or
-                an image of a shape that the image processor refuses.
+            SampleError: text that contains a reserved token, more or fewer image parts than images, a video part, an
+                image of a shape that the image processor refuses, or anything but text for a model of text alone.
         """
         self._refuse_reserved(messages, name)
         pixel_values, image_grid_thw = self._encode_images(images, name)
+        # Templates of models of text join strings: Llama's fail at a list of parts, Qwen3's drop it without a word.
+        turns = list(messages) if self.image_processor is not None else [_as_text(turn, name) for turn in messages]
         text = self.tokenizer.apply_chat_template(
-            list(messages), chat_template=self._chat_template, tokenize=False, add_generation_prompt=True
+            turns, chat_template=self._chat_template, tokenize=False, add_generation_prompt=True
         )
         token_ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
         if bool((token_ids == self.video_token_id).any()):
@@ -170,11 +175,8 @@ class ChatProcessor:
     def _refuse_reserved(self, messages: Sequence[Mapping[str, Any]], name: str) -> None:
         """A reserved token in a text would be read as a turn border or an image that is not there."""
         for text in _texts(messages):
-            if "<|" not in text:  # every Qwen reserved token starts so; spares the scan below
-                continue
-            for token in self._reserved:
-                if token in text:
-                    raise SampleError(f"{name}: the text contains the reserved token {token}; remove it")
+            if found := self._reserved.search(text):
+                raise SampleError(f"{name}: the text contains the reserved token {found[0]}; remove it")
 
 
 def _texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -186,6 +188,16 @@ def _texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
         else:
             texts.extend(part["text"] for part in content if part.get("type") == "text")
     return texts
+
+
+def _as_text(message: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A message with its text parts joined to one string."""
+    content = message["content"]
+    if not isinstance(content, str):
+        other = sorted({str(part.get("type")) for part in content} - {"text"})
+        if other:
+            raise SampleError(f"{name}: contains {', '.join(other)} parts, but the model reads text alone")
+    return {**message, "content": "".join(_texts([message]))}
 
 
 def _load_image_processor(

@@ -210,11 +210,17 @@ def test_a_model_that_sees_needs_its_image_processor(copied):
         ChatProcessor(copied)
 
 
-def test_a_model_of_text_alone_refuses_images(copied):
+@pytest.fixture
+def text_alone(copied):
+    """The directory without what it sees with."""
     (copied / "preprocessor_config.json").unlink()
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps({**config["text_config"], "model_type": "qwen3"}))
-    processor = ChatProcessor(copied)
+    return copied
+
+
+def test_a_model_of_text_alone_refuses_images(text_alone):
+    processor = ChatProcessor(text_alone)
     messages = [{"role": "user", "content": "what is 1 + 2?"}]
     inputs = processor.encode(messages, [])
     assert "what is 1 + 2?" in processor.decode(inputs.token_ids)
@@ -222,6 +228,38 @@ def test_a_model_of_text_alone_refuses_images(copied):
     assert processor.vision_token_ids == []
     with pytest.raises(SampleError, match="has 1 images, but the model reads text alone"):
         processor.encode(messages, [Image.new("RGB", (32, 32))], name="sample 7")
+    with pytest.raises(SampleError, match="sample 7: contains image parts, but the model reads text alone"):
+        processor.encode(ask("what?", None), [], name="sample 7")
+
+
+# What SmolLM2's template does with a message, and what Qwen3's does: one fails at a list of parts, the other drops it.
+JOINS = "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+DROPS = (
+    "{% set content = message.content if message.content is string else '' %}"
+    "{{ '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}"
+)
+
+
+@pytest.mark.parametrize("turn", [JOINS, DROPS], ids=["joins", "drops"])
+def test_templates_of_models_of_text_receive_strings(text_alone, turn):
+    loop = "{% for message in messages %}" + turn + "{% endfor %}"
+    (text_alone / "chat_template.jinja").write_text(loop + "{{ '<|im_start|>assistant\n' }}")
+    processor = ChatProcessor(text_alone, system_prompt="Be brief.")
+    sample = Sample(key="s/1", task="sum", question="1 + 2?", answer="3", answer_format="numeric", images=())
+    expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    assert processor.tokenizer.decode(processor.encode_sample(sample).inputs.token_ids) == expected
+    parts = processor.encode(ask("1 +", " 2?"), [])
+    assert torch.equal(parts.token_ids, processor.encode([{"role": "user", "content": "1 + 2?"}], []).token_ids)
+
+
+def test_a_reserved_token_of_any_spelling_is_refused(text_alone):
+    """SmolLM2's are not all written like Qwen's."""
+    tokenizer = AutoTokenizer.from_pretrained(text_alone)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<file_sep>"]})
+    tokenizer.save_pretrained(text_alone)
+    processor = ChatProcessor(text_alone)
+    with pytest.raises(SampleError, match="the text contains the reserved token <file_sep>; remove it"):
+        processor.encode(ask("a<file_sep>b"), [])
 
 
 def test_pixel_bounds_out_of_order_are_an_error(model_dir):
