@@ -47,6 +47,11 @@ class Device:
     torch_device: torch.device
     backend: str
 
+    @property
+    def nccl(self) -> bool:
+        """Whether tensors on this device can travel over NCCL."""
+        return "nccl" in self.backend
+
     def megatron(self) -> contextlib.AbstractContextManager[None]:
         """The context in which megatron-core is called; reentrant."""
         return _cpu_stands_in_for_cuda() if self.kind == "cpu" else contextlib.nullcontext()

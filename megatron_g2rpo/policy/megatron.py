@@ -187,6 +187,10 @@ class MegatronPolicy:
             layer_offset=self._layer_offset,
         )
 
+    def source(self) -> weights.WeightSource:
+        """What a rollout engine loads."""
+        return weights.WeightSource(self.specs, self.stream)
+
     def local_weights(self) -> list[Tensor]:
         """This rank's shards of all parameters, current ones; writing to them changes the model.
 

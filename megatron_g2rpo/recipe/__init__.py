@@ -9,10 +9,12 @@ from megatron_g2rpo.recipe.errors import RecipeError
 from megatron_g2rpo.recipe.identity import describe_layout, dump, fingerprint, identity
 from megatron_g2rpo.recipe.layers import EXEMPLARS
 from megatron_g2rpo.recipe.load import load
+from megatron_g2rpo.recipe.policy_section import Policy
 from megatron_g2rpo.recipe.schema import Recipe, SftRecipe, TrainRecipe
 
 __all__ = [
     "EXEMPLARS",
+    "Policy",
     "Recipe",
     "RecipeError",
     "SftRecipe",

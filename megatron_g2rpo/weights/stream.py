@@ -15,6 +15,22 @@ from megatron_g2rpo.weights.stages import of_all_stages
 from megatron_g2rpo.weights.table import Entry, WeightTable
 
 
+@dataclass(frozen=True)
+class WeightSource:
+    """All weights of a policy: what they are, and their tensors, gathered anew at every iteration.
+
+    Attributes:
+        specs: the tensors that an iteration yields, on the meta device, in its order. A collective of the replica.
+        tensors: see ``stream``.
+    """
+
+    specs: Callable[[], dict[str, Tensor]]
+    tensors: Callable[[], Iterator[tuple[str, Tensor]]]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self.tensors()
+
+
 def stream(
     model: nn.Module,
     table: WeightTable,

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""New weights for a vLLM model that has served already, from tensors under their Hugging Face names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+
+@torch.no_grad()
+def reload(model: nn.Module, *, weights: Iterable[tuple[str, Tensor]], model_config: Any) -> list[str]:
+    """Replace the weights of a live model, layer by layer, in the memory that they have.
+
+    vLLM's own ``reload_weights`` does nearly the same, but only logs what is missing and keeps the old weights there,
+    and leaves a tied output head as it was where the head keeps a copy in another format, as it does on a CPU.
+
+    Args:
+        model: a worker's model, as vLLM has made it of its checkpoint: sharded, merged, repacked.
+        weights: full tensors; none may change before this returns.
+        model_config: vLLM's.
+
+    Returns:
+        Parameters of the model that did not come.
+    """
+    names = {name for name, _ in model.named_parameters()}
+    initialize_layerwise_reload(model)
+    loaded = model.load_weights(weights)
+    finalize_layerwise_reload(model, model_config)
+    for head in _tied_heads(model):
+        head.quant_method.process_weights_after_loading(head)
+    return sorted(names - loaded)
+
+
+def incomplete(missing: Sequence[str]) -> str:
+    """What to say of them."""
+    shown = ", ".join(missing[:5])
+    return f"weight stream: {len(missing)} parameters of vLLM's model were not given, among them {shown}"
+
+
+def _tied_heads(model: nn.Module) -> list[ParallelLMHead]:
+    """Output heads whose matrix is an embedding's: a checkpoint has no tensor for them."""
+    layers = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
+    embeddings = {layer.weight.data_ptr() for layer in layers if not isinstance(layer, ParallelLMHead)}
+    return [
+        layer for layer in layers if isinstance(layer, ParallelLMHead) and layer.weight.data_ptr() in embeddings
+    ]
