@@ -19,12 +19,12 @@ from tests.unit.recipe.conftest import RECIPES, Write
 MINIMAL = sorted(RECIPES.rglob("*.yaml"))
 SHIPPED = [*sorted(RECIPES.glob("*.yaml")), *sorted(EXEMPLARS.glob("*.yaml"))]
 NAME = re.compile(
-    r"vlm_(?P<kind>g2rpo|sft)-(?P<model>[a-z0-9.]+)-(?P<nodes>\d+)n(?P<gpus>\d+)g-megatron-tp(?P<tp>\d+)(-[a-z0-9]+)*\.yaml"
+    r"(vlm_)?(?P<kind>g2rpo|sft)-(?P<model>[a-z0-9.]+)-(?P<nodes>\d+)n(?P<gpus>\d+)g-megatron-tp(?P<tp>\d+)(-[a-z0-9]+)*\.yaml"
 )
 
 
 def load(path: Path) -> recipe.Recipe:
-    if path.name.startswith("vlm_sft"):
+    if path.name.removeprefix("vlm_").startswith("sft"):
         return recipe.load(path, [], "sft")
     return recipe.load(path, [], "train")
 
@@ -37,7 +37,7 @@ def test_every_shipped_recipe_loads(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
 def test_a_recipe_is_named_after_what_it_runs_on(path: Path) -> None:
     match = NAME.fullmatch(path.name)
-    assert match, "vlm_<g2rpo|sft>-<model>-<nodes>n<gpus>g-megatron-tp<size>[-modifiers].yaml"
+    assert match, "[vlm_]<g2rpo|sft>-<model>-<nodes>n<gpus>g-megatron-tp<size>[-modifiers].yaml"
     loaded = load(path)
     layout = loaded.policy.megatron_cfg
     assert (loaded.cluster.num_nodes, loaded.cluster.gpus_per_node, layout.tensor_model_parallel_size) == (
