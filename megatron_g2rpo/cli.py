@@ -110,6 +110,17 @@ def convert_export(
 
 
 @app.command()
+def serve(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback it needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+) -> None:
+    """Start a vLLM server that gives a run its rollouts (policy.generation.backend=vllm_server)."""
+    _with_errors(lambda: _serve(recipe, overrides or [], host, port))
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
     """Draw a run's rewards per task, before and after, to RUN/report."""
     from megatron_g2rpo.report.rewards import draw
@@ -219,6 +230,18 @@ def _export(
     conversion.export(recipe, target, dtype=dtype or stored, max_shard_size=max_shard_size)
     if _is_first():
         typer.echo(f"Hugging Face checkpoint: {target}")
+
+
+def _serve(path: Path, overrides: list[str], host: str, port: int) -> None:
+    from megatron_g2rpo import recipe as recipes
+    from megatron_g2rpo.rollout.base import needs_vllm
+    from megatron_g2rpo.train.model_dir import with_local_model
+
+    recipe = with_local_model(recipes.load(path, overrides, "train"))
+    with needs_vllm("megatron-g2rpo serve"):
+        from megatron_g2rpo.rollout import vllm_serve
+    command, environment = vllm_serve.command(recipe.policy, host, port)
+    os.execve(command[0], command, {**os.environ, **environment})
 
 
 def _policy_recipe(overrides: list[str], nproc: int | None) -> Recipe:

@@ -6,6 +6,7 @@ recipe defines; ``dump`` writes a recipe out in full. Attribute names are the YA
 """
 
 from megatron_g2rpo.recipe.errors import RecipeError
+from megatron_g2rpo.recipe.generation_section import VllmServerConfig
 from megatron_g2rpo.recipe.identity import describe_layout, dump, fingerprint, identity
 from megatron_g2rpo.recipe.layers import EXEMPLARS
 from megatron_g2rpo.recipe.load import load
@@ -19,6 +20,7 @@ __all__ = [
     "RecipeError",
     "SftRecipe",
     "TrainRecipe",
+    "VllmServerConfig",
     "describe_layout",
     "dump",
     "fingerprint",

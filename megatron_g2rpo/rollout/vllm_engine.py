@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -148,7 +147,10 @@ class VllmEngine:
         if images is None:
             return tokens_input(token_ids)
         return mm_input(
-            token_ids, mm_kwargs=images.items, mm_hashes={"image": images.hashes}, mm_placeholders={"image": images.places}
+            token_ids,
+            mm_kwargs=images.items,
+            mm_hashes={"image": images.hashes},
+            mm_placeholders={"image": images.places},
         )
 
 

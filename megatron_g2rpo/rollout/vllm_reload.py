@@ -46,6 +46,4 @@ def _tied_heads(model: nn.Module) -> list[ParallelLMHead]:
     """Output heads whose matrix is an embedding's: a checkpoint has no tensor for them."""
     layers = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
     embeddings = {layer.weight.data_ptr() for layer in layers if not isinstance(layer, ParallelLMHead)}
-    return [
-        layer for layer in layers if isinstance(layer, ParallelLMHead) and layer.weight.data_ptr() in embeddings
-    ]
+    return [layer for layer in layers if isinstance(layer, ParallelLMHead) and layer.weight.data_ptr() in embeddings]

@@ -42,9 +42,15 @@ class Collected:
 
 def collect(recipe: TrainRecipe, parts: Assembly, step: int, timers: Timers) -> Collected:
     """Sample and score the step's batch with the policy's current weights. A collective of all ranks."""
-    size, options = recipe.grpo.num_prompts_per_step, recipe.grpo.dynamic_sampling
     with timers("generation"):
-        parts.engine.load_weights(parts.policy.stream())
+        parts.engine.load_weights(parts.policy.source())
+    collected = _collected(recipe, parts, step, timers)
+    parts.engine.release()
+    return collected
+
+
+def _collected(recipe: TrainRecipe, parts: Assembly, step: int, timers: Timers) -> Collected:
+    size, options = recipe.grpo.num_prompts_per_step, recipe.grpo.dynamic_sampling
     if not options.enabled:
         rollouts, rewards = _round(recipe, parts, step, timers, 0, size, 0)
         return Collected(rollouts, rewards, {})
@@ -86,18 +92,16 @@ def _round(
     recipe: TrainRecipe, parts: Assembly, step: int, timers: Timers, round_: int, size: int, first_group: int
 ) -> tuple[list[Rollout], Rewards]:
     """Answer the next ``size`` prompts of the stream; this rank's rollouts, with groups from ``first_group``."""
-    generation, groups = recipe.policy.generation, parts.policy.groups
-    owned = owned_rows(size, groups)
+    owned = owned_rows(size, parts.policy.groups)
     with timers("data"):
         prompts = parts.stream.next_batch(size, owned)
         check_lengths(recipe, prompts)
     with timers("generation"):
         rollouts = generate(
-            parts.engine,
-            groups,
+            parts,
             prompts,
             recipe.grpo.num_generations_per_prompt,
-            temperature=generation.temperature,
+            temperature=recipe.policy.generation.temperature,
             seed=sampling_seed(recipe.grpo.seed, step, round_),
             group_ids=[first_group + row for row in owned],
         )

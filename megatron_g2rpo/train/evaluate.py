@@ -12,6 +12,7 @@ from megatron_g2rpo.nouns import Rollout
 from megatron_g2rpo.recipe import Recipe
 from megatron_g2rpo.tasks import rewards
 from megatron_g2rpo.train.assembly import Assembly
+from megatron_g2rpo.train.rollouts import answers
 
 # The same draws at every validation of a run and in every run: what changes between two is the policy.
 VALIDATION_SEED = 0
@@ -37,9 +38,7 @@ def validate(recipe: Recipe, parts: Assembly) -> Validation:
     examples: list[Rollout] = []
     ids = list(range(len(parts.validation)))
     for prefix, temperature in (("", recipe.policy.generation.val_temperature), ("greedy_", 0.0)):
-        rollouts = parts.engine.generate(
-            parts.validation, 1, temperature=temperature, seed=VALIDATION_SEED, group_ids=ids
-        )
+        rollouts = answers(parts, parts.validation, 1, temperature=temperature, seed=VALIDATION_SEED, group_ids=ids)
         metrics.update(_task_means(recipe, parts, rollouts, prefix))
         if prefix:
             seen: set[str] = set()

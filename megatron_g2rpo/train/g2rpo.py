@@ -61,9 +61,9 @@ def train(recipe: TrainRecipe) -> Path | None:
         if start:
             log.log(StepMetrics(step=0, values=start))
         for step in run.steps:
-            values = g2rpo_step(recipe, parts, step)
-            log.log(StepMetrics(step=step, values={**values, **run.validation(step, log)}))
-            run.save(step)
+            with run.sampling(step):
+                values = g2rpo_step(recipe, parts, step)
+            run.complete(step, log, values)
         return run.finish()
 
 

@@ -23,6 +23,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron_g2rpo.policy.device import DeviceError
+from megatron_g2rpo.rollout.base import EngineUnavailable
 from megatron_g2rpo.tasks.rewards import RewardError
 
 _LAUNCHED = "MEGATRON_G2RPO_LAUNCHED"
@@ -36,7 +37,7 @@ class JobError(RuntimeError):
 
 
 # What a user can mend: the message says how, and a traceback would bury it.
-EXPECTED = (ValueError, OSError, FloatingPointError, RewardError, DeviceError, JobError)
+EXPECTED = (ValueError, OSError, FloatingPointError, RewardError, DeviceError, EngineUnavailable, JobError)
 
 
 def is_rank() -> bool:

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,10 +16,11 @@ from megatron_g2rpo import weights
 from megatron_g2rpo.data.packing import PackSequence
 from megatron_g2rpo.nouns import PackedBatch
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
+from megatron_g2rpo.rollout.base import EngineUnavailable
 from megatron_g2rpo.train.assembly import Assembly
 from megatron_g2rpo.train.checkpoint import Checkpoints
 from megatron_g2rpo.train.evaluate import validate
-from megatron_g2rpo.train.metrics import MetricsLog
+from megatron_g2rpo.train.metrics import MetricsLog, StepMetrics
 
 
 class Timers:
@@ -86,12 +88,58 @@ class Run:
         due = self._loop.val_at_end if step == self.last_step else period > 0 and step % period == 0
         return self._validate(log) if due else {}
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint, when it is time; after the step was logged, so that no step is missing on resumption."""
+    def complete(self, step: int, log: MetricsLog, values: Mapping[str, float], *, logged: bool = True) -> None:
+        """Validate, log and save a step that was taken, each when it is time.
+
+        Saved after it was logged, so that no step is missing on resumption.
+
+        Args:
+            step: of the run.
+            log: of the run.
+            values: metrics of the step.
+            logged: whether its metrics are logged also where it was not validated.
+
+        Raises:
+            EngineUnavailable: while validating; the step is logged and saved all the same.
+        """
+        try:
+            validation = self.validation(step, log)
+        except EngineUnavailable as error:
+            log.log(StepMetrics(step=step, values=values))
+            raise self._saved(step, self._state(), error) from error
+        if validation or logged:
+            log.log(StepMetrics(step=step, values={**values, **validation}))
         options = self.recipe.checkpointing
         if options.enabled and (step == self.last_step or step % options.save_period == 0):
-            state = {"stream": self.parts.stream.state_dict(), "history": self.parts.history.state_dict()}
+            self._checkpoints.save(step, self.parts.policy, self._state())
+
+    @contextmanager
+    def sampling(self, step: int) -> Iterator[None]:
+        """Around a step: one that could not sample leaves a checkpoint of what was before it.
+
+        Raises:
+            EngineUnavailable: as the step did; its message says where the checkpoint is.
+        """
+        before = self._state()
+        try:
+            yield
+        except EngineUnavailable as error:
+            raise self._saved(step - 1, before, error) from error
+
+    def _state(self) -> dict[str, Any]:
+        """Plain values that a checkpoint keeps beside the policy."""
+        return {"stream": self.parts.stream.state_dict(), "history": self.parts.history.state_dict()}
+
+    def _saved(self, step: int, state: dict[str, Any], error: EngineUnavailable) -> EngineUnavailable:
+        """The error, after the policy as it is was saved as that of ``step``, unless it was before."""
+        options = self.recipe.checkpointing
+        if not options.enabled:
+            return EngineUnavailable(f"{error}\ncheckpointing.enabled is false: the steps since the start are lost")
+        if self._checkpoints.latest() != step:
             self._checkpoints.save(step, self.parts.policy, state)
+        return EngineUnavailable(
+            f"{error}\n{step} steps are saved in {options.checkpoint_dir}/step_{step}; the same command goes on there"
+        )
 
     def finish(self) -> Path | None:
         """Export the policy as a Hugging Face directory, if the recipe asks for it; where it is."""
@@ -110,8 +158,9 @@ class Run:
 
     def _validate(self, log: MetricsLog) -> dict[str, float]:
         start = time.perf_counter()
-        self.parts.engine.load_weights(self.parts.policy.stream())
+        self.parts.engine.load_weights(self.parts.policy.source())
         result = validate(self.recipe, self.parts)
+        self.parts.engine.release()
         log.examples(result.examples[: self.recipe.logger.num_val_samples_to_print])
         shown = ("val/mean_reward", "val/mean_greedy_reward", "val/mean_greedy_accuracy")
         log.note("validation  " + "  ".join(f"{name[4:]} {result.metrics[name]:.4f}" for name in shown))

@@ -3,19 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 import torch.distributed as dist
 
 from megatron_g2rpo.nouns import Prompt, Rollout
-from megatron_g2rpo.policy.parallel import ParallelGroups
-from megatron_g2rpo.rollout.base import Engine
+from megatron_g2rpo.rollout.base import EngineUnavailable
+from megatron_g2rpo.train.assembly import Assembly
 
 
 def generate(
-    engine: Engine,
-    groups: ParallelGroups,
+    parts: Assembly,
     prompts: Sequence[Prompt],
     n: int,
     *,
@@ -29,8 +29,7 @@ def generate(
     What is sampled depends neither on the number of peers nor on the number of ranks (see ``Engine.generate``).
 
     Args:
-        engine: with the current weights.
-        groups: this rank's place in the layout.
+        parts: with an engine that has the policy's current weights.
         prompts: the prompts of this data-parallel rank.
         n: responses per prompt.
         temperature, seed: as ``Engine.generate``.
@@ -38,9 +37,14 @@ def generate(
 
     Returns:
         Rollouts ordered by prompt, then sample.
+
+    Raises:
+        EngineUnavailable: see ``answers``.
     """
+    groups = parts.policy.groups
     share = range(groups.model_rank, len(prompts), groups.model_size)
-    mine = engine.generate(
+    mine = answers(
+        parts,
         [prompts[index] for index in share],
         n,
         temperature=temperature,
@@ -57,3 +61,42 @@ def generate(
     everything = [replace(rollout, prompt=prompt_of[rollout.group_id]) for part in gathered for rollout in part]
     place = {group_id: position for position, group_id in enumerate(group_ids)}
     return sorted(everything, key=lambda rollout: (place[rollout.group_id], rollout.sample_index))
+
+
+def answers(
+    parts: Assembly, prompts: Sequence[Prompt], n: int, *, temperature: float, seed: int, group_ids: Sequence[int]
+) -> list[Rollout]:
+    """What the engine answers to this process's prompts; see ``Engine.generate``. A collective of all ranks.
+
+    Where an engine that may be waited for was lost, the weights are loaded again, which waits for it, and all ranks
+    ask anew: what is sampled is the same.
+
+    Raises:
+        EngineUnavailable: on every rank, if the engine was lost on any, so that none waits for another in a collective.
+    """
+    while True:
+        try:
+            return _together(
+                lambda: parts.engine.generate(prompts, n, temperature=temperature, seed=seed, group_ids=group_ids)
+            )
+        except EngineUnavailable as error:
+            if not error.wait:
+                raise
+        parts.engine.load_weights(parts.policy.source())
+
+
+def _together(ask: Callable[[], list[Rollout]]) -> list[Rollout]:
+    result: list[Rollout] = []
+    lost: EngineUnavailable | None = None
+    try:
+        result = ask()
+    except EngineUnavailable as error:
+        lost = error
+    ranks_that_lost_it = torch.tensor([lost is not None], dtype=torch.int64)
+    dist.all_reduce(ranks_that_lost_it)
+    if int(ranks_that_lost_it) == 0:
+        return result
+    told: list[tuple[str, bool] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, None if lost is None else (str(lost), lost.wait))
+    message, wait = next(each for each in told if each is not None)
+    raise EngineUnavailable(message, wait=wait)

@@ -43,11 +43,8 @@ def sft(recipe: SftRecipe) -> Path | None:
         if start:
             log.log(StepMetrics(step=0, values=start))
         for step in run.steps:
-            values = sft_step(recipe, parts)
-            validation = run.validation(step, log)
-            if validation or step % LOG_PERIOD == 0 or step in (1, run.last_step):
-                log.log(StepMetrics(step=step, values={**values, **validation}))
-            run.save(step)
+            logged = step % LOG_PERIOD == 0 or step in (1, run.last_step)
+            run.complete(step, log, sft_step(recipe, parts), logged=logged)
         return run.finish()
 
 

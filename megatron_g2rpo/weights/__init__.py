@@ -2,7 +2,7 @@
 """One table of names and shard rules; everything that reads or writes weights goes through it."""
 
 from megatron_g2rpo.weights.checkpoint import CheckpointError, SafetensorsDirectory
-from megatron_g2rpo.weights.export import copy_companions, export_hf
+from megatron_g2rpo.weights.export import ShardedWriter, copy_companions, export_hf
 from megatron_g2rpo.weights.load import load
 from megatron_g2rpo.weights.mapping import table_for
 from megatron_g2rpo.weights.stream import WeightSource, specs, stream
@@ -11,6 +11,7 @@ from megatron_g2rpo.weights.table import WeightTable
 __all__ = [
     "CheckpointError",
     "SafetensorsDirectory",
+    "ShardedWriter",
     "WeightSource",
     "WeightTable",
     "copy_companions",

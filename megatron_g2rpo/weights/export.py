@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -64,19 +64,9 @@ def export_hf(
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    split = split_torch_state_dict_into_shards(dict(specs), max_shard_size=max_shard_size, filename_pattern=_NAMES)
-    with ExitStack() as stack:
-        files = {
-            file: stack.enter_context(SafetensorsWriter(partial / file, {name: specs[name] for name in names}))
-            for file, names in split.filename_to_tensors.items()
-        }
+    with ShardedWriter(partial, specs, max_shard_size=max_shard_size) as writer:
         for name, tensor in tensors:
-            if name not in split.tensor_to_filename:
-                raise ValueError(f"{directory}: the stream has a tensor that was not announced: {name}")
-            files[split.tensor_to_filename[name]].write(name, tensor)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (partial / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+            writer.write(name, tensor)
     copy_companions(source, partial)
     dtypes = {spec.dtype for spec in specs.values()}
     if len(dtypes) == 1:
@@ -87,6 +77,46 @@ def export_hf(
         directory.rename(old)
     partial.rename(directory)
     shutil.rmtree(old, ignore_errors=True)
+
+
+class ShardedWriter:
+    """Safetensors files in one directory, with an index where they are several, written tensor by tensor.
+
+    Args:
+        directory: of the files.
+        specs: every tensor that will come, on the meta device.
+        max_shard_size: of one file, bytes or such as ``"5GB"``; a larger tensor has a file of its own.
+    """
+
+    def __init__(self, directory: Path, specs: Mapping[str, Tensor], *, max_shard_size: int | str) -> None:
+        self._directory, self._specs = directory, specs
+        self._split = split_torch_state_dict_into_shards(
+            dict(specs), max_shard_size=max_shard_size, filename_pattern=_NAMES
+        )
+        self._stack = ExitStack()
+        self._files: dict[str, SafetensorsWriter] = {}
+
+    def __enter__(self) -> ShardedWriter:
+        for file, names in self._split.filename_to_tensors.items():
+            writer = SafetensorsWriter(self._directory / file, {name: self._specs[name] for name in names})
+            self._files[file] = self._stack.enter_context(writer)
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one of the tensors.
+
+        Raises:
+            ValueError: it was not announced, was written before, or has another shape or dtype.
+        """
+        if name not in self._split.tensor_to_filename:
+            raise ValueError(f"{self._directory}: the stream has a tensor that was not announced: {name}")
+        self._files[self._split.tensor_to_filename[name]].write(name, tensor)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self._stack.__exit__(kind, error, trace)
+        if kind is None and self._split.is_sharded:
+            index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
+            (self._directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
 class SafetensorsWriter:

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from megatron_g2rpo.policy import checkpointing
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.train.checkpoint import Checkpoints
@@ -52,6 +54,26 @@ def test_a_restored_policy_takes_the_same_steps(
     assert checkpoints.load(1, restored) == {"step": 1, "stream": {"position": 6}}
     assert [step(restored) for _ in range(2)] == expected
     for (name, one), (_, other) in zip(straight.stream(), restored.stream(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_weights_are_loaded_where_they_are(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of gate and up projections megatron-core would make a copy of both."""
+    straight, fresh = make_policy(model_dir), make_policy(model_dir)
+    step(straight)
+    Checkpoints(tmp_path, None).save(1, straight, {})
+    merge, in_place = checkpointing._merge, []
+
+    def watched(parameter: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        merged = merge(parameter, *arguments)
+        in_place.append(merged is parameter)
+        return merged
+
+    monkeypatch.setattr(checkpointing, "_merge", watched)
+    with fresh.device.megatron():
+        checkpointing.load_weights(fresh.model, tmp_path / "step_1", torch.float32)
+    assert in_place == [True]  # one layer
+    for (name, one), (_, other) in zip(straight.stream(), fresh.stream(), strict=True):
         assert torch.equal(one, other), name
 
 

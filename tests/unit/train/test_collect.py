@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_g2rpo.nouns import ModelInputs, Prompt, Rewards, Rollout, Sample
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.recipe import TrainRecipe
+from megatron_g2rpo.rollout.base import EngineUnavailable
 from megatron_g2rpo.train.collect import Collected, collect
 from megatron_g2rpo.train.loop import Timers
 
@@ -35,19 +36,29 @@ class Stream:
 
 
 class Engine:
-    """Answers each prompt right as often as ``RIGHT`` says; notes what it was asked."""
+    """Answers each prompt right as often as ``RIGHT`` says; notes what it was asked.
+
+    Attributes:
+        losses: raised by the next calls of ``generate``, one each.
+    """
 
     def __init__(self) -> None:
-        self.loads = 0
+        self.loads = self.releases = 0
+        self.losses: list[EngineUnavailable] = []
         self.asked: list[list[int]] = []
         self.seeds: list[int] = []
 
     def load_weights(self, weights: Iterable[Any]) -> None:
         self.loads += 1
 
+    def release(self) -> None:
+        self.releases += 1
+
     def generate(
         self, prompts: Sequence[Prompt], n: int, *, temperature: float, seed: int, group_ids: Sequence[int]
     ) -> list[Rollout]:
+        if self.losses:
+            raise self.losses.pop()
         self.asked.append([int(prompt.key) for prompt in prompts])
         self.seeds.append(seed)
         return [
@@ -84,7 +95,7 @@ def parts() -> Any:
     groups = SimpleNamespace(data=dist.group.WORLD, data_rank=0, data_size=1, model_rank=0, model_size=1)
     return SimpleNamespace(
         device=select("cpu"),
-        policy=SimpleNamespace(groups=groups, stream=lambda: iter(())),
+        policy=SimpleNamespace(groups=groups, source=lambda: iter(())),
         stream=Stream(),
         engine=Engine(),
         task_id=("a", "b").index,
@@ -145,6 +156,7 @@ def test_groups_without_signal_are_replaced_round_by_round(parts: Any, recipe: M
         "rounds": 3.0, "groups_drawn": 8.0, "groups_dropped": 4.0, "groups_surplus": 0.0, "groups_unfilled": 0.0,
     }  # fmt: skip
     assert parts.engine.loads == 1, "the weights do not change within a step"
+    assert parts.engine.releases == 1, "no round may come after the engine's memory is given back"
     assert len(set(parts.engine.seeds)) == 3, "a prompt that comes again is to be answered differently"
     assert parts.stream.position == 8, "the next step draws what comes then"
 
@@ -210,3 +222,21 @@ def test_rewards_of_some_rollouts() -> None:
     assert some.total.tolist() == [4.0, 0.0]
     assert some.parts["x"].tolist() == [2.0, 0.0]
     assert some.weights == {"x": 2.0}
+
+
+def test_an_engine_that_may_be_waited_for_is_given_the_weights_again_and_asked_anew(
+    parts: Any, recipe: MakeRecipe
+) -> None:
+    expected = collect(recipe(), parts, 1, Timers(parts))
+    parts.stream, parts.engine = Stream(), Engine()
+    parts.engine.losses = [EngineUnavailable("gone", wait=True), EngineUnavailable("gone again", wait=True)]
+    collected = collect(recipe(), parts, 1, Timers(parts))
+    assert parts.engine.loads == 3
+    assert parts.engine.asked == [[0, 1, 2, 3]]
+    assert [r.prompt.key for r in collected.rollouts] == [r.prompt.key for r in expected.rollouts]
+
+
+def test_an_engine_that_is_lost_ends_the_step(parts: Any, recipe: MakeRecipe) -> None:
+    parts.engine.losses = [EngineUnavailable("no server is left")]
+    with pytest.raises(EngineUnavailable, match="no server is left"):
+        collect(recipe(), parts, 1, Timers(parts))

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM servers over HTTP: prompts balanced over them, weight updates to all of them, the lost ones noticed.
+
+A server is *lost* when it does not answer its health check, when requests go on failing on it, or when it answers with
+other weights than the current ones. What it had under way is done again by the others; nothing is asked of it until
+the next weight update, which tries every address anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from megatron_g2rpo.recipe import VllmServerConfig
+from megatron_g2rpo.rollout.base import EngineUnavailable
+
+API_KEY = "MEGATRON_G2RPO_API_KEY"
+# Failed health checks in a row after which a server counts as lost, and the first pause before a second try, seconds.
+_HEALTH_CHECKS = 3
+_PAUSE = 0.5
+
+_logger = logging.getLogger(__name__)
+
+
+class ServerLost(RuntimeError):
+    """This server can not be used any more."""
+
+
+@dataclass(eq=False)
+class Server:
+    """One address.
+
+    Attributes:
+        address: ``http://HOST:PORT``.
+        lost: why it is not used; None while it is.
+        under_way: requests that wait for it.
+    """
+
+    address: str
+    lost: str | None = None
+    under_way: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt's group.
+
+    Attributes:
+        name: what errors call it.
+        body: of ``/inference/v1/generate``.
+    """
+
+    name: str
+    body: dict[str, Any] = field(repr=False)
+
+
+class Servers:
+    """The servers of a run, as one process sees them.
+
+    Args:
+        options: addresses and patience.
+        first: where this process begins among equally busy servers; give each rank its own.
+    """
+
+    def __init__(self, options: VllmServerConfig, first: int = 0) -> None:
+        self._options = options
+        everyone = [Server(address) for address in options.addresses]
+        turn = first % len(everyone)
+        self.everyone = everyone[turn:] + everyone[:turn]
+        key = os.environ.get(API_KEY)
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    @property
+    def live(self) -> list[Server]:
+        """Those that are used."""
+        return [server for server in self.everyone if server.lost is None]
+
+    def lose(self, server: Server, why: str) -> None:
+        """Use a server no more."""
+        if server.lost is None:
+            server.lost = why
+            _logger.warning("rollout server %s is lost: %s", server.address, why)
+
+    def unavailable(self) -> EngineUnavailable:
+        """The error when none is left."""
+        causes = "".join(f"\n  {server.address}: {server.lost}" for server in self.everyone)
+        return EngineUnavailable(
+            f"no rollout server is left (policy.generation.vllm_server_cfg.addresses):{causes}",
+            wait=self._options.on_no_server == "wait",
+        )
+
+    # -- control ------------------------------------------------------------------------------------------------
+
+    def find(self) -> None:
+        """Ask every address for its health; those that answer are used."""
+
+        def ask(server: Server) -> None:
+            server.lost = None
+            try:
+                self.request(server, "GET", "/health", timeout=self._options.heartbeat_s)
+            except ServerLost as error:
+                server.lost = str(error)
+
+        _at_once(ask, self.everyone)
+
+    def use(self, addresses: Iterable[str]) -> None:
+        """Use these servers and no others."""
+        chosen = set(addresses)
+        for server in self.everyone:
+            server.lost = None if server.address in chosen else "it was lost to another process of the run"
+
+    def request(
+        self, server: Server, method: str, path: str, *, json: Any = None, timeout: float | None = None
+    ) -> httpx.Response:
+        """One request of the control plane.
+
+        Raises:
+            ServerLost: it could not be reached, or refused.
+        """
+        try:
+            response = httpx.request(
+                method,
+                server.address + path,
+                json=json,
+                headers=self._headers,
+                timeout=timeout or self._options.request_timeout_s,
+            )
+        except httpx.HTTPError as error:
+            raise ServerLost(f"{method} {path}: {_said(error)}") from error
+        if response.is_error:
+            raise ServerLost(f"{method} {path}: {_refusal(response)}")
+        return response
+
+    def post(self, path: str, json: Any = None) -> None:
+        """The same request to all live servers at once; those that fail are lost.
+
+        Raises:
+            EngineUnavailable: all did.
+        """
+        self.each(lambda server: self.request(server, "POST", path, json=json))
+
+    def each(self, ask: Callable[[Server], Any]) -> None:
+        """Call a function for all live servers at once; those whose call raises ``ServerLost`` are lost.
+
+        Raises:
+            EngineUnavailable: all did.
+        """
+
+        def attempt(server: Server) -> None:
+            try:
+                ask(server)
+            except ServerLost as error:
+                self.lose(server, str(error))
+
+        _at_once(attempt, self.live)
+        if not self.live:
+            raise self.unavailable()
+
+    # -- generation ---------------------------------------------------------------------------------------------
+
+    def generate(self, requests: Sequence[Request], version: str) -> list[list[dict[str, Any]]]:
+        """The choices of every request, in order.
+
+        Args:
+            requests: what to ask.
+            version: of the weights that must answer.
+
+        Raises:
+            EngineUnavailable: no server is left.
+            RuntimeError: a server refuses a request as wrong; names the prompt.
+        """
+        try:
+            return asyncio.run(_Generation(self, self._options, self._headers, version).run(requests))
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+
+class _Generation:
+    """One call's requests under way."""
+
+    def __init__(self, servers: Servers, options: VllmServerConfig, headers: dict[str, str], version: str) -> None:
+        self._servers, self._options, self._headers, self._version = servers, options, headers, version
+        self._slots = asyncio.Semaphore(options.max_concurrent_requests)
+        self._gone = {server: asyncio.Event() for server in servers.live}
+
+    async def run(self, requests: Sequence[Request]) -> list[list[dict[str, Any]]]:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        timeout = httpx.Timeout(self._options.request_timeout_s)
+        async with httpx.AsyncClient(headers=self._headers, limits=limits, timeout=timeout) as self._http:
+            watches = [asyncio.create_task(self._watch(server)) for server in self._gone]
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(self._answer(request)) for request in requests]
+            finally:
+                for watch in watches:
+                    watch.cancel()
+        return [task.result() for task in tasks]
+
+    async def _watch(self, server: Server) -> None:
+        """Lose a server that stops answering, also where its connections stay open."""
+        failed = 0
+        while failed < _HEALTH_CHECKS:
+            await asyncio.sleep(self._options.heartbeat_s)
+            failed = 0 if await self._healthy(server) else failed + 1
+        self._lose(server, f"{failed} health checks in a row failed")
+
+    async def _healthy(self, server: Server) -> bool:
+        try:
+            response = await self._http.get(f"{server.address}/health", timeout=self._options.heartbeat_s)
+        except httpx.HTTPError:
+            return False
+        return response.is_success
+
+    def _lose(self, server: Server, why: str) -> None:
+        self._servers.lose(server, why)
+        self._gone[server].set()
+
+    async def _answer(self, request: Request) -> list[dict[str, Any]]:
+        """Ask the least busy server, and the next one where that is lost."""
+        async with self._slots:
+            while True:
+                live = self._servers.live
+                if not live:
+                    raise self._servers.unavailable()
+                server = min(live, key=lambda server: server.under_way)
+                server.under_way += 1
+                try:
+                    return await self._ask(server, request)
+                except ServerLost as error:
+                    self._lose(server, str(error))
+                finally:
+                    server.under_way -= 1
+
+    async def _ask(self, server: Server, request: Request) -> list[dict[str, Any]]:
+        for attempt in range(self._options.retries + 1):
+            why = await self._try(server, request)
+            if isinstance(why, list):
+                return why
+            if not await self._healthy(server):
+                raise ServerLost(f"{why}, and its health check failed")
+            _logger.warning("rollout server %s: %s (try %d)", server.address, why, attempt + 1)
+            if attempt < self._options.retries:
+                await asyncio.sleep(_PAUSE * 2**attempt)
+        raise ServerLost(f"{self._options.retries + 1} tries of one request failed, the last one with: {why}")
+
+    async def _try(self, server: Server, request: Request) -> list[dict[str, Any]] | str:
+        """The choices, or what went wrong."""
+        post = asyncio.create_task(self._http.post(f"{server.address}/inference/v1/generate", json=request.body))
+        gone = asyncio.create_task(self._gone[server].wait())
+        try:
+            await asyncio.wait({post, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not post.done():
+                raise ServerLost(server.lost or "it was lost")
+            response = post.result()
+        except httpx.TimeoutException as error:
+            raise ServerLost(f"no answer within {self._options.request_timeout_s:g} s ({_said(error)})") from error
+        except httpx.HTTPError as error:
+            return _said(error)
+        finally:
+            for task in (post, gone):
+                task.cancel()
+        if response.is_server_error or response.status_code == httpx.codes.TOO_MANY_REQUESTS:
+            return _refusal(response)
+        if response.is_error:
+            raise RuntimeError(f"{request.name}: {server.address} refuses it: {_refusal(response)}")
+        choices = response.json()["choices"]
+        versions = {span["version"] for choice in choices for span in choice["weight_versions"] or []}
+        if versions != {self._version}:
+            raise ServerLost(f"it answers with weights {sorted(versions)} instead of {self._version}")
+        return choices
+
+
+def _at_once(call: Callable[[Server], None], servers: Sequence[Server]) -> None:
+    with ThreadPoolExecutor(max_workers=max(len(servers), 1)) as pool:
+        list(pool.map(call, servers))
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+def _refusal(response: httpx.Response) -> str:
+    text = f"HTTP {response.status_code}: {response.text[:500]}"
+    return f"{text} (set {API_KEY} to the servers' key)" if response.status_code in (401, 403) else text
