@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,29 @@ def load_weights(model: MegatronModule, directory: str | Path, dtype: torch.dtyp
     if found != {dtype}:
         names = ", ".join(sorted(str(each).removeprefix("torch.") for each in found))
         raise CheckpointError(f"{directory}: its weights are {names}; set policy.precision to that")
+    template: Any = {"model": model.sharded_state_dict()}
+    _keep_what_is_in_place(template)
     try:
-        state: Any = dist_checkpointing.load(
-            sharded_state_dict={"model": model.sharded_state_dict()}, checkpoint_dir=str(directory)
-        )
+        state: Any = dist_checkpointing.load(sharded_state_dict=template, checkpoint_dir=str(directory))
     except (CheckpointingException, KeyError, ValueError) as error:
         raise CheckpointError(f"{directory} does not fit the model of policy.model_name: {error}") from error
     model.load_state_dict(state["model"])
+
+
+def _keep_what_is_in_place(template: Any) -> None:
+    """Spare the copies of gate and up projections that megatron-core makes when it has loaded both: a third of a model.
+
+    It saves them as two tensors, loads them as two views of the parameter, and would join what it loaded.
+    """
+    for entry in nested_values(x=template):
+        if isinstance(entry, ShardedTensorFactory):
+            entry.merge_fn = partial(_merge, entry.data, entry.merge_fn)
+
+
+def _merge(parameter: Tensor, merge: Callable[[Any], Tensor], parts: Any) -> Tensor:
+    storage = parameter.untyped_storage().data_ptr()
+    in_place = all(part.untyped_storage().data_ptr() == storage for part in nested_values(x=parts))
+    return parameter if in_place else merge(parts)
 
 
 def sharded_state_dict(

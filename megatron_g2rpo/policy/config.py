@@ -49,7 +49,8 @@ def transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, megat
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        use_cpu_initialization=True,
+        # Where the model will live: on the CPU every rank would make each matrix whole, in float32, to cut its shard.
+        use_cpu_initialization=False,
         # Weights always come from a checkpoint or a weight stream. Not perform_initialization=False: without it
         # megatron-core does not mark sharded parameters, and the gradient norm counts them once too few.
         init_method=_keep,

@@ -19,6 +19,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from torch import Tensor, nn
+from transformers.initialization import no_init_weights
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from megatron_g2rpo.nouns import PackedBatch
@@ -100,9 +101,10 @@ class PolicyModel(MegatronModule):
     def _vision_tower(self, vision_config: Any) -> nn.Module:
         # The dtype goes to the constructor: `.to(bfloat16)` would round the rotary frequencies as well, and turn by
         # 0.1 rad at position 60.
-        tower = Qwen3VLVisionModel._from_config(
-            vision_config, dtype=self.config.params_dtype, attn_implementation="sdpa"
-        )
+        with no_init_weights():  # they come from a checkpoint, as the language model's do
+            tower = Qwen3VLVisionModel._from_config(
+                vision_config, dtype=self.config.params_dtype, attn_implementation="sdpa"
+            )
         if self.config.recompute_granularity == "full":
             tower.main_input_name = "hidden_states"  # else transformers looks for an embedding of tokens, and warns
             tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

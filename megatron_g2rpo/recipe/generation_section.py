@@ -37,8 +37,8 @@ class VllmServerConfig(Section):
 
     addresses: Annotated[tuple[Address, ...], Field(strict=False)]
     """Their base addresses, ``http://HOST:PORT``."""
-    weight_transfer: Literal["auto", "files", "nccl"]
-    """How weights get there: safetensors in ``weights_dir``, or NCCL; auto: NCCL where the trainer has it."""
+    weight_transfer: Literal["auto", "files", "broadcast"]
+    """How weights get there: safetensors in ``weights_dir``, or from GPU to GPU; auto: the latter between GPUs."""
     weights_dir: Annotated[str, Field(min_length=1)]
     """``files``: a directory that the trainer and the servers see under the same name."""
     max_concurrent_requests: PositiveInt

@@ -19,7 +19,7 @@ from vllm.platforms import current_platform
 from megatron_g2rpo.recipe import Policy
 from megatron_g2rpo.rollout.vllm_client import API_KEY
 from megatron_g2rpo.rollout.vllm_io import engine_arguments
-from megatron_g2rpo.rollout.vllm_transfer import FILES, NCCL
+from megatron_g2rpo.rollout.vllm_transfer import backend_of
 
 
 def command(policy: Policy, host: str, port: int) -> tuple[list[str], dict[str, str]]:
@@ -40,9 +40,8 @@ def command(policy: Policy, host: str, port: int) -> tuple[list[str], dict[str, 
             f"--host {host} can be reached from other machines: set {API_KEY}, here and where the trainer runs, to a "
             "key that the server will ask for"
         )
-    transfer = policy.generation.vllm_server_cfg.weight_transfer
-    if transfer == "auto":
-        transfer = NCCL if current_platform.is_cuda_alike() else FILES
+    asked = policy.generation.vllm_server_cfg.weight_transfer
+    transfer = backend_of(asked, between_gpus=current_platform.is_cuda_alike())
     arguments = {
         **engine_arguments(policy, policy.precision),
         "load_format": "dummy",

@@ -22,7 +22,7 @@ from megatron_g2rpo.nouns import Prompt, Rollout
 from megatron_g2rpo.rollout import base
 from megatron_g2rpo.rollout.vllm_client import Request, Server, ServerLost, Servers
 from megatron_g2rpo.rollout.vllm_io import ENGINE_ARGUMENTS, Answer, Translator
-from megatron_g2rpo.rollout.vllm_transfer import FILES, NCCL, FilesTrainer, Source
+from megatron_g2rpo.rollout.vllm_transfer import FILES, FilesTrainer, Source, backend_of
 from megatron_g2rpo.weights import WeightSource
 
 _VERSION = re.compile(r"[0-9a-f]{12}-\d+")
@@ -46,9 +46,7 @@ class VllmServerEngine:
         self._translator = Translator(context)
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         self._servers = Servers(self._options, first=self._rank)
-        self._method = self._options.weight_transfer
-        if self._method == "auto":
-            self._method = NCCL if context.nccl else FILES
+        self._method = backend_of(self._options.weight_transfer, between_gpus=context.nccl)
         # Weights of another run never have one of these names, whatever a server has served before.
         self._run = _from_first(lambda: uuid.uuid4().hex[:12])
         self._updates = 0

@@ -16,13 +16,27 @@ from typing import Any, ClassVar
 from torch import Tensor
 from vllm.distributed.weight_transfer import base as transfer
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from megatron_g2rpo import weights
 from megatron_g2rpo.rollout import vllm_reload
 
-FILES, NCCL = "files", "nccl"
+# Of ``weight_transfer`` in the recipe, and what vLLM calls it.
+FILES, BROADCAST = "files", NCCLTrainerInitInfo.backend
 # Of one file.
 BUCKET = "5GB"
+
+
+def backend_of(weight_transfer: str, *, between_gpus: bool) -> str:
+    """What vLLM calls the transfer that a recipe asks for.
+
+    Args:
+        weight_transfer: ``policy.generation.vllm_server_cfg.weight_transfer``.
+        between_gpus: what ``auto`` goes by.
+    """
+    if weight_transfer == "auto":
+        return BROADCAST if between_gpus else FILES
+    return BROADCAST if weight_transfer == "broadcast" else FILES
 
 
 def register() -> None:

@@ -19,6 +19,8 @@ class CheckpointError(ValueError):
 class SafetensorsDirectory(Mapping[str, Tensor]):
     """The tensors of a Hugging Face directory, mapped from its files: a slice of one reads only its own pages.
 
+    Each is mapped anew, so that its pages leave this process's memory with it, and not with the directory.
+
     Args:
         directory: holds ``model.safetensors`` or its shards.
 
@@ -30,11 +32,14 @@ class SafetensorsDirectory(Mapping[str, Tensor]):
         files = sorted(Path(directory).glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{directory}: no *.safetensors file; a Hugging Face model directory is expected")
-        self._files = [safe_open(file, framework="pt") for file in files]
-        self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 (a safetensors file is no mapping)
+        self._where: dict[str, Path] = {}
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                self._where.update(dict.fromkeys(file.keys(), path))
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._where[name].get_tensor(name)
+        with safe_open(self._where[name], framework="pt") as file:
+            return file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)

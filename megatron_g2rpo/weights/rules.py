@@ -29,7 +29,7 @@ class ShardRule(Protocol):
         ...
 
     def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """The full Hugging Face tensors from all ranks' Megatron tensors, in rank order."""
+        """The full Hugging Face tensors from all ranks' Megatron tensors, in rank order; may be views of them."""
         ...
 
 
@@ -54,7 +54,7 @@ class Split:
         return full[0].chunk(size, dim=self.axis)[rank]
 
     def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.cat(list(shards), dim=self.axis)]
+        return [_joined(shards, self.axis)]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Vocabulary:
         return torch.cat([mine, mine.new_zeros(rows - len(mine), *mine.shape[1:])])
 
     def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.cat(list(shards))[: self.size]]
+        return [_joined(shards)[: self.size]]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class GroupedQKV:
 
     def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
         per_group = self.heads // self.groups
-        joined = torch.cat(list(shards)).unflatten(0, (self.groups, per_group + 2, self.head_dim))
+        joined = _joined(shards).unflatten(0, (self.groups, per_group + 2, self.head_dim))
         return [part.flatten(0, 2) for part in joined.split([per_group, 1, 1], dim=1)]
 
 
@@ -122,4 +122,8 @@ class GateUp:
 
     def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
         halves = [shard.chunk(2) for shard in shards]
-        return [torch.cat([half[part] for half in halves]) for part in (0, 1)]
+        return [_joined([half[part] for half in halves]) for part in (0, 1)]
+
+
+def _joined(shards: Sequence[Tensor], axis: int = 0) -> Tensor:
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=axis)

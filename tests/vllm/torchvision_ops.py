@@ -26,7 +26,9 @@ class _Finder(importlib.abc.MetaPathFinder):
 
     library = None
 
-    def find_spec(self, fullname: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: object = None, target: object = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if fullname == _ASKS and self.library is None:
             import torch
             from torchvision.extension import _has_ops

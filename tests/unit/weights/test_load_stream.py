@@ -101,6 +101,17 @@ def test_a_directory_without_weights(tmp_path: Path) -> None:
         weights.SafetensorsDirectory(tmp_path)
 
 
+def test_a_file_is_mapped_no_longer_than_its_tensor(tmp_path: Path) -> None:
+    """Whoever reads a directory tensor by tensor would else hold all of it in the end."""
+    make_tiny_qwen3vl(tmp_path)
+    file = str(tmp_path / "model.safetensors")
+    directory = weights.SafetensorsDirectory(tmp_path)
+    tensor = directory["model.language_model.norm.weight"]
+    assert file in Path("/proc/self/maps").read_text()
+    del tensor
+    assert file not in Path("/proc/self/maps").read_text()
+
+
 def test_two_parameters_that_hold_the_same_tensor() -> None:
     """A mapping error that would otherwise leave one of them out of every export."""
     table, tensors = tiny()
