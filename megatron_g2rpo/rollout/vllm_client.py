@@ -288,4 +288,4 @@ def _said(error: Exception) -> str:
 
 def _refusal(response: httpx.Response) -> str:
     text = f"HTTP {response.status_code}: {response.text[:500]}"
-    return f"{text} (set {API_KEY} to the servers' key)" if response.status_code in (401, 403) else text
+    return f"{text} (set {API_KEY} to the servers' key)" if response.status_code == 401 else text

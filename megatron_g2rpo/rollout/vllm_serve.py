@@ -49,6 +49,7 @@ def command(policy: Policy, host: str, port: int) -> tuple[list[str], dict[str, 
         "host": host,
         "port": port,
         "middleware": f"{__name__}.RequireKey",
+        "enable_scale_out": True,  # `/inference/v1/generate`: tokens in, tokens out
     }
     environment = {
         "VLLM_SERVER_DEV_MODE": "1",
