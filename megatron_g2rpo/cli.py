@@ -129,8 +129,21 @@ def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
 
 
 @app.command()
-def doctor() -> None:
-    """Say what this machine has: device, versions, optional packages, the compiled op."""
+def doctor(
+    overrides: Overrides = None,
+    rollout: Annotated[
+        Path | None,
+        typer.Option(metavar="RECIPE", help="Generate a few samples; compare engine and trainer token by token."),
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Of --rollout.")] = 4,
+    samples: Annotated[int, typer.Option(min=1, help="Of each prompt.")] = 1,
+    nproc: Nproc = None,
+) -> None:
+    """Say what this machine has: device, versions, optional packages, the compiled op; or check a recipe's rollouts."""
+    if rollout is not None:
+        recipe = rollout
+        _with_errors(lambda: _compare(recipe, overrides or [], prompts, samples, nproc))
+        return
     from megatron_g2rpo.report.doctor import describe
 
     typer.echo(describe())
@@ -230,6 +243,22 @@ def _export(
     conversion.export(recipe, target, dtype=dtype or stored, max_shard_size=max_shard_size)
     if _is_first():
         typer.echo(f"Hugging Face checkpoint: {target}")
+
+
+def _compare(path: Path, overrides: list[str], prompts: int, samples: int, nproc: int | None) -> None:
+    from megatron_g2rpo import recipe as recipes
+    from megatron_g2rpo.train.launch import launch
+
+    recipe = _with_local_model(recipes.load(path, [*overrides, *_cluster(nproc)], "train"))
+    if _launch_needed(recipe):
+        options = [f"--rollout={path}", f"--prompts={prompts}", f"--samples={samples}"]
+        launch(recipe.cluster.gpus_per_node, ["doctor", *options, *overrides])
+        return
+    from megatron_g2rpo.train.agreement import compare
+
+    lines = compare(recipe, prompts, samples)
+    if _is_first():
+        typer.echo("\n".join(lines))
 
 
 def _serve(path: Path, overrides: list[str], host: str, port: int) -> None:

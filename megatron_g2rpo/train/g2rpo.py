@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.train.advantages import advantages_of, estimator_of
+from megatron_g2rpo.train.agreement import gap_warnings
 from megatron_g2rpo.train.assembly import Assembly, assemble
 from megatron_g2rpo.train.collect import collect
 from megatron_g2rpo.train.loop import Run, Timers
@@ -63,6 +64,8 @@ def train(recipe: TrainRecipe) -> Path | None:
         for step in run.steps:
             with run.sampling(step):
                 values = g2rpo_step(recipe, parts, step)
+            for warning in gap_warnings(recipe, values):
+                log.note(warning)
             run.complete(step, log, values)
         return run.finish()
 
