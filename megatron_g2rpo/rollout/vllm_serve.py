@@ -75,6 +75,8 @@ def _option(name: str, value: Any) -> list[str]:
         return []
     if isinstance(value, bool):
         return [f"--{dashed}" if value else f"--no-{dashed}"]
+    if isinstance(value, list):
+        return [f"--{dashed}", *map(str, value)]
     return [f"--{dashed}", json.dumps(value) if isinstance(value, Mapping) else str(value)]
 
 
