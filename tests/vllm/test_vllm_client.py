@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import pickle
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -176,9 +177,11 @@ def silent() -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_client, "_PAUSE", 0.05)
     monkeypatch.delenv(API_KEY, raising=False)
+    # Nothing here is https, and reading the certificates takes longer than all requests of a test.
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)
 
 
 def options(*servers: Fake | str, **changes: object) -> VllmServerConfig:
