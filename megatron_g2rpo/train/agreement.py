@@ -56,20 +56,22 @@ def compare(recipe: TrainRecipe, prompts: int, samples: int) -> list[str]:
     parts.engine.load_weights(parts.policy.source())
     rollouts = generate(parts, chosen, samples, temperature=temperature, seed=recipe.grpo.seed, group_ids=list(owned))
     parts.engine.release()
-    trainer = _trainers(recipe, parts, rollouts)
+    trainer = trainer_logprobs(recipe, parts, rollouts, temperature)
     lines = [line for rollout, values in zip(rollouts, trainer, strict=True) for line in _table(parts, rollout, values)]
     return [*lines, _summary(recipe, parts, rollouts, trainer)]
 
 
-def _trainers(recipe: TrainRecipe, parts: Assembly, rollouts: Sequence[Rollout]) -> list[Tensor]:
-    """The policy's log-probabilities of each response."""
+def trainer_logprobs(
+    recipe: TrainRecipe, parts: Assembly, rollouts: Sequence[Rollout], temperature: float
+) -> list[Tensor]:
+    """The policy's log-probabilities of this data-parallel rank's responses, float32 ``[R]`` each. A collective."""
     sequences = [
         PackSequence(inputs=r.prompt.inputs, response_ids=r.response_ids, task_id=parts.task_id(r.prompt.task))
         for r in rollouts
     ]
     batches = pack_evenly(parts, sequences, recipe.policy.sequence_packing.train_mb_tokens)
     found: dict[int, Tensor] = {}
-    for batch, stats in zip(batches, parts.policy.logprobs(batches, recipe.policy.generation.temperature), strict=True):
+    for batch, stats in zip(batches, parts.policy.logprobs(batches, temperature), strict=True):
         found |= response_values(batch, stats.logprobs)
     return [found[index] for index in range(len(rollouts))]
 

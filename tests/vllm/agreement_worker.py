@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Three training steps with live updates of the engine, then what the engine answers and thinks, for ``torchrun``.
+
+    agreement_worker.py RECIPE DIRECTORY [key=value ...]
+
+Each rank checks that the engine's log-probabilities are the trainer's within 1e-4 nats, at temperature 1 and 0.7. Rank
+0 exports the policy to DIRECTORY/hf and writes to DIRECTORY/greedy.json what the live engine answers greedily.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_g2rpo import recipe as recipes
+from megatron_g2rpo import weights
+from megatron_g2rpo.train.agreement import trainer_logprobs
+from megatron_g2rpo.train.assembly import assemble
+from megatron_g2rpo.train.g2rpo import g2rpo_step
+from megatron_g2rpo.train.minibatches import owned_rows
+from megatron_g2rpo.train.rollouts import answers, generate
+
+STEPS, PROMPTS = 3, 8
+# fp32 of another order of sums; a wrong temperature, position or image gives > 0.1.
+ATOL = 1e-4
+
+
+def main() -> None:
+    settings = recipes.load(Path(sys.argv[1]), sys.argv[3:], "train")
+    directory = Path(sys.argv[2])
+    parts = assemble(settings)
+    start = {name: tensor.clone() for name, tensor in parts.policy.stream()}
+    for step in range(1, STEPS + 1):
+        values = g2rpo_step(settings, parts, step)
+        # The engine has had each step's weights, or this would grow with the steps.
+        assert values["train/rollout_gap_max"] < ATOL, f"step {step}: {values['train/rollout_gap_max']}"
+    moved = [name for name, tensor in parts.policy.stream() if not torch.equal(tensor, start[name])]
+    assert len(moved) > len(start) // 2, "the steps must change the weights, or the comparison is empty"
+    parts.engine.load_weights(parts.policy.source())
+    owned = owned_rows(PROMPTS, parts.policy.groups)
+    prompts = parts.stream.next_batch(PROMPTS, owned)
+    for temperature in (1.0, 0.7):
+        rollouts = generate(parts, prompts, 4, temperature=temperature, seed=7, group_ids=list(owned))
+        own = trainer_logprobs(settings, parts, rollouts, temperature)
+        for rollout, expected in zip(rollouts, own, strict=True):
+            torch.testing.assert_close(rollout.logprobs, expected, rtol=0, atol=ATOL)
+    # Validation's prompts, whose images the engine has seen under older weights.
+    mine = parts.validation
+    for _ in range(2):
+        greedy = answers(parts, mine, 1, temperature=0.0, seed=0, group_ids=list(range(len(mine))))
+    found: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, {r.prompt.key: r.response_ids.tolist() for r in greedy})
+    first = dist.get_rank() == 0
+    weights.export_hf(
+        parts.policy.stream(), parts.policy.specs(), directory / "hf", source=settings.policy.model_name, write=first
+    )
+    if first:
+        everyone = {key: ids for part in found for key, ids in part.items()}
+        (directory / "greedy.json").write_text(json.dumps(everyone))
+    print(f"engine and trainer agree on rank {dist.get_rank()}", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
