@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
 from vllm import SamplingParams
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from megatron_g2rpo.nouns import ModelInputs, Prompt, Rollout
@@ -45,6 +46,8 @@ def engine_arguments(policy: Policy, dtype: str) -> dict[str, Any]:
         "enforce_eager": options.enforce_eager,
         "limit_mm_per_prompt": {"image": options.images_per_prompt, "video": 0},
         "skip_mm_profiling": options.kv_cache_memory_bytes is not None,
+        # Where a prompt is cut, the draw at the cut is taken back, which a CPU's random generator can not do.
+        "enable_chunked_prefill": not current_platform.is_cpu(),
         **ENGINE_ARGUMENTS,
         **options.vllm_kwargs,
     }

@@ -114,6 +114,16 @@ def test_draws_are_named_by_seed_prompt_and_sample(engine, prompts):
     assert len({tuple(together["shard/0", sample]) for sample in range(4)}) == 4
 
 
+def test_more_prompts_than_fit_one_forward_pass(engine, models):
+    """vLLM then cuts prompts where it may, and takes the draw at the cut back; seeded, on a CPU, that raised."""
+    many = make_prompts(150)
+    assert sum(len(prompt.inputs.token_ids) for prompt in many) > 4096
+    rollouts = generate(engine, many, 1)
+    assert tokens_of(generate(engine, many[-2:], 1)).items() <= tokens_of(rollouts).items()
+    for rollout in rollouts[-20:]:
+        torch.testing.assert_close(rollout.logprobs, forward_logprobs(models[0], rollout), rtol=0, atol=ATOL)
+
+
 def test_rollouts_are_ordered_and_carry_their_group(engine, prompts):
     rollouts = engine.generate(prompts[:3], 3, temperature=1.0, seed=5, group_ids=[40, 7, 12])
     expected = [(f"shard/{i}", group, s) for i, group in enumerate([40, 7, 12]) for s in range(3)]
