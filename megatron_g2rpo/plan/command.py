@@ -39,6 +39,12 @@ def run(
         RecipeError, LayoutError, ModelConfigError, ValueError: the recipe cannot be run; names the key to change.
     """
     recipe = load_recipe(path, overrides)
+    if recipe.policy.generation.backend == "vllm":
+        raise ValueError(
+            "policy.generation.backend: plan does not know what vLLM takes inside of its share of a GPU. Plan with "
+            "policy.generation.backend=vllm_server and what policy.generation.vllm_cfg.gpu_memory_utilization leaves: "
+            "--gpu-memory-gb"
+        )
     model = Model(read_config(recipe.policy.model_name))
 
     def again(more: Sequence[str]) -> Plan:

@@ -199,11 +199,12 @@ def _stage(
     generation = policy.generation
     samples = recipe.grpo.num_generations_per_prompt if isinstance(recipe, TrainRecipe) else 1
     prompt_tokens = policy.max_total_sequence_length - generation.max_new_tokens
+    embedded = generation.backend == "transformers"  # else servers have it on devices of their own
     return StageMemory(
         stage=stage,
         layers=layout.stage_layers(text.num_hidden_layers)[stage],
         state=state,
-        engine_weights=nbytes * model.numel,
+        engine_weights=nbytes * model.numel if embedded else 0,
         in_flight=min(layout.pipeline - stage, batches.count),
         layer_activations=kept.layers,
         vision_activations=kept.vision,
@@ -211,7 +212,7 @@ def _stage(
         boundary=_boundary(nbytes * size.shared * size.hidden, recompute_of(recipe), nbytes, first=first, last=last),
         update_working=update_working(recipe, model.config, layout, batches.row, stage),
         optimizer_working=_optimizer_working(parameters, state, parallelism, layout),
-        cache=engine.cache(text, generation.batch_size, policy.max_total_sequence_length, nbytes),
+        cache=engine.cache(text, generation.batch_size, policy.max_total_sequence_length, nbytes) if embedded else 0,
         generation_working=engine.working(
             model.config,
             -(-generation.batch_size // samples),
@@ -219,7 +220,9 @@ def _stage(
             min(assumptions.image_tokens, prompt_tokens),
             generation.batch_size,
             nbytes,
-        ),
+        )
+        if embedded
+        else 0,
         # A parameter's shards, and the tensors that they are joined to.
         stream_working=2 * nbytes * max(tensor.numel() for tensor in model.tensors.values()),
     )

@@ -209,3 +209,19 @@ def test_without_network_or_directory_the_error_says_what_to_do(
     assert done.returncode == 1
     assert "policy.model_name=DIR" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_servers_leave_the_trainers_memory_alone(model: Model) -> None:
+    embedded = plan(model)
+    servers = plan(
+        model, "policy.generation.backend=vllm_server", "policy.generation.vllm_server_cfg.addresses=['http://a:1']"
+    )
+    for with_engine, without in zip(embedded.stages, servers.stages, strict=True):
+        assert without.engine_weights == without.phases["generation"] == 0
+        assert with_engine.persistent - without.persistent == with_engine.engine_weights > 0
+
+
+def test_vllm_beside_the_trainer_is_not_guessed_at() -> None:
+    code, output = invoke(str(PAPER), *PLAIN, "policy.generation.backend=vllm")
+    assert code == 1
+    assert "gpu_memory_utilization leaves" in output
