@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shutil
 import time
@@ -26,6 +27,8 @@ from megatron_g2rpo.rollout.vllm_transfer import FILES, FilesTrainer, Source, ba
 from megatron_g2rpo.weights import WeightSource
 
 _VERSION = re.compile(r"[0-9a-f]{12}-\d+")
+# What vLLM's API sends instead of a log-probability that is not a number, or minus infinity.
+_NOT_FINITE = -9999.0
 # Longest pause between two looks for a server that is waited for, seconds.
 _LONGEST_PAUSE = 30.0
 
@@ -261,7 +264,8 @@ class _Client:
 
 def _answer(choice: dict[str, Any]) -> Answer:
     places = (choice["logprobs"] or {}).get("content") or []
-    return Answer(choice["token_ids"], [place["logprob"] for place in places])
+    values = [place["logprob"] for place in places]
+    return Answer(choice["token_ids"], [-math.inf if value <= _NOT_FINITE else value for value in values])
 
 
 def _from_first(make: Callable[[], Any]) -> Any:
