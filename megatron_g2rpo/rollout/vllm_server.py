@@ -244,7 +244,17 @@ class _Client:
 
     def start_weight_update(self) -> None:
         self._servers.post("/pause?mode=wait")
-        self._servers.post("/start_weight_update")
+        self._servers.each(self._start)
+
+    def _start(self, server: Server) -> None:
+        """Begin an update; one that a trainer left open, killed in the midst of it, is closed first."""
+        try:
+            self._servers.request(server, "POST", "/start_weight_update")
+        except ServerLost as error:
+            if "already active" not in str(error):
+                raise
+            self._servers.request(server, "POST", "/finish_weight_update", json={"weight_version": None})
+            self._servers.request(server, "POST", "/start_weight_update")
 
     def update_weights(self, update_info: WeightTransferUpdatePayload) -> None:
         self._servers.post("/update_weights", {"update_info": update_info})
