@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import create_autospec
 
 import pytest
 from starlette.applications import Starlette
@@ -20,17 +18,14 @@ from starlette.routing import WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.serve.dev.server_info import api_router as server_info
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm.v1.engine.async_llm import AsyncLLM
 
 from megatron_g2rpo.rollout import vllm_serve
 from megatron_g2rpo.rollout.vllm_client import API_KEY, Server
 from megatron_g2rpo.rollout.vllm_serve import RequireKey, command
 from megatron_g2rpo.rollout.vllm_server import VllmServerEngine
 from tests.vllm import common
+from tests.vllm.application import parse, serving
 
 KEY = "open sesame"
 BEARER = {"Authorization": f"Bearer {KEY}"}
@@ -41,28 +36,6 @@ GUARDED = ("/collective_rpc", "/inference/v1/generate", "/update_weights", "/pau
 @pytest.fixture(autouse=True)
 def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(API_KEY, raising=False)
-
-
-def parse(*overrides: str, host: str = "127.0.0.1", extra: tuple[str, ...] = ()) -> argparse.Namespace:
-    """What ``python -m vllm.entrypoints.openai.api_server`` makes of the command."""
-    (_, flag, module, *options), _ = command(common.load_recipe(*overrides).policy, host, 8123)
-    assert (flag, module) == ("-m", "vllm.entrypoints.openai.api_server")
-    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args([*options, *extra])
-    validate_parsed_serve_args(arguments)
-    return arguments
-
-
-@contextmanager
-def serving(arguments: argparse.Namespace, key: str | None = None) -> Iterator[TestClient]:
-    """vLLM's application in the environment of the command, before an engine that does nothing."""
-    _, environment = command(common.load_recipe().policy, "127.0.0.1", 8123)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**environment, **({API_KEY: key} if key else {})}.items():
-            patch.setenv(name, value)
-        app = build_app(arguments, ("generate",))
-        app.state.engine_client = create_autospec(AsyncLLM, instance=True)
-        app.state.serving_tokens = None
-        yield TestClient(app, raise_server_exceptions=False)
 
 
 @pytest.fixture(scope="module")
