@@ -27,6 +27,8 @@ from megatron_g2rpo.rollout.vllm_transfer import FILES, FilesTrainer, Source, ba
 from megatron_g2rpo.weights import WeightSource
 
 _VERSION = re.compile(r"[0-9a-f]{12}-\d+")
+# How vLLM says that an update was begun and not finished.
+_OPEN_UPDATE = re.compile("already active|during a weight update")
 # What vLLM's API sends instead of a log-probability that is not a number, or minus infinity.
 _NOT_FINITE = -9999.0
 # Longest pause between two looks for a server that is waited for, seconds.
@@ -76,19 +78,20 @@ class VllmServerEngine:
             ValueError: a server was not started as the recipe says.
         """
         self._version = None
-        self._source.current = weights
+        self._source.begin(weights)
         self._servers.use(_from_first(self._find))
         self._updates += 1
         version = f"{self._run}-{self._updates}"
-        self._client.version = version
-        trainer = self._transfer()
-        if isinstance(trainer, FilesTrainer):
-            trainer.name = version
         failure: base.EngineUnavailable | None = None
         try:
+            trainer = self._transfer()
+            self._client.version = version
+            if isinstance(trainer, FilesTrainer):
+                trainer.name = version
             trainer.send_weights()
-        except base.EngineUnavailable as error:
+        except base.EngineUnavailable as error:  # on this rank alone: the others are in the stream's collectives
             failure = error
+            self._source.drain()
 
         def reached() -> list[str]:
             if failure is not None:
@@ -189,10 +192,13 @@ class VllmServerEngine:
                     directory, client=self._client, source=self._source, is_sender=self._rank == 0
                 )
             return self._trainer
+        if self._trainer is not None and self._rank == 0 and not self._client.is_current():
+            self._reached = ()
         servers = tuple(sorted(server.address for server in self._servers.live))
         if self._trainer is None or servers != self._reached:
             if self._trainer is not None and self._rank == 0:
                 self._trainer.shutdown()
+                self._reached = ()
                 self._client.shutdown_weight_transfer_engine()
             info = NCCLTrainerInitInfo(
                 rank=self._rank,
@@ -209,12 +215,11 @@ class _Client:
     """vLLM's weight-sync client for several servers at once, each paused from the start of an update to its end.
 
     Attributes:
-        version: name of the weights of the next update.
+        version: name of the weights of the update under way, or of the last one.
     """
 
-    version: str
-
     def __init__(self, servers: Servers) -> None:
+        self.version = ""
         self._servers = servers
         self._workers: dict[Server, int] = {}
 
@@ -226,6 +231,16 @@ class _Client:
 
         self._servers.each(ask)
         return sum(self._workers[server] for server in self._servers.live)
+
+    def is_current(self) -> bool:
+        """Whether all live servers have the last update: one that was started again is in no group with the trainer."""
+        versions: set[str] = set()
+
+        def ask(server: Server) -> None:
+            versions.add(self._servers.request(server, "GET", "/weight_info").json()["weight_version"])
+
+        self._servers.each(ask)
+        return versions == {self.version}
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Each server's workers take the ranks after those of the servers before it."""
@@ -240,21 +255,21 @@ class _Client:
         self._servers.each(ask)
 
     def shutdown_weight_transfer_engine(self) -> None:
-        self._servers.post("/shutdown_weight_transfer_engine")
+        self._servers.each(lambda server: self._afresh(server, "/shutdown_weight_transfer_engine"))
 
     def start_weight_update(self) -> None:
         self._servers.post("/pause?mode=wait")
-        self._servers.each(self._start)
+        self._servers.each(lambda server: self._afresh(server, "/start_weight_update"))
 
-    def _start(self, server: Server) -> None:
-        """Begin an update; one that a trainer left open, killed in the midst of it, is closed first."""
+    def _afresh(self, server: Server, path: str) -> None:
+        """Ask what is refused in an update: one that a trainer left open, killed in the midst of it, is closed."""
         try:
-            self._servers.request(server, "POST", "/start_weight_update")
+            self._servers.request(server, "POST", path)
         except ServerLost as error:
-            if "already active" not in str(error):
+            if not _OPEN_UPDATE.search(str(error)):
                 raise
             self._servers.request(server, "POST", "/finish_weight_update", json={"weight_version": None})
-            self._servers.request(server, "POST", "/start_weight_update")
+            self._servers.request(server, "POST", path)
 
     def update_weights(self, update_info: WeightTransferUpdatePayload) -> None:
         self._servers.post("/update_weights", {"update_info": update_info})

@@ -92,19 +92,32 @@ class FilesEngine(transfer.WeightTransferEngine[FilesInitInfo, FilesUpdateInfo])
 
 
 class Source(transfer.WeightSource):
-    """The policy's weights as vLLM's trainer engines ask for them.
+    """The policy's weights as trainer engines, vLLM's and ours, ask for them; both of its methods are collectives."""
 
-    Attributes:
-        current: set before every transfer.
-    """
+    def begin(self, current: weights.WeightSource) -> None:
+        """Give it the weights of one transfer."""
+        self._current = current
+        self._specified = self._streamed = False
 
-    current: weights.WeightSource
+    def specs(self) -> dict[str, Tensor]:
+        """The tensors to come, on the meta device."""
+        self._specified = True
+        return self._current.specs()
 
     def metadata(self) -> list[transfer.ParamMeta]:
-        return [transfer.ParamMeta(name, spec.dtype, tuple(spec.shape)) for name, spec in self.current.specs().items()]
+        return [transfer.ParamMeta(name, spec.dtype, tuple(spec.shape)) for name, spec in self.specs().items()]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(self.current)
+        self._streamed = True
+        return iter(self._current)
+
+    def drain(self) -> None:
+        """Take part in what this rank has left out of the transfer, so that other ranks do not wait for it."""
+        if not self._specified:
+            self.specs()
+        if not self._streamed:
+            for _ in self:
+                pass
 
 
 @dataclass
@@ -147,7 +160,7 @@ class FilesTrainer(transfer.TrainerWeightTransferEngine[FilesTrainerInitInfo]):
     def send_weights(self) -> None:
         """Write, have the servers read, and remove the directory. Every trainer rank calls it."""
         assert isinstance(self.source, Source)
-        specs = self.source.current.specs()
+        specs = self.source.specs()
         if not self.is_sender:
             for _ in self.source:
                 pass
