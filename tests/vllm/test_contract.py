@@ -12,8 +12,9 @@ import asyncio
 import inspect
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,6 +147,7 @@ def engines(applications) -> list[Any]:
     for engine, workers in zip(engines, (2, 1), strict=True):
         engine.reset_mock(return_value=True, side_effect=True)
         engine.reset_prefix_cache.return_value = True
+        engine.get_weight_version.return_value = "default"  # as after a start
         parallel = SimpleNamespace(world_size_across_dp=workers, world_size=workers)
         engine.vllm_config = SimpleNamespace(parallel_config=parallel)
     return engines
@@ -196,8 +198,13 @@ def named_tensors() -> dict[str, Tensor]:
 
 def source_of(tensors: dict[str, Tensor]) -> Source:
     source = Source()
-    source.current = WeightSource(lambda: {n: t.to("meta") for n, t in tensors.items()}, lambda: iter(tensors.items()))
+    source.begin(weights_of(tensors))
     return source
+
+
+def weights_of(tensors: dict[str, Tensor], stream: Callable[[], Iterator[tuple[str, Tensor]]] | None = None):
+    specs = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    return WeightSource(lambda: specs, stream or (lambda: iter(tensors.items())))
 
 
 def files_trainer(client: Any, tmp_path: Path, tensors: dict[str, Tensor], *, is_sender: bool = True) -> FilesTrainer:
@@ -208,12 +215,16 @@ def files_trainer(client: Any, tmp_path: Path, tensors: dict[str, Tensor], *, is
 
 def nccl_trainer(client: Any, monkeypatch: pytest.MonkeyPatch) -> NCCLTrainerWeightTransferEngine:
     """vLLM's own, but for the network."""
-    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: None)
-    monkeypatch.setattr(NCCLTrainerWeightTransferEngine, "_broadcast", lambda self, source, meta: [*source])
+    nccl_engine_without_network(monkeypatch)
     info = NCCLTrainerInitInfo(
         rank=0, master_address="10.0.0.1", master_port=29400, world_size=1 + client.count_workers()
     )
     return NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=source_of(named_tensors()))
+
+
+def nccl_engine_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: None)
+    monkeypatch.setattr(NCCLTrainerWeightTransferEngine, "_broadcast", lambda self, source, meta: [*source])
 
 
 @pytest.mark.parametrize("method", ["files", "nccl"])
@@ -292,6 +303,70 @@ def test_a_server_that_keeps_its_prefix_cache_is_lost(client, servers, engines, 
     assert servers.everyone[1].lost is None
 
 
+# -- vLLM's broadcast, under the engine that drives it ------------------------------------------------------------
+
+
+class Stream:
+    """Weights whose collectives are counted: ``specs`` and whole iterations."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.source = WeightSource(self._specs, self._tensors)
+
+    def _specs(self) -> dict[str, Tensor]:
+        self.calls.append("specs")
+        return {name: tensor.to("meta") for name, tensor in named_tensors().items()}
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from named_tensors().items()
+        self.calls.append("tensors")
+
+
+@pytest.fixture
+def broadcaster(servers, engines, tmp_path, monkeypatch) -> VllmServerEngine:
+    """Rank 0 of a run that broadcasts, with vLLM's trainer but for the network."""
+    nccl_engine_without_network(monkeypatch)
+    engine = VllmServerEngine(common.context(settings(tmp_path), nccl=True))
+    engine._servers, engine._client = servers, vllm_server._Client(servers)
+    monkeypatch.setattr(engine, "_check", lambda server: None)
+    monkeypatch.setattr(servers, "find", lambda: servers.use(ADDRESSES))
+    return engine
+
+
+def keep_versions(engines: list[Any]) -> None:
+    """Let servers say which weights they have."""
+    for engine in engines:
+        engine.finish_weight_update.side_effect = partial(setattr, engine.get_weight_version, "return_value")
+
+
+def test_broadcasts_go_to_one_group_until_a_server_is_started_again(broadcaster, engines):
+    keep_versions(engines)
+    for updates, started_again in enumerate([False, False, True, False], 1):
+        if started_again:
+            engines[1].get_weight_version.return_value = "default"
+        broadcaster.load_weights(Stream().source)
+        groups = 1 if updates < 3 else 2
+        assert [engine.init_weight_transfer_engine.call_count for engine in engines] == [groups] * 2
+        assert [engine.shutdown_weight_transfer_engine.call_count for engine in engines] == [groups - 1] * 2
+        assert {engine.get_weight_version.return_value for engine in engines} == {broadcaster._version}
+
+
+@pytest.mark.parametrize("fails", ["init_weight_transfer_engine", "start_weight_update", "finish_weight_update"])
+def test_where_all_servers_are_lost_this_rank_still_takes_part_in_the_stream_once(broadcaster, engines, fails):
+    """Negative for a run of several ranks: the others would wait for it in a collective, for ever."""
+    stream = Stream()
+    for engine in engines:
+        getattr(engine, fails).side_effect = RuntimeError("CUDA error")
+    with pytest.raises(EngineUnavailable, match="CUDA error"):
+        broadcaster.load_weights(stream.source)
+    assert stream.calls == ["specs", "tensors"]
+    for engine in engines:
+        getattr(engine, fails).side_effect = None
+    keep_versions(engines)
+    broadcaster.load_weights(Stream().source)
+    assert {engine.get_weight_version.return_value for engine in engines} == {broadcaster._version}
+
+
 # -- an update that was left open -------------------------------------------------------------------------------
 
 
@@ -321,15 +396,19 @@ def behind(engine: Any, worker: Worker) -> None:
     engine.start_weight_update.side_effect = lambda: calls("start_weight_update")
     engine.update_weights.side_effect = lambda request: calls("update_weights", request.update_info)
     engine.finish_weight_update.side_effect = lambda version: calls("finish_weight_update")
+    engine.shutdown_weight_transfer_engine.side_effect = lambda: calls("shutdown_weight_transfer_engine")
 
 
-def test_a_worker_starts_no_update_while_another_is_open(monkeypatch):
-    """What the next test is about, in vLLM's words."""
+def test_a_worker_starts_no_update_while_another_is_open():
+    """What the next tests are about, in vLLM's words."""
     worker = worker_of(files_engine(Stub()))
     worker.start_weight_update()
     with pytest.raises(RuntimeError, match="already active"):
         worker.start_weight_update()
+    with pytest.raises(RuntimeError, match="during a weight update"):
+        worker.shutdown_weight_transfer_engine()
     worker.finish_weight_update()
+    worker.shutdown_weight_transfer_engine()
     worker.start_weight_update()
 
 
@@ -344,6 +423,15 @@ def test_servers_of_a_trainer_that_was_killed_in_an_update_take_the_next_one(cli
         assert model.given.keys() == named_tensors().keys()
         versions = [call.args[0] for call in engine.finish_weight_update.mock_calls]
         assert versions == [None, VERSION], "what was left open gets no name"
+
+
+def test_a_transfer_is_shut_down_in_an_update_that_was_left_open(client, servers, engines):
+    for engine in engines:
+        behind(engine, worker_of(files_engine(Stub())))
+    client.start_weight_update()
+    client.shutdown_weight_transfer_engine()
+    client.start_weight_update()
+    assert [server.lost for server in servers.everyone] == [None, None]
 
 
 def test_another_failure_to_start_loses_the_server(client, servers, engines, tmp_path):
@@ -459,7 +547,7 @@ def test_files_are_removed_when_the_stream_breaks(client, engines, tmp_path):
         yield from [*named_tensors().items()][:2]
         raise OSError("a peer is gone")
 
-    trainer.source.current = WeightSource(trainer.source.current.specs, broken)  # type: ignore[union-attr]
+    trainer.source.begin(weights_of(named_tensors(), broken))  # type: ignore[union-attr]
     with pytest.raises(OSError, match="a peer is gone"):
         trainer.send_weights()
     assert [*(tmp_path / "weights").iterdir()] == []
@@ -475,7 +563,7 @@ def test_other_ranks_take_part_in_the_stream_and_do_nothing_else(tmp_path):
             yield name, tensor
 
     trainer = files_trainer(None, tmp_path, named_tensors(), is_sender=False)
-    trainer.source.current = WeightSource(trainer.source.current.specs, stream)  # type: ignore[union-attr]
+    trainer.source.begin(weights_of(named_tensors(), stream))  # type: ignore[union-attr]
     trainer.send_weights()
     assert seen == [*named_tensors()], "all of it, once: it is a collective"
     assert not (tmp_path / "weights").exists()
