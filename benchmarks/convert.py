@@ -39,7 +39,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from megatron_g2rpo import weights
 
-# From the model's config.json on the hub.
+# Published dimensions; the parameters they make are counted below.
 CONFIG = {
     "architectures": ["Qwen3VLForConditionalGeneration"],
     "model_type": "qwen3_vl",
