@@ -72,6 +72,16 @@ class _Common(Section):
                     "policy.generation.max_new_tokens",
                 )
 
+    def _check_groups(self, samples: int) -> None:
+        generation = self.policy.generation
+        if generation.backend != "transformers" and samples > generation.batch_size:
+            raise conflict(
+                f"vLLM decodes the {samples} responses of a prompt together, and policy.generation.batch_size is "
+                f"{generation.batch_size}",
+                "policy.generation.batch_size",
+                "grpo.num_generations_per_prompt",
+            )
+
     def _check_schedule(self, max_num_optimizer_steps: int) -> None:
         scheduler = self.policy.megatron_cfg.scheduler
         decay = scheduler.lr_decay_steps or max_num_optimizer_steps
@@ -121,6 +131,7 @@ class TrainRecipe(_Common):
                 "grpo.overlong_penalty.buffer",
                 "policy.generation.max_new_tokens",
             )
+        self._check_groups(self.grpo.num_generations_per_prompt)
         self._check(self.grpo.max_num_steps * self.num_updates_per_step)
         return self
 

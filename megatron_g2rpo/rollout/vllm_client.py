@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+# pyright: reportMissingImports=false
+# (vLLM has an environment of its own; tests/vllm/test_contract.py holds what is used of it.)
 """vLLM servers over HTTP: prompts balanced over them, weight updates to all of them, the lost ones noticed.
 
 A server is *lost* when it does not answer its health check, when requests go on failing on it, or when it answers with
@@ -239,10 +241,12 @@ class _Generation:
                     server.under_way -= 1
 
     async def _ask(self, server: Server, request: Request) -> list[dict[str, Any]]:
+        why = ""
         for attempt in range(self._options.retries + 1):
-            why = await self._try(server, request)
-            if isinstance(why, list):
-                return why
+            answer = await self._try(server, request)
+            if isinstance(answer, list):
+                return answer
+            why = answer
             if not await self._healthy(server):
                 raise ServerLost(f"{why}, and its health check failed")
             _logger.warning("rollout server %s: %s (try %d)", server.address, why, attempt + 1)

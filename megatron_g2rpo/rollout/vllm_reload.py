@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+# pyright: reportMissingImports=false
+# (vLLM has an environment of its own; tests/vllm/test_contract.py holds what is used of it.)
 """New weights for a vLLM model that has served already, from tensors under their Hugging Face names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +34,7 @@ def reload(model: nn.Module, *, weights: Iterable[tuple[str, Tensor]], model_con
     loaded = model.load_weights(weights)
     finalize_layerwise_reload(model, model_config)
     for head in _tied_heads(model):
-        head.quant_method.process_weights_after_loading(head)
+        cast(Any, head.quant_method).process_weights_after_loading(head)
     return sorted(names - loaded)
 
 
@@ -45,5 +47,10 @@ def incomplete(missing: Sequence[str]) -> str:
 def _tied_heads(model: nn.Module) -> list[ParallelLMHead]:
     """Output heads whose matrix is an embedding's: a checkpoint has no tensor for them."""
     layers = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
-    embeddings = {layer.weight.data_ptr() for layer in layers if not isinstance(layer, ParallelLMHead)}
-    return [layer for layer in layers if isinstance(layer, ParallelLMHead) and layer.weight.data_ptr() in embeddings]
+    embeddings = {_place(layer) for layer in layers if not isinstance(layer, ParallelLMHead)}
+    return [layer for layer in layers if isinstance(layer, ParallelLMHead) and _place(layer) in embeddings]
+
+
+def _place(layer: nn.Module) -> int:
+    matrix: Any = layer.weight
+    return matrix.data_ptr()

@@ -92,6 +92,7 @@ def test_a_value_out_of_its_range_is_refused(override: str) -> None:
         (["policy.max_total_sequence_length=2048"], "leaves no room for a prompt"),
         (["policy.sequence_packing.train_mb_tokens=4095"], r"train_mb_tokens \(4095\) is less than"),
         (["policy.generation.backend=vllm_server"], "needs the addresses of its servers"),
+        (["policy.generation.backend=vllm", "policy.generation.batch_size=4"], "decodes the 8 responses of a prompt"),
         (
             ["policy.generation.vllm_server_cfg.addresses=['http://a:1', 'http://b:1', 'http://a:1']"],
             "a server is listed twice: http://a:1, http://b:1, http://a:1",
