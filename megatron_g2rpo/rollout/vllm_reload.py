@@ -31,7 +31,7 @@ def reload(model: nn.Module, *, weights: Iterable[tuple[str, Tensor]], model_con
     """
     names = {name for name, _ in model.named_parameters()}
     initialize_layerwise_reload(model)
-    loaded = model.load_weights(weights)
+    loaded = cast(Any, model).load_weights(weights)
     finalize_layerwise_reload(model, model_config)
     for head in _tied_heads(model):
         cast(Any, head.quant_method).process_weights_after_loading(head)
