@@ -17,8 +17,8 @@ import httpx
 
 from tests.vllm.common import ROOT
 
-# Several processes import torch and vLLM, on two cores.
-START_SECONDS = 300
+# Several processes import torch and vLLM: half a minute on two idle cores, and many on busy ones.
+START_SECONDS = 600
 
 
 class ServerProcess:

@@ -8,7 +8,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,14 @@ STEPS = 6
 ENGINE = ["policy.generation.vllm_cfg.kv_cache_memory_bytes=67108864", "policy.generation.vllm_cfg.enforce_eager=true"]
 
 
-def test_a_run_that_loses_its_server(toy: Toy, tmp_path: Path) -> None:  # noqa: F811
+@pytest.fixture
+def ends() -> Iterator[ExitStack]:
+    """Ends servers and runs that a failed test would leave."""
+    with ExitStack() as stack:
+        yield stack
+
+
+def test_a_run_that_loses_its_server(toy: Toy, tmp_path: Path, ends: ExitStack) -> None:  # noqa: F811
     port, run = free_port(), tmp_path / "run"
     server = {
         "addresses": [f"http://127.0.0.1:{port}"],
@@ -41,12 +49,14 @@ def test_a_run_that_loses_its_server(toy: Toy, tmp_path: Path) -> None:  # noqa:
 
     def serve(name: str) -> ServerProcess:
         started = ServerProcess(recipe, tmp_path / f"{name}.log", *ENGINE, port=port)
+        ends.callback(started.kill)
         started.wait()
         return started
 
     # It fails: the message names the server and the checkpoint, and steps that were taken are saved.
     first = serve("first")
     failed, errors = start(recipe, tmp_path / "failed.log")
+    ends.callback(failed.kill)
     wait_for(lambda: last_step(run) >= 2, failed)  # a step takes longer than the look at it
     first.kill()
     assert failed.wait(timeout=300) == 1
@@ -62,14 +72,12 @@ def test_a_run_that_loses_its_server(toy: Toy, tmp_path: Path) -> None:  # noqa:
     # The same command goes on from there, and this time waits for a server that comes back without its weights.
     second = serve("second")
     waits, errors = start(recipe, tmp_path / "waits.log", "policy.generation.vllm_server_cfg.on_no_server=wait")
+    ends.callback(waits.kill)
     wait_for(lambda: last_step(run) > saved, waits)
     second.kill()
     wait_for(lambda: "waiting for one; the next look is in" in errors.read_text(), waits)
-    third = serve("third")
-    try:
-        assert waits.wait(timeout=300) == 0, errors.read_text()[-4000:]
-    finally:
-        third.kill()
+    serve("third")
+    assert waits.wait(timeout=300) == 0, errors.read_text()[-4000:]
     lines = metrics(run)  # no step may come twice
     assert sorted(lines) == list(range(1, STEPS + 1))
     assert all(line["train/rollout_gap_max"] < 1e-4 for line in lines.values())
