@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -104,11 +105,15 @@ class Servers:
         """Ask every address for its health; those that answer are used."""
 
         def ask(server: Server) -> None:
-            server.lost = None
-            try:
-                self.request(server, "GET", "/health", timeout=self._options.heartbeat_s)
-            except ServerLost as error:
-                server.lost = str(error)
+            for attempt in range(_HEALTH_CHECKS):  # one slow answer of a busy machine is no loss
+                try:
+                    self.request(server, "GET", "/health", timeout=self._options.heartbeat_s)
+                except ServerLost as error:
+                    server.lost = str(error)
+                    time.sleep(_PAUSE * 2**attempt)
+                else:
+                    server.lost = None
+                    return
 
         _at_once(ask, self.everyone)
 

@@ -36,7 +36,6 @@ def test_a_run_that_loses_its_server(toy: Toy, tmp_path: Path, ends: ExitStack) 
     server = {
         "addresses": [f"http://127.0.0.1:{port}"],
         "weights_dir": str(tmp_path / "weights"),
-        "heartbeat_s": 2.0,
         "on_no_server": "fail",
     }
     recipe = toy.recipe(
