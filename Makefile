@@ -4,7 +4,7 @@
 #   make quickstart [NPROC=2] [ARGS="key=value ..."]    train the small policy, then write its report
 #   make policy     train the small policy that the quickstart starts from
 #   make test       tests that take seconds             make test-full    all of them but:
-#   make test-vllm  tests on real vLLM, in an environment of its own (4 GB)
+#   make test-vllm  tests on real vLLM, in an environment of its own (4 GB); test-vllm-full: those that take minutes too
 #   make quickstart-vllm [ARGS="key=value ..."]         the quickstart, its rollouts from vLLM in that environment
 #   make lint       style, types, import rules          make clean        what was built; runs/ and data/ stay
 #
@@ -38,7 +38,7 @@ SOURCES := pyproject.toml setup.py constraints/cpu.txt $(wildcard csrc/*)
 # Torch is named so that every resolution starts from the version that the rest of the set was tested with.
 INSTALL = $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/cpu.txt torch==2.13.0 -e
 
-.PHONY: quickstart quickstart-vllm setup data policy test test-full test-vllm lint clean
+.PHONY: quickstart quickstart-vllm setup data policy test test-full test-vllm test-vllm-full lint clean
 
 quickstart: $(VENV)/.quickstart data
 	$(BIN)/megatron-g2rpo train $(RECIPE) --fresh --nproc $(NPROC) \
@@ -73,6 +73,9 @@ test-full: $(VENV)/.full
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-vllm: $(VLLM_VENV)/.test
+	$(VLLM_BIN)/python -m pytest tests/vllm -m "not full" $(PYTEST_ARGS)
+
+test-vllm-full: $(VLLM_VENV)/.test
 	$(VLLM_BIN)/python -m pytest tests/vllm $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev

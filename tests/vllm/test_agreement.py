@@ -96,6 +96,7 @@ def test_in_process_beside_a_tensor_parallel_trainer(recipe: Path, toy: Toy, tmp
     assert live == greedy_of_transformers(toy, tmp_path / "hf")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_over_http(recipe: Path, toy: Toy, servers: list[ServerProcess], tmp_path: Path, ranks: int) -> None:  # noqa: F811
     section = "policy.generation.vllm_server_cfg"

@@ -18,7 +18,8 @@ from tests.e2e.conftest import toy, warm  # noqa: F401 (fixtures)
 from tests.e2e.toy import ROOT, Toy, metrics, only_error
 from tests.vllm.servers import ServerProcess, free_port
 
-pytestmark = pytest.mark.timeout(1200)  # three starts of a server, one after another
+# Three starts of a server, one after another.
+pytestmark = [pytest.mark.full, pytest.mark.timeout(1200)]
 
 STEPS = 6
 ENGINE = ["policy.generation.vllm_cfg.kv_cache_memory_bytes=67108864", "policy.generation.vllm_cfg.enforce_eager=true"]
