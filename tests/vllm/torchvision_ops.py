@@ -24,19 +24,19 @@ _SCHEMAS = ("nms" + _BOXES, "qnms" + _BOXES)
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds nothing; it declares the operators when the one module that asks for them is looked up."""
 
-    library = None
+    declared = None
 
     def find_spec(
         self, fullname: str, path: object = None, target: object = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname == _ASKS and self.library is None:
+        if fullname == _ASKS and self.declared is None:
             import torch
             from torchvision.extension import _has_ops
 
             if not _has_ops():
-                self.library = torch.library.Library("torchvision", "DEF")
+                self.declared = torch.library.Library("torchvision", "DEF")
                 for schema in _SCHEMAS:
-                    self.library.define(schema)
+                    self.declared.define(schema)
         return None
 
 
