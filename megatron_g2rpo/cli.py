@@ -105,7 +105,11 @@ def convert_export(
     max_shard_size: Annotated[str, typer.Option(help="Of one safetensors file.")] = "5GB",
     model: Annotated[Path | None, typer.Option(help="Hugging Face directory of config and tokenizer.")] = None,
 ) -> None:
-    """Write a Megatron checkpoint, of `convert import` or a run's step_N, as a Hugging Face directory."""
+    """Write a Megatron checkpoint, of `convert import` or a run's step_N, as a Hugging Face directory.
+
+    The layout it was saved at makes no difference, nor does one among the overrides: no model is built. Several
+    processes share the files of the result between them.
+    """
     _with_errors(lambda: _export(source, target, overrides or [], nproc, dtype, max_shard_size, model))
 
 
@@ -202,18 +206,22 @@ def _logprobs(model: Path, source: Path, target: Path, overrides: list[str], npr
 
 
 def _import(source: Path, target: Path, overrides: list[str], nproc: int | None, dtype: str | None) -> None:
-    from megatron_g2rpo.train import convert as conversion
+    from megatron_g2rpo.train.convert import check_target, nothing_left, precision_of
     from megatron_g2rpo.train.launch import is_launched, launch
+    from megatron_g2rpo.weights import SafetensorsDirectory
 
     if not is_launched():
-        conversion.check_target(target)
-    dtype = dtype or conversion.precision_of_hf(source)
+        check_target(target)
+    dtype = dtype or precision_of(SafetensorsDirectory(source).dtypes, source)
     recipe = _policy_recipe([f"policy.model_name={source}", f"policy.precision={dtype}", *overrides], nproc)
     if _launch_needed(recipe):
         arguments = ["convert", "import", str(source), str(target), "--dtype", dtype, *overrides]
-        launch(recipe.cluster.gpus_per_node, arguments)
+        with nothing_left(target):
+            launch(recipe.cluster.gpus_per_node, arguments)
         return
-    conversion.import_hf(recipe, target)
+    from megatron_g2rpo.train.convert_import import import_hf
+
+    import_hf(recipe, target)
     if _is_first():
         typer.echo(f"Megatron checkpoint: {target}")
 
@@ -227,20 +235,22 @@ def _export(
     max_shard_size: str,
     model: Path | None,
 ) -> None:
-    from megatron_g2rpo.train import convert as conversion
+    from megatron_g2rpo.train.convert import check_target, nothing_left, precision_of
+    from megatron_g2rpo.train.convert_export import companions, export
     from megatron_g2rpo.train.launch import is_launched, launch
+    from megatron_g2rpo.weights.megatron_checkpoint import MegatronCheckpoint
 
     if not is_launched():
-        conversion.check_target(target)
-    companions = conversion.companions(source, model)
-    stored = conversion.precision_of_checkpoint(source)
-    named = [f"policy.model_name={companions}", f"policy.pretrained_checkpoint={source}", f"policy.precision={stored}"]
-    recipe = _policy_recipe([*named, *overrides], nproc)
+        check_target(target)
+    dtype = dtype or precision_of(MegatronCheckpoint(source).dtypes, source)
+    directory = companions(source, model)
+    recipe = _policy_recipe([f"policy.model_name={directory}", *overrides], nproc)
     if _launch_needed(recipe):
-        options = ["--max-shard-size", max_shard_size, "--model", str(companions), "--dtype", dtype or stored]
-        launch(recipe.cluster.gpus_per_node, ["convert", "export", str(source), str(target), *options, *overrides])
+        options = ["--max-shard-size", max_shard_size, "--model", str(directory), "--dtype", dtype]
+        with nothing_left(target):
+            launch(recipe.cluster.gpus_per_node, ["convert", "export", str(source), str(target), *options, *overrides])
         return
-    conversion.export(recipe, target, dtype=dtype or stored, max_shard_size=max_shard_size)
+    export(source, target, companions=directory, dtype=dtype, max_shard_size=max_shard_size)
     if _is_first():
         typer.echo(f"Hugging Face checkpoint: {target}")
 

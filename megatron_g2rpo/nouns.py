@@ -20,6 +20,9 @@ from torch import Tensor
 # A target that ``torch.nn.functional.cross_entropy`` would call ``ignore_index``: no token to predict.
 NO_LABEL = -100
 
+# The dtypes that ``policy.precision`` names.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText
-from transformers.initialization import no_init_weights
+from transformers import AutoConfig
 
 from megatron_g2rpo.policy.layout import Layout
 from megatron_g2rpo.weights import table_for
+from megatron_g2rpo.weights.published import published_tensors
 from megatron_g2rpo.weights.rules import Replicated
 
 CONFIG = "config.json"
@@ -102,7 +101,7 @@ class Model:
     def __init__(self, hf_config: Any) -> None:
         self.config = hf_config
         self.tied = bool(hf_config.tie_word_embeddings)
-        self.tensors: dict[str, Tensor] = _meta_tensors(hf_config)
+        self.tensors: dict[str, Tensor] = published_tensors(hf_config)
         self._entries = table_for(hf_config).parameters(self.tensors)
 
     @property
@@ -138,13 +137,6 @@ class Model:
                     )
                 )
         return sorted(chosen, key=lambda parameter: _order(parameter.name))
-
-
-def _meta_tensors(hf_config: Any) -> dict[str, Tensor]:
-    with torch.device("meta"), no_init_weights():
-        model = AutoModelForImageTextToText.from_config(hf_config)
-    model.tie_weights()
-    return {name: parameter.data for name, parameter in model.named_parameters()}
 
 
 def _stage_of(name: str, stages: int) -> int | None:

@@ -34,25 +34,15 @@ from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
 
 from megatron_g2rpo.weights import CheckpointError
+from megatron_g2rpo.weights.megatron_checkpoint import MegatronCheckpoint
 
 Sharded = ShardedTensor | ShardedTensorFactory
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "fp32_param"
 
-
 # Told of bytes that have been moved.
 Advance = Callable[[int], None]
-
-
-def weight_dtypes(directory: str | Path) -> set[torch.dtype]:
-    """Dtypes of the weights in a checkpoint."""
-    tensors = dist_checkpointing.load_tensors_metadata(checkpoint_dir=str(directory))
-    return {
-        entry.dtype
-        for key, entry in tensors.items()
-        if isinstance(entry, ShardedTensor) and not key.startswith("optimizer.")
-    }
 
 
 def load_weights(model: MegatronModule, directory: str | Path, dtype: torch.dtype) -> None:
@@ -66,7 +56,7 @@ def load_weights(model: MegatronModule, directory: str | Path, dtype: torch.dtyp
     Raises:
         CheckpointError: its weights have another dtype, lack some of the model's, or have other shapes.
     """
-    found = weight_dtypes(directory)
+    found = MegatronCheckpoint(directory).dtypes
     if found != {dtype}:
         names = ", ".join(sorted(str(each).removeprefix("torch.") for each in found))
         raise CheckpointError(f"{directory}: its weights are {names}; set policy.precision to that")

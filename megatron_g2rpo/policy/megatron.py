@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from megatron_g2rpo import weights
-from megatron_g2rpo.nouns import PackedBatch, TokenStats
+from megatron_g2rpo.nouns import DTYPES, PackedBatch, TokenStats
 from megatron_g2rpo.policy import checkpointing, context_parallel
 from megatron_g2rpo.policy.config import transformer_config
 from megatron_g2rpo.policy.device import Device
@@ -35,7 +35,7 @@ from megatron_g2rpo.policy.optimizer import (
     wrap_ddp,
 )
 from megatron_g2rpo.policy.parallel import ParallelGroups, initialize
-from megatron_g2rpo.policy.precision import DTYPES, core_attention
+from megatron_g2rpo.policy.precision import core_attention
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,11 @@ class MegatronPolicy:
     def _initial_weights(self, seed: int) -> Mapping[str, Tensor]:
         if self.options.init == "pretrained":
             return weights.SafetensorsDirectory(self.options.model_name)
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+        from megatron_g2rpo.weights.published import model_class
 
-        sees = getattr(self.hf_config, "vision_config", None) is not None
-        builder = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         with torch.random.fork_rng(devices=[]):  # the same weights on every rank, whatever the layout
             torch.manual_seed(seed)
-            state = builder.from_config(self.hf_config).state_dict()
+            state = model_class(self.hf_config).from_config(self.hf_config).state_dict()
         return state
 
     # -- weights ------------------------------------------------------------------------------------------------

@@ -23,8 +23,6 @@ from megatron_g2rpo.policy.deepstack import DeepstackLayer
 from megatron_g2rpo.policy.device import Device, DeviceError, optional_packages
 from megatron_g2rpo.policy.norm import RMSNorm
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 def core_attention(name: str, device: Device) -> type[torch.nn.Module]:
     """The core attention of the recipe's ``policy.megatron_cfg.core_attention``.

@@ -19,13 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from megatron_g2rpo.nouns import Prompt, Rollout
 from megatron_g2rpo.rollout import base
 from megatron_g2rpo.rollout.decoding import ATTENTION, RoomyCache
 from megatron_g2rpo.rollout.sampling import draw, uniforms
+from megatron_g2rpo.weights.published import model_class
 
 # The cache grows by this many tokens, and rows are dropped once this share of them has finished: moving the cache
 # costs about as much as one decoding step.
@@ -350,8 +351,7 @@ def _empty_model(model: str | PathLike[str] | PreTrainedConfig, device: torch.de
     """Build the model with uninitialised parameters, in eval mode; buffers are computed, not read."""
     config = copy.deepcopy(model) if isinstance(model, PreTrainedConfig) else AutoConfig.from_pretrained(model)
     # Not `.to(dtype)`: that would also round the rotary tables, which the constructor keeps in fp32.
-    kind = AutoModelForCausalLM if getattr(config, "vision_config", None) is None else AutoModelForImageTextToText
     with device, no_init_weights():
-        built = kind.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+        built = model_class(config).from_config(config, dtype=dtype, attn_implementation=ATTENTION)
     built.tie_weights()
     return built.eval().requires_grad_(False)

@@ -13,12 +13,11 @@ from megatron_g2rpo.data.packing import Packer
 from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.data.shards import ShardIndex
 from megatron_g2rpo.data.stream import PromptStream, validation_prompts
-from megatron_g2rpo.nouns import Prompt
+from megatron_g2rpo.nouns import DTYPES, Prompt
 from megatron_g2rpo.objective import History
 from megatron_g2rpo.policy.device import Device, select, set_cpu_threads
 from megatron_g2rpo.policy.layout import Layout, token_multiples
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from megatron_g2rpo.policy.precision import DTYPES
 from megatron_g2rpo.policy.reference import ReferencePolicy
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
 from megatron_g2rpo.rollout import base as engines

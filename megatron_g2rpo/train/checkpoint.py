@@ -16,16 +16,13 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.weights import copy_companions
+from megatron_g2rpo.weights.megatron_checkpoint import COMPANIONS
 
 _NAME = re.compile(r"step_(\d+)")
 
 # Where a save leaves its results for the process that saves. megatron-core's own is a manager process, meant for saves
 # that go on in the background: it takes seconds to start, and survives a rank that is killed, its terminal held open.
 filesystem_async._results_queue = queue.Queue()
-
-
-# Where a checkpoint keeps the model's config, tokenizer and processor.
-COMPANIONS = "huggingface"
 
 
 def write_checkpoint(directory: Path, policy: MegatronPolicy, state: dict[str, Any]) -> None:

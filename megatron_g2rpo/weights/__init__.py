@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One table of names and shard rules; everything that reads or writes weights goes through it."""
+"""One table of names and shard rules; everything that reads or writes weights goes through it.
+
+``megatron_checkpoint`` and ``published`` are imported by name: what they need takes seconds to import.
+"""
 
 from megatron_g2rpo.weights.checkpoint import CheckpointError, SafetensorsDirectory
-from megatron_g2rpo.weights.export import ShardedWriter, copy_companions, export_hf
+from megatron_g2rpo.weights.export import ShardedWriter, copy_companions, export_hf, hf_directory, partial_path
 from megatron_g2rpo.weights.load import load
 from megatron_g2rpo.weights.mapping import table_for
 from megatron_g2rpo.weights.stream import WeightSource, specs, stream
@@ -16,7 +19,9 @@ __all__ = [
     "WeightTable",
     "copy_companions",
     "export_hf",
+    "hf_directory",
     "load",
+    "partial_path",
     "specs",
     "stream",
     "table_for",

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -13,7 +14,13 @@ INDEX_NAME = "model.safetensors.index.json"
 
 
 class CheckpointError(ValueError):
-    """A Hugging Face checkpoint that does not fit the model."""
+    """A checkpoint that does not fit the model."""
+
+    @classmethod
+    def misfit(cls, source: object, problems: Collection[str]) -> CheckpointError:
+        """All that keeps the weights of ``source`` from being those of its config.json."""
+        lines = "\n  ".join(problems)
+        return cls(f"{source}: the weights do not fit config.json in {len(problems)} places:\n  {lines}")
 
 
 class SafetensorsDirectory(Mapping[str, Tensor]):
@@ -36,6 +43,11 @@ class SafetensorsDirectory(Mapping[str, Tensor]):
         for path in files:
             with safe_open(path, framework="pt") as file:
                 self._where.update(dict.fromkeys(file.keys(), path))
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Of its tensors."""
+        return {self[name].dtype for name in self}
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._where[name], framework="pt") as file:

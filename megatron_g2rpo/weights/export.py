@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -60,17 +60,40 @@ def export_hf(
         for _ in tensors:
             pass
         return
-    directory = Path(directory)
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with ShardedWriter(partial, specs, max_shard_size=max_shard_size) as writer:
+    with (
+        hf_directory(directory, specs, source=source) as partial,
+        ShardedWriter(partial, specs, max_shard_size=max_shard_size) as writer,
+    ):
         for name, tensor in tensors:
             writer.write(name, tensor)
-    copy_companions(source, partial)
-    dtypes = {spec.dtype for spec in specs.values()}
-    if len(dtypes) == 1:
-        _name_dtype(partial / "config.json", str(dtypes.pop()).removeprefix("torch."))
+
+
+def partial_path(directory: str | Path) -> Path:
+    """Where a directory is written before it is renamed to its place."""
+    return Path(directory).with_name(Path(directory).name + ".partial")
+
+
+@contextmanager
+def hf_directory(directory: str | Path, specs: Mapping[str, Tensor], *, source: str | Path) -> Iterator[Path]:
+    """A directory to write weights into, ``partial_path``; at the end it gets the other files, and its name.
+
+    Nothing of it stays when what is done in it fails.
+
+    Args:
+        directory, specs, source: as of ``export_hf``.
+    """
+    directory, partial = Path(directory), partial_path(directory)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        copy_companions(source, partial)
+        dtypes = {spec.dtype for spec in specs.values()}
+        if len(dtypes) == 1:
+            _name_dtype(partial / "config.json", str(dtypes.pop()).removeprefix("torch."))
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     old = directory.with_name(directory.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
@@ -84,22 +107,31 @@ class ShardedWriter:
 
     Args:
         directory: of the files.
-        specs: every tensor that will come, on the meta device.
+        specs: every tensor of the directory, on the meta device.
         max_shard_size: of one file, bytes or such as ``"5GB"``; a larger tensor has a file of its own.
+        rank, size: of several processes that share the files between them; the first writes the index.
     """
 
-    def __init__(self, directory: Path, specs: Mapping[str, Tensor], *, max_shard_size: int | str) -> None:
-        self._directory, self._specs = directory, specs
+    def __init__(
+        self, directory: Path, specs: Mapping[str, Tensor], *, max_shard_size: int | str, rank: int = 0, size: int = 1
+    ) -> None:
+        self._directory, self._specs, self._rank = directory, specs, rank
         self._split = split_torch_state_dict_into_shards(
             dict(specs), max_shard_size=max_shard_size, filename_pattern=_NAMES
         )
+        self._mine = list(self._split.filename_to_tensors)[rank::size]
         self._stack = ExitStack()
         self._files: dict[str, SafetensorsWriter] = {}
 
+    @property
+    def expects(self) -> set[str]:
+        """The tensors that this process writes."""
+        return {name for file in self._mine for name in self._split.filename_to_tensors[file]}
+
     def __enter__(self) -> ShardedWriter:
-        for file, names in self._split.filename_to_tensors.items():
-            writer = SafetensorsWriter(self._directory / file, {name: self._specs[name] for name in names})
-            self._files[file] = self._stack.enter_context(writer)
+        for file in self._mine:
+            specs = {name: self._specs[name] for name in self._split.filename_to_tensors[file]}
+            self._files[file] = self._stack.enter_context(SafetensorsWriter(self._directory / file, specs))
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -114,7 +146,7 @@ class ShardedWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         self._stack.__exit__(kind, error, trace)
-        if kind is None and self._split.is_sharded:
+        if kind is None and self._split.is_sharded and self._rank == 0:
             index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
             (self._directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 

@@ -58,9 +58,7 @@ def load(
     problems = list({name: problem for _, of_stage in stages for name, problem in of_stage.items()}.values())
     problems += [f"fits no parameter: {name}" for name in sorted(set(tensors) - used - table.ignored)]
     if problems:
-        raise CheckpointError(
-            f"{source}: the weights do not fit config.json in {len(problems)} places:\n  " + "\n  ".join(problems)
-        )
+        raise CheckpointError.misfit(source, problems)
     for name, parameter in model.named_parameters():
         full = [tensors[hf_name] for hf_name in entries[name].hf_names]
         parameter.data.copy_(entries[name].rule.shard(full, tensor_rank, tensor_size))

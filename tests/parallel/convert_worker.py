@@ -2,11 +2,13 @@
 """One rank of the conversion test: models through a Megatron checkpoint and back, at other layouts on either side.
 
 Usage: DIRECTORY LAYOUT>LAYOUT..., a layout as tp,pp,cp. The directory holds a model a folder; each goes through each
-pair of layouts. The last model goes through once more with a wrong table, which must be seen.
+pair of layouts: imported at the first, then exported twice, from the checkpoint's files, which needs no layout, and
+from a policy that loaded it at the second. The last model goes once more with a wrong table, which must be seen.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from dataclasses import replace
@@ -22,8 +24,12 @@ from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo import weights
 from megatron_g2rpo.policy import parallel
 from megatron_g2rpo.policy.device import init_process_group, select
+from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.recipe import Recipe
-from megatron_g2rpo.train import convert
+from megatron_g2rpo.train.convert import precision_of
+from megatron_g2rpo.train.convert_export import companions, export
+from megatron_g2rpo.train.convert_import import import_hf
+from megatron_g2rpo.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_g2rpo.weights.table import WeightTable
 
 SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
@@ -45,37 +51,52 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
     return found
 
 
-def round_trip(model: Path, pair: str) -> dict[str, Tensor]:
-    """The exported tensors; on rank 0."""
+def round_trip(model: Path, pair: str) -> list[dict[str, Tensor]]:
+    """The tensors of both exports; on rank 0."""
     first, second = pair.split(">")
-    checkpoint, exported = model.parent / "checkpoint", model.parent / "exported"
+    checkpoint, exported, streamed = (model.parent / name for name in ("checkpoint", "exported", "streamed"))
     if dist.get_rank() == 0:
-        for left in (checkpoint, exported):
+        for left in (checkpoint, exported, streamed):
             shutil.rmtree(left, ignore_errors=True)
     dist.barrier()
-    precision = convert.precision_of_hf(model)
-    convert.import_hf(recipe_of(first, precision, model_name=model), checkpoint)
-    assert convert.precision_of_checkpoint(checkpoint) == precision
-    companions = convert.companions(checkpoint, None)
-    recipe = recipe_of(second, precision, model_name=companions, pretrained_checkpoint=checkpoint)
-    convert.export(recipe, exported, dtype=precision, max_shard_size="60KB")
+    precision = precision_of(weights.SafetensorsDirectory(model).dtypes, model)
+    import_hf(recipe_of(first, precision, model_name=model), checkpoint)
+    assert precision_of(MegatronCheckpoint(checkpoint).dtypes, checkpoint) == precision
+    directory = companions(checkpoint, None)
+    export(checkpoint, exported, companions=directory, dtype=precision, max_shard_size="60KB")
+
+    recipe = recipe_of(second, precision, model_name=directory, pretrained_checkpoint=checkpoint)
+    policy = MegatronPolicy(recipe.policy, select("cpu"), seed=0, max_steps=None)
+    weights.export_hf(
+        policy.stream(),
+        policy.specs(),
+        streamed,
+        source=directory,
+        write=dist.get_rank() == 0,
+        max_shard_size="60KB",
+    )
     dist.barrier()
     assert sorted(path.name for path in model.parent.iterdir() if "partial" in path.name) == []
-    return tensors_of(exported) if dist.get_rank() == 0 else {}
+    return [tensors_of(exported), tensors_of(streamed)] if dist.get_rank() == 0 else []
 
 
 def check(model: Path, pair: str) -> None:
-    found = round_trip(model, pair)
+    both = round_trip(model, pair)
     if dist.get_rank() > 0:
         return
     expected = tensors_of(model)
-    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), f"{model.name}, {pair}: {name}"
-    shards = len(list((model.parent / "exported").glob("model-*.safetensors")))
-    assert shards > 1
-    print(f"converted {model.name} {pair}: {len(found)} tensors in {shards} files", flush=True)
+    for how, found in zip(("files", "policy"), both, strict=True):
+        assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+        for name, tensor in expected.items():
+            assert found[name].dtype == tensor.dtype, name
+            assert torch.equal(found[name], tensor), f"{model.name}, {pair}, from {how}: {name}"
+    exported = model.parent / "exported"
+    index = json.loads((exported / "model.safetensors.index.json").read_text())["weight_map"]
+    shards = {path.name for path in exported.glob("model-*.safetensors")}
+    assert index.keys() == expected.keys()
+    assert set(index.values()) == shards
+    assert len(shards) > dist.get_world_size(), "every rank writes some"
+    print(f"converted {model.name} {pair}: {len(expected)} tensors in {len(shards)} files", flush=True)
 
 
 def check_a_swapped_row_is_seen(model: Path, pair: str) -> None:
@@ -87,13 +108,15 @@ def check_a_swapped_row_is_seen(model: Path, pair: str) -> None:
         rows = [replace(row, hf=row.hf[::-1]) if "linear_fc1.weight" in row.megatron else row for row in table.rows]
         return WeightTable(rows, table.ignored)
 
-    tables = iter([swapped, table_for])  # for the way in alone: both ways, the mistake would undo itself
+    # For the way in alone: both ways, the mistake would undo itself.
+    tables = iter([swapped, table_for, table_for])
     with patch.object(weights, "table_for", lambda hf_config: next(tables)(hf_config)):
-        found = round_trip(model, pair)
+        both = round_trip(model, pair)
     if dist.get_rank() == 0:
         expected = tensors_of(model)
-        differing = {name for name, tensor in expected.items() if not torch.equal(found[name], tensor)}
-        assert differing == {name for name in expected if "gate_proj" in name or "up_proj" in name}
+        for found in both:
+            differing = {name for name, tensor in expected.items() if not torch.equal(found[name], tensor)}
+            assert differing == {name for name in expected if "gate_proj" in name or "up_proj" in name}
         print("a swapped row is seen", flush=True)
 
 

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``megatron-g2rpo convert export``: weights from a Megatron checkpoint to a Hugging Face directory.
+
+The checkpoint's tensors are global, so that there is no model to build, nor a layout to choose: each is read, renamed,
+taken apart and written before the next. Several processes share the files between them, and each holds one parameter.
+The directory appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoConfig
+
+from megatron_g2rpo import weights
+from megatron_g2rpo.nouns import DTYPES
+from megatron_g2rpo.policy.device import init_process_group, select
+from megatron_g2rpo.train.convert import progress_bar
+from megatron_g2rpo.weights.megatron_checkpoint import COMPANIONS, MegatronCheckpoint, hf_contents
+from megatron_g2rpo.weights.published import published_tensors
+
+
+def companions(checkpoint: Path, model: Path | None) -> Path:
+    """The directory with the config, tokenizer and processor that belong to a Megatron checkpoint.
+
+    Args:
+        checkpoint: written by a run or by ``convert import``.
+        model: what the user names instead; None for what lies in the checkpoint.
+
+    Raises:
+        FileNotFoundError: neither place has a config.json.
+    """
+    directory = checkpoint / COMPANIONS if model is None else model
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{directory} has no config.json; name the Hugging Face directory that belongs to {checkpoint} with --model"
+        )
+    return directory
+
+
+def export(source: Path, target: Path, *, companions: Path, dtype: str, max_shard_size: str) -> None:
+    """Write a Megatron checkpoint as a Hugging Face directory. A collective where torchrun started several processes.
+
+    Args:
+        source: the checkpoint.
+        target: a directory that does not exist.
+        companions: Hugging Face directory of config and tokenizer.
+        dtype: of the exported weights.
+        max_shard_size: see ``weights.export_hf``.
+
+    Raises:
+        CheckpointError: its weights do not fit the config; all that does not is listed.
+    """
+    checkpoint = MegatronCheckpoint(source)
+    hf_config = AutoConfig.from_pretrained(companions, local_files_only=True)
+    entries, stored = hf_contents(checkpoint, weights.table_for(hf_config), published_tensors(hf_config), source)
+    specs = {name: spec.to(DTYPES[dtype]) for name, spec in stored.items()}
+    init_process_group(select("cpu"))
+    rank, size = dist.get_rank(), dist.get_world_size()
+    with ExitStack() as stack:
+        partial = weights.partial_path(target)
+        if rank == 0:
+            stack.enter_context(weights.hf_directory(target, specs, source=companions))
+        dist.barrier()
+        writer = weights.ShardedWriter(partial, specs, max_shard_size=max_shard_size, rank=rank, size=size)
+        mine = writer.expects
+        total = sum(map(_bytes, (specs[name] for name in mine)))
+        with writer, progress_bar("writing", total, show=rank == 0) as advance:
+            for name, entry in entries.items():
+                if mine.isdisjoint(entry.hf_names):
+                    continue
+                for hf_name, tensor in zip(entry.hf_names, entry.rule.merge([checkpoint[name]]), strict=True):
+                    if hf_name in mine:
+                        writer.write(hf_name, tensor.to(DTYPES[dtype]))
+                        advance(_bytes(specs[hf_name]))
+        dist.barrier()
+    dist.barrier()
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weights of a megatron-core checkpoint, whole and one at a time, without a model and without process groups."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_g2rpo.weights.checkpoint import CheckpointError
+from megatron_g2rpo.weights.table import Entry, UnmappedParameter, WeightTable
+
+# Where a checkpoint keeps the model's config, tokenizer and processor.
+COMPANIONS = "huggingface"
+METADATA = "metadata.json"
+_BACKEND = "torch_dist"
+_OPTIMIZER = "optimizer."
+_STACKED = re.compile(r"(.*\bdecoder\.layers\.)(?!\d)(.*)")
+
+
+class MegatronCheckpoint(Mapping[str, Tensor]):
+    """Full tensors by Megatron name, as a model of one rank would name and hold them, read when they are asked for.
+
+    megatron-core's ``dist_checkpointing`` writes the format of ``torch.distributed.checkpoint``: tensors are global, in
+    pieces as the ranks held them, and a parameter of a decoder's layers is one tensor, its first axis the layers,
+    unless the layers differ. Here it is one tensor a layer. Optimizer state and what is no tensor is left out.
+
+    As anywhere in that format, the list of tensors is unpickled: open what you trust.
+
+    Args:
+        directory: of the checkpoint.
+
+    Raises:
+        CheckpointError: it is no such checkpoint, or of another format of megatron-core's.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self._directory = Path(directory)
+        if not (self._directory / METADATA).is_file():
+            raise CheckpointError(f"{directory} is no Megatron checkpoint: it has no {METADATA}")
+        backend = json.loads((self._directory / METADATA).read_text()).get("sharded_backend")
+        if backend != _BACKEND:
+            raise CheckpointError(f"{directory}: its format is {backend!r}; {_BACKEND!r} is the one that is read")
+        self._reader = FileSystemReader(self._directory)
+        metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._stored = {
+            key: entry
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata) and not key.startswith(_OPTIMIZER)
+        }
+        self._places = dict(self._places_of_parameters())
+
+    def _places_of_parameters(self) -> Iterator[tuple[str, tuple[str, int | None]]]:
+        """Megatron name, and the stored tensor and the layer of it that hold the parameter."""
+        for key, entry in self._stored.items():
+            stacked = _STACKED.fullmatch(key)
+            if stacked is None:
+                yield key, (key, None)
+                continue
+            for layer in range(entry.size[0]):
+                yield f"{stacked[1]}{layer}.{stacked[2]}", (key, layer)
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Of its weights."""
+        return {entry.properties.dtype for entry in self._stored.values()}
+
+    def spec(self, name: str) -> Tensor:
+        """A parameter's shape and dtype, on the meta device."""
+        key, layer = self._places[name]
+        entry = self._stored[key]
+        return torch.empty(entry.size if layer is None else entry.size[1:], dtype=entry.properties.dtype, device="meta")
+
+    def __getitem__(self, name: str) -> Tensor:
+        key, layer = self._places[name]
+        entry = self._stored[key]
+        first, sizes = [0] * len(entry.size), list(entry.size)
+        if layer is not None:
+            first[0], sizes[0] = layer, 1
+        target = torch.empty(sizes, dtype=entry.properties.dtype)
+        wanted = ChunkStorageMetadata(offsets=torch.Size(first), sizes=torch.Size(sizes))
+        items = create_read_items_for_chunk_list(key, entry, [wanted])
+        if sum(math.prod(item.lengths) for item in items) != target.numel():
+            raise CheckpointError(f"{self._directory}: it does not have all of {name}")
+        self._reader.read_data(LoadPlan(items), _Into(target)).wait()
+        return target if layer is None else target[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+class _Into(DefaultLoadPlanner):
+    """Pieces of one stored tensor into a tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        where = zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        return self._target[tuple(slice(first, first + length) for first, length in where)]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass  # it was read into its place
+
+
+def hf_contents(
+    checkpoint: MegatronCheckpoint, table: WeightTable, published: Mapping[str, Tensor], source: object
+) -> tuple[dict[str, Entry], dict[str, Tensor]]:
+    """What Hugging Face tensors a checkpoint holds, after a look at whether they are the model's.
+
+    Args:
+        checkpoint: with either naming of the norms.
+        table: of the model's family.
+        published: the tensors that the model has; see ``published_tensors``.
+        source: what messages call the checkpoint.
+
+    Returns:
+        Entry of every Megatron name, and every Hugging Face tensor on the meta device, with the dtype it has in the
+        checkpoint; both in the order of ``published``.
+
+    Raises:
+        CheckpointError: tensors are missing, have other shapes, or are none of the model's; all are listed.
+    """
+    entries: dict[str, Entry] = {}
+    found: dict[str, Tensor] = {}
+    problems = []
+    for name in checkpoint:
+        spec = checkpoint.spec(name)
+        try:
+            entry = table.entry(name)
+            tensors = dict(zip(entry.hf_names, entry.rule.merge([spec]), strict=True))
+        except UnmappedParameter:
+            problems.append(f"fits no tensor: {name}")
+            continue
+        except RuntimeError:  # torch's, of a shape that cannot be taken apart
+            problems.append(f"shape {tuple(spec.shape)}: {name}")
+            continue
+        problems += [f"is there twice: {hf_name} (in {name})" for hf_name in tensors.keys() & found.keys()]
+        entries[name] = entry
+        found |= tensors
+    for hf_name, like in published.items():
+        if hf_name not in found:
+            problems.append(f"missing: {hf_name}")
+        elif found[hf_name].shape != like.shape:
+            problems.append(f"shape {tuple(found[hf_name].shape)} instead of {tuple(like.shape)}: {hf_name}")
+    problems += [f"fits no tensor: {hf_name}" for hf_name in found.keys() - published.keys()]
+    if problems:
+        raise CheckpointError.misfit(source, sorted(problems))
+    order = {hf_name: number for number, hf_name in enumerate(published)}
+    ordered = sorted(entries.items(), key=lambda item: order[item[1].hf_names[0]])
+    return dict(ordered), {hf_name: found[hf_name] for hf_name in published}

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' own model of a configuration: what a family's tensors are called, and their shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.initialization import no_init_weights
+
+
+def model_class(hf_config: Any) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """The class whose ``from_config`` builds the model: one that sees, or one of text."""
+    return AutoModelForCausalLM if getattr(hf_config, "vision_config", None) is None else AutoModelForImageTextToText
+
+
+def published_tensors(hf_config: Any) -> dict[str, Tensor]:
+    """All parameters of the model by Hugging Face name, on the meta device; a tied output matrix is not among them."""
+    with torch.device("meta"), no_init_weights():
+        model = model_class(hf_config).from_config(hf_config)
+    model.tie_weights()
+    return {name: parameter.data for name, parameter in model.named_parameters()}

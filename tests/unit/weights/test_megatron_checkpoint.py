@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims: a checkpoint's tensors come out whole, by layer, or not at all; what does not fit the model is listed.
+
+The checkpoints are written here by torch, in the form that megatron-core gives them; real ones go through
+tests/parallel/test_convert.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_g2rpo.train.convert_export import export
+from megatron_g2rpo.weights import CheckpointError, SafetensorsDirectory, table_for
+from megatron_g2rpo.weights.megatron_checkpoint import METADATA, MegatronCheckpoint, hf_contents
+from megatron_g2rpo.weights.published import published_tensors
+from tests.text_models import make_text_model
+
+LAYER = "language_model.decoder.layers."
+
+
+def write(directory: Path, tensors: dict[str, Tensor], backend: str = "torch_dist") -> Path:
+    dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(directory), no_dist=True)
+    (directory / METADATA).write_text(json.dumps({"sharded_backend": backend}))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny Llama: its directory and its configuration."""
+    directory = tmp_path_factory.mktemp("llama")
+    return directory, make_text_model(directory, "llama", tied=True).config
+
+
+def stored(model, *, engine: bool = False, stacked: bool = True) -> dict[str, Tensor]:
+    """The model as a checkpoint holds it, with the norms' names of Transformer Engine's linears or the local ones."""
+    directory, config = model
+    tensors, table = SafetensorsDirectory(directory), table_for(config)
+    whole = {
+        name: entry.rule.shard([tensors[hf] for hf in entry.hf_names], 0, 1)
+        for name, entry in table.parameters(tensors)
+    }
+    if engine:
+        moved = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+        moved["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+        for old, new in moved.items():
+            whole = {name.replace(old, new): tensor for name, tensor in whole.items()}
+    if not stacked:
+        return whole
+    layers = config.num_hidden_layers
+    result = {name: tensor for name, tensor in whole.items() if LAYER not in name}
+    for kind in {name.removeprefix(f"{LAYER}0.") for name in whole if name.startswith(f"{LAYER}0.")}:
+        result[LAYER + kind] = torch.stack([whole[f"{LAYER}{layer}.{kind}"] for layer in range(layers)])
+    return result
+
+
+@pytest.mark.parametrize("engine", [False, True], ids=["local", "transformer engine"])
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "by layer"])
+def test_every_form_exports_the_same(model, tmp_path, engine, stacked):
+    directory, _ = model
+    tensors = stored(model, engine=engine, stacked=stacked)
+    others = {f"optimizer.state.exp_avg.{name}": torch.ones_like(tensor) for name, tensor in tensors.items()}
+    checkpoint = write(tmp_path / "checkpoint", {**tensors, **others, "rng": {"state": [1, 2]}})
+    export(checkpoint, tmp_path / "hf", companions=directory, dtype="float32", max_shard_size="5GB")
+    found, expected = load_file(tmp_path / "hf" / "model.safetensors"), load_file(directory / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_all_that_does_not_fit_is_listed_and_nothing_is_left(model, tmp_path):
+    directory, config = model
+    tensors = stored(model)
+    del tensors["language_model.decoder.final_layernorm.weight"]
+    embedding = "language_model.embedding.word_embeddings.weight"
+    tensors[embedding] = tensors[embedding][:, :-1].contiguous()
+    qkv = f"{LAYER}self_attention.linear_qkv.weight"
+    tensors[qkv] = tensors[qkv][:, :-1].contiguous()
+    tensors["language_model.adapter.weight"] = torch.zeros(3)
+    down = f"{LAYER}mlp.linear_fc2.weight"
+    tensors[down] = torch.cat([tensors[down], tensors[down][:1]])  # a layer too many
+    checkpoint = write(tmp_path / "checkpoint", tensors)
+    with pytest.raises(CheckpointError) as error:
+        export(checkpoint, tmp_path / "hf", companions=directory, dtype="float32", max_shard_size="5GB")
+    first, *lines = str(error.value).splitlines()
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    rows = tensors[qkv].shape[1]
+    assert first == f"{checkpoint}: the weights do not fit config.json in {len(lines)} places:"
+    assert sorted(line.strip() for line in lines) == sorted(
+        [
+            "missing: model.norm.weight",
+            f"shape {(config.vocab_size, hidden - 1)} instead of {(config.vocab_size, hidden)}: "
+            "model.embed_tokens.weight",
+            "fits no tensor: language_model.adapter.weight",
+            f"fits no tensor: model.layers.{layers}.mlp.down_proj.weight",
+        ]
+        + [f"shape {(rows, hidden)}: {LAYER}{n}.self_attention.linear_qkv.weight" for n in range(layers)]
+        + [f"missing: model.layers.{n}.self_attn.{part}_proj.weight" for n in range(layers) for part in "qkv"]
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_tensor_under_both_names_is_refused(model, tmp_path):
+    tensors = {**stored(model), **stored(model, engine=True)}
+    checkpoint = MegatronCheckpoint(write(tmp_path, tensors))
+    config = model[1]
+    with pytest.raises(CheckpointError) as error:
+        hf_contents(checkpoint, table_for(config), published_tensors(config), "here")
+    assert str(error.value).count("is there twice: ") == 2 * config.num_hidden_layers
+
+
+def test_a_tensor_that_lacks_a_piece_is_refused(model, tmp_path):
+    """As of a job whose ranks did not all write theirs: what is missing would be whatever the memory held."""
+    checkpoint = MegatronCheckpoint(write(tmp_path, stored(model)))
+    name = "language_model.decoder.final_layernorm.weight"
+    checkpoint._stored[name].chunks.clear()
+    with pytest.raises(CheckpointError, match=f"it does not have all of {name}"):
+        checkpoint[name]
+
+
+def test_what_is_no_checkpoint_is_named(model, tmp_path):
+    with pytest.raises(CheckpointError, match=r"is no Megatron checkpoint: it has no metadata\.json"):
+        MegatronCheckpoint(tmp_path)
+    write(tmp_path, {"w": torch.ones(1)}, backend="zarr")
+    with pytest.raises(CheckpointError, match=r"its format is 'zarr'; 'torch_dist' is the one that is read"):
+        MegatronCheckpoint(tmp_path)
