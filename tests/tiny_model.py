@@ -191,11 +191,45 @@ def hf_logits(
 ) -> Tensor:
     """Logits ``[P + R, vocab]`` of transformers' own forward over one prompt and its response, alone and unpadded."""
     ids = inputs.token_ids if response_ids is None else torch.cat([inputs.token_ids, response_ids])
-    images = {}
-    if len(inputs.image_grid_thw):
-        images = {
-            "pixel_values": inputs.pixel_values,
-            "image_grid_thw": inputs.image_grid_thw,
-            "mm_token_type_ids": (ids == model.config.image_token_id).long()[None],
-        }
-    return model(input_ids=ids[None], use_cache=False, **images).logits[0]
+    return model(input_ids=ids[None], use_cache=False, **_images(model, inputs, ids[None])).logits[0]
+
+
+@torch.no_grad()
+def hf_greedy(
+    model: Qwen3VLForConditionalGeneration,
+    inputs: ModelInputs,
+    max_new_tokens: int,
+    *,
+    ends: Sequence[int],
+    pad: int,
+    banned: Sequence[int],
+) -> list[int]:
+    """What transformers' own ``generate`` answers greedily to one prompt, alone and unpadded.
+
+    Args:
+        ends: any of them ends the answer, and is its last token.
+        pad: of no effect; transformers asks for it.
+        banned: ids that are never generated.
+    """
+    ids = inputs.token_ids[None]
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(ends),
+        pad_token_id=pad,
+        suppress_tokens=list(banned) or None,
+        **_images(model, inputs, ids),
+    )
+    return output[0, ids.shape[1] :].tolist()
+
+
+def _images(model: Qwen3VLForConditionalGeneration, inputs: ModelInputs, ids: Tensor) -> dict[str, Tensor]:
+    if not len(inputs.image_grid_thw):
+        return {}
+    return {
+        "pixel_values": inputs.pixel_values,
+        "image_grid_thw": inputs.image_grid_thw,
+        "mm_token_type_ids": (ids == model.config.image_token_id).long(),
+    }

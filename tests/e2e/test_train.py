@@ -14,12 +14,14 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from megatron_g2rpo import recipe as recipes
-from megatron_g2rpo.nouns import ModelInputs, PackedBatch
+from megatron_g2rpo.data.processing import ChatProcessor
+from megatron_g2rpo.nouns import PackedBatch
 from megatron_g2rpo.train.assembly import assemble
 from megatron_g2rpo.train.g2rpo import g2rpo_step
 from megatron_g2rpo.train.loop import Run
 from megatron_g2rpo.train.losses import G2RPOLoss, TaskEntropies
 from tests.e2e.toy import TASKS, Toy, call, metrics, numbers, succeed
+from tests.tiny_model import hf_greedy
 
 # Five significant digits: half a unit of the fifth.
 FIVE_DIGITS = 5e-6
@@ -121,27 +123,10 @@ def test_the_export_answers_as_the_policy_does(toy: Toy, straight: Path) -> None
     assert len(prompts) == 36
     rollouts = parts.engine.generate(prompts, 1, temperature=0.0, seed=0, group_ids=list(range(36)))
     assert len({rollout.text for rollout in rollouts}) > 3, "answers that are all alike prove little"
+    chat = ChatProcessor(exported)
     for rollout in rollouts:
-        assert greedy(model, rollout.prompt.inputs, 32) == rollout.response_ids.tolist(), rollout.prompt.key
-
-
-@torch.no_grad()
-def greedy(model: Any, inputs: ModelInputs, max_new_tokens: int) -> list[int]:
-    """transformers' own greedy answer to one prompt."""
-    ids = inputs.token_ids[None]
-    images = {}
-    if len(inputs.image_grid_thw):
-        images = {"pixel_values": inputs.pixel_values, "image_grid_thw": inputs.image_grid_thw}
-    kinds = (ids == model.config.image_token_id).long()
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        mm_token_type_ids=kinds,
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        **images,
-    )
-    return output[0, ids.shape[1] :].tolist()
+        answer = hf_greedy(model, rollout.prompt.inputs, 32, ends=[chat.eos_token_id], pad=chat.pad_token_id, banned=[])
+        assert answer == rollout.response_ids.tolist(), rollout.prompt.key
 
 
 @pytest.mark.parametrize("layout", ["dp2", "pp2", "cp2"])

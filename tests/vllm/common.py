@@ -18,7 +18,7 @@ from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.nouns import Prompt, Rollout, Sample
 from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.rollout import base
-from tests.tiny_model import hf_logits, randomise
+from tests.tiny_model import hf_greedy, hf_logits, randomise
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICY = ROOT / "examples" / "quickstart" / "policy"
@@ -113,29 +113,10 @@ def forward_logprobs(model: Qwen3VLForConditionalGeneration, rollout: Rollout, t
     return predicting.log_softmax(-1).gather(1, rollout.response_ids[:, None])[:, 0].float()
 
 
-@torch.no_grad()
 def greedy(model: Qwen3VLForConditionalGeneration, prompt: Prompt, max_new_tokens: int) -> list[int]:
     """What transformers' ``generate`` answers greedily."""
-    inputs, processor = prompt.inputs, ChatProcessor(POLICY)
-    ids = inputs.token_ids[None]
-    images = {}
-    if len(inputs.image_grid_thw):
-        images = {
-            "pixel_values": inputs.pixel_values,
-            "image_grid_thw": inputs.image_grid_thw,
-            "mm_token_type_ids": (ids == processor.image_token_id).long(),
-        }
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=ENDS,
-        pad_token_id=processor.pad_token_id,
-        suppress_tokens=banned(),
-        **images,
-    )
-    return output[0, ids.shape[1] :].tolist()
+    pad = ChatProcessor(POLICY).pad_token_id
+    return hf_greedy(model, prompt.inputs, max_new_tokens, ends=ENDS, pad=pad, banned=banned())
 
 
 def same(expected: dict[tuple[str, int], list[int]], actual: dict[tuple[str, int], list[int]]) -> Iterator[bool]:

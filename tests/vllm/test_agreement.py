@@ -20,6 +20,7 @@ from megatron_g2rpo.data.stream import validation_prompts
 from tests.e2e.conftest import toy, warm  # noqa: F401 (fixtures)
 from tests.e2e.toy import TASKS, Toy
 from tests.launch import torchrun
+from tests.tiny_model import hf_greedy
 from tests.vllm.servers import ServerProcess, serving
 
 pytestmark = pytest.mark.timeout(900)
@@ -57,31 +58,14 @@ def check(recipe: Path, toy: Toy, directory: Path, live: dict[str, list[int]]) -
     assert live == greedy_of_transformers(toy, directory / "hf")
 
 
-@torch.no_grad()
 def greedy_of_transformers(toy: Toy, directory: Path) -> dict[str, list[int]]:  # noqa: F811
     model = Qwen3VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
     processor = ChatProcessor(directory)
     prompts = validation_prompts(ShardIndex(toy.data / "val", known_tasks=set(TASKS)), 18, processor)
     assert sum(len(prompt.inputs.image_grid_thw) > 0 for prompt in prompts) >= 24
     banned = processor.banned_token_ids(model.config.get_text_config().vocab_size)
-    answers = {}
-    for prompt in prompts:
-        ids, images = prompt.inputs.token_ids[None], {}
-        if len(prompt.inputs.image_grid_thw):
-            images = {"pixel_values": prompt.inputs.pixel_values, "image_grid_thw": prompt.inputs.image_grid_thw}
-            images["mm_token_type_ids"] = (ids == processor.image_token_id).long()
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=32,
-            eos_token_id=processor.eos_token_id,
-            pad_token_id=processor.pad_token_id,
-            suppress_tokens=banned,
-            **images,
-        )
-        answers[prompt.key] = output[0, ids.shape[1] :].tolist()
-    return answers
+    ends, pad = [processor.eos_token_id], processor.pad_token_id
+    return {prompt.key: hf_greedy(model, prompt.inputs, 32, ends=ends, pad=pad, banned=banned) for prompt in prompts}
 
 
 def test_in_process(recipe: Path, toy: Toy, tmp_path: Path) -> None:  # noqa: F811

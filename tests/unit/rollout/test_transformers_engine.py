@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from megatron_g2rpo.rollout.transformers_engine import TransformersEngine
-from tests.tiny_model import as_prompt, hf_logits, make_tiny_qwen3vl, random_inputs, special_tokens
+from tests.tiny_model import as_prompt, hf_greedy, hf_logits, make_tiny_qwen3vl, random_inputs, special_tokens
 
 VOCAB = 160
 TOKENS = special_tokens(VOCAB)
@@ -73,27 +73,8 @@ def forward_logprobs(model, rollout, temperature=1.0):
     return table.gather(1, rollout.response_ids[:, None])[:, 0].float()
 
 
-@torch.no_grad()
-def hf_greedy(model, inputs, max_new_tokens):
-    ids = inputs.token_ids[None]
-    images = {}
-    if len(inputs.image_grid_thw):
-        images = {
-            "pixel_values": inputs.pixel_values,
-            "image_grid_thw": inputs.image_grid_thw,
-            "mm_token_type_ids": (ids == TOKENS.image).long(),
-        }
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(ENDS),
-        pad_token_id=TOKENS.pad,
-        suppress_tokens=list(TOKENS.banned),
-        **images,
-    )
-    return output[0, ids.shape[1] :].tolist()
+def greedy(model, inputs, max_new_tokens):
+    return hf_greedy(model, inputs, max_new_tokens, ends=ENDS, pad=TOKENS.pad, banned=TOKENS.banned)
 
 
 # Weights.
@@ -179,7 +160,7 @@ def test_bfloat16_keeps_the_rotary_tables_in_float32(reference, prompts):
 def test_greedy_tokens_are_those_of_transformers_generate(reference, prompts):
     rollouts = generate(loaded(reference), prompts, 1, temperature=0.0)
     for rollout in rollouts:
-        assert rollout.response_ids.tolist() == hf_greedy(reference[1], rollout.prompt.inputs, 24), rollout.prompt.key
+        assert rollout.response_ids.tolist() == greedy(reference[1], rollout.prompt.inputs, 24), rollout.prompt.key
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
