@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +40,26 @@ def load_layers(path: Path, overrides: Sequence[str] = ()) -> Document:
 
 def load_file(path: Path) -> Document:
     """Merge a recipe file over its parents."""
-    return _load(path, ())
+    merged = Document({}, {})
+    for document in _lineage(path, ()):
+        merged = merge(merged, document)
+    return merged
 
 
-def _load(path: Path, chain: tuple[Path, ...]) -> Document:
+def _lineage(path: Path, chain: tuple[Path, ...]) -> Iterator[Document]:
+    """A file's parents, depth first, and the file, each as it stands: a marker counts for all that comes before it."""
     own = read_document(path)
     chain = (*chain, path)
-    merged = Document({}, {})
     for parent in parent_paths(path, own):
         if parent.resolve() in [file.resolve() for file in chain]:
             cycle = " -> ".join(str(file) for file in (*chain, parent))
             raise RecipeError(f"{own.origins[DEFAULTS]}: defaults form a cycle: {cycle}")
         if not parent.is_file():
             raise RecipeError(f"{own.origins[DEFAULTS]}: defaults names {parent}, which does not exist")
-        merged = merge(merged, _load(parent, chain))
+        yield from _lineage(parent, chain)
     own.tree.pop(DEFAULTS, None)
     own.origins.pop(DEFAULTS, None)
-    return merge(merged, own)
+    yield own
 
 
 def parent_paths(path: Path, document: Document) -> list[Path]:

@@ -55,6 +55,13 @@ def test_override_marker_replaces_what_is_inherited(write: Write) -> None:
     assert sorted(document.origins) == ["env", "env.other", "env.tasks", "env.tasks.c", "env.tasks.c.x"]
 
 
+def test_override_marker_in_one_of_several_parents_replaces_what_those_before_it_say(write: Write) -> None:
+    write("base.yaml", "a: {x: 1}\nb: {x: 1, y: 2}\n")
+    write("fragment.yaml", "a: {y: 2}\nb: {_override_: true, z: 3}\n")
+    child = write("child.yaml", "defaults: [base.yaml, fragment.yaml]\nb: {w: 4}\n")
+    assert load_layers(child).tree == {"a": {"x": 1, "y": 2}, "b": {"z": 3, "w": 4}}
+
+
 def test_override_marker_without_a_parent_is_only_removed(write: Write) -> None:
     assert load_layers(write("a.yaml", "a: {_override_: true, x: 1}\nb: {_override_: false}\n")).tree == {
         "a": {"x": 1},
