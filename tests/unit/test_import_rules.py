@@ -7,6 +7,7 @@ Then the rule that no import shows: hardware is named in policy/device.py alone.
 from __future__ import annotations
 
 import ast
+import logging.config
 import re
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ def imports_are_legal(config: Path, folder: Path, monkeypatch: pytest.MonkeyPatc
     # lint_imports puts the working directory first on sys.path, for good.
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(folder)
+    # It configures logging, and with that silences the loggers that exist, for good too.
+    monkeypatch.setattr(logging.config, "dictConfig", lambda config: None)
     return lint_imports(config_filename=str(config), no_cache=True, no_logo=True) == 0
 
 
