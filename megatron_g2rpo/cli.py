@@ -107,8 +107,8 @@ def convert_export(
 ) -> None:
     """Write a Megatron checkpoint, of `convert import` or a run's step_N, as a Hugging Face directory.
 
-    The layout it was saved at makes no difference, nor does one among the overrides: no model is built. Several
-    processes share the files of the result between them.
+    Whatever the layout it was saved at; no model is built. Several processes share the files of the result between
+    them. Of the overrides, which are checked as a run's are, only the cluster's size and policy.model_name count.
     """
     _with_errors(lambda: _export(source, target, overrides or [], nproc, dtype, max_shard_size, model))
 
@@ -242,15 +242,16 @@ def _export(
 
     if not is_launched():
         check_target(target)
-    dtype = dtype or precision_of(MegatronCheckpoint(source).dtypes, source)
-    directory = companions(source, model)
-    recipe = _policy_recipe([f"policy.model_name={directory}", *overrides], nproc)
+    checkpoint = MegatronCheckpoint(source)
+    dtype = dtype or precision_of(checkpoint.dtypes, source)
+    recipe = _policy_recipe([f"policy.model_name={companions(source, model)}", *overrides], nproc)
+    directory = Path(recipe.policy.model_name)
     if _launch_needed(recipe):
         options = ["--max-shard-size", max_shard_size, "--model", str(directory), "--dtype", dtype]
         with nothing_left(target):
             launch(recipe.cluster.gpus_per_node, ["convert", "export", str(source), str(target), *options, *overrides])
         return
-    export(source, target, companions=directory, dtype=dtype, max_shard_size=max_shard_size)
+    export(checkpoint, target, companions=directory, dtype=dtype, max_shard_size=max_shard_size)
     if _is_first():
         typer.echo(f"Hugging Face checkpoint: {target}")
 

@@ -2,8 +2,8 @@
 """``megatron-g2rpo convert export``: weights from a Megatron checkpoint to a Hugging Face directory.
 
 The checkpoint's tensors are global, so that there is no model to build, nor a layout to choose: each is read, renamed,
-taken apart and written before the next. Several processes share the files between them, and each holds one parameter.
-The directory appears whole or not at all.
+taken apart and written before the next. Several processes share the files between them; each holds one parameter, and
+the piece of it that is being read. The directory appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig
@@ -21,6 +22,7 @@ from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.train.convert import progress_bar
 from megatron_g2rpo.weights.megatron_checkpoint import COMPANIONS, MegatronCheckpoint, hf_contents
 from megatron_g2rpo.weights.published import published_tensors
+from megatron_g2rpo.weights.table import Entry
 
 
 def companions(checkpoint: Path, model: Path | None) -> Path:
@@ -41,11 +43,11 @@ def companions(checkpoint: Path, model: Path | None) -> Path:
     return directory
 
 
-def export(source: Path, target: Path, *, companions: Path, dtype: str, max_shard_size: str) -> None:
+def export(checkpoint: MegatronCheckpoint, target: Path, *, companions: Path, dtype: str, max_shard_size: str) -> None:
     """Write a Megatron checkpoint as a Hugging Face directory. A collective where torchrun started several processes.
 
     Args:
-        source: the checkpoint.
+        checkpoint: what to write.
         target: a directory that does not exist.
         companions: Hugging Face directory of config and tokenizer.
         dtype: of the exported weights.
@@ -54,9 +56,8 @@ def export(source: Path, target: Path, *, companions: Path, dtype: str, max_shar
     Raises:
         CheckpointError: its weights do not fit the config; all that does not is listed.
     """
-    checkpoint = MegatronCheckpoint(source)
     hf_config = AutoConfig.from_pretrained(companions, local_files_only=True)
-    entries, stored = hf_contents(checkpoint, weights.table_for(hf_config), published_tensors(hf_config), source)
+    entries, stored = hf_contents(checkpoint, weights.table_for(hf_config), published_tensors(hf_config))
     specs = {name: spec.to(DTYPES[dtype]) for name, spec in stored.items()}
     init_process_group(select("cpu"))
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -70,14 +71,21 @@ def export(source: Path, target: Path, *, companions: Path, dtype: str, max_shar
         total = sum(map(_bytes, (specs[name] for name in mine)))
         with writer, progress_bar("writing", total, show=rank == 0) as advance:
             for name, entry in entries.items():
-                if mine.isdisjoint(entry.hf_names):
-                    continue
-                for hf_name, tensor in zip(entry.hf_names, entry.rule.merge([checkpoint[name]]), strict=True):
-                    if hf_name in mine:
-                        writer.write(hf_name, tensor.to(DTYPES[dtype]))
-                        advance(_bytes(specs[hf_name]))
+                wanted = mine.intersection(entry.hf_names)
+                if wanted:
+                    _write(writer, wanted, entry, checkpoint[name], DTYPES[dtype])
+                    advance(sum(_bytes(specs[hf_name]) for hf_name in wanted))
         dist.barrier()
     dist.barrier()
+
+
+def _write(
+    writer: weights.ShardedWriter, wanted: set[str], entry: Entry, parameter: Tensor, dtype: torch.dtype
+) -> None:
+    """Write some of a parameter's tensors; a function, so that nothing of it outlives its turn."""
+    for hf_name, tensor in zip(entry.hf_names, entry.rule.merge([parameter]), strict=True):
+        if hf_name in wanted:
+            writer.write(hf_name, tensor.to(dtype))
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -116,9 +116,9 @@ class ShardedWriter:
         self, directory: Path, specs: Mapping[str, Tensor], *, max_shard_size: int | str, rank: int = 0, size: int = 1
     ) -> None:
         self._directory, self._specs, self._rank = directory, specs, rank
-        self._split = split_torch_state_dict_into_shards(
-            dict(specs), max_shard_size=max_shard_size, filename_pattern=_NAMES
-        )
+        # Tensors of their own: of a view, the size of its whole storage would count.
+        own = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
+        self._split = split_torch_state_dict_into_shards(own, max_shard_size=max_shard_size, filename_pattern=_NAMES)
         self._mine = list(self._split.filename_to_tensors)[rank::size]
         self._stack = ExitStack()
         self._files: dict[str, SafetensorsWriter] = {}

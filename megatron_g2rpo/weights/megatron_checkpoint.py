@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_g2rpo.weights.checkpoint import CheckpointError
+from megatron_g2rpo.weights.rules import Vocabulary, padded_rows
 from megatron_g2rpo.weights.table import Entry, UnmappedParameter, WeightTable
 
 # Where a checkpoint keeps the model's config, tokenizer and processor.
@@ -36,7 +38,7 @@ class MegatronCheckpoint(Mapping[str, Tensor]):
 
     As anywhere in that format, the list of tensors is unpickled: open what you trust.
 
-    Args:
+    Attributes:
         directory: of the checkpoint.
 
     Raises:
@@ -44,13 +46,13 @@ class MegatronCheckpoint(Mapping[str, Tensor]):
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self._directory = Path(directory)
-        if not (self._directory / METADATA).is_file():
+        self.directory = Path(directory)
+        if not (self.directory / METADATA).is_file():
             raise CheckpointError(f"{directory} is no Megatron checkpoint: it has no {METADATA}")
-        backend = json.loads((self._directory / METADATA).read_text()).get("sharded_backend")
+        backend = json.loads((self.directory / METADATA).read_text()).get("sharded_backend")
         if backend != _BACKEND:
             raise CheckpointError(f"{directory}: its format is {backend!r}; {_BACKEND!r} is the one that is read")
-        self._reader = FileSystemReader(self._directory)
+        self._reader = FileSystemReader(self.directory)
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._stored = {
@@ -81,6 +83,10 @@ class MegatronCheckpoint(Mapping[str, Tensor]):
         entry = self._stored[key]
         return torch.empty(entry.size if layer is None else entry.size[1:], dtype=entry.properties.dtype, device="meta")
 
+    def row_pieces(self, name: str) -> int:
+        """How many ranks shared the rows of a parameter that is stored as one tensor."""
+        return len({chunk.offsets[0] for chunk in self._stored[self._places[name][0]].chunks})
+
     def __getitem__(self, name: str) -> Tensor:
         key, layer = self._places[name]
         entry = self._stored[key]
@@ -91,9 +97,15 @@ class MegatronCheckpoint(Mapping[str, Tensor]):
         wanted = ChunkStorageMetadata(offsets=torch.Size(first), sizes=torch.Size(sizes))
         items = create_read_items_for_chunk_list(key, entry, [wanted])
         if sum(math.prod(item.lengths) for item in items) != target.numel():
-            raise CheckpointError(f"{self._directory}: it does not have all of {name}")
-        self._reader.read_data(LoadPlan(items), _Into(target)).wait()
+            raise CheckpointError(f"{self.directory}: it does not have all of {name}")
+        try:
+            self._reader.read_data(LoadPlan(items), _Into(target)).wait()
+        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:  # of a file that was cut short
+            raise CheckpointError(f"{self.directory}: {name} cannot be read: {error}") from error
         return target if layer is None else target[0]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -118,7 +130,7 @@ class _Into(DefaultLoadPlanner):
 
 
 def hf_contents(
-    checkpoint: MegatronCheckpoint, table: WeightTable, published: Mapping[str, Tensor], source: object
+    checkpoint: MegatronCheckpoint, table: WeightTable, published: Mapping[str, Tensor]
 ) -> tuple[dict[str, Entry], dict[str, Tensor]]:
     """What Hugging Face tensors a checkpoint holds, after a look at whether they are the model's.
 
@@ -126,7 +138,6 @@ def hf_contents(
         checkpoint: with either naming of the norms.
         table: of the model's family.
         published: the tensors that the model has; see ``published_tensors``.
-        source: what messages call the checkpoint.
 
     Returns:
         Entry of every Megatron name, and every Hugging Face tensor on the meta device, with the dtype it has in the
@@ -149,6 +160,10 @@ def hf_contents(
         except RuntimeError:  # torch's, of a shape that cannot be taken apart
             problems.append(f"shape {tuple(spec.shape)}: {name}")
             continue
+        if isinstance(entry.rule, Vocabulary):
+            rows = padded_rows(entry.rule.size, checkpoint.row_pieces(name))
+            if len(spec) > rows:  # what is beyond the padding would be lost
+                problems.append(f"{len(spec)} rows instead of {rows}, padding included: {name}")
         problems += [f"is there twice: {hf_name} (in {name})" for hf_name in tensors.keys() & found.keys()]
         entries[name] = entry
         found |= tensors
@@ -159,7 +174,7 @@ def hf_contents(
             problems.append(f"shape {tuple(found[hf_name].shape)} instead of {tuple(like.shape)}: {hf_name}")
     problems += [f"fits no tensor: {hf_name}" for hf_name in found.keys() - published.keys()]
     if problems:
-        raise CheckpointError.misfit(source, sorted(problems))
+        raise CheckpointError.misfit(checkpoint.directory, sorted(problems))
     order = {hf_name: number for number, hf_name in enumerate(published)}
     ordered = sorted(entries.items(), key=lambda item: order[item[1].hf_names[0]])
     return dict(ordered), {hf_name: found[hf_name] for hf_name in published}

@@ -45,7 +45,8 @@ def test_what_cannot_be_converted_is_refused_and_leaves_nothing(toy: Toy, tmp_pa
     target.mkdir()
     assert error_of("convert", "import", toy.model, target).startswith(f"{target} exists already")
     target.rmdir()
-    assert "is no Megatron checkpoint" in error_of("convert", "export", toy.model, target)
+    for dtype in ([], ["--dtype", "float32"]):
+        assert "is no Megatron checkpoint" in error_of("convert", "export", toy.model, target, *dtype)
 
     wrong = tmp_path / "wrong"
     shutil.copytree(toy.model, wrong)
@@ -60,6 +61,18 @@ def test_what_cannot_be_converted_is_refused_and_leaves_nothing(toy: Toy, tmp_pa
         f"layers.{layer}.mlp.{part}_proj.weight" in message for layer in range(layers) for part in ("gate", "up")
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["wrong"]
+
+
+def test_a_checkpoint_that_breaks_off_ends_every_process_and_leaves_nothing(straight: Path, tmp_path: Path) -> None:
+    """One of two processes fails in the middle of its files."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(straight / "checkpoints" / "step_4", checkpoint)
+    for file in checkpoint.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    message = error_of("convert", "export", checkpoint, tmp_path / "hf", "--nproc", "2", "--max-shard-size", "100KB")
+    assert f"{checkpoint}: " in message
+    assert " cannot be read: " in message
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_a_checkpoint_of_another_dtype_is_named(toy: Toy, tmp_path: Path) -> None:

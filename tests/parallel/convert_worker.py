@@ -63,10 +63,14 @@ def round_trip(model: Path, pair: str) -> list[dict[str, Tensor]]:
     import_hf(recipe_of(first, precision, model_name=model), checkpoint)
     assert precision_of(MegatronCheckpoint(checkpoint).dtypes, checkpoint) == precision
     directory = companions(checkpoint, None)
-    export(checkpoint, exported, companions=directory, dtype=precision, max_shard_size="60KB")
+    export(MegatronCheckpoint(checkpoint), exported, companions=directory, dtype=precision, max_shard_size="60KB")
 
     recipe = recipe_of(second, precision, model_name=directory, pretrained_checkpoint=checkpoint)
+    torch.use_deterministic_algorithms(True)  # fills what is not initialised with nan
     policy = MegatronPolicy(recipe.policy, select("cpu"), seed=0, max_steps=None)
+    torch.use_deterministic_algorithms(False)
+    for name, parameter in policy.model.named_parameters():
+        assert parameter.isfinite().all(), f"{model.name}, {pair}: {name}"  # the vocabulary's padding among them
     weights.export_hf(
         policy.stream(),
         policy.specs(),
@@ -94,6 +98,8 @@ def check(model: Path, pair: str) -> None:
     index = json.loads((exported / "model.safetensors.index.json").read_text())["weight_map"]
     shards = {path.name for path in exported.glob("model-*.safetensors")}
     assert index.keys() == expected.keys()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
+    assert json.loads((exported / "model.safetensors.index.json").read_text())["metadata"]["total_size"] == size
     assert set(index.values()) == shards
     assert len(shards) > dist.get_world_size(), "every rank writes some"
     print(f"converted {model.name} {pair}: {len(expected)} tensors in {len(shards)} files", flush=True)

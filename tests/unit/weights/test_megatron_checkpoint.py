@@ -15,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from megatron_g2rpo.train.convert_export import export
 from megatron_g2rpo.weights import CheckpointError, SafetensorsDirectory, table_for
@@ -67,7 +68,8 @@ def test_every_form_exports_the_same(model, tmp_path, engine, stacked):
     tensors = stored(model, engine=engine, stacked=stacked)
     others = {f"optimizer.state.exp_avg.{name}": torch.ones_like(tensor) for name, tensor in tensors.items()}
     checkpoint = write(tmp_path / "checkpoint", {**tensors, **others, "rng": {"state": [1, 2]}})
-    export(checkpoint, tmp_path / "hf", companions=directory, dtype="float32", max_shard_size="5GB")
+    options = {"companions": directory, "dtype": "float32", "max_shard_size": "5GB"}
+    export(MegatronCheckpoint(checkpoint), tmp_path / "hf", **options)
     found, expected = load_file(tmp_path / "hf" / "model.safetensors"), load_file(directory / "model.safetensors")
     assert found.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
@@ -86,7 +88,13 @@ def test_all_that_does_not_fit_is_listed_and_nothing_is_left(model, tmp_path):
     tensors[down] = torch.cat([tensors[down], tensors[down][:1]])  # a layer too many
     checkpoint = write(tmp_path / "checkpoint", tensors)
     with pytest.raises(CheckpointError) as error:
-        export(checkpoint, tmp_path / "hf", companions=directory, dtype="float32", max_shard_size="5GB")
+        export(
+            MegatronCheckpoint(checkpoint),
+            tmp_path / "hf",
+            companions=directory,
+            dtype="float32",
+            max_shard_size="5GB",
+        )
     first, *lines = str(error.value).splitlines()
     layers, hidden = config.num_hidden_layers, config.hidden_size
     rows = tensors[qkv].shape[1]
@@ -110,16 +118,40 @@ def test_a_tensor_under_both_names_is_refused(model, tmp_path):
     checkpoint = MegatronCheckpoint(write(tmp_path, tensors))
     config = model[1]
     with pytest.raises(CheckpointError) as error:
-        hf_contents(checkpoint, table_for(config), published_tensors(config), "here")
+        hf_contents(checkpoint, table_for(config), published_tensors(config))
     assert str(error.value).count("is there twice: ") == 2 * config.num_hidden_layers
+
+
+def test_a_vocabulary_that_is_larger_than_the_model_s_is_refused(model, tmp_path):
+    """Its last rows would be lost as if they were padding."""
+    tensors, (_, config) = stored(model), model
+    embedding = "language_model.embedding.word_embeddings.weight"
+    tensors[embedding] = torch.cat([tensors[embedding], tensors[embedding][:3]])
+    checkpoint = MegatronCheckpoint(write(tmp_path, tensors))
+    rows = config.vocab_size
+    with pytest.raises(CheckpointError, match=f"{rows + 3} rows instead of {rows}, padding included: {embedding}"):
+        hf_contents(checkpoint, table_for(config), published_tensors(config))
 
 
 def test_a_tensor_that_lacks_a_piece_is_refused(model, tmp_path):
     """As of a job whose ranks did not all write theirs: what is missing would be whatever the memory held."""
     checkpoint = MegatronCheckpoint(write(tmp_path, stored(model)))
-    name = "language_model.decoder.final_layernorm.weight"
-    checkpoint._stored[name].chunks.clear()
+    key = f"{LAYER}mlp.linear_fc2.weight"
+    (whole,) = checkpoint._stored[key].chunks
+    layers, rows, columns = whole.sizes
+    checkpoint._stored[key].chunks[:] = [ChunkStorageMetadata(whole.offsets, torch.Size([layers, rows - 1, columns]))]
+    name = f"{LAYER}1.mlp.linear_fc2.weight"
     with pytest.raises(CheckpointError, match=f"it does not have all of {name}"):
+        checkpoint[name]
+
+
+def test_a_file_that_was_cut_short_is_named_with_the_tensor(model, tmp_path):
+    checkpoint = MegatronCheckpoint(write(tmp_path, stored(model)))
+    for file in tmp_path.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    name = "language_model.decoder.final_layernorm.weight"
+    assert name in checkpoint, "its names do not come from there"
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read: "):
         checkpoint[name]
 
 
