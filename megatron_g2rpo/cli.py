@@ -92,6 +92,7 @@ def convert_import(
     dtype: Dtype = None,
 ) -> None:
     """Write a Hugging Face directory as a Megatron checkpoint, which runs of any layout can start from."""
+    _with_huge_pages()
     _with_errors(lambda: _import(source, target, overrides or [], nproc, dtype))
 
 
@@ -110,6 +111,7 @@ def convert_export(
     Whatever the layout it was saved at; no model is built. Several processes share the files of the result between
     them. Of the overrides, which are checked as a run's are, only the cluster's size and policy.model_name count.
     """
+    _with_huge_pages()
     _with_errors(lambda: _export(source, target, overrides or [], nproc, dtype, max_shard_size, model))
 
 
@@ -203,6 +205,11 @@ def _logprobs(model: Path, source: Path, target: Path, overrides: list[str], npr
     lines = run(recipe, source, target)
     if _is_first():
         typer.echo(f"wrote {lines} lines to {target}")
+
+
+def _with_huge_pages() -> None:
+    """Have torch ask for huge pages, for what mostly moves tensors through memory. It reads this when it starts."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _import(source: Path, target: Path, overrides: list[str], nproc: int | None, dtype: str | None) -> None:

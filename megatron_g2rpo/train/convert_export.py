@@ -2,8 +2,8 @@
 """``megatron-g2rpo convert export``: weights from a Megatron checkpoint to a Hugging Face directory.
 
 The checkpoint's tensors are global, so that there is no model to build, nor a layout to choose: each is read, renamed,
-taken apart and written before the next. Several processes share the files between them; each holds one parameter, and
-the piece of it that is being read. The directory appears whole or not at all.
+taken apart and written, while the next is being read. Several processes share the files between them; each holds two
+parameters, and the piece that is being read. The directory appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ def export(checkpoint: MegatronCheckpoint, target: Path, *, companions: Path, dt
         mine = writer.expects
         total = sum(map(_bytes, (specs[name] for name in mine)))
         with writer, progress_bar("writing", total, show=rank == 0) as advance:
-            for name, entry in entries.items():
-                wanted = mine.intersection(entry.hf_names)
-                if wanted:
-                    _write(writer, wanted, entry, checkpoint[name], DTYPES[dtype])
-                    advance(sum(_bytes(specs[hf_name]) for hf_name in wanted))
+            needed = {name: entry for name, entry in entries.items() if not mine.isdisjoint(entry.hf_names)}
+            for name, parameter in checkpoint.read_ahead(needed):
+                wanted = mine.intersection(needed[name].hf_names)
+                _write(writer, wanted, needed[name], parameter, DTYPES[dtype])
+                advance(sum(_bytes(specs[hf_name]) for hf_name in wanted))
         dist.barrier()
     dist.barrier()
 

@@ -7,7 +7,8 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -103,6 +104,18 @@ class MegatronCheckpoint(Mapping[str, Tensor]):
         except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:  # of a file that was cut short
             raise CheckpointError(f"{self.directory}: {name} cannot be read: {error}") from error
         return target if layer is None else target[0]
+
+    def read_ahead(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Parameters in this order; while one is in use, the next is being read."""
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            ahead: tuple[str, Future[Tensor]] | None = None
+            for name in names:
+                current, ahead = ahead, (name, reader.submit(self.__getitem__, name))
+                if current is not None:
+                    yield current[0], current[1].result()
+                    del current
+            if ahead is not None:
+                yield ahead[0], ahead[1].result()
 
     def __contains__(self, name: object) -> bool:
         return name in self._places
