@@ -4,12 +4,12 @@
 The model has the published dimensions of Qwen3-VL-2B-Instruct, 2,127,532,032 parameters, all random, in bf16: 4.26 GB
 in shards of at most 2 GB. It is written to a scratch directory that is removed at the end; 18 GB must be free there.
 
-    python benchmarks/convert.py [--dir SCRATCH] [--rounds 3] [--nproc 2] [--cached]
+    python benchmarks/convert.py [--dir SCRATCH] [--rounds 4] [--nproc 2] [--cached]
 
 Each round runs an export of the quickstart's small policy, which is what a process costs before weights matter, an
 import, and, in alternating order, a copy (``cp --reflink=never``) and an export, each as a process of its own. Before
-each, everything written so far is on the disk, and what it will read is dropped from the page cache (with ``--cached``
-it is left there).
+each, everything written so far is on the disk, and all of it is dropped from the page cache, what it will read and what
+others have left there, so that neither is served better (with ``--cached`` it stays).
 "Returns" is the time of the process, "on disk" that and an fsync of every file it wrote; no arm but the import waits
 for the disk by itself. Memory is the resident peak of the largest process, mapped files included. At the end every
 exported tensor is compared with its original.
@@ -164,11 +164,10 @@ def turns(scratch: Path, rounds: int, layout: list[str], *, cached: bool) -> dic
     measure([*CLI, "import", str(SMALL), str(small)], small, log)
     weight_files = sorted(map(str, model.glob("*.safetensors")))
     arms = {
-        "small export": (small, small_exported, [*CLI, "export", str(small), str(small_exported), *layout]),
-        "copy": (model, copied, ["cp", "--reflink=never", *weight_files, str(copied)]),
-        "import": (model, checkpoint, [*CLI, "import", str(model), str(checkpoint), *layout]),
+        "small export": (small_exported, [*CLI, "export", str(small), str(small_exported), *layout]),
+        "copy": (copied, ["cp", "--reflink=never", *weight_files, str(copied)]),
+        "import": (checkpoint, [*CLI, "import", str(model), str(checkpoint), *layout]),
         "export": (
-            checkpoint,
             exported,
             [*CLI, "export", str(checkpoint), str(exported), "--max-shard-size", "2GB", *layout],
         ),
@@ -177,13 +176,13 @@ def turns(scratch: Path, rounds: int, layout: list[str], *, cached: bool) -> dic
     for number in range(rounds):
         pair = ("copy", "export") if number % 2 == 0 else ("export", "copy")
         for name in ("small export", "import", *pair):
-            source, target, command = arms[name]
+            target, command = arms[name]
             shutil.rmtree(target, ignore_errors=True)
             if name == "copy":
                 target.mkdir()
             os.sync()
             if not cached:
-                drop_from_cache(source)
+                drop_from_cache(scratch)
             costs[name].append(measure(command, target, log))
             print(f"round {number + 1}: {name}: {costs[name][-1]}", file=sys.stderr, flush=True)
         shutil.rmtree(copied)  # 4 GB less to keep while the next round writes
@@ -227,7 +226,7 @@ def main() -> None:
     """Make the model, measure, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, help="an existing directory; a scratch directory is made in it")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--nproc", type=int, default=1, help="processes, tensor parallel")
     parser.add_argument("--cached", action="store_true", help="leave in the page cache what is there")
     options = parser.parse_args()

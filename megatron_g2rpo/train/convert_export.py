@@ -2,8 +2,8 @@
 """``megatron-g2rpo convert export``: weights from a Megatron checkpoint to a Hugging Face directory.
 
 The checkpoint's tensors are global, so that there is no model to build, nor a layout to choose: each is read, renamed,
-taken apart and written, while the next is being read. Several processes share the files between them; each holds two
-parameters, and the piece that is being read. The directory appears whole or not at all.
+taken apart and written, while the next are being read. Several processes share the files between them; each holds no
+more than the largest parameter three times. The directory appears whole or not at all.
 """
 
 from __future__ import annotations

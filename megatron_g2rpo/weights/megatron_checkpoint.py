@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -106,16 +107,16 @@ class MegatronCheckpoint(Mapping[str, Tensor]):
         return target if layer is None else target[0]
 
     def read_ahead(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Parameters in this order; while one is in use, the next is being read."""
+        """Parameters in this order; while one is in use the next are read, together no more than the largest."""
+        sizes = {name: _bytes(self.spec(name)) for name in names}
+        ahead: deque[tuple[str, Future[Tensor]]] = deque()
         with ThreadPoolExecutor(max_workers=1) as reader:
-            ahead: tuple[str, Future[Tensor]] | None = None
-            for name in names:
-                current, ahead = ahead, (name, reader.submit(self.__getitem__, name))
-                if current is not None:
-                    yield current[0], current[1].result()
-                    del current
-            if ahead is not None:
-                yield ahead[0], ahead[1].result()
+            for name in sizes:
+                ahead.append((name, reader.submit(self.__getitem__, name)))
+                while sum(sizes[waiting] for waiting, _ in ahead) > max(sizes.values()):
+                    yield _taken(ahead)
+            while ahead:
+                yield _taken(ahead)
 
     def __contains__(self, name: object) -> bool:
         return name in self._places
@@ -125,6 +126,15 @@ class MegatronCheckpoint(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _taken(ahead: deque[tuple[str, Future[Tensor]]]) -> tuple[str, Tensor]:
+    name, future = ahead.popleft()
+    return name, future.result()
 
 
 class _Into(DefaultLoadPlanner):
