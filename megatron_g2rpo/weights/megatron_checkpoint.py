@@ -103,7 +103,10 @@ class MegatronCheckpoint(Mapping[str, Tensor]):
         try:
             self._reader.read_data(LoadPlan(items), _Into(target)).wait()
         except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:  # of a file that was cut short
-            raise CheckpointError(f"{self.directory}: {name} cannot be read: {error}") from error
+            what = f"{type(error).__name__}: {error}".rstrip(": ")  # not every error has a text
+            raise CheckpointError(
+                f"{self.directory}: {name} cannot be read, a file of it is damaged ({what})"
+            ) from error
         return target if layer is None else target[0]
 
     def read_ahead(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

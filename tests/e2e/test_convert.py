@@ -71,7 +71,7 @@ def test_a_checkpoint_that_breaks_off_ends_every_process_and_leaves_nothing(stra
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     message = error_of("convert", "export", checkpoint, tmp_path / "hf", "--nproc", "2", "--max-shard-size", "100KB")
     assert f"{checkpoint}: " in message
-    assert " cannot be read: " in message
+    assert " cannot be read, a file of it is damaged (" in message
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
