@@ -181,7 +181,7 @@ class SafetensorsWriter:
         self._first = 8 + len(text)
         self._file: IO[bytes] = path.open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
-        # Not made as long as it will be: pages written into a hole cost half as much again as those at the end.
+        self._file.truncate(self._first + end)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one of the tensors.
