@@ -258,7 +258,7 @@ def _export(
         with nothing_left(target):
             launch(recipe.cluster.gpus_per_node, ["convert", "export", str(source), str(target), *options, *overrides])
         return
-    export(checkpoint, target, companions=directory, dtype=dtype, max_shard_size=max_shard_size)
+    export(checkpoint, target, source=directory, dtype=dtype, max_shard_size=max_shard_size)
     if _is_first():
         typer.echo(f"Hugging Face checkpoint: {target}")
 

@@ -36,6 +36,7 @@ from megatron_g2rpo.policy.optimizer import (
 )
 from megatron_g2rpo.policy.parallel import ParallelGroups, initialize
 from megatron_g2rpo.policy.precision import core_attention
+from megatron_g2rpo.weights.published import model_class
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,6 @@ class MegatronPolicy:
     def _initial_weights(self, seed: int) -> Mapping[str, Tensor]:
         if self.options.init == "pretrained":
             return weights.SafetensorsDirectory(self.options.model_name)
-        from megatron_g2rpo.weights.published import model_class
-
         with torch.random.fork_rng(devices=[]):  # the same weights on every rank, whatever the layout
             torch.manual_seed(seed)
             state = model_class(self.hf_config).from_config(self.hf_config).state_dict()

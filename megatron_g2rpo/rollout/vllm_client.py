@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # pyright: reportMissingImports=false
-# (vLLM has an environment of its own; tests/vllm/test_contract.py holds what is used of it.)
+# (vLLM has an environment of its own; tests/vllm/contract holds what is used of it.)
 """vLLM servers over HTTP: prompts balanced over them, weight updates to all of them, the lost ones noticed.
 
 A server is *lost* when it does not answer its health check, when requests go on failing on it, or when it answers with

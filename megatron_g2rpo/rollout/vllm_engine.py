@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # pyright: reportMissingImports=false
-# (vLLM has an environment of its own; tests/vllm/test_contract.py holds what is used of it.)
+# (vLLM has an environment of its own; tests/vllm/contract holds what is used of it.)
 """vLLM in the training process: every rank runs an engine, or ``tensor_parallel_size`` neighbouring ranks share one.
 
 A shared engine works as vLLM's external launcher has it: its ranks are given the same requests in the same order, so

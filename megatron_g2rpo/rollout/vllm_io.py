@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # pyright: reportMissingImports=false
-# (vLLM has an environment of its own; tests/vllm/test_contract.py holds what is used of it.)
+# (vLLM has an environment of its own; tests/vllm/contract holds what is used of it.)
 """Prompts as vLLM's requests, and its answers as rollouts: the same for the engine in process and for servers.
 
 vLLM gets token ids and the pixels that the trainer itself will read, not images: nothing is tokenised, resized or

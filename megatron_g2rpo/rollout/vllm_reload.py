@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # pyright: reportMissingImports=false
-# (vLLM has an environment of its own; tests/vllm/test_contract.py holds what is used of it.)
+# (vLLM has an environment of its own; tests/vllm/contract holds what is used of it.)
 """New weights for a vLLM model that has served already, from tensors under their Hugging Face names."""
 
 from __future__ import annotations

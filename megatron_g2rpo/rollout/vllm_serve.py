@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # pyright: reportMissingImports=false
-# (vLLM has an environment of its own; tests/vllm/test_contract.py holds what is used of it.)
+# (vLLM has an environment of its own; tests/vllm/contract holds what is used of it.)
 """``megatron-g2rpo serve``: a vLLM server for ``vllm_server``, started as that engine needs it."""
 
 from __future__ import annotations

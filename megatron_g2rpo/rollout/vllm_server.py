@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # pyright: reportMissingImports=false
-# (vLLM has an environment of its own; tests/vllm/test_contract.py holds what is used of it.)
+# (vLLM has an environment of its own; tests/vllm/contract holds what is used of it.)
 """Rollouts from vLLM servers: ``megatron-g2rpo serve`` starts one, and this engine talks to them over HTTP."""
 
 from __future__ import annotations

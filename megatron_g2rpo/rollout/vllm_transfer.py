@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # pyright: reportMissingImports=false
-# (vLLM has an environment of its own; tests/vllm/test_contract.py holds what is used of it.)
+# (vLLM has an environment of its own; tests/vllm/contract holds what is used of it.)
 """How weights reach vLLM servers, behind vLLM's own weight-transfer classes: its NCCL engine, or files.
 
 vLLM loads ``register`` in each of its processes (entry point ``vllm.general_plugins``), which makes ``files`` known to

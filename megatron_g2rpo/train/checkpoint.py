@@ -15,7 +15,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from megatron_g2rpo.weights import copy_companions
+from megatron_g2rpo.weights import copy_companions, partial_path
 from megatron_g2rpo.weights.megatron_checkpoint import COMPANIONS
 
 _NAME = re.compile(r"step_(\d+)")
@@ -35,7 +35,7 @@ def write_checkpoint(directory: Path, policy: MegatronPolicy, state: dict[str, A
         policy: whose state it is.
         state: a sharded state dict, and plain values that are equal on every rank.
     """
-    partial = directory.with_name(directory.name + ".partial")
+    partial = partial_path(directory)
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

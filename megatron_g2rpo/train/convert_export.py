@@ -43,20 +43,20 @@ def companions(checkpoint: Path, model: Path | None) -> Path:
     return directory
 
 
-def export(checkpoint: MegatronCheckpoint, target: Path, *, companions: Path, dtype: str, max_shard_size: str) -> None:
+def export(checkpoint: MegatronCheckpoint, target: Path, *, source: Path, dtype: str, max_shard_size: str) -> None:
     """Write a Megatron checkpoint as a Hugging Face directory. A collective where torchrun started several processes.
 
     Args:
         checkpoint: what to write.
         target: a directory that does not exist.
-        companions: Hugging Face directory of config and tokenizer.
+        source: Hugging Face directory of config and tokenizer; see ``companions``.
         dtype: of the exported weights.
         max_shard_size: see ``weights.export_hf``.
 
     Raises:
         CheckpointError: its weights do not fit the config; all that does not is listed.
     """
-    hf_config = AutoConfig.from_pretrained(companions, local_files_only=True)
+    hf_config = AutoConfig.from_pretrained(source, local_files_only=True)
     entries, stored = hf_contents(checkpoint, weights.table_for(hf_config), published_tensors(hf_config))
     specs = {name: spec.to(DTYPES[dtype]) for name, spec in stored.items()}
     init_process_group(select("cpu"))
@@ -64,17 +64,17 @@ def export(checkpoint: MegatronCheckpoint, target: Path, *, companions: Path, dt
     with ExitStack() as stack:
         partial = weights.partial_path(target)
         if rank == 0:
-            stack.enter_context(weights.hf_directory(target, specs, source=companions))
+            stack.enter_context(weights.hf_directory(target, specs, source=source))
         dist.barrier()
         writer = weights.ShardedWriter(partial, specs, max_shard_size=max_shard_size, rank=rank, size=size)
         mine = writer.expects
-        total = sum(map(_bytes, (specs[name] for name in mine)))
+        total = sum(specs[name].nbytes for name in mine)
         with writer, progress_bar("writing", total, show=rank == 0) as advance:
             needed = {name: entry for name, entry in entries.items() if not mine.isdisjoint(entry.hf_names)}
             for name, parameter in checkpoint.read_ahead(needed):
                 wanted = mine.intersection(needed[name].hf_names)
                 _write(writer, wanted, needed[name], parameter, DTYPES[dtype])
-                advance(sum(_bytes(specs[hf_name]) for hf_name in wanted))
+                advance(sum(specs[hf_name].nbytes for hf_name in wanted))
         dist.barrier()
     dist.barrier()
 
@@ -86,7 +86,3 @@ def _write(
     for hf_name, tensor in zip(entry.hf_names, entry.rule.merge([parameter]), strict=True):
         if hf_name in wanted:
             writer.write(hf_name, tensor.to(dtype))
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

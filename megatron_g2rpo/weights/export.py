@@ -173,7 +173,7 @@ class SafetensorsWriter:
         for name, spec in specs.items():
             if spec.dtype not in _DTYPES:
                 raise ValueError(f"{path}: {name} has dtype {spec.dtype}; weights are {', '.join(map(str, _DTYPES))}")
-            start, end = end, end + spec.numel() * spec.element_size()
+            start, end = end, end + spec.nbytes
             self._offsets[name] = start
             header[name] = {"dtype": _DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
         text = json.dumps(header).encode()

@@ -63,7 +63,7 @@ def load(
         full = [tensors[hf_name] for hf_name in entries[name].hf_names]
         parameter.data.copy_(entries[name].rule.shard(full, tensor_rank, tensor_size))
         if on_loaded is not None:
-            on_loaded(parameter.numel() * parameter.element_size())
+            on_loaded(parameter.nbytes)
 
 
 def _problems(

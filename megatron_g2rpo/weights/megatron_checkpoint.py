@@ -111,12 +111,13 @@ class MegatronCheckpoint(Mapping[str, Tensor]):
 
     def read_ahead(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Parameters in this order; while one is in use the next are read, together no more than the largest."""
-        sizes = {name: _bytes(self.spec(name)) for name in names}
+        sizes = {name: self.spec(name).nbytes for name in names}
+        largest = max(sizes.values(), default=0)
         ahead: deque[tuple[str, Future[Tensor]]] = deque()
         with ThreadPoolExecutor(max_workers=1) as reader:
             for name in sizes:
                 ahead.append((name, reader.submit(self.__getitem__, name)))
-                while sum(sizes[waiting] for waiting, _ in ahead) > max(sizes.values()):
+                while sum(sizes[waiting] for waiting, _ in ahead) > largest:
                     yield _taken(ahead)
             while ahead:
                 yield _taken(ahead)
@@ -129,10 +130,6 @@ class MegatronCheckpoint(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._places)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _taken(ahead: deque[tuple[str, Future[Tensor]]]) -> tuple[str, Tensor]:

@@ -63,7 +63,7 @@ def round_trip(model: Path, pair: str) -> list[dict[str, Tensor]]:
     import_hf(recipe_of(first, precision, model_name=model), checkpoint)
     assert precision_of(MegatronCheckpoint(checkpoint).dtypes, checkpoint) == precision
     directory = companions(checkpoint, None)
-    export(MegatronCheckpoint(checkpoint), exported, companions=directory, dtype=precision, max_shard_size="60KB")
+    export(MegatronCheckpoint(checkpoint), exported, source=directory, dtype=precision, max_shard_size="60KB")
 
     recipe = recipe_of(second, precision, model_name=directory, pretrained_checkpoint=checkpoint)
     torch.use_deterministic_algorithms(True)  # fills what is not initialised with nan

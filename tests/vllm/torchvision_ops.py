@@ -30,11 +30,11 @@ class _Finder(importlib.abc.MetaPathFinder):
         self, fullname: str, path: object = None, target: object = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname == _ASKS and self.declared is None:
-            import torch
+            from torch.library import Library
             from torchvision.extension import _has_ops
 
             if not _has_ops():
-                self.declared = torch.library.Library("torchvision", "DEF")
+                self.declared = Library("torchvision", "DEF")
                 for schema in _SCHEMAS:
                     self.declared.define(schema)
         return None

@@ -68,7 +68,7 @@ def test_every_form_exports_the_same(model, tmp_path, engine, stacked):
     tensors = stored(model, engine=engine, stacked=stacked)
     others = {f"optimizer.state.exp_avg.{name}": torch.ones_like(tensor) for name, tensor in tensors.items()}
     checkpoint = write(tmp_path / "checkpoint", {**tensors, **others, "rng": {"state": [1, 2]}})
-    options = {"companions": directory, "dtype": "float32", "max_shard_size": "5GB"}
+    options = {"source": directory, "dtype": "float32", "max_shard_size": "5GB"}
     export(MegatronCheckpoint(checkpoint), tmp_path / "hf", **options)
     found, expected = load_file(tmp_path / "hf" / "model.safetensors"), load_file(directory / "model.safetensors")
     assert found.keys() == expected.keys()
@@ -91,7 +91,7 @@ def test_all_that_does_not_fit_is_listed_and_nothing_is_left(model, tmp_path):
         export(
             MegatronCheckpoint(checkpoint),
             tmp_path / "hf",
-            companions=directory,
+            source=directory,
             dtype="float32",
             max_shard_size="5GB",
         )
