@@ -3,7 +3,8 @@
 
 The checkpoint's tensors are global, so that there is no model to build, nor a layout to choose: each is read, renamed,
 taken apart and written, while the next are being read. Several processes share the files between them; each holds no
-more than the largest parameter three times. The directory appears whole or not at all.
+more than the largest parameter three times, and converted once where the dtype changes. The directory appears whole or
+not at all.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_g2rpo.policy.device import select, set_cpu_threads
+from megatron_g2rpo.policy.device import init_process_group, select, set_cpu_threads
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.recipe import Recipe
 from megatron_g2rpo.train.checkpoint import write_checkpoint
@@ -32,8 +32,8 @@ def import_hf(recipe: Recipe, target: Path) -> None:
         set_cpu_threads(recipe.cluster.gpus_per_node)
     size = sum(file.stat().st_size for file in Path(recipe.policy.model_name).glob("*.safetensors"))
     share = size // recipe.policy.megatron_cfg.model_parallel_size
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    with progress_bar("reading", share, show=first) as advance:
+    init_process_group(device)
+    with progress_bar("reading", share, show=dist.get_rank() == 0) as advance:
         policy = MegatronPolicy(recipe.policy, device, seed=0, max_steps=None, on_loaded=advance)
     with nothing_left(target):
         write_checkpoint(target, policy, policy.sharded_state_dict())
