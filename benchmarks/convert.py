@@ -106,7 +106,7 @@ def make_model(directory: Path) -> None:
     """Write the model, one tensor at a time, with the quickstart's tokenizer and processor."""
     source = directory.with_name("source")
     source.mkdir()
-    weights.copy_companions(SMALL, source)
+    weights.copy_model_files(SMALL, source)
     (source / "config.json").write_text(json.dumps(CONFIG, indent=2))
     config = AutoConfig.from_pretrained(source)
     with torch.device("meta"):

@@ -6,7 +6,7 @@ CPU. The arms take turns on one thread, after one turn that is not counted. Prin
 milliseconds, and quartiles of the ratio of advantages to sort, which is taken within each turn. All times are the
 processor's, the fairer clock on a machine that others use; the wall clock's is beside it for the advantages. The arm
 "loop" is what one writes first, one Python iteration a group over torch operations
-(``megatron_g2rpo.objective.reference``).
+(``megatron_g2rpo.objective.group_ops_torch``).
 
     python benchmarks/group_ops.py
 
@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from megatron_g2rpo.objective import backend, gaussian_advantages, group_statistics
-from megatron_g2rpo.objective.reference import gaussian_advantages as loop
-from megatron_g2rpo.objective.rows import as_rows
+from megatron_g2rpo.objective.group_ops_torch import gaussian_advantages as loop
+from megatron_g2rpo.objective.reward_batch import as_reward_batch
 
 TASKS = 6
 LOOP_MOST_ROLLOUTS = 65_536  # seconds a turn beyond
@@ -90,7 +90,7 @@ def measure(case: Case) -> str:
     looped = "-"
     if case.rollouts <= LOOP_MOST_ROLLOUTS:
         options = {"stages": ("group", "task"), "tie_tolerance": 1e-6, "drop_zero_variance": True}
-        took = min(seconds(lambda: loop(as_rows(*batch), unit_variance=False, **options))[0] for _ in range(3))
+        took = min(seconds(lambda: loop(as_reward_batch(*batch), unit_variance=False, **options))[0] for _ in range(3))
         looped = f"{1e3 * took:,.0f}"
     what = case.rewards + (", scattered" if case.scattered else "")
     low, middle, high = statistics.quantiles(ratios, n=4)

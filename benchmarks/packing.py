@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_g2rpo.data.packing import Packer, PackSequence
-from megatron_g2rpo.nouns import ModelInputs
-from megatron_g2rpo.policy.layout import Layout, token_multiples
+from megatron_g2rpo.policy.layouts.layout import Layout, token_multiples
+from megatron_g2rpo.types import ModelInputs
 
 PROMPTS, SAMPLES, DATA_RANKS, BUDGET = 128, 8, 8, 16_384
 CASES: dict[str, tuple[Layout, str | None]] = {

@@ -28,11 +28,11 @@ from torch import Tensor
 
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.data.packing import Packer, PackSequence
-from megatron_g2rpo.nouns import ModelInputs, PackedBatch
 from megatron_g2rpo.policy.device import select
-from megatron_g2rpo.policy.layout import token_multiples
+from megatron_g2rpo.policy.layouts.layout import token_multiples
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from megatron_g2rpo.train.losses import sft_loss
+from megatron_g2rpo.train.step.losses import sft_loss
+from megatron_g2rpo.types import ModelInputs, PackedBatch
 
 MODEL = "examples/quickstart/policy"
 PROMPTS, SAMPLES, SIDE, TEXT, RESPONSE, TURNS = 2, 8, 64, 40, 64, 2

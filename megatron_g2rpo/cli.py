@@ -69,10 +69,10 @@ def plan(
     """Check a layout before any GPU is asked for: memory, micro-batches, traffic. Exit code 1 if it does not fit."""
 
     def run() -> None:
-        from megatron_g2rpo.plan import command
+        from megatron_g2rpo.commands import plan
 
         arguments = {"gpu_memory_gb": gpu_memory_gb, "mean_tokens": mean_tokens, "image_tokens": image_tokens}
-        if not command.run(recipe, overrides or [], **arguments, as_json=as_json):
+        if not plan.run(recipe, overrides or [], **arguments, as_json=as_json):
             raise typer.Exit(1)
 
     _with_errors(run)
@@ -150,7 +150,7 @@ def doctor(
         recipe = rollout
         _with_errors(lambda: _compare(recipe, overrides or [], prompts, samples, nproc))
         return
-    from megatron_g2rpo.report.doctor import describe
+    from megatron_g2rpo.commands.doctor import describe
 
     typer.echo(describe())
 
@@ -167,11 +167,12 @@ def _loop(
             typer.echo(recipes.dump(recipe))
             typer.echo(recipes.describe_layout(recipe))
             return
-        from megatron_g2rpo.train import launch, run_dir
+        from megatron_g2rpo.commands import launch
+        from megatron_g2rpo.train.run import directory
 
         local, on_many = _with_local_model(recipe), _launch_needed(recipe)
         if not launch.is_launched() and _is_first():
-            run_dir.prepare(recipe, fresh=fresh)
+            directory.prepare(recipe, fresh=fresh)
         if on_many:
             launch.launch(recipe.cluster.gpus_per_node, [kind, str(path), *overrides])
             return
@@ -195,12 +196,12 @@ def _entry(kind: str) -> Callable[..., Path | None]:
 def _logprobs(model: Path, source: Path, target: Path, overrides: list[str], nproc: int | None) -> None:
     recipe = _policy_recipe([f"policy.model_name={model}", "policy.precision=float32", *overrides], nproc)
     if _launch_needed(recipe):
-        from megatron_g2rpo.train.launch import launch
+        from megatron_g2rpo.commands.launch import launch
 
         arguments = ["logprobs", "--model", str(model), "--input", str(source), "--output", str(target), *overrides]
         launch(recipe.cluster.gpus_per_node, arguments)
         return
-    from megatron_g2rpo.train.logprobs import logprobs as run
+    from megatron_g2rpo.commands.logprobs import logprobs as run
 
     lines = run(recipe, source, target)
     if _is_first():
@@ -213,8 +214,8 @@ def _with_huge_pages() -> None:
 
 
 def _import(source: Path, target: Path, overrides: list[str], nproc: int | None, dtype: str | None) -> None:
-    from megatron_g2rpo.train.convert import check_target, nothing_left, precision_of
-    from megatron_g2rpo.train.launch import is_launched, launch
+    from megatron_g2rpo.commands.convert.common import check_target, precision_of, remove_on_failure
+    from megatron_g2rpo.commands.launch import is_launched, launch
     from megatron_g2rpo.weights import SafetensorsDirectory
 
     if not is_launched():
@@ -223,10 +224,10 @@ def _import(source: Path, target: Path, overrides: list[str], nproc: int | None,
     recipe = _policy_recipe([f"policy.model_name={source}", f"policy.precision={dtype}", *overrides], nproc)
     if _launch_needed(recipe):
         arguments = ["convert", "import", str(source), str(target), "--dtype", dtype, *overrides]
-        with nothing_left(target):
+        with remove_on_failure(target):
             launch(recipe.cluster.gpus_per_node, arguments)
         return
-    from megatron_g2rpo.train.convert_import import import_hf
+    from megatron_g2rpo.commands.convert.import_hf import import_hf
 
     import_hf(recipe, target)
     if _is_first():
@@ -242,20 +243,20 @@ def _export(
     max_shard_size: str,
     model: Path | None,
 ) -> None:
-    from megatron_g2rpo.train.convert import check_target, nothing_left, precision_of
-    from megatron_g2rpo.train.convert_export import companions, export
-    from megatron_g2rpo.train.launch import is_launched, launch
+    from megatron_g2rpo.commands.convert.common import check_target, precision_of, remove_on_failure
+    from megatron_g2rpo.commands.convert.export_hf import export, model_files
+    from megatron_g2rpo.commands.launch import is_launched, launch
     from megatron_g2rpo.weights.megatron_checkpoint import MegatronCheckpoint
 
     if not is_launched():
         check_target(target)
     checkpoint = MegatronCheckpoint(source)
     dtype = dtype or precision_of(checkpoint.dtypes, source)
-    recipe = _policy_recipe([f"policy.model_name={companions(source, model)}", *overrides], nproc)
+    recipe = _policy_recipe([f"policy.model_name={model_files(source, model)}", *overrides], nproc)
     directory = Path(recipe.policy.model_name)
     if _launch_needed(recipe):
         options = ["--max-shard-size", max_shard_size, "--model", str(directory), "--dtype", dtype]
-        with nothing_left(target):
+        with remove_on_failure(target):
             launch(recipe.cluster.gpus_per_node, ["convert", "export", str(source), str(target), *options, *overrides])
         return
     export(checkpoint, target, source=directory, dtype=dtype, max_shard_size=max_shard_size)
@@ -265,14 +266,14 @@ def _export(
 
 def _compare(path: Path, overrides: list[str], prompts: int, samples: int, nproc: int | None) -> None:
     from megatron_g2rpo import recipe as recipes
-    from megatron_g2rpo.train.launch import launch
+    from megatron_g2rpo.commands.launch import launch
 
     recipe = _with_local_model(recipes.load(path, [*overrides, *_cluster(nproc)], "train"))
     if _launch_needed(recipe):
         options = [f"--rollout={path}", f"--prompts={prompts}", f"--samples={samples}"]
         launch(recipe.cluster.gpus_per_node, ["doctor", *options, *overrides])
         return
-    from megatron_g2rpo.train.agreement import compare
+    from megatron_g2rpo.commands.compare_rollouts import compare
 
     lines = compare(recipe, prompts, samples)
     if _is_first():
@@ -281,13 +282,13 @@ def _compare(path: Path, overrides: list[str], prompts: int, samples: int, nproc
 
 def _serve(path: Path, overrides: list[str], host: str, port: int) -> None:
     from megatron_g2rpo import recipe as recipes
+    from megatron_g2rpo.commands.model_dir import with_local_model
     from megatron_g2rpo.rollout.base import needs_vllm
-    from megatron_g2rpo.train.model_dir import with_local_model
 
     recipe = with_local_model(recipes.load(path, overrides, "train"))
     with needs_vllm("megatron-g2rpo serve"):
-        from megatron_g2rpo.rollout import vllm_serve
-    command, environment = vllm_serve.command(recipe.policy, host, port)
+        from megatron_g2rpo.rollout.vllm import serve
+    command, environment = serve.command(recipe.policy, host, port)
     os.execve(command[0], command, {**os.environ, **environment})
 
 
@@ -300,8 +301,8 @@ def _policy_recipe(overrides: list[str], nproc: int | None) -> Recipe:
 
 def _with_local_model(recipe: R) -> R:
     """The recipe with ``policy.model_name`` as a directory whose model can be split as the recipe asks."""
-    from megatron_g2rpo.policy.layout import check_model_dir, layout_of
-    from megatron_g2rpo.train.model_dir import with_local_model
+    from megatron_g2rpo.commands.model_dir import with_local_model
+    from megatron_g2rpo.policy.layouts.layout import check_model_dir, layout_of
 
     local = with_local_model(recipe)
     check_model_dir(local.policy.model_name, layout_of(local.policy.megatron_cfg))
@@ -334,7 +335,7 @@ def _launch_needed(recipe: Recipe) -> bool:
 
 def _with_errors(run: Callable[[], None]) -> None:
     """Run a verb. An error that a user can mend is printed without its traceback."""
-    from megatron_g2rpo.train import launch
+    from megatron_g2rpo.commands import launch
 
     try:
         run()

@@ -43,7 +43,8 @@ def run_one(arm: Arm, seed: int) -> None:
     """One run in this process, its metrics condensed into ``results/``."""
     from megatron_g2rpo import recipe as recipes
     from megatron_g2rpo.policy.device import init_process_group, select
-    from megatron_g2rpo.train import collect, g2rpo
+    from megatron_g2rpo.train import g2rpo
+    from megatron_g2rpo.train.step import sampling
 
     directory = RUNS / arm.key(seed)
     overrides = [*BUDGET, *arm.overrides, f"grpo.seed={seed}", f"logger.log_dir={directory}"]
@@ -51,12 +52,12 @@ def run_one(arm: Arm, seed: int) -> None:
     (directory / "metrics.jsonl").unlink(missing_ok=True)
     directory.mkdir(parents=True, exist_ok=True)
     init_process_group(select("cpu"))
-    score = collect._score
+    score = sampling._score
 
     def spiked(recipe: Any, rollouts: Any) -> Any:
         return spike(score(recipe, rollouts), rollouts)
 
-    with patch.object(collect, "_score", spiked if arm.heavy_tailed else score):
+    with patch.object(sampling, "_score", spiked if arm.heavy_tailed else score):
         g2rpo.train(recipe)
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == recipe.grpo.max_num_steps

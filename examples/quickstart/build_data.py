@@ -37,7 +37,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from megatron_g2rpo.data.index import ShardWriter
+from megatron_g2rpo.data.shard_writer import ShardWriter
 
 SHAPES = frozenset({"circle", "rectangle", "triangle"})
 COLOURS = frozenset({"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"})

@@ -27,7 +27,7 @@ from typing import Any
 
 import reasoning_gym  # pyright: ignore[reportMissingImports]  # of the extra `smollm2`, which `make lint` does without
 
-from megatron_g2rpo.data.index import ShardWriter
+from megatron_g2rpo.data.shard_writer import ShardWriter
 
 TRAIN_SIZE, VAL_SIZE = 120, 24  # questions a task; reasoning-gym knows 200 chain sums of this size
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_g2rpo.data.positions import rope_positions
-from megatron_g2rpo.nouns import NO_LABEL, ModelInputs, PackedBatch
+from megatron_g2rpo.types import NO_LABEL, ModelInputs, PackedBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class PackSequence:
         response_ids: int64 ``[R]``.
         advantage: of every response token, where it is known already; else see ``with_advantages``.
         task_id: index of the task.
-        rollout_logprobs: float32 ``[R]`` of the rollout engine, or None (supervised training).
+        behaviour_logprobs: float32 ``[R]`` of the rollout engine, or None (supervised training).
         token_weight: weight of every response token in the loss sum.
         in_loss: False keeps the sequence out of the loss (an overlong response).
     """
@@ -33,7 +33,7 @@ class PackSequence:
     response_ids: Tensor
     advantage: float = 0.0
     task_id: int = 0
-    rollout_logprobs: Tensor | None = None
+    behaviour_logprobs: Tensor | None = None
     token_weight: float = 1.0
     in_loss: bool = True
 
@@ -168,7 +168,7 @@ class Packer:
             cu_seqlens_padded=_offsets(padded),
             pixel_values=torch.cat([inputs.pixel_values for inputs in distinct.values()]),
             image_grid_thw=torch.cat([inputs.image_grid_thw for inputs in distinct.values()]),
-            rows=torch.tensor(members),
+            sequence_ids=torch.tensor(members),
         )
 
     def _features(self, inputs: ModelInputs) -> int:
@@ -209,7 +209,7 @@ class Packer:
             "loss_mask": spread(float(part.in_loss)),
             "task_ids": task_ids,
             "advantages": spread(part.advantage),
-            "rollout_logprobs": spread(0.0 if part.rollout_logprobs is None else part.rollout_logprobs),
+            "behaviour_logprobs": spread(0.0 if part.behaviour_logprobs is None else part.behaviour_logprobs),
             "token_weights": spread(part.token_weight * part.in_loss),
             "vision_index": F.pad(vision_index, (0, padding), value=-1),
         }
@@ -230,10 +230,10 @@ class Packer:
             pixel_values=torch.zeros(0, patch_dim),
             image_grid_thw=torch.zeros(0, 3, dtype=torch.int64),
             vision_index=none,
-            rows=torch.zeros(0, dtype=torch.int64),
+            sequence_ids=torch.zeros(0, dtype=torch.int64),
             task_ids=none,
             advantages=zero,
-            rollout_logprobs=zero,
+            behaviour_logprobs=zero,
             token_weights=zero,
         )
 
@@ -251,9 +251,10 @@ def with_advantages(batch: PackedBatch, advantages: Tensor) -> PackedBatch:
 
     Args:
         batch: the row.
-        advantages: one for each of the sequences that were packed (``PackedBatch.rows`` says which are in this row).
+        advantages: one for each of the sequences that were packed; ``PackedBatch.sequence_ids`` says which are in this
+            row.
     """
-    of_segment = torch.cat([advantages[batch.rows].float(), torch.zeros(1)])  # the last for segment -1, padding
+    of_segment = torch.cat([advantages[batch.sequence_ids].float(), torch.zeros(1)])  # the last for segment -1, padding
     return replace(batch, advantages=torch.where(batch.task_ids >= 0, of_segment[batch.segment_ids], 0.0))
 
 
@@ -269,5 +270,6 @@ def response_values(batch: PackedBatch, values: Tensor) -> dict[int, Tensor]:
     """
     response = batch.task_ids >= 0
     return {
-        int(row): values[response & (batch.segment_ids == segment)] for segment, row in enumerate(batch.rows.tolist())
+        int(row): values[response & (batch.segment_ids == segment)]
+        for segment, row in enumerate(batch.sequence_ids.tolist())
     }

@@ -21,8 +21,8 @@ from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from megatron_g2rpo.data.errors import DataError, SampleError
-from megatron_g2rpo.nouns import ModelInputs, Prompt, Sample
 from megatron_g2rpo.tasks.prompts import build_messages
+from megatron_g2rpo.types import ModelInputs, Prompt, Sample
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 VISION_START_TOKEN, VISION_END_TOKEN = "<|vision_start|>", "<|vision_end|>"

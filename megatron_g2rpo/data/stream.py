@@ -21,8 +21,8 @@ import numpy as np
 
 from megatron_g2rpo.data.errors import DataError, SampleError
 from megatron_g2rpo.data.processing import ChatProcessor
-from megatron_g2rpo.data.shards import Entry, ShardIndex
-from megatron_g2rpo.nouns import Prompt
+from megatron_g2rpo.data.shard_index import Entry, ShardIndex
+from megatron_g2rpo.types import Prompt
 
 OnBadSample = Literal["error", "skip"]
 MAX_REPLACEMENTS = 32

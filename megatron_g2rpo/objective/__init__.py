@@ -18,7 +18,7 @@ from megatron_g2rpo.objective.advantages import (
 from megatron_g2rpo.objective.diagnostics import AdvantageDiagnostics, advantage_diagnostics
 from megatron_g2rpo.objective.estimators import Estimator
 from megatron_g2rpo.objective.history import History
-from megatron_g2rpo.objective.rows import Rows
+from megatron_g2rpo.objective.reward_batch import RewardBatch
 from megatron_g2rpo.objective.sequences import Sequences
 from megatron_g2rpo.objective.sharded import sharded_advantages, sharded_statistics
 from megatron_g2rpo.objective.surrogates import PolicyLoss
@@ -29,7 +29,7 @@ __all__ = [
     "GroupStatistics",
     "History",
     "PolicyLoss",
-    "Rows",
+    "RewardBatch",
     "Sequences",
     "SetStatistics",
     "advantage_diagnostics",

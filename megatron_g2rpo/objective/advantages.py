@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_g2rpo.objective import reference
-from megatron_g2rpo.objective.rows import as_rows
+from megatron_g2rpo.objective import group_ops_torch
+from megatron_g2rpo.objective.reward_batch import as_reward_batch
 
 STAGES = ("group", "task")
 TIE_TOLERANCE = 1e-6
@@ -123,10 +123,10 @@ def gaussian_advantages(
         ValueError: unequal lengths, an unknown option, or a reward that is not finite (its row, group and task named).
     """
     _check_options(stages, tie_tolerance, zero_variance, variance)
-    rows = as_rows(rewards, groups, tasks)
+    rows = as_reward_batch(rewards, groups, tasks)
     drop, unit = zero_variance == "drop", variance == "unit"
     if _extension is None:
-        return reference.gaussian_advantages(
+        return group_ops_torch.gaussian_advantages(
             rows, stages=stages, tie_tolerance=tie_tolerance, drop_zero_variance=drop, unit_variance=unit
         )
     views = (rows.rewards.numpy(), rows.groups.numpy(), rows.tasks.numpy())
@@ -153,10 +153,10 @@ def group_statistics(
         ValueError: unequal lengths, a bad tolerance, or a reward that is not finite (its row, group and task named).
     """
     _check_tolerance(tie_tolerance)
-    rows = as_rows(rewards, groups, tasks)
+    rows = as_reward_batch(rewards, groups, tasks)
     if _extension is None:
-        by_group = reference.set_statistics(rows, rows.groups, tie_tolerance)
-        by_task = reference.set_statistics(rows, rows.tasks, tie_tolerance)
+        by_group = group_ops_torch.set_statistics(rows, rows.groups, tie_tolerance)
+        by_task = group_ops_torch.set_statistics(rows, rows.tasks, tie_tolerance)
     else:
         views = (rows.rewards.numpy(), rows.groups.numpy(), rows.tasks.numpy())
         by_group, by_task = map(_tensors, _extension.group_statistics(*views, tie_tolerance))

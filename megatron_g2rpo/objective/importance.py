@@ -3,7 +3,7 @@
 
 The engine samples from its own distribution, which differs from the trainer's at the same weights (other kernels, other
 precision), so that the loss is off-policy from its first update. The trainer's log-probabilities at the weights that
-sampled are the ``behaviour_logprobs`` of the surrogates.
+sampled are the ``old_logprobs`` of the surrogates.
 
 Shape letters: ``S`` tokens of (a share of) a packed row, ``T`` tasks, numbered 0..T-1. Nothing here carries a gradient.
 """
@@ -23,15 +23,15 @@ from megatron_g2rpo.objective.sequences import Sequences
 _LOG_RATIO_CLAMP = 20.0
 
 
-def truncated_weights(behaviour_logprobs: Tensor, rollout_logprobs: Tensor, *, cap: float) -> Tensor:
+def truncated_weights(old_logprobs: Tensor, behaviour_logprobs: Tensor, *, cap: float) -> Tensor:
     """Importance weight of each token, from the engine's distribution to the trainer's, cut at ``cap``.
 
     To be multiplied with the token's loss. Source: truncated importance sampling, F. Yao et al., "Your Efficient RL
     Framework Secretly Brings You Off-Policy RL Training", 2025.
 
     Args:
-        behaviour_logprobs: ``[S]``, the trainer's.
-        rollout_logprobs: ``[S]``, the engine's.
+        old_logprobs: ``[S]``, the trainer's.
+        behaviour_logprobs: ``[S]``, the engine's.
         cap: at least 1, the weight of a token on which both agree.
 
     Returns:
@@ -42,11 +42,11 @@ def truncated_weights(behaviour_logprobs: Tensor, rollout_logprobs: Tensor, *, c
     """
     if not 1.0 <= cap < math.inf:
         raise ValueError(f"cap must be at least 1 and finite, got {cap}")
-    return _gap(behaviour_logprobs, rollout_logprobs).exp().clamp(max=cap)
+    return _gap(old_logprobs, behaviour_logprobs).exp().clamp(max=cap)
 
 
 def sequences_within(
-    behaviour_logprobs: Tensor, rollout_logprobs: Tensor, sequences: Sequences, *, low: float, high: float
+    old_logprobs: Tensor, behaviour_logprobs: Tensor, sequences: Sequences, *, low: float, high: float
 ) -> Tensor:
     """Which tokens belong to a sequence on which engine and trainer agree.
 
@@ -54,8 +54,8 @@ def sequences_within(
     ``[low, high]``.
 
     Args:
-        behaviour_logprobs: ``[S]``, the trainer's.
-        rollout_logprobs: ``[S]``, the engine's.
+        old_logprobs: ``[S]``, the trainer's.
+        behaviour_logprobs: ``[S]``, the engine's.
         sequences: which sequence each token belongs to. Calls ``reduce`` once.
         low: in [0, 1].
         high: at least 1.
@@ -70,7 +70,7 @@ def sequences_within(
         raise ValueError(f"low must lie in [0, 1], got {low}")
     if not high >= 1.0:
         raise ValueError(f"high must be at least 1, got {high}")
-    ratio = sequences.mean(_gap(behaviour_logprobs, rollout_logprobs)).exp()
+    ratio = sequences.mean(_gap(old_logprobs, behaviour_logprobs)).exp()
     return (sequences.ids >= 0) & (ratio >= low) & (ratio <= high)
 
 
@@ -102,13 +102,13 @@ class GapSums:
 
 
 def gap_sums(
-    behaviour_logprobs: Tensor, rollout_logprobs: Tensor, task_ids: Tensor, mask: Tensor, num_tasks: int
+    old_logprobs: Tensor, behaviour_logprobs: Tensor, task_ids: Tensor, mask: Tensor, num_tasks: int
 ) -> GapSums:
     """Sums of the gap by task, over the tokens of one micro-batch.
 
     Args:
-        behaviour_logprobs: ``[S]``, the trainer's.
-        rollout_logprobs: ``[S]``, the engine's.
+        old_logprobs: ``[S]``, the trainer's.
+        behaviour_logprobs: ``[S]``, the engine's.
         task_ids: int64 ``[S]``; may be -1 where ``mask`` is 0.
         mask: ``[S]``, not 0 at response tokens.
         num_tasks: T.
@@ -116,12 +116,10 @@ def gap_sums(
     Raises:
         ValueError: shapes differ.
     """
-    _check_shapes(
-        behaviour_logprobs=behaviour_logprobs, rollout_logprobs=rollout_logprobs, task_ids=task_ids, mask=mask
-    )
+    _check_shapes(old_logprobs=old_logprobs, behaviour_logprobs=behaviour_logprobs, task_ids=task_ids, mask=mask)
     kept = mask != 0
     tasks = task_ids[kept]
-    behaviour, rollout = (logprobs.detach()[kept].double() for logprobs in (behaviour_logprobs, rollout_logprobs))
+    behaviour, rollout = (logprobs.detach()[kept].double() for logprobs in (old_logprobs, behaviour_logprobs))
     gap = (behaviour - rollout).abs()
     zeros = torch.zeros(num_tasks, dtype=torch.float64, device=mask.device)
     return GapSums(
@@ -132,10 +130,10 @@ def gap_sums(
     )
 
 
-def _gap(behaviour_logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
+def _gap(old_logprobs: Tensor, behaviour_logprobs: Tensor) -> Tensor:
     """Log-ratio of the trainer's to the engine's probability: ``[S]``, no gradient."""
-    _check_shapes(behaviour_logprobs=behaviour_logprobs, rollout_logprobs=rollout_logprobs)
-    return (behaviour_logprobs - rollout_logprobs).detach()
+    _check_shapes(old_logprobs=old_logprobs, behaviour_logprobs=behaviour_logprobs)
+    return (old_logprobs - behaviour_logprobs).detach()
 
 
 def _check_shapes(**tensors: Tensor) -> None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_g2rpo.objective.registry import Registry
+from megatron_g2rpo.registry import Registry
 
 _estimators: Registry = Registry("KL estimator")
 

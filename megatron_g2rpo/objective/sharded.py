@@ -17,10 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_g2rpo.collectives import gather
 from megatron_g2rpo.objective.advantages import TIE_TOLERANCE, GroupStatistics, group_statistics
 from megatron_g2rpo.objective.estimators import Estimator
 from megatron_g2rpo.objective.history import History
-from megatron_g2rpo.objective.rows import Rows, as_rows, first_non_finite, non_finite_message
+from megatron_g2rpo.objective.reward_batch import RewardBatch, as_reward_batch, first_non_finite, non_finite_message
 
 
 def sharded_advantages(
@@ -80,20 +81,19 @@ def sharded_statistics(
 class _Batch:
     """The rows of all ranks, in rank order, and which of them are this rank's."""
 
-    rows: Rows
+    rows: RewardBatch
     mine: slice
 
 
 @dataclass(frozen=True)
 class _Header:
-    """What a rank tells the others of its rows: how many, which components, or why they can't be read."""
+    """What a rank tells the others of its rows: how many, and which components."""
 
-    count: int = 0
-    parts: tuple[str, ...] = ()
-    error: str | None = None
+    count: int
+    parts: tuple[str, ...]
 
 
-def _statistics(rows: Rows, tie_tolerance: float) -> GroupStatistics:
+def _statistics(rows: RewardBatch, tie_tolerance: float) -> GroupStatistics:
     return group_statistics(rows.rewards, rows.groups, rows.tasks, tie_tolerance=tie_tolerance)
 
 
@@ -102,7 +102,7 @@ def _gather(
 ) -> _Batch:
     """Every rank's rows, checked: all of them could be read, and all values are finite."""
     if group is None:
-        rows = as_rows(rewards, groups, tasks, parts)
+        rows = as_reward_batch(rewards, groups, tasks, parts)
         _check_finite(rows, None)
         return _Batch(rows, slice(0, len(rows)))
     rank = dist.get_rank(group)
@@ -118,24 +118,20 @@ def _gather(
 
 def _exchange_headers(
     rewards: Tensor, groups: Tensor, tasks: Tensor, parts: Mapping[str, Tensor] | None, group: ProcessGroup
-) -> tuple[Rows, list[_Header]]:
+) -> tuple[RewardBatch, list[_Header]]:
     """Reads the local rows and learns of every rank's; a rank that can't read its rows fails all of them."""
-    try:
-        rows, failure = as_rows(rewards, groups, tasks, parts), None
-        header = _Header(len(rows), tuple(rows.parts))
-    except (TypeError, ValueError) as error:  # raised only once the other ranks, who wait for a header, know of it
-        rows, failure = None, error
-        header = _Header(error=str(error))
-    received: list[_Header | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(received, header, group=group)
-    headers = [header for header in received if header is not None]
-    if rows is None:
-        assert failure is not None
-        raise failure
-    for rank, header in enumerate(headers):
-        if header.error is not None:
-            raise ValueError(f"data-parallel rank {rank} passed rows that can't be read: {header.error}")
-    return rows, headers
+    local: list[RewardBatch] = []
+
+    def read() -> _Header:
+        try:
+            local.append(as_reward_batch(rewards, groups, tasks, parts))
+        except (TypeError, ValueError) as error:
+            where = f"data-parallel rank {dist.get_rank(group)} passed rows that can't be read"
+            raise type(error)(f"{where}: {error}") from error
+        return _Header(len(local[0]), tuple(local[0].parts))
+
+    headers = gather(read, group, (TypeError, ValueError))
+    return local[0], headers
 
 
 def _component_names(headers: list[_Header]) -> tuple[str, ...]:
@@ -147,7 +143,7 @@ def _component_names(headers: list[_Header]) -> tuple[str, ...]:
     return next(iter(owners), ())
 
 
-def _all_gather(rows: Rows, counts: list[int], names: tuple[str, ...], group: ProcessGroup) -> Rows:
+def _all_gather(rows: RewardBatch, counts: list[int], names: tuple[str, ...], group: ProcessGroup) -> RewardBatch:
     """Returns the rows of all ranks, in rank order, with float64 rewards."""
     longest = max(counts)
     mine = torch.zeros(longest, 3 + len(names), dtype=torch.int64)
@@ -162,7 +158,7 @@ def _all_gather(rows: Rows, counts: list[int], names: tuple[str, ...], group: Pr
     table = torch.cat([part[:count] for part, count in zip(received, counts, strict=True)]).cpu()
     groups, tasks, *doubles = (column.contiguous() for column in table.unbind(1))
     rewards, *parts = (bits.view(torch.float64) for bits in doubles)
-    return Rows(rewards=rewards, groups=groups, tasks=tasks, parts=dict(zip(names, parts, strict=True)))
+    return RewardBatch(rewards=rewards, groups=groups, tasks=tasks, parts=dict(zip(names, parts, strict=True)))
 
 
 def _wire_device(group: ProcessGroup) -> torch.device:
@@ -172,7 +168,7 @@ def _wire_device(group: ProcessGroup) -> torch.device:
     return torch.device("cpu" if "cpu" in devices else devices[0])
 
 
-def _check_finite(rows: Rows, counts: list[int] | None) -> None:
+def _check_finite(rows: RewardBatch, counts: list[int] | None) -> None:
     """Names the first reward, or component of one, that is not finite, and with ``counts`` the rank it came from."""
     for name, values in [(None, rows.rewards), *rows.parts.items()]:
         bad = first_non_finite(values)

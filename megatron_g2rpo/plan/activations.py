@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_g2rpo.plan.rows import Slots
-from megatron_g2rpo.policy.layout import Layout
+from megatron_g2rpo.policy.layouts.layout import Layout
 
 FP32 = 4
 INT64 = 8

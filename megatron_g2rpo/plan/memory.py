@@ -11,7 +11,7 @@ from megatron_g2rpo.plan.activations import FP32, LogitChunks, Recompute, Sizes
 from megatron_g2rpo.plan.buffers import DataParallelism, ModelState, model_state
 from megatron_g2rpo.plan.model import Model, Parameter
 from megatron_g2rpo.plan.rows import Assumptions, MicroBatches, Row, Slots, widest_slots
-from megatron_g2rpo.policy.layout import Layout
+from megatron_g2rpo.policy.layouts.layout import Layout
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
 
 NBYTES = {"float32": 4, "bfloat16": 2}

@@ -17,9 +17,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 from transformers import AutoConfig
 
-from megatron_g2rpo.policy.layout import Layout
+from megatron_g2rpo.policy.layouts.layout import Layout
 from megatron_g2rpo.weights import table_for
-from megatron_g2rpo.weights.published import published_tensors
+from megatron_g2rpo.weights.hf_model import published_tensors
 from megatron_g2rpo.weights.rules import Replicated
 
 CONFIG = "config.json"

@@ -12,7 +12,7 @@ from megatron_g2rpo.plan.memory import StageMemory, recompute_of, stage_memory
 from megatron_g2rpo.plan.model import Model
 from megatron_g2rpo.plan.rows import Assumptions, MicroBatches, assume, micro_batches
 from megatron_g2rpo.plan.wire import Traffic, stage_traffic
-from megatron_g2rpo.policy.layout import Layout, LayoutError, check_layout, layout_of, token_multiples
+from megatron_g2rpo.policy.layouts.layout import Layout, LayoutError, check_layout, layout_of, token_multiples
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
 from megatron_g2rpo.recipe.layers import load_layers
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_g2rpo.data.packing import assign_bins
-from megatron_g2rpo.policy.layout import Layout, token_multiples
+from megatron_g2rpo.policy.layouts.layout import Layout, token_multiples
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
 
 

@@ -17,7 +17,7 @@ from megatron_g2rpo.plan.buffers import ddp_buffer
 from megatron_g2rpo.plan.memory import NBYTES, data_parallelism, recompute_of
 from megatron_g2rpo.plan.model import Model
 from megatron_g2rpo.plan.rows import MicroBatches
-from megatron_g2rpo.policy.layout import Layout
+from megatron_g2rpo.policy.layouts.layout import Layout
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
 
 OPTIMIZER_STEP = "optimizer step"

@@ -26,8 +26,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
-from megatron_g2rpo.nouns import PackedBatch
-from megatron_g2rpo.policy.context_parallel import gathered_places
+from megatron_g2rpo.policy.layouts.context_parallel import gathered_places
+from megatron_g2rpo.types import PackedBatch
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
-from megatron_g2rpo.policy.layout import Layout, LayoutError
+from megatron_g2rpo.policy.layouts.layout import Layout, LayoutError
 
 
 def transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, megatron_cfg: Any) -> TransformerConfig:

@@ -25,12 +25,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_g2rpo.nouns import NO_LABEL
+from megatron_g2rpo.types import NO_LABEL
 
 # Elementwise operations go over logits in tiles of this size, which stay in a CPU's cache: a third of the time. Not
 # smaller, for a GPU's sake: at 4 TB/s it reads and writes a tile in 8 us, no less than launching a kernel takes.
 _TILE_BYTES = 16 * 2**20
-# The logit of an excluded token: its exponential is 0, and finite, so that 0 times it is 0 as well.
+# The logit of a banned token: its exponential is 0, and finite, so that 0 times it is 0 as well.
 _NEVER = -1e30
 
 
@@ -41,7 +41,7 @@ def linear_logprobs(
     *,
     vocab_size: int,
     temperature: float = 1.0,
-    excluded: Tensor | None = None,
+    banned_token_ids: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
@@ -58,8 +58,8 @@ def linear_logprobs(
             are 0 there and send no gradient.
         vocab_size: V; rows of the matrix beyond it are padding and take no probability.
         temperature: divides the logits; > 0.
-        excluded: int64 ``[E]``, the same on every rank: ids that the policy never samples. They take no probability,
-            and no gradient reaches their rows: the distribution is that of the tokens which can be sampled.
+        banned_token_ids: int64 ``[E]``, the same on every rank: ids that the policy never samples. They take no
+            probability, and no gradient reaches their rows: the distribution is that of the tokens that can be sampled.
         group: tensor-parallel process group; None when the vocabulary is whole.
         chunk_size: tokens whose float32 logits are held at once. Seven eighths of them are kept from the forward to the
             backward pass, which takes an eighth to compute the others again. None: all are kept.
@@ -68,7 +68,7 @@ def linear_logprobs(
         float32 ``[2, S]``, the same on every rank of the group: log-probabilities, entropies.
 
     Raises:
-        ValueError: a label is not in the vocabulary or is excluded, the ranks hold less than the vocabulary, or the
+        ValueError: a label is not in the vocabulary or is banned, the ranks hold less than the vocabulary, or the
             temperature or the chunk size is not positive.
     """
     if temperature <= 0:
@@ -83,8 +83,8 @@ def linear_logprobs(
     wrong = labels[labelled][(labels[labelled] < 0) | (labels[labelled] >= vocab_size)]
     if len(wrong):
         raise ValueError(f"label {int(wrong[0])} is not in a vocabulary of {vocab_size}")
-    excluded = labels.new_empty(0) if excluded is None else excluded.to(labels.device)
-    never = labels[labelled][torch.isin(labels[labelled], excluded)]
+    banned_token_ids = labels.new_empty(0) if banned_token_ids is None else banned_token_ids.to(labels.device)
+    never = labels[labelled][torch.isin(labels[labelled], banned_token_ids)]
     if len(never):
         raise ValueError(f"label {int(never[0])} is one of the tokens that the policy never samples")
     first = rank * held
@@ -92,7 +92,7 @@ def linear_logprobs(
     share = _Share(
         first=first,
         width=width,
-        excluded=excluded[(excluded >= first) & (excluded < first + width)] - first,
+        banned_token_ids=banned_token_ids[(banned_token_ids >= first) & (banned_token_ids < first + width)] - first,
         temperature=temperature,
         group=group if ranks > 1 else None,
     )
@@ -106,21 +106,24 @@ class _Share:
     Attributes:
         first: vocabulary id of its first column of logits.
         width: C, its columns without padding; 0 where all are padding.
-        excluded: int64, those of its columns that take no probability.
+        banned_token_ids: int64, those of its columns that take no probability.
         temperature: divides the logits.
         group: the ranks that hold the others; None without others.
     """
 
     first: int
     width: int
-    excluded: Tensor
+    banned_token_ids: Tensor
     temperature: float
     group: dist.ProcessGroup | None
 
     def exclude(self, logits: Tensor, columns: slice) -> None:
-        """Take all probability from the excluded ones of these columns: logits ``[tokens, columns]``, in place."""
-        if len(self.excluded):
-            among = self.excluded[(self.excluded >= columns.start) & (self.excluded < columns.stop)] - columns.start
+        """Take all probability from the banned ones of these columns: logits ``[tokens, columns]``, in place."""
+        if len(self.banned_token_ids):
+            among = (
+                self.banned_token_ids[(self.banned_token_ids >= columns.start) & (self.banned_token_ids < columns.stop)]
+                - columns.start
+            )
             logits.index_fill_(1, among, _NEVER)
 
     def place(self, labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:

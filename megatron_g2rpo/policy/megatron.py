@@ -20,11 +20,12 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from megatron_g2rpo import weights
-from megatron_g2rpo.nouns import DTYPES, PackedBatch, TokenStats
-from megatron_g2rpo.policy import checkpointing, context_parallel
+from megatron_g2rpo.policy import sharded_state
 from megatron_g2rpo.policy.config import transformer_config
 from megatron_g2rpo.policy.device import Device
-from megatron_g2rpo.policy.layout import check_layout, layout_of
+from megatron_g2rpo.policy.layer_spec import core_attention
+from megatron_g2rpo.policy.layouts import context_parallel
+from megatron_g2rpo.policy.layouts.layout import check_layout, layout_of
 from megatron_g2rpo.policy.model import PolicyModel
 from megatron_g2rpo.policy.optimizer import (
     build_optimizer,
@@ -34,9 +35,9 @@ from megatron_g2rpo.policy.optimizer import (
     wait_for_parameters,
     wrap_ddp,
 )
-from megatron_g2rpo.policy.parallel import ParallelGroups, initialize
-from megatron_g2rpo.policy.precision import core_attention
-from megatron_g2rpo.weights.published import model_class
+from megatron_g2rpo.policy.process_groups import ParallelGroups, initialize
+from megatron_g2rpo.types import DTYPES, PackedBatch, TokenStats
+from megatron_g2rpo.weights.hf_model import model_class
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class MegatronPolicy:
         device: this rank's device.
         seed: of random initialisation and of megatron-core's random state.
         max_steps: optimizer steps of the run; None builds no optimizer (inference only).
-        excluded: ids that the rollout engine never samples: the policy is the distribution over the others.
+        banned_token_ids: ids that the rollout engine never samples: the policy is the distribution over the others.
         on_loaded: told the bytes of each parameter that was loaded from a Hugging Face directory.
 
     Raises:
@@ -82,8 +83,8 @@ class MegatronPolicy:
         *,
         seed: int,
         max_steps: int | None,
-        excluded: Sequence[int] = (),
-        on_loaded: checkpointing.Advance | None = None,
+        banned_token_ids: Sequence[int] = (),
+        on_loaded: sharded_state.Advance | None = None,
     ) -> None:
         self.options, self.device = options, device
         self.hf_config = AutoConfig.from_pretrained(options.model_name, local_files_only=True)
@@ -105,14 +106,14 @@ class MegatronPolicy:
                 self.groups.collection,
                 device=device.torch_device,
                 core_attention=core_attention(megatron_cfg.core_attention, device),
-                excluded=excluded,
+                banned_token_ids=banned_token_ids,
                 chunk_size=options.logprob_chunk_size,
                 vision_every_row=overlap and max_steps is not None and not megatron_cfg.freeze_vision,
             ).to(device.torch_device)
             if options.pretrained_checkpoint is None:
                 self.load(self._initial_weights(seed), source=str(options.model_name), on_loaded=on_loaded)
             else:
-                checkpointing.load_weights(self.model, options.pretrained_checkpoint, self.dtype)
+                sharded_state.load_weights(self.model, options.pretrained_checkpoint, self.dtype)
             if megatron_cfg.freeze_vision and self.model.vision_model is not None:
                 self.model.vision_model.requires_grad_(False)
             if max_steps is not None:
@@ -141,7 +142,7 @@ class MegatronPolicy:
 
     # -- weights ------------------------------------------------------------------------------------------------
 
-    def load(self, tensors: Mapping[str, Tensor], source: str, on_loaded: checkpointing.Advance | None = None) -> None:
+    def load(self, tensors: Mapping[str, Tensor], source: str, on_loaded: sharded_state.Advance | None = None) -> None:
         """Take full tensors by Hugging Face name; see ``weights.load``."""
         weights.load(
             self.model,
@@ -214,11 +215,11 @@ class MegatronPolicy:
             is_loading: the result is a template to load into.
         """
         self._wait_for_parameters()
-        return checkpointing.sharded_state_dict(self.model, self.optimizer, self.scheduler, is_loading=is_loading)
+        return sharded_state.sharded_state_dict(self.model, self.optimizer, self.scheduler, is_loading=is_loading)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what ``dist_checkpointing.load`` returned for ``sharded_state_dict(is_loading=True)``."""
-        checkpointing.load_state_dict(self.model, self.optimizer, self.scheduler, state)
+        sharded_state.load_state_dict(self.model, self.optimizer, self.scheduler, state)
 
     # -- computation --------------------------------------------------------------------------------------------
 

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-from megatron_g2rpo.nouns import PackedBatch
 from megatron_g2rpo.policy.attention import PackedCoreAttention, packed_row_params
+from megatron_g2rpo.policy.layer_spec import local_block_spec
 from megatron_g2rpo.policy.output_layer import LogprobOutputLayer
-from megatron_g2rpo.policy.precision import local_block_spec
 from megatron_g2rpo.policy.rope import InterleavedMRoPE, inverse_frequencies
 from megatron_g2rpo.policy.vision import ImageFeatures, VisionEncoder
+from megatron_g2rpo.types import PackedBatch
 from megatron_g2rpo.weights.rules import padded_rows
 
 
@@ -40,7 +40,7 @@ class PolicyModel(MegatronModule):
         pg_collection: megatron-core's process groups.
         device: where the model will live.
         core_attention: see ``policy.precision``.
-        excluded: ids that the policy never samples; they take no probability.
+        banned_token_ids: ids that the policy never samples; they take no probability.
         chunk_size: tokens whose float32 logits are held at once; None for all.
         vision_every_row: see ``VisionEncoder``.
     """
@@ -53,7 +53,7 @@ class PolicyModel(MegatronModule):
         *,
         device: torch.device,
         core_attention: type[nn.Module] = PackedCoreAttention,
-        excluded: Sequence[int] = (),
+        banned_token_ids: Sequence[int] = (),
         chunk_size: int | None = None,
         vision_every_row: bool = False,
     ) -> None:
@@ -88,7 +88,7 @@ class PolicyModel(MegatronModule):
             self.language_model.output_layer = LogprobOutputLayer.adopt(
                 self.language_model.output_layer,
                 vocab_size=text.vocab_size,
-                excluded=excluded,
+                banned_token_ids=banned_token_ids,
                 chunk_size=chunk_size,
                 tp_group=pg_collection.tp,
             )

@@ -26,7 +26,7 @@ class LogprobOutputLayer(ColumnParallelLinear):
     """
 
     vocab_size: int
-    excluded: Tensor
+    banned_token_ids: Tensor
     chunk_size: int | None
 
     @classmethod
@@ -35,7 +35,7 @@ class LogprobOutputLayer(ColumnParallelLinear):
         output_layer: ColumnParallelLinear,
         *,
         vocab_size: int,
-        excluded: Sequence[int] = (),
+        banned_token_ids: Sequence[int] = (),
         chunk_size: int | None = None,
         tp_group: dist.ProcessGroup,
     ) -> LogprobOutputLayer:
@@ -44,7 +44,7 @@ class LogprobOutputLayer(ColumnParallelLinear):
         Args:
             output_layer: of a ``GPTModel``; not to be used any more.
             vocab_size: of the model, without padding.
-            excluded: ids that take no probability.
+            banned_token_ids: ids that take no probability.
             chunk_size: tokens whose float32 logits are held at once; None for all.
             tp_group: tensor-parallel process group.
 
@@ -68,7 +68,9 @@ class LogprobOutputLayer(ColumnParallelLinear):
         layer.weight = output_layer.weight
         layer.vocab_size, layer.chunk_size = vocab_size, chunk_size
         # Moves with the layer, and is no part of its state.
-        layer.register_buffer("excluded", torch.tensor(list(excluded), dtype=torch.int64), persistent=False)
+        layer.register_buffer(
+            "banned_token_ids", torch.tensor(list(banned_token_ids), dtype=torch.int64), persistent=False
+        )
         return layer.train(output_layer.training)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -106,7 +108,7 @@ class LogprobOutputLayer(ColumnParallelLinear):
             labels,
             vocab_size=self.vocab_size,
             temperature=temperature,
-            excluded=self.excluded,
+            banned_token_ids=self.banned_token_ids,
             group=self.tp_group,  # pyright: ignore[reportArgumentType]  # annotated by its first assignment
             chunk_size=self.chunk_size,
         )

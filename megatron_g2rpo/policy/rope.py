@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_g2rpo.policy.layout import SCALED_ROPE_TYPES
+from megatron_g2rpo.policy.layouts.layout import SCALED_ROPE_TYPES
 
 
 def interleaved_axis(mrope_section: Sequence[int]) -> list[int]:

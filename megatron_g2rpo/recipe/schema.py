@@ -8,8 +8,12 @@ import difflib
 from pydantic import model_validator
 
 from megatron_g2rpo.recipe.base import Section, conflict
+from megatron_g2rpo.recipe.data_section import Data
+from megatron_g2rpo.recipe.env_section import Env
+from megatron_g2rpo.recipe.grpo_section import Grpo, Sft
+from megatron_g2rpo.recipe.loss_section import LossFn
 from megatron_g2rpo.recipe.policy_section import Policy
-from megatron_g2rpo.recipe.sections import Checkpointing, Cluster, Data, Env, Grpo, Logger, LossFn, Sft
+from megatron_g2rpo.recipe.run_sections import Checkpointing, Cluster, Logger
 
 
 class _Common(Section):

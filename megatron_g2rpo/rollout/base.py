@@ -12,12 +12,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from megatron_g2rpo.nouns import Prompt, Rollout
 from megatron_g2rpo.recipe import Policy
+from megatron_g2rpo.types import Prompt, Rollout
 from megatron_g2rpo.weights import WeightSource
 
 
@@ -32,6 +33,9 @@ class EngineUnavailable(RuntimeError):
     def __init__(self, message: str, *, wait: bool = False) -> None:
         super().__init__(message)
         self.wait = wait
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), wait=self.wait), self.args
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +130,9 @@ EngineClass = TypeVar("EngineClass", bound=type[Engine])
 _ENGINES: dict[str, type[Engine]] = {}
 # Engines live in modules that import heavy, partly optional packages: they are imported when asked for.
 _MODULES = {
-    "transformers": "megatron_g2rpo.rollout.transformers_engine",
-    "vllm": "megatron_g2rpo.rollout.vllm_engine",
-    "vllm_server": "megatron_g2rpo.rollout.vllm_server",
+    "transformers": "megatron_g2rpo.rollout.transformers.engine",
+    "vllm": "megatron_g2rpo.rollout.vllm.engine",
+    "vllm_server": "megatron_g2rpo.rollout.vllm.server_engine",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_g2rpo.nouns import Sample
+from megatron_g2rpo.types import Sample
 
 Message = dict[str, Any]
 

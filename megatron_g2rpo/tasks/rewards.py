@@ -12,10 +12,10 @@ from typing import Protocol
 
 import torch
 
-from megatron_g2rpo.nouns import Rewards, Rollout
 from megatron_g2rpo.tasks.accuracy import get_accuracy
 from megatron_g2rpo.tasks.parsing import find_answer, is_well_formed
 from megatron_g2rpo.tasks.shaping import overlong_penalty, structure_bonus, trapezoid
+from megatron_g2rpo.types import Rewards, Rollout
 
 PARTS = ("accuracy", "format", "structure", "length")
 

@@ -11,20 +11,20 @@ from transformers import AutoConfig
 
 from megatron_g2rpo.data.packing import Packer
 from megatron_g2rpo.data.processing import ChatProcessor
-from megatron_g2rpo.data.shards import ShardIndex
+from megatron_g2rpo.data.shard_index import ShardIndex
 from megatron_g2rpo.data.stream import PromptStream, validation_prompts
-from megatron_g2rpo.nouns import DTYPES, Prompt
 from megatron_g2rpo.objective import History
 from megatron_g2rpo.policy.device import Device, select, set_cpu_threads
-from megatron_g2rpo.policy.layout import Layout, token_multiples
+from megatron_g2rpo.policy.layouts.layout import Layout, token_multiples
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from megatron_g2rpo.policy.reference import ReferencePolicy
+from megatron_g2rpo.policy.reference_policy import ReferencePolicy
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
 from megatron_g2rpo.rollout import base as engines
+from megatron_g2rpo.types import DTYPES, Prompt
 
 
 @dataclass(frozen=True)
-class Assembly:
+class Components:
     """What a loop works with, on this rank.
 
     Attributes:
@@ -56,7 +56,7 @@ class Assembly:
         return self.tasks.index(task)
 
 
-def assemble(recipe: Recipe) -> Assembly:
+def assemble(recipe: Recipe) -> Components:
     """Build everything a loop needs. Cheap checks come first: data and layout errors appear before weights are read.
 
     Raises:
@@ -78,7 +78,7 @@ def assemble(recipe: Recipe) -> Assembly:
     # What no engine samples has no probability in the policy either: both then speak of one distribution.
     banned = processor.banned_token_ids(vocab_size)
     policy = MegatronPolicy(
-        recipe.policy, device, seed=loop.seed, max_steps=loop.max_num_steps * updates, excluded=banned
+        recipe.policy, device, seed=loop.seed, max_steps=loop.max_num_steps * updates, banned_token_ids=banned
     )
     stream = PromptStream(
         train_index,
@@ -88,7 +88,7 @@ def assemble(recipe: Recipe) -> Assembly:
         data.on_bad_sample,
         need_response=not isinstance(recipe, TrainRecipe),
     )
-    return Assembly(
+    return Components(
         device=device,
         processor=processor,
         policy=policy,

@@ -8,19 +8,16 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_g2rpo.recipe import TrainRecipe
-from megatron_g2rpo.train.advantages import advantages_of, estimator_of
-from megatron_g2rpo.train.agreement import gap_warnings
-from megatron_g2rpo.train.assembly import Assembly, assemble
-from megatron_g2rpo.train.collect import collect
-from megatron_g2rpo.train.loop import Run, Timers
-from megatron_g2rpo.train.losses import G2RPOLoss, TaskEntropies, surrogate_of
-from megatron_g2rpo.train.measure import entropies_of, measured, reference_kl
-from megatron_g2rpo.train.metrics import Column, MetricsLog, StepMetrics
-from megatron_g2rpo.train.minibatches import Minibatch, minibatches
-from megatron_g2rpo.train.step_metrics import (
+from megatron_g2rpo.train.assembly import Components, assemble
+from megatron_g2rpo.train.run.logs import Column, MetricsLog, StepMetrics
+from megatron_g2rpo.train.run.loop import Run
+from megatron_g2rpo.train.step.advantages import advantages_of, estimator_of
+from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies, surrogate_of
+from megatron_g2rpo.train.step.metrics import (
     advantage_metrics,
     entropy_metrics,
     gap_metrics,
+    gap_warnings,
     group_metrics,
     importance_metrics,
     length_metrics,
@@ -30,6 +27,10 @@ from megatron_g2rpo.train.step_metrics import (
     skipped_metrics,
     task_gradient_metrics,
 )
+from megatron_g2rpo.train.step.minibatches import Minibatch, minibatches
+from megatron_g2rpo.train.step.old_logprobs import entropies_of, measured, reference_kl
+from megatron_g2rpo.train.step.sampling import collect
+from megatron_g2rpo.train.step.timers import Timers
 
 COLUMNS = (
     Column("reward", "train/reward"),
@@ -70,7 +71,7 @@ def train(recipe: TrainRecipe) -> Path | None:
         return run.finish()
 
 
-def g2rpo_step(recipe: TrainRecipe, parts: Assembly, step: int) -> dict[str, float]:
+def g2rpo_step(recipe: TrainRecipe, parts: Components, step: int) -> dict[str, float]:
     """One step: sample, score, and update the policy on the advantages; its metrics."""
     timers, skipped = Timers(parts), parts.stream.num_skipped
     collected = collect(recipe, parts, step, timers)
@@ -87,7 +88,7 @@ def g2rpo_step(recipe: TrainRecipe, parts: Assembly, step: int) -> dict[str, flo
         update(recipe, parts, step, number, minibatch, entropy, timers)
         for number, (minibatch, entropy) in enumerate(zip(batches, entropies, strict=True))
     ]
-    rows = [row for minibatch in batches for row in minibatch.rows]
+    rows = [row for minibatch in batches for row in minibatch.micro_batches]
     return {
         **rollout_metrics(parts, rollouts, rewards),
         **length_metrics(recipe, parts, rollouts),
@@ -105,7 +106,7 @@ def g2rpo_step(recipe: TrainRecipe, parts: Assembly, step: int) -> dict[str, flo
 
 def update(
     recipe: TrainRecipe,
-    parts: Assembly,
+    parts: Components,
     step: int,
     number: int,
     minibatch: Minibatch,
@@ -129,9 +130,9 @@ def update(
     period = recipe.grpo.task_gradient_period
     if number == 0 and period > 0 and step % period == 0:
         with timers("task_gradients"):
-            metrics = task_gradient_metrics(parts, minibatch.rows, loss, entropies, temperature)
+            metrics = task_gradient_metrics(parts, minibatch.micro_batches, loss, entropies, temperature)
     with timers("update"):
-        means = loss.metrics(policy.update(minibatch.rows, loss, temperature))
+        means = loss.metrics(policy.update(minibatch.micro_batches, loss, temperature))
     return {
         **{f"train/{name}": value for name, value in means.items()},
         **entropy_metrics(parts, entropies, loss),

@@ -9,14 +9,15 @@ import torch.distributed as dist
 
 from megatron_g2rpo.data.errors import SampleError
 from megatron_g2rpo.data.packing import PackSequence
-from megatron_g2rpo.nouns import Prompt
 from megatron_g2rpo.recipe import SftRecipe
-from megatron_g2rpo.train.assembly import Assembly, assemble
-from megatron_g2rpo.train.loop import Run, Timers, pack_evenly
-from megatron_g2rpo.train.losses import sft_loss
-from megatron_g2rpo.train.metrics import Column, MetricsLog, StepMetrics
-from megatron_g2rpo.train.minibatches import owned_rows
-from megatron_g2rpo.train.step_metrics import skipped_metrics
+from megatron_g2rpo.train.assembly import Components, assemble
+from megatron_g2rpo.train.run.logs import Column, MetricsLog, StepMetrics
+from megatron_g2rpo.train.run.loop import Run
+from megatron_g2rpo.train.step.losses import sft_loss
+from megatron_g2rpo.train.step.metrics import skipped_metrics
+from megatron_g2rpo.train.step.minibatches import owned_prompts, pack_evenly
+from megatron_g2rpo.train.step.timers import Timers
+from megatron_g2rpo.types import Prompt
 
 COLUMNS = (
     Column("loss", "train/loss", ".4f"),
@@ -48,12 +49,12 @@ def sft(recipe: SftRecipe) -> Path | None:
         return run.finish()
 
 
-def sft_step(recipe: SftRecipe, parts: Assembly) -> dict[str, float]:
+def sft_step(recipe: SftRecipe, parts: Components) -> dict[str, float]:
     """One optimizer step on ``train_global_batch_size`` samples; its metrics."""
     timers, groups, skipped = Timers(parts), parts.policy.groups, parts.stream.num_skipped
     size = recipe.policy.train_global_batch_size
     with timers("data"):
-        prompts = parts.stream.next_batch(size, owned_rows(size, groups))
+        prompts = parts.stream.next_batch(size, owned_prompts(size, groups))
         limit = recipe.policy.max_total_sequence_length
         sequences = [_sequence(parts, prompt, limit) for prompt in prompts]
         batches = pack_evenly(parts, sequences, recipe.policy.sequence_packing.train_mb_tokens)
@@ -63,7 +64,7 @@ def sft_step(recipe: SftRecipe, parts: Assembly) -> dict[str, float]:
     return {**named, **skipped_metrics(parts, skipped), **timers.metrics()}
 
 
-def _sequence(parts: Assembly, prompt: Prompt, limit: int) -> PackSequence:
+def _sequence(parts: Components, prompt: Prompt, limit: int) -> PackSequence:
     assert prompt.sample.response is not None  # the stream was asked for samples with one
     sequence = PackSequence(
         inputs=prompt.inputs,

@@ -4,10 +4,10 @@
 ``megatron_checkpoint`` and ``published`` are imported by name: what they need takes seconds to import.
 """
 
-from megatron_g2rpo.weights.checkpoint import CheckpointError, SafetensorsDirectory
-from megatron_g2rpo.weights.export import ShardedWriter, copy_companions, export_hf, hf_directory, partial_path
+from megatron_g2rpo.weights.export import ShardedWriter, copy_model_files, export_hf, hf_directory, partial_path
 from megatron_g2rpo.weights.load import load
 from megatron_g2rpo.weights.mapping import table_for
+from megatron_g2rpo.weights.safetensors_directory import CheckpointError, SafetensorsDirectory
 from megatron_g2rpo.weights.stream import WeightSource, specs, stream
 from megatron_g2rpo.weights.table import WeightTable
 
@@ -17,7 +17,7 @@ __all__ = [
     "ShardedWriter",
     "WeightSource",
     "WeightTable",
-    "copy_companions",
+    "copy_model_files",
     "export_hf",
     "hf_directory",
     "load",

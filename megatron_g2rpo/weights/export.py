@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
-from megatron_g2rpo.weights.checkpoint import INDEX_NAME
+from megatron_g2rpo.weights.safetensors_directory import INDEX_NAME
 
 # What travels beside the weights: configuration, tokenizer, processors, chat template, licence.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md")
@@ -22,7 +22,7 @@ _NAMES = "model{suffix}.safetensors"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
-def copy_companions(source: str | Path, target: str | Path) -> None:
+def copy_model_files(source: str | Path, target: str | Path) -> None:
     """Copy what a Hugging Face directory holds beside its weights."""
     for pattern in _COPIED:
         for file in Path(source).glob(pattern):
@@ -87,7 +87,7 @@ def hf_directory(directory: str | Path, specs: Mapping[str, Tensor], *, source: 
     partial.mkdir(parents=True)
     try:
         yield partial
-        copy_companions(source, partial)
+        copy_model_files(source, partial)
         dtypes = {spec.dtype for spec in specs.values()}
         if len(dtypes) == 1:
             _name_dtype(partial / "config.json", str(dtypes.pop()).removeprefix("torch."))

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_g2rpo.weights.checkpoint import CheckpointError
-from megatron_g2rpo.weights.stages import of_all_stages
+from megatron_g2rpo.collectives import gather
+from megatron_g2rpo.weights.safetensors_directory import CheckpointError
 from megatron_g2rpo.weights.table import Entry, WeightTable
 
 
@@ -41,7 +41,7 @@ def load(
     Raises:
         CheckpointError: tensors are missing, have other shapes, or fit no parameter on any stage: all are listed.
             Raised on every stage, before anything is copied.
-        UnmappedParameter: the table does not know a parameter (on other stages: RuntimeError).
+        UnmappedParameter: the table does not know a parameter of some stage. Raised on every stage.
     """
     entries = {}
 
@@ -52,7 +52,7 @@ def load(
             problems |= _problems(tensors, name, entries[name], parameter.shape, tensor_size)
         return {hf_name for entry in entries.values() for hf_name in entry.hf_names}, problems
 
-    stages = of_all_stages(check, pipeline_group)
+    stages = [check()] if pipeline_group is None else gather(check, pipeline_group)
     used = set[str]().union(*(names for names, _ in stages))
     # By name: two stages may hold copies of one tensor.
     problems = list({name: problem for _, of_stage in stages for name, problem in of_stage.items()}.values())

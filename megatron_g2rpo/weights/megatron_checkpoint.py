@@ -19,12 +19,12 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_g2rpo.weights.checkpoint import CheckpointError
 from megatron_g2rpo.weights.rules import Vocabulary, padded_rows
+from megatron_g2rpo.weights.safetensors_directory import CheckpointError
 from megatron_g2rpo.weights.table import Entry, UnmappedParameter, WeightTable
 
 # Where a checkpoint keeps the model's config, tokenizer and processor.
-COMPANIONS = "huggingface"
+MODEL_FILES = "huggingface"
 METADATA = "metadata.json"
 _BACKEND = "torch_dist"
 _OPTIMIZER = "optimizer."

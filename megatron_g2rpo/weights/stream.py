@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_g2rpo.collectives import gather
 from megatron_g2rpo.weights.rules import Replicated
-from megatron_g2rpo.weights.stages import of_all_stages
 from megatron_g2rpo.weights.table import Entry, WeightTable
 
 
@@ -113,7 +113,7 @@ def _holdings(
             for name, parameter in model.named_parameters()
         ]
 
-    return of_all_stages(make, pipeline_group)
+    return [make()] if pipeline_group is None else gather(make, pipeline_group)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_g2rpo.commands import launch
 from megatron_g2rpo.data.processing import ChatProcessor
-from megatron_g2rpo.data.shards import ShardIndex
+from megatron_g2rpo.data.shard_index import ShardIndex
 from megatron_g2rpo.data.stream import PromptStream
-from megatron_g2rpo.train import launch
 from tests.e2e.toy import Toy, break_image, call, command, error_of, metrics, only_error, write_shards
 
 TENSOR_PARALLEL = "policy.megatron_cfg.tensor_model_parallel_size"

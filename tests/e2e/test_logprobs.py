@@ -14,8 +14,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from megatron_g2rpo.data.processing import ChatProcessor
+from tests.common.tiny_model import hf_logits
 from tests.e2e.toy import Toy, call, error_of, png, succeed
-from tests.tiny_model import hf_logits
 
 # fp32 over a few layers, summed in another order.
 TOLERANCE = 1e-5

@@ -15,13 +15,13 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.data.processing import ChatProcessor
-from megatron_g2rpo.nouns import PackedBatch
 from megatron_g2rpo.train.assembly import assemble
 from megatron_g2rpo.train.g2rpo import g2rpo_step
-from megatron_g2rpo.train.loop import Run
-from megatron_g2rpo.train.losses import G2RPOLoss, TaskEntropies
+from megatron_g2rpo.train.run.loop import Run
+from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies
+from megatron_g2rpo.types import PackedBatch
+from tests.common.tiny_model import hf_greedy
 from tests.e2e.toy import TASKS, Toy, call, metrics, numbers, succeed
-from tests.tiny_model import hf_greedy
 
 # Five significant digits: half a unit of the fifth.
 FIVE_DIGITS = 5e-6
@@ -221,12 +221,12 @@ def test_every_update_of_a_step_is_measured_against_the_policy_that_sampled(
         entropies = TaskEntropies.of(batches, now, len(parts.tasks), parts.policy.groups.data)
         hinges.append((loss.hinge, G2RPOLoss(recipe, parts.tasks, entropies, parts.policy.groups.context).hinge))
         for batch, stats in zip(batches, now, strict=True):
-            assert batch.behaviour_logprobs is not None
+            assert batch.old_logprobs is not None
             response = batch.task_ids >= 0
             # The engine has the weights from before the first update; fp32 noise.
-            gap = (batch.behaviour_logprobs - batch.rollout_logprobs)[response].abs().max()
+            gap = (batch.old_logprobs - batch.behaviour_logprobs)[response].abs().max()
             assert gap < 1e-4, f"update {len(distances) + 1}: behaviour is {gap} away from the rollouts"
-            distances.append(float((stats.logprobs - batch.behaviour_logprobs)[response].abs().max()))
+            distances.append(float((stats.logprobs - batch.old_logprobs)[response].abs().max()))
         return update(batches, loss, *args)
 
     monkeypatch.setattr(parts.policy, "update", measured_update)

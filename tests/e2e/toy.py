@@ -24,8 +24,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from megatron_g2rpo.cli import app
-from megatron_g2rpo.data.index import ShardWriter
-from megatron_g2rpo.data.shards import ShardIndex
+from megatron_g2rpo.data.shard_index import ShardIndex
+from megatron_g2rpo.data.shard_writer import ShardWriter
 from tests.unit.data.conftest import load_example
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,15 +17,15 @@ from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from megatron_g2rpo.data.packing import Packer
-from megatron_g2rpo.nouns import PackedBatch
 from megatron_g2rpo.policy import optimizer as policy_optimizer
-from megatron_g2rpo.policy import parallel
+from megatron_g2rpo.policy import process_groups
 from megatron_g2rpo.policy.device import init_process_group, select
-from megatron_g2rpo.policy.layout import token_multiples
+from megatron_g2rpo.policy.layouts.layout import token_multiples
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from megatron_g2rpo.train.checkpoint import Checkpoints
-from tests.parity import packer_for, random_sequences, toy_loss
-from tests.policy_layout import layout_options
+from megatron_g2rpo.train.run.checkpoints import Checkpoints
+from megatron_g2rpo.types import PackedBatch
+from tests.common.parity import packer_for, random_sequences, toy_loss
+from tests.common.policy_layout import layout_options
 
 # Adam makes a step of about the learning rate out of a gradient near zero as well, whose sign is rounding. In bf16 that
 # step is less than the distance of two numbers near 1: a weight moves that far or not at all.
@@ -38,7 +38,7 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A layout, a mode of data parallelism (see ``tests.policy_layout``), and a precision."""
+    """A layout, a mode of data parallelism (see ``tests.common.policy_layout``), and a precision."""
 
     tp: int
     pp: int
@@ -66,7 +66,7 @@ class Saved:
 
 def build(directory: Path, case: Case) -> MegatronPolicy:
     init_process_group(select("cpu"))
-    parallel.reset()
+    process_groups.reset()
     options = layout_options(directory, tp=case.tp, pp=case.pp, cp=case.cp, mode=case.mode, precision=case.precision)
     return MegatronPolicy(options, select("cpu"), seed=0, max_steps=10)
 

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo import weights
-from megatron_g2rpo.policy import parallel
+from megatron_g2rpo.commands.convert.common import precision_of
+from megatron_g2rpo.commands.convert.export_hf import export, model_files
+from megatron_g2rpo.commands.convert.import_hf import import_hf
+from megatron_g2rpo.policy import process_groups
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.recipe import Recipe
-from megatron_g2rpo.train.convert import precision_of
-from megatron_g2rpo.train.convert_export import companions, export
-from megatron_g2rpo.train.convert_import import import_hf
 from megatron_g2rpo.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_g2rpo.weights.table import WeightTable
 
@@ -36,7 +36,7 @@ SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_
 
 
 def recipe_of(layout: str, precision: str, **policy: object) -> Recipe:
-    parallel.reset()
+    process_groups.reset()
     overrides = [f"policy.megatron_cfg.{key}={size}" for key, size in zip(SIZES, layout.split(","), strict=True)]
     overrides += [f"policy.{key}={value}" for key, value in {**policy, "precision": precision}.items()]
     overrides += [f"cluster.gpus_per_node={dist.get_world_size()}", "cluster.device=cpu"]
@@ -62,7 +62,7 @@ def round_trip(model: Path, pair: str) -> list[dict[str, Tensor]]:
     precision = precision_of(weights.SafetensorsDirectory(model).dtypes, model)
     import_hf(recipe_of(first, precision, model_name=model), checkpoint)
     assert precision_of(MegatronCheckpoint(checkpoint).dtypes, checkpoint) == precision
-    directory = companions(checkpoint, None)
+    directory = model_files(checkpoint, None)
     export(MegatronCheckpoint(checkpoint), exported, source=directory, dtype=precision, max_shard_size="60KB")
 
     recipe = recipe_of(second, precision, model_name=directory, pretrained_checkpoint=checkpoint)

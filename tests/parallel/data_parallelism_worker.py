@@ -15,10 +15,10 @@ from torch import Tensor
 from megatron_g2rpo.policy import optimizer as policy_optimizer
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from megatron_g2rpo.policy.reference import ReferencePolicy
+from megatron_g2rpo.policy.reference_policy import ReferencePolicy
+from tests.common.parity import toy_loss
+from tests.common.policy_layout import DATA_PARALLELISM, layout_options
 from tests.parallel.checkpoint_layouts_worker import BUCKET, distance, micro_batches, weights_of
-from tests.parity import toy_loss
-from tests.policy_layout import DATA_PARALLELISM, layout_options
 
 STEPS = 3
 # Gradients are summed in another order: whole buffers or buckets, all-reduced or reduce-scattered.

@@ -8,7 +8,7 @@ and untied embeddings, uneven stages and key/value head counts alternate. ``full
 
 from __future__ import annotations
 
-from tests.layout_parity import Case
+from tests.common.layout_parity import Case
 
 WORLDS: dict[str, tuple[int, list[Case]]] = {
     "fast-2": (

@@ -12,10 +12,10 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_g2rpo.nouns import NO_LABEL
 from megatron_g2rpo.policy import device
 from megatron_g2rpo.policy.logprobs import linear_logprobs
 from megatron_g2rpo.policy.output_layer import LogprobOutputLayer
+from megatron_g2rpo.types import NO_LABEL
 
 PADDED, HIDDEN, TOKENS, TEMPERATURE = 54, 6, 8, 0.5
 # float32 sums in another order, relative to the largest entry.
@@ -52,9 +52,9 @@ def with_gradients(
 
 
 def whole(
-    hidden: Tensor, weight: Tensor, labels: Tensor, grad: Tensor, vocab: int, excluded: Tensor | None = None
+    hidden: Tensor, weight: Tensor, labels: Tensor, grad: Tensor, vocab: int, banned_token_ids: Tensor | None = None
 ) -> Results:
-    keywords = {"vocab_size": vocab, "temperature": TEMPERATURE, "excluded": excluded}
+    keywords = {"vocab_size": vocab, "temperature": TEMPERATURE, "banned_token_ids": banned_token_ids}
     return with_gradients(lambda h, w: linear_logprobs(h, w, labels, **keywords), hidden, weight, grad)
 
 
@@ -77,12 +77,12 @@ def assert_same_on_both_ranks(tensor: Tensor, name: str) -> None:
 def check_kernel(
     group: dist.ProcessGroup, vocab: int, scale: float, labelled: bool, chunk: int | None, first_kept: int = 0
 ) -> None:
-    """Tokens before ``first_kept`` are excluded."""
+    """Tokens before ``first_kept`` are banned."""
     rank, name = dist.get_rank(group), f"vocabulary {vocab}, scale {scale}, labelled {labelled}, chunk {chunk}: "
     hidden, weight, labels, grad = case(vocab, scale, labelled)
     labels = labels.clamp(min=first_kept).where(labels != NO_LABEL, NO_LABEL)
-    excluded = torch.arange(first_kept)
-    expected = whole(hidden, weight, labels, grad, vocab, excluded)
+    banned_token_ids = torch.arange(first_kept)
+    expected = whole(hidden, weight, labels, grad, vocab, banned_token_ids)
     with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
         ours = with_gradients(
             lambda h, w: linear_logprobs(
@@ -91,7 +91,7 @@ def check_kernel(
                 labels,
                 vocab_size=vocab,
                 temperature=TEMPERATURE,
-                excluded=excluded,
+                banned_token_ids=banned_token_ids,
                 group=group,
                 chunk_size=chunk,
             ),
@@ -147,7 +147,7 @@ def main() -> None:
         check_kernel(group, vocab=54, scale=1.0, labelled=True, chunk=chunk)
         check_kernel(group, vocab=20, scale=1.0, labelled=True, chunk=chunk)  # the second rank holds padding only
         check_kernel(group, vocab=50, scale=1.0, labelled=True, chunk=chunk, first_kept=5)
-        # The first rank holds excluded tokens only.
+        # The first rank holds banned tokens only.
         check_kernel(group, vocab=54, scale=1.0, labelled=True, chunk=chunk, first_kept=PADDED // 2)
         check_kernel(group, vocab=50, scale=4096.0, labelled=True, chunk=chunk)
         check_kernel(group, vocab=50, scale=1.0, labelled=False, chunk=chunk)

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_g2rpo.policy import parallel
+from megatron_g2rpo.policy import process_groups
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from tests.objective_parity import distance, gradients, loss_on, objective, with_fixed
-from tests.parity import deal, packer_for, parity_sequences, rows_of
-from tests.policy_layout import layout_options
+from tests.common.objective_parity import distance, gradients, loss_on, objective, with_fixed
+from tests.common.parity import deal, packer_for, parity_sequences, rows_of
+from tests.common.policy_layout import layout_options
 
 # float32 sums in another order.
 TOLERANCE = 1e-5
@@ -45,7 +45,7 @@ def main() -> None:
     init_process_group(select("cpu"))
     for layout in sys.argv[2:]:
         check(Path(sys.argv[1]), layout)
-        parallel.reset()
+        process_groups.reset()
 
 
 if __name__ == "__main__":

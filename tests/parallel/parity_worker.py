@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_g2rpo.policy import parallel
+from megatron_g2rpo.policy import process_groups
 from megatron_g2rpo.policy.device import init_process_group, select
-from tests.layout_parity import check_layout_parity
+from tests.common.layout_parity import check_layout_parity
 from tests.parallel.layouts import WORLDS
 
 
@@ -32,7 +32,7 @@ def main() -> int:
             continue
         start = time.monotonic()
         report = check_layout_parity(Path(directory), device, case)
-        parallel.reset()
+        process_groups.reset()
         failed += bool(report.failures)
         if dist.get_rank() == 0:
             verdict = "FAILED" if report.failures else "ok"

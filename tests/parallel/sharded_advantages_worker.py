@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_g2rpo.objective import GroupStatistics, estimators, sharded_advantages
 from megatron_g2rpo.objective.history import History
-from megatron_g2rpo.objective.rows import Rows, as_rows
+from megatron_g2rpo.objective.reward_batch import RewardBatch, as_reward_batch
 from megatron_g2rpo.objective.sharded import sharded_statistics
 
 STEPS = 2
@@ -27,7 +27,7 @@ ESTIMATORS = {
 }
 
 
-def global_rows(seed: int) -> Rows:
+def global_rows(seed: int) -> RewardBatch:
     """120 rollouts of 15 prompts and 3 tasks, with ties and all-equal groups, in random order."""
     rng = np.random.default_rng(seed)
     accuracy, form = (
@@ -38,7 +38,7 @@ def global_rows(seed: int) -> Rows:
     tasks = np.repeat(rng.choice([-1, 5, 2**63 - 1], 15), 8)
     order = rng.permutation(ROWS)
     columns = {name: torch.from_numpy(part[order]) for name, part in parts.items()}
-    return as_rows(accuracy[order] * 0.9 + form[order] * 0.1, groups[order], tasks[order], columns)
+    return as_reward_batch(accuracy[order] * 0.9 + form[order] * 0.1, groups[order], tasks[order], columns)
 
 
 def dealt_rows(seed: int, rank: int, world: int) -> Tensor:
@@ -50,7 +50,9 @@ def dealt_rows(seed: int, rank: int, world: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(2000 + seed).permutation(np.flatnonzero(owner == rank)))
 
 
-def call(rows: Rows, mine: Tensor, group: dist.ProcessGroup | None, estimator: estimators.Estimator, history: History):
+def call(
+    rows: RewardBatch, mine: Tensor, group: dist.ProcessGroup | None, estimator: estimators.Estimator, history: History
+):
     # A rank without rows has met no component, and need not name one.
     parts: Mapping[str, Tensor] = {name: part[mine] for name, part in rows.parts.items()} if len(mine) else {}
     local = rows.rewards[mine], rows.groups[mine], rows.tasks[mine]

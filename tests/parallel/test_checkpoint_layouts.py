@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import torchrun
-from tests.tiny_model import make_tiny_qwen3vl
+from tests.common.launch import torchrun
+from tests.common.tiny_model import make_tiny_qwen3vl
 
 # tp,pp,cp,mode,precision on two ranks; what is left is data parallel.
 TENSOR = "2,1,1,plain,float32"

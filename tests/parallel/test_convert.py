@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launch import torchrun
-from tests.text_models import make_text_model
-from tests.tiny_model import make_tiny_qwen3vl
+from tests.common.launch import torchrun
+from tests.common.text_models import make_text_model
+from tests.common.tiny_model import make_tiny_qwen3vl
 
 
 def make_models(directory: Path, text: list[str]) -> list[Path]:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import torchrun
-from tests.policy_layout import DATA_PARALLELISM
-from tests.tiny_model import make_tiny_qwen3vl
+from tests.common.launch import torchrun
+from tests.common.policy_layout import DATA_PARALLELISM
+from tests.common.tiny_model import make_tiny_qwen3vl
 
 
 def check(directory: Path, processes: int, tp: int, pp: int, cp: int) -> None:

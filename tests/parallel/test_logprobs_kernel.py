@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from tests.launch import torchrun
+from tests.common.launch import torchrun
 
 
 def test_two_ranks_equal_one() -> None:

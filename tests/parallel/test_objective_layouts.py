@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claim: surrogate, KL term, importance weights and entropy shaping have the same gradient in every layout.
 
-Against transformers' autograd through the plain formula (``tests.objective_parity``): the hinge of a global mean, and
-GSPO's ratio of a sequence that context-parallel ranks share, are the parts that a layout could change.
+Against transformers' autograd through the plain formula (``tests.common.objective_parity``): the hinge of a global
+mean, and GSPO's ratio of a sequence that context-parallel ranks share, are the parts that a layout could change.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from tests.launch import torchrun
-from tests.objective_parity import OBJECTIVES, load_model, objective, oracle
-from tests.parity import parity_sequences
-from tests.tiny_model import make_tiny_qwen3vl
+from tests.common.launch import torchrun
+from tests.common.objective_parity import OBJECTIVES, load_model, objective, oracle
+from tests.common.parity import parity_sequences
+from tests.common.tiny_model import make_tiny_qwen3vl
 
 
 def check(directory: Path, processes: int, layouts: list[str]) -> None:

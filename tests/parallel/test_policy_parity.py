@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claim: no layout changes what the policy computes (against one transformers process on unpacked inputs).
 
-The matrix is in ``tests.parallel.layouts``, the comparison in ``tests.layout_parity``. One launch a world: starting
-eight ranks takes longer than any check. With ``-s`` the largest errors of every layout are shown.
+The matrix is in ``tests.parallel.layouts``, the comparison in ``tests.common.layout_parity``. One launch a world:
+starting eight ranks takes longer than any check. With ``-s`` the largest errors of every layout are shown.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import torchrun
-from tests.layout_parity import prepare
+from tests.common.launch import torchrun
+from tests.common.layout_parity import prepare
 from tests.parallel.layouts import WORLDS
 
 

@@ -4,7 +4,7 @@ rank."""
 
 from __future__ import annotations
 
-from tests.launch import torchrun
+from tests.common.launch import torchrun
 
 
 def test_any_split_over_one_to_four_ranks_equals_one_process() -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.launch import torchrun
+from tests.common.launch import torchrun
+from tests.common.traps import Errors, Scene
 from tests.parallel.traps_worker import LAYOUTS, TRAPS, Trap
-from tests.traps import Errors, Scene
 
 
 @pytest.fixture(scope="module")

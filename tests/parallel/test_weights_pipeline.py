@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from tests.launch import torchrun
+from tests.common.launch import torchrun
 
 
 def test_four_ranks_stream_what_one_process_streams() -> None:

@@ -22,14 +22,15 @@ import torch.distributed as dist
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from torch import Tensor
 
-from megatron_g2rpo.nouns import NO_LABEL, PackedBatch, TokenStats
-from megatron_g2rpo.policy import attention, context_parallel, megatron, parallel
+from megatron_g2rpo.policy import attention, megatron, process_groups
 from megatron_g2rpo.policy.device import init_process_group, select
+from megatron_g2rpo.policy.layouts import context_parallel
 from megatron_g2rpo.policy.megatron import LossTerms, MegatronPolicy
 from megatron_g2rpo.policy.norm import RMSNorm
 from megatron_g2rpo.policy.vision import assign_images
-from tests.parity import packer_for, policy_options, toy_loss
-from tests.traps import Errors, Scene, measure
+from megatron_g2rpo.types import NO_LABEL, PackedBatch, TokenStats
+from tests.common.parity import packer_for, policy_options, toy_loss
+from tests.common.traps import Errors, Scene, measure
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {},
@@ -262,7 +263,7 @@ def a_rank_needs_the_image_that_the_other_encodes(policy: MegatronPolicy, scene:
     rows = []
     for index, sequence in enumerate(scene.sequences):
         (row,) = packer.pack([sequence], 96)
-        rows.append(replace(row, rows=torch.tensor([index])))
+        rows.append(replace(row, sequence_ids=torch.tensor([index])))
 
     def needed(row: PackedBatch, rank: int) -> bool:
         return bool((context_parallel.split(row, 2, rank).vision_index >= 0).any())
@@ -425,7 +426,7 @@ def main() -> None:
     results = {}
     for layout in LAYOUTS:
         results |= run_layout(scene, layout)
-        parallel.reset()
+        process_groups.reset()
     if dist.get_rank() == 0:
         (directory / "results.json").write_text(json.dumps(results, indent=1))
 

@@ -21,7 +21,11 @@ PACKAGE = ROOT / "megatron_g2rpo"
 DEVICE = PACKAGE / "policy" / "device.py"
 CONTRACTS = ROOT / "pyproject.toml"
 
-ROOMS = ["train", "report", "plan", "rollout", "policy", "data", "weights", "tasks", "objective", "recipe"]
+ROOMS = (
+    *("commands", "train", "report", "plan", "rollout", "policy", "policy/layouts", "data"),
+    *("models", "weights", "tasks", "objective", "recipe"),
+)
+FILES = ("cli", "extend", "types", "registry", "collectives")
 
 
 def imports_are_legal(config: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
@@ -49,14 +53,14 @@ def house(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     for module in ["", *ROOMS]:
         (house / module).mkdir()
         (house / module / "__init__.py").touch()
-    (house / "nouns.py").touch()
-    (house / "cli.py").touch()
+    for file in FILES:
+        (house / f"{file}.py").touch()
     (tmp_path / "pyproject.toml").write_text(CONTRACTS.read_text().replace("megatron_g2rpo", name))
     return house
 
 
 def add_import(house: Path, module: str, imported: str) -> None:
-    file = house / f"{module}.py" if module in ("nouns", "cli") else house / module / "work.py"
+    file = house / f"{module}.py" if module in FILES else house / module / "work.py"
     statement = f"import {imported}" if "." not in imported else "from {} import {}".format(*imported.rsplit(".", 1))
     with file.open("a") as stream:
         stream.write(f"{statement.replace('house', house.name)}\n")
@@ -64,17 +68,21 @@ def add_import(house: Path, module: str, imported: str) -> None:
 
 def test_imports_that_point_down_are_legal(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, imported in [
-        ("cli", "house.train"),
+        ("cli", "house.commands"),
+        ("commands", "house.train"),
         ("train", "house.rollout"),
         ("train", "house.policy"),
         ("plan", "house.policy"),
-        ("policy", "house.weights"),
+        ("policy", "house.models"),
+        ("models", "house.weights"),
+        ("plan", "house.policy.layouts"),
         ("policy", "transformers"),
         ("rollout", "house.tasks"),
         ("rollout", "vllm"),
-        ("weights", "house.nouns"),
+        ("weights", "house.types"),
         ("objective", "torch"),
-        ("nouns", "torch"),
+        ("types", "torch"),
+        ("recipe", "house.registry"),
         ("recipe", "pydantic"),
     ]:
         add_import(house, module, imported)
@@ -87,11 +95,16 @@ def test_imports_that_point_down_are_legal(house: Path, monkeypatch: pytest.Monk
         ("weights", "house.policy", "Imports point down"),
         ("train", "house.cli", "Imports point down"),
         ("recipe", "house.objective", "Imports point down"),
-        ("nouns", "house.tasks", "Imports point down"),
-        ("nouns", "house.recipe", "Imports point down"),
+        ("types", "house.tasks", "Imports point down"),
+        ("types", "house.recipe", "Imports point down"),
         ("policy", "house.rollout", "Imports point down"),
         ("rollout", "house.policy", "Imports point down"),
         ("data", "house.policy", "Imports point down"),
+        ("models", "house.data", "Imports point down"),
+        ("weights", "house.models", "Imports point down"),
+        ("train", "house.commands", "Imports point down"),
+        ("registry", "house.recipe", "Imports point down"),
+        ("extend", "house.objective", "Imports point down"),
         ("objective", "house.tasks", "Imports point down"),
         ("tasks", "house.objective", "Imports point down"),
         ("report", "house.train", "Imports point down"),
@@ -101,7 +114,10 @@ def test_imports_that_point_down_are_legal(house: Path, monkeypatch: pytest.Monk
         ("tasks", "transformers", "The mathematics"),
         ("tasks", "vllm", "The mathematics"),
         ("recipe", "torch", "A recipe can be read"),
-        ("nouns", "numpy", "The lowest floor"),
+        ("registry", "torch", "A recipe can be read"),
+        ("plan", "megatron.core", "A plan is made without"),
+        ("policy/layouts", "megatron.core", "A plan is made without"),
+        ("types", "numpy", "The ground is light"),
         ("policy", "vllm", "Only rollout knows vLLM"),
     ],
 )

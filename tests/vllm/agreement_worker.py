@@ -18,11 +18,11 @@ import torch.distributed as dist
 
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo import weights
-from megatron_g2rpo.train.agreement import trainer_logprobs
+from megatron_g2rpo.commands.compare_rollouts import trainer_logprobs
 from megatron_g2rpo.train.assembly import assemble
 from megatron_g2rpo.train.g2rpo import g2rpo_step
-from megatron_g2rpo.train.minibatches import owned_rows
-from megatron_g2rpo.train.rollouts import answers, generate
+from megatron_g2rpo.train.step.generation import answers, generate
+from megatron_g2rpo.train.step.minibatches import owned_prompts
 
 STEPS, PROMPTS = 3, 8
 # fp32 of another order of sums; a wrong temperature, position or image gives > 0.1.
@@ -41,7 +41,7 @@ def main() -> None:
     moved = [name for name, tensor in parts.policy.stream() if not torch.equal(tensor, start[name])]
     assert len(moved) > len(start) // 2, "the steps must change the weights, or the comparison is empty"
     parts.engine.load_weights(parts.policy.source())
-    owned = owned_rows(PROMPTS, parts.policy.groups)
+    owned = owned_prompts(PROMPTS, parts.policy.groups)
     prompts = parts.stream.next_batch(PROMPTS, owned)
     for temperature in (1.0, 0.7):
         rollouts = generate(parts, prompts, 4, temperature=temperature, seed=7, group_ids=list(owned))

@@ -18,8 +18,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from megatron_g2rpo.recipe import VllmServerConfig
-from megatron_g2rpo.rollout.vllm_client import API_KEY, Server, ServerLost, Servers
-from megatron_g2rpo.rollout.vllm_serve import command
+from megatron_g2rpo.rollout.vllm.http_client import API_KEY, Server, ServerLost, Servers
+from megatron_g2rpo.rollout.vllm.serve import command
 from tests.vllm import common
 
 

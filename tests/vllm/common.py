@@ -15,10 +15,10 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from megatron_g2rpo import recipe
 from megatron_g2rpo.data.processing import ChatProcessor
-from megatron_g2rpo.nouns import Prompt, Rollout, Sample
 from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.rollout import base
-from tests.tiny_model import hf_greedy, hf_logits, randomise
+from megatron_g2rpo.types import Prompt, Rollout, Sample
+from tests.common.tiny_model import hf_greedy, hf_logits, randomise
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICY = ROOT / "examples" / "quickstart" / "policy"

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.data.processing import ChatProcessor
-from megatron_g2rpo.data.shards import ShardIndex
+from megatron_g2rpo.data.shard_index import ShardIndex
 from megatron_g2rpo.data.stream import validation_prompts
-from megatron_g2rpo.rollout.vllm_engine import LLM, VllmEngine
+from megatron_g2rpo.rollout.vllm.engine import LLM, VllmEngine
 from tests.vllm import common
 
 

@@ -15,12 +15,12 @@ import torch
 from transformers import Qwen3VLForConditionalGeneration
 
 from megatron_g2rpo.data.processing import ChatProcessor
-from megatron_g2rpo.data.shards import ShardIndex
+from megatron_g2rpo.data.shard_index import ShardIndex
 from megatron_g2rpo.data.stream import validation_prompts
+from tests.common.launch import torchrun
+from tests.common.tiny_model import hf_greedy
 from tests.e2e.conftest import toy, warm  # noqa: F401 (fixtures)
 from tests.e2e.toy import TASKS, Toy
-from tests.launch import torchrun
-from tests.tiny_model import hf_greedy
 from tests.vllm.servers import ServerProcess, serving
 
 pytestmark = pytest.mark.timeout(900)

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from megatron_g2rpo.objective.history import History
-from megatron_g2rpo.objective.registry import Registry
-from megatron_g2rpo.objective.rows import Rows
+from megatron_g2rpo.objective.reward_batch import RewardBatch
+from megatron_g2rpo.registry import Registry
 
-Estimator = Callable[[Rows, History], Tensor]
+Estimator = Callable[[RewardBatch, History], Tensor]
 
 _registry: Registry = Registry("advantage estimator")
 register = _registry.register

@@ -10,12 +10,12 @@ from megatron_g2rpo.objective.advantages import TIE_TOLERANCE
 from megatron_g2rpo.objective.estimators.base import register
 from megatron_g2rpo.objective.estimators.moments import HUGE, scaled_difference, standardised, statistics_by
 from megatron_g2rpo.objective.history import History
-from megatron_g2rpo.objective.rows import Rows
+from megatron_g2rpo.objective.reward_batch import RewardBatch
 
 
 @register("reinforce_plus_plus")
 def reinforce_plus_plus(
-    rows: Rows, history: History, *, baseline: str = "group", tie_tolerance: float = TIE_TOLERANCE
+    rows: RewardBatch, history: History, *, baseline: str = "group", tie_tolerance: float = TIE_TOLERANCE
 ) -> Tensor:
     """Rewards, or their differences from their group's mean, standardised over the whole batch.
 

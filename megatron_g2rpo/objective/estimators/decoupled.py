@@ -17,12 +17,12 @@ from megatron_g2rpo.objective.advantages import TIE_TOLERANCE, gaussian_advantag
 from megatron_g2rpo.objective.estimators.base import register
 from megatron_g2rpo.objective.estimators.moments import standardised, statistics_by
 from megatron_g2rpo.objective.history import History
-from megatron_g2rpo.objective.rows import Rows
+from megatron_g2rpo.objective.reward_batch import RewardBatch
 
 
 @register("gdpo")
 def gdpo(
-    rows: Rows,
+    rows: RewardBatch,
     history: History,
     *,
     part_weights: Mapping[str, float] | None = None,
@@ -51,7 +51,7 @@ def gdpo(
 
 @register("g2_gdpo")
 def g2_gdpo(
-    rows: Rows,
+    rows: RewardBatch,
     history: History,
     *,
     part_weights: Mapping[str, float] | None = None,
@@ -98,7 +98,7 @@ def g2_gdpo(
     return advantages
 
 
-def _weighted_parts(rows: Rows, part_weights: Mapping[str, float] | None) -> Iterator[tuple[float, Tensor]]:
+def _weighted_parts(rows: RewardBatch, part_weights: Mapping[str, float] | None) -> Iterator[tuple[float, Tensor]]:
     """Yields (weight, component) for every weight that is not 0, always in the order of the names."""
     if len(rows) == 0:
         return  # a batch without rows need not know its components

@@ -14,12 +14,12 @@ from torch import Tensor
 from megatron_g2rpo.objective.advantages import STAGES, TIE_TOLERANCE, gaussian_advantages
 from megatron_g2rpo.objective.estimators.base import register
 from megatron_g2rpo.objective.history import History
-from megatron_g2rpo.objective.rows import Rows
+from megatron_g2rpo.objective.reward_batch import RewardBatch
 
 
 @register("g2rpo")
 def g2rpo(
-    rows: Rows,
+    rows: RewardBatch,
     history: History,
     *,
     stages: Sequence[str] = STAGES,

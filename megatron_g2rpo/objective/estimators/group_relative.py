@@ -10,11 +10,11 @@ from megatron_g2rpo.objective.advantages import TIE_TOLERANCE
 from megatron_g2rpo.objective.estimators.base import register
 from megatron_g2rpo.objective.estimators.moments import standardised, statistics_by
 from megatron_g2rpo.objective.history import History
-from megatron_g2rpo.objective.rows import Rows
+from megatron_g2rpo.objective.reward_batch import RewardBatch
 
 
 @register("grpo")
-def grpo(rows: Rows, history: History, *, tie_tolerance: float = TIE_TOLERANCE) -> Tensor:
+def grpo(rows: RewardBatch, history: History, *, tie_tolerance: float = TIE_TOLERANCE) -> Tensor:
     """Group-relative advantages, ``(R - mean) / population standard deviation`` within each group.
 
     Source: "DeepSeekMath", arXiv 2402.03300, equation of section 4.1.2. The population standard deviation, with nothing
@@ -33,7 +33,7 @@ def grpo(rows: Rows, history: History, *, tie_tolerance: float = TIE_TOLERANCE) 
 
 
 @register("dr_grpo")
-def dr_grpo(rows: Rows, history: History) -> Tensor:
+def dr_grpo(rows: RewardBatch, history: History) -> Tensor:
     """Rewards less their group's mean, divided by nothing.
 
     Source: "Understanding R1-Zero-Like Training: A Critical Perspective", arXiv 2503.20783 (Dr. GRPO).
@@ -50,7 +50,7 @@ def dr_grpo(rows: Rows, history: History) -> Tensor:
 
 
 @register("rloo")
-def rloo(rows: Rows, history: History) -> Tensor:
+def rloo(rows: RewardBatch, history: History) -> Tensor:
     """Rewards less the mean of the other rewards of their group: REINFORCE with a leave-one-out baseline.
 
     Of n rewards, ``R - (sum - R) / (n - 1)`` is ``(R - mean) n / (n - 1)``. A group of one has no others and gets 0.

@@ -12,11 +12,11 @@ from megatron_g2rpo.objective.advantages import group_statistics
 from megatron_g2rpo.objective.estimators.base import register
 from megatron_g2rpo.objective.estimators.moments import scaled_difference
 from megatron_g2rpo.objective.history import History, Moments
-from megatron_g2rpo.objective.rows import Rows
+from megatron_g2rpo.objective.reward_batch import RewardBatch
 
 
 @register("ema_grpo")
-def ema_grpo(rows: Rows, history: History, *, ema_decay: float = 0.99, min_std: float = 1e-3) -> Tensor:
+def ema_grpo(rows: RewardBatch, history: History, *, ema_decay: float = 0.99, min_std: float = 1e-3) -> Tensor:
     """Rewards less their group's mean, divided by their task's moving standard deviation.
 
     Every call is a step: it first moves the averages of the tasks among its rows, ``m1 <- d m1 + (1 - d) mean(R)`` and

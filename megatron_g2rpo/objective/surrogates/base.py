@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_g2rpo.objective.registry import Registry
 from megatron_g2rpo.objective.sequences import Sequences
+from megatron_g2rpo.registry import Registry
 
 _registry: Registry = Registry("surrogate")
 register = _registry.register
@@ -48,16 +48,16 @@ class PolicyLoss:
         return {name: torch.where(kept, getattr(self, name), 0.0).sum() for name in names}
 
 
-def check_shapes(logprobs: Tensor, behaviour_logprobs: Tensor, advantages: Tensor, sequences: Sequences) -> None:
+def check_shapes(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, sequences: Sequences) -> None:
     """Refuses tensors that would broadcast.
 
     Raises:
         ValueError: shapes differ.
     """
-    shapes = [tuple(tensor.shape) for tensor in (logprobs, behaviour_logprobs, advantages, sequences.ids)]
+    shapes = [tuple(tensor.shape) for tensor in (logprobs, old_logprobs, advantages, sequences.ids)]
     if len(set(shapes)) > 1:
         raise ValueError(
-            "logprobs, behaviour_logprobs, advantages and sequences.ids must have one shape [S], got "
+            "logprobs, old_logprobs, advantages and sequences.ids must have one shape [S], got "
             + ", ".join(map(str, shapes))
         )
 

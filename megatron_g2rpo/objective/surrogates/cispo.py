@@ -12,7 +12,7 @@ from megatron_g2rpo.objective.surrogates.base import PolicyLoss, check_clamp, ch
 @register("cispo")
 def cispo(
     logprobs: Tensor,
-    behaviour_logprobs: Tensor,
+    old_logprobs: Tensor,
     advantages: Tensor,
     sequences: Sequences,
     *,
@@ -37,11 +37,11 @@ def cispo(
     Raises:
         ValueError: shapes differ, or an option is out of its range.
     """
-    check_shapes(logprobs, behaviour_logprobs, advantages, sequences)
+    check_shapes(logprobs, old_logprobs, advantages, sequences)
     check_clips(clip_low, clip_high)
     check_clamp(log_ratio_clamp)
     advantages = advantages.detach()
-    ratio = (logprobs - behaviour_logprobs).detach().clamp(-log_ratio_clamp, log_ratio_clamp).exp()
+    ratio = (logprobs - old_logprobs).detach().clamp(-log_ratio_clamp, log_ratio_clamp).exp()
     counts = advantages != 0
     return PolicyLoss(
         loss=-ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages * logprobs,

@@ -13,7 +13,7 @@ from megatron_g2rpo.objective.surrogates.base import PolicyLoss, check_clamp, ch
 @register("ppo")
 def ppo(
     logprobs: Tensor,
-    behaviour_logprobs: Tensor,
+    old_logprobs: Tensor,
     advantages: Tensor,
     sequences: Sequences,
     *,
@@ -38,14 +38,14 @@ def ppo(
     Raises:
         ValueError: shapes differ, or an option is out of its range.
     """
-    check_shapes(logprobs, behaviour_logprobs, advantages, sequences)
-    return _clipped(logprobs - behaviour_logprobs.detach(), advantages, clip_low, clip_high, dual_clip, log_ratio_clamp)
+    check_shapes(logprobs, old_logprobs, advantages, sequences)
+    return _clipped(logprobs - old_logprobs.detach(), advantages, clip_low, clip_high, dual_clip, log_ratio_clamp)
 
 
 @register("gspo")
 def gspo(
     logprobs: Tensor,
-    behaviour_logprobs: Tensor,
+    old_logprobs: Tensor,
     advantages: Tensor,
     sequences: Sequences,
     *,
@@ -76,8 +76,8 @@ def gspo(
     Raises:
         ValueError: shapes differ, or an option is out of its range.
     """
-    check_shapes(logprobs, behaviour_logprobs, advantages, sequences)
-    log_ratio = sequences.mean(logprobs - behaviour_logprobs) + (logprobs - logprobs.detach())
+    check_shapes(logprobs, old_logprobs, advantages, sequences)
+    log_ratio = sequences.mean(logprobs - old_logprobs) + (logprobs - logprobs.detach())
     return _clipped(log_ratio, advantages, clip_low, clip_high, dual_clip, log_ratio_clamp)
 
 

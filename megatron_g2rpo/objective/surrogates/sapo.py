@@ -13,7 +13,7 @@ from megatron_g2rpo.objective.surrogates.base import PolicyLoss, check_clamp, ch
 @register("sapo")
 def sapo(
     logprobs: Tensor,
-    behaviour_logprobs: Tensor,
+    old_logprobs: Tensor,
     advantages: Tensor,
     sequences: Sequences,
     *,
@@ -36,13 +36,13 @@ def sapo(
     Raises:
         ValueError: shapes differ, or an option is out of its range.
     """
-    check_shapes(logprobs, behaviour_logprobs, advantages, sequences)
+    check_shapes(logprobs, old_logprobs, advantages, sequences)
     check_clamp(log_ratio_clamp)
     for name, tau in (("tau_positive", tau_positive), ("tau_negative", tau_negative)):
         if not tau > 0.0:
             raise ValueError(f"{name} must be above 0, got {tau}")
     advantages = advantages.detach()
-    log_ratio = logprobs - behaviour_logprobs.detach()
+    log_ratio = logprobs - old_logprobs.detach()
     ratio = log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp).exp()
     tau = ratio.new_full(ratio.shape, tau_negative).masked_fill(advantages > 0, tau_positive)
     none = torch.zeros_like(advantages, dtype=torch.bool)

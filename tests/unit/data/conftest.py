@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_g2rpo.data.index import ShardWriter
 from megatron_g2rpo.data.processing import ChatProcessor
-from megatron_g2rpo.data.shards import ShardIndex
+from megatron_g2rpo.data.shard_index import ShardIndex
+from megatron_g2rpo.data.shard_writer import ShardWriter
 
 QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart"
 TASK_SIZES = {"math": 5, "ocr": 7, "vqa": 12}

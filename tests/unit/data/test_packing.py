@@ -10,9 +10,9 @@ import torch
 
 from megatron_g2rpo.data.packing import PackSequence, assign_bins, response_values
 from megatron_g2rpo.data.positions import rope_positions
-from megatron_g2rpo.nouns import NO_LABEL
-from tests.parity import packer_for, random_sequences
-from tests.tiny_model import make_tiny_qwen3vl, random_inputs, tiny_config
+from megatron_g2rpo.types import NO_LABEL
+from tests.common.parity import packer_for, random_sequences
+from tests.common.tiny_model import make_tiny_qwen3vl, random_inputs, tiny_config
 
 
 def test_positions_equal_transformers() -> None:
@@ -73,11 +73,11 @@ def test_every_field_is_aligned_with_the_predicting_position() -> None:
     seen = []
     for batch in batches:
         responses = response_values(batch, batch.labels)
-        for row in batch.rows.tolist():
+        for row in batch.sequence_ids.tolist():
             seen.append(row)
             sequence = sequences[row]
             assert torch.equal(responses[row], sequence.response_ids)
-            where = (batch.segment_ids == batch.rows.tolist().index(row)).nonzero().squeeze(1)
+            where = (batch.segment_ids == batch.sequence_ids.tolist().index(row)).nonzero().squeeze(1)
             tokens = torch.cat([sequence.inputs.token_ids, sequence.response_ids])
             assert torch.equal(batch.tokens[where], tokens)
             # The response alone, and no label crosses into the next sequence: the trap of a roll over the row.
@@ -88,7 +88,7 @@ def test_every_field_is_aligned_with_the_predicting_position() -> None:
             assert batch.position_ids[:, where[0]].tolist() == [0, 0, 0]
             advantages = batch.advantages[where]
             assert int((advantages != 0).sum()) == len(sequence.response_ids)
-        assert batch.num_tokens == sum(len(sequences[row].response_ids) for row in batch.rows.tolist())
+        assert batch.num_tokens == sum(len(sequences[row].response_ids) for row in batch.sequence_ids.tolist())
     assert sorted(seen) == list(range(len(sequences)))
 
 
@@ -125,7 +125,9 @@ def test_padding_follows_its_sequence_and_says_nothing(sequence: int, row: int) 
     config = tiny_config()
     packer = replace(packer_for(config), sequence_multiple=sequence, row_multiple=row)
     sequences = random_sequences(config, samples=3)
-    plain = {row: batch for batch in packer_for(config).pack(sequences, budget=100) for row in batch.rows.tolist()}
+    plain = {
+        row: batch for batch in packer_for(config).pack(sequences, budget=100) for row in batch.sequence_ids.tolist()
+    }
     seen = []
     for batch in packer.pack(sequences, budget=128, num_bins=12):
         assert len(batch.tokens) % row == 0
@@ -137,12 +139,12 @@ def test_padding_follows_its_sequence_and_says_nothing(sequence: int, row: int) 
         assert torch.all(batch.tokens[padding] == packer.pad_token_id)
         assert torch.all(batch.task_ids[padding] == -1)
         assert torch.all(batch.vision_index[padding] == -1)
-        for segment, index in enumerate(batch.rows.tolist()):
+        for segment, index in enumerate(batch.sequence_ids.tolist()):
             seen.append(index)
             start, length = int(batch.cu_seqlens_padded[segment]), int(batch.cu_seqlens.diff()[segment])
             real = slice(start, start + length)
             other = plain[index]
-            where = other.segment_ids == other.rows.tolist().index(index)
+            where = other.segment_ids == other.sequence_ids.tolist().index(index)
             for name in ("tokens", "labels", "position_ids", "loss_mask", "advantages", "task_ids", "token_weights"):
                 assert torch.equal(getattr(batch, name)[..., real], getattr(other, name)[..., where]), name
     assert sorted(seen) == list(range(len(sequences)))

@@ -18,7 +18,7 @@ from transformers import (
 
 from megatron_g2rpo.data.errors import DataError, SampleError
 from megatron_g2rpo.data.processing import ChatProcessor
-from megatron_g2rpo.nouns import Sample
+from megatron_g2rpo.types import Sample
 
 
 def make_image(width, height, seed=0):

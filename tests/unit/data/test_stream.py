@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 
 from megatron_g2rpo.data.errors import DataError, SampleError
-from megatron_g2rpo.data.index import ShardWriter
-from megatron_g2rpo.data.shards import ShardIndex
+from megatron_g2rpo.data.shard_index import ShardIndex
+from megatron_g2rpo.data.shard_writer import ShardWriter
 from megatron_g2rpo.data.stream import PromptStream, validation_prompts
 from tests.unit.data.conftest import TASK_SIZES, break_image, make_fields, make_png, write_dataset
 

@@ -238,7 +238,7 @@ def test_rows_of_other_types_and_lengths_are_errors() -> None:
 
 @pytest.mark.skipif(backend() != "cpp", reason="the compiled op is not built here")
 def test_the_compiled_op_itself_takes_nothing_that_it_would_misread() -> None:
-    """What ``as_rows`` refuses or converts before; a caller of the op alone must not get another answer."""
+    """What ``as_reward_batch`` refuses or converts before; a caller of the op alone must not get another answer."""
     from megatron_g2rpo.objective import _group_ops
 
     rewards, ids = np.zeros(4), np.zeros(4, dtype=np.int64)

@@ -13,7 +13,7 @@ from scipy.stats import norm
 
 from megatron_g2rpo.objective import estimators
 from megatron_g2rpo.objective.history import History
-from megatron_g2rpo.objective.rows import as_rows
+from megatron_g2rpo.objective.reward_batch import as_reward_batch
 
 Parts = dict[str, list[float]]
 FIXED = settings(max_examples=150, deadline=None, derandomize=True)
@@ -28,7 +28,7 @@ def advantages(name: str, parts: Parts, groups: object = None, tasks: object = N
     columns = {key: np.asarray(values, dtype=np.float64) for key, values in parts.items()}
     zeros = np.zeros(len(next(iter(columns.values()))), dtype=np.int64)
     ids = [zeros if column is None else np.asarray(column, dtype=np.int64) for column in (groups, tasks)]
-    rows = as_rows(zeros.astype(np.float64), *ids, columns)  # the rewards themselves are not read
+    rows = as_reward_batch(zeros.astype(np.float64), *ids, columns)  # the rewards themselves are not read
     return estimators.bind(name, **options)(rows, History()).numpy()
 
 
@@ -107,7 +107,7 @@ def test_g2_gdpo_of_one_component_is_g2rpo_of_it(rows, zero_variance: str, varia
     """Bit for bit, and so are components of weight 0 absent."""
     accuracy, form, _, groups, tasks = map(np.array, zip(*rows, strict=True))
     options = {"zero_variance": zero_variance, "variance": variance}
-    alone = estimators.bind("g2rpo", **options)(as_rows(accuracy, groups, tasks), History()).numpy()
+    alone = estimators.bind("g2rpo", **options)(as_reward_batch(accuracy, groups, tasks), History()).numpy()
     parts, weights = {"accuracy": accuracy, "format": form}, {"accuracy": 1.0, "format": 0.0}
     np.testing.assert_array_equal(advantages("g2_gdpo", parts, groups, tasks, part_weights=weights, **options), alone)
 
@@ -121,9 +121,9 @@ def test_dropped_groups_leave_the_others_as_if_they_were_absent(rows) -> None:
     for name, parts in (("g2_gdpo", {"accuracy": accuracy, "format": form}), ("g2rpo", None)):
         estimator = estimators.get(name)
         kept = spread if parts else np.array([np.ptp(accuracy[groups == g]) > 0 for g in groups])
-        all_rows = as_rows(accuracy, groups, tasks, parts)
+        all_rows = as_reward_batch(accuracy, groups, tasks, parts)
         others = parts and {key: part[kept] for key, part in parts.items()}
-        kept_rows = as_rows(accuracy[kept], groups[kept], tasks[kept], others)
+        kept_rows = as_reward_batch(accuracy[kept], groups[kept], tasks[kept], others)
         actual = estimator(all_rows, History()).numpy()
         np.testing.assert_array_equal(actual[kept], estimator(kept_rows, History()).numpy())
         np.testing.assert_array_equal(actual[~kept], 0.0)
@@ -150,5 +150,5 @@ def test_weights_must_name_the_components_and_components_must_be_there(name: str
         advantages(name, parts, part_weights={"accuracy": 1.0, "format": math.nan})
     zeros = np.zeros(2, dtype=np.int64)
     with pytest.raises(ValueError, match="needs the components of the rewards"):
-        estimators.get(name)(as_rows(zeros.astype(np.float64), zeros, zeros), History())
+        estimators.get(name)(as_reward_batch(zeros.astype(np.float64), zeros, zeros), History())
     assert advantages(name, parts, part_weights={"accuracy": 0.0, "format": 0.0}).tolist() == [0.0, 0.0]

@@ -14,13 +14,13 @@ import torch
 
 from megatron_g2rpo.objective import estimators, gaussian_advantages
 from megatron_g2rpo.objective.history import History, Moments
-from megatron_g2rpo.objective.rows import Rows, as_rows
+from megatron_g2rpo.objective.reward_batch import RewardBatch, as_reward_batch
 
 LIMITS = np.iinfo(np.int64)
 NAMES = estimators.names()
 
 
-def random_rows(seed: int, order: np.ndarray | None = None) -> Rows:
+def random_rows(seed: int, order: np.ndarray | None = None) -> RewardBatch:
     """96 rollouts of 12 prompts and 3 tasks with three components; ties and all-equal groups abound."""
     rng = np.random.default_rng(seed)
     parts = {name: rng.integers(0, np.repeat(rng.integers(1, 6, 12), 8)) * 0.1 for name in ("accuracy", "format")}
@@ -29,22 +29,24 @@ def random_rows(seed: int, order: np.ndarray | None = None) -> Rows:
     groups = np.repeat(rng.integers(LIMITS.min, LIMITS.max, 12), 8)
     tasks = np.repeat(rng.choice([-7, 3, LIMITS.max], 12), 8)
     order = rng.permutation(96) if order is None else order
-    return as_rows(rewards[order], groups[order], tasks[order], {name: part[order] for name, part in parts.items()})
+    return as_reward_batch(
+        rewards[order], groups[order], tasks[order], {name: part[order] for name, part in parts.items()}
+    )
 
 
-def shuffled(rows: Rows, order: torch.Tensor) -> Rows:
+def shuffled(rows: RewardBatch, order: torch.Tensor) -> RewardBatch:
     parts = {name: part[order] for name, part in rows.parts.items()}
-    return as_rows(rows.rewards[order], rows.groups[order], rows.tasks[order], parts)
+    return as_reward_batch(rows.rewards[order], rows.groups[order], rows.tasks[order], parts)
 
 
-def scaled(rows: Rows, exponent: int) -> Rows:
+def scaled(rows: RewardBatch, exponent: int) -> RewardBatch:
     """Each column brought to a largest magnitude in [1/2, 1) and then multiplied by ``2**exponent``: exact."""
 
     def column(values: torch.Tensor) -> np.ndarray:
         return np.ldexp(values.numpy(), exponent - np.frexp(values.abs().max().item())[1])
 
     parts = {name: column(part) for name, part in rows.parts.items()}
-    return as_rows(column(rows.rewards), rows.groups, rows.tasks, parts)  # type: ignore[arg-type]
+    return as_reward_batch(column(rows.rewards), rows.groups, rows.tasks, parts)  # type: ignore[arg-type]
 
 
 def test_the_known_estimators_and_which_of_them_read_components() -> None:
@@ -60,7 +62,7 @@ def test_bind_fills_in_options() -> None:
     rewards, ids = torch.tensor([0.0, 1.0, 1.0]), torch.zeros(3, dtype=torch.int64)
     bound = estimators.bind("g2rpo", stages=["group"], variance="unit")
     expected = gaussian_advantages(rewards, ids, ids, stages=["group"], variance="unit")
-    assert torch.equal(bound(as_rows(rewards, ids, ids), History()), expected)
+    assert torch.equal(bound(as_reward_batch(rewards, ids, ids), History()), expected)
 
 
 def test_unknown_names_and_options_are_errors_that_name_the_nearest() -> None:
@@ -93,13 +95,13 @@ def test_order_of_rows_does_not_change_a_bit(implementation: str, name: str) -> 
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_rewards_are_read_in_double_precision_and_no_rows_have_no_advantages(name: str) -> None:
     rows = random_rows(3)
-    single = as_rows(rows.rewards.float(), rows.groups, rows.tasks, rows.parts)
-    double = as_rows(rows.rewards.float().double(), rows.groups, rows.tasks, rows.parts)
+    single = as_reward_batch(rows.rewards.float(), rows.groups, rows.tasks, rows.parts)
+    double = as_reward_batch(rows.rewards.float().double(), rows.groups, rows.tasks, rows.parts)
     advantages = estimators.get(name)(single, History())
     assert advantages.dtype == torch.float64
     assert torch.equal(advantages, estimators.get(name)(double, History()))
     empty = torch.zeros(0, dtype=torch.int64)
-    assert estimators.get(name)(as_rows(empty.double(), empty, empty), History()).shape == (0,)
+    assert estimators.get(name)(as_reward_batch(empty.double(), empty, empty), History()).shape == (0,)
 
 
 @pytest.mark.parametrize("name", [*sorted(set(NAMES) - {"dr_grpo", "rloo"}), "reinforce_plus_plus, batch"])
@@ -109,7 +111,7 @@ def test_a_scale_that_cancels_neither_overflows_nor_vanishes(implementation: str
     the advantages are those of the rewards as they were, within 1e-12 (their moments are rounded elsewhere)."""
     rng, drawn = np.random.default_rng(4), random_rows(4)
     rewards = rng.choice([-1.0, 1.0], 96) * rng.uniform(0.9, 1.0, 96)  # far apart within every group
-    rows = as_rows(rewards, drawn.groups, drawn.tasks, {"accuracy": rewards, "length": drawn.parts["length"]})  # type: ignore[arg-type]
+    rows = as_reward_batch(rewards, drawn.groups, drawn.tasks, {"accuracy": rewards, "length": drawn.parts["length"]})  # type: ignore[arg-type]
     options = {"baseline": "batch"} if name.endswith("batch") else {}
     name = name.split(",")[0]
     # The tolerances are absolute, and so is the least standard deviation: they must be small for every scale.
@@ -128,22 +130,22 @@ def test_denormal_rewards_have_finite_advantages(implementation: str, name: str)
     rewards = np.array([0.0, 0.0, 0.0, least, least, least, 0.0, 2 * least])
     ids = np.repeat([0, 1], 4)
     options = {"tie_tolerance": 0.0} if "tie_tolerance" in estimators.options(name) else {}
-    actual = estimators.bind(name, **options)(as_rows(rewards, ids, ids, {"accuracy": rewards}), History())
+    actual = estimators.bind(name, **options)(as_reward_batch(rewards, ids, ids, {"accuracy": rewards}), History())
     assert actual.isfinite().all()
 
 
 def test_rows_take_components_by_ascending_name_in_double_precision() -> None:
     ids = torch.zeros(2, dtype=torch.int64)
     parts = {"format": torch.tensor([1.0, 0.0]), "accuracy": np.array([0.25, 1.0])}
-    rows = as_rows(torch.zeros(2), ids, ids, parts)  # type: ignore[arg-type]
+    rows = as_reward_batch(torch.zeros(2), ids, ids, parts)  # type: ignore[arg-type]
     assert list(rows.parts) == ["accuracy", "format"]
     assert [part.dtype for part in rows.parts.values()] == [torch.float64] * 2
     assert rows.parts["accuracy"].tolist() == [0.25, 1.0]
-    assert as_rows(torch.zeros(2), ids, ids).parts == {}
+    assert as_reward_batch(torch.zeros(2), ids, ids).parts == {}
     with pytest.raises(ValueError, match="part 'format' needs one entry a rollout, got length 1 for 2"):
-        as_rows(torch.zeros(2), ids, ids, {"format": torch.zeros(1)})
+        as_reward_batch(torch.zeros(2), ids, ids, {"format": torch.zeros(1)})
     with pytest.raises(TypeError, match=r"part 'format' has dtype torch\.int64; expected float32, float64"):
-        as_rows(torch.zeros(2), ids, ids, {"format": ids})
+        as_reward_batch(torch.zeros(2), ids, ids, {"format": ids})
 
 
 def test_a_history_survives_json_bit_for_bit() -> None:

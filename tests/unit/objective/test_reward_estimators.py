@@ -12,7 +12,7 @@ import torch
 
 from megatron_g2rpo.objective import estimators, gaussian_advantages
 from megatron_g2rpo.objective.history import History, Moments
-from megatron_g2rpo.objective.rows import as_rows
+from megatron_g2rpo.objective.reward_batch import as_reward_batch
 
 
 def advantages(
@@ -27,7 +27,7 @@ def advantages(
     values = np.asarray(rewards, dtype=np.float64)
     zeros = np.zeros(len(values), dtype=np.int64)
     ids = [zeros if column is None else np.asarray(column, dtype=np.int64) for column in (groups, tasks)]
-    return estimators.bind(name, **options)(as_rows(values, *ids), history or History()).numpy()
+    return estimators.bind(name, **options)(as_reward_batch(values, *ids), history or History()).numpy()
 
 
 @pytest.mark.parametrize(

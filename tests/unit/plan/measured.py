@@ -16,14 +16,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.data.packing import Packer, PackSequence
-from megatron_g2rpo.nouns import NO_LABEL, PackedBatch, TokenStats
 from megatron_g2rpo.plan.memory import data_parallelism, kept_of_row
 from megatron_g2rpo.plan.rows import Row
 from megatron_g2rpo.policy.device import select
-from megatron_g2rpo.policy.layout import Layout, layout_of, token_multiples
+from megatron_g2rpo.policy.layouts.layout import Layout, layout_of, token_multiples
 from megatron_g2rpo.policy.megatron import LossTerms, MegatronPolicy
 from megatron_g2rpo.recipe import Recipe
-from tests.tiny_model import random_inputs, special_tokens
+from megatron_g2rpo.types import NO_LABEL, PackedBatch, TokenStats
+from tests.common.tiny_model import random_inputs, special_tokens
 
 MEGATRON = "policy.megatron_cfg."
 REDUCTION = f"{MEGATRON}distributed_data_parallel_config."

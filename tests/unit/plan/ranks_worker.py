@@ -20,9 +20,9 @@ from megatron_g2rpo.plan.memory import NBYTES, kept_of_row
 from megatron_g2rpo.plan.model import Model, read_config
 from megatron_g2rpo.plan.rows import MicroBatches
 from megatron_g2rpo.plan.wire import OPTIMIZER_STEP, ROLLOUT_STEP, Traffic, stage_traffic
-from megatron_g2rpo.policy import parallel
+from megatron_g2rpo.policy import process_groups
 from megatron_g2rpo.policy.device import init_process_group, select
-from megatron_g2rpo.policy.layout import layout_of
+from megatron_g2rpo.policy.layouts.layout import layout_of
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from tests.unit.plan.measured import (
     MEGATRON,
@@ -141,7 +141,7 @@ def main() -> int:
             for name, (planned, real) in check(Path(directory), shape, overrides).items()
             if planned != real
         ]
-        parallel.reset()
+        process_groups.reset()
         failed += bool(wrong)
         print(
             "\n    ".join([f"plan {'FAILED' if wrong else 'holds'} [{what}] on rank {dist.get_rank()}", *wrong]),

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from megatron_g2rpo.plan.buffers import DataParallelism, ddp_buffer, model_state
 from megatron_g2rpo.plan.model import Model, ModelConfigError, Parameter, read_config
-from megatron_g2rpo.policy.layout import Layout
-from tests.tiny_model import make_tiny_qwen3vl
+from megatron_g2rpo.policy.layouts.layout import Layout
+from tests.common.tiny_model import make_tiny_qwen3vl
 from tests.unit.plan.measured import (
     MEGATRON,
     REDUCTION,

@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.launch import torchrun
-from tests.tiny_model import make_tiny_qwen3vl
+from tests.common.launch import torchrun
+from tests.common.tiny_model import make_tiny_qwen3vl
 from tests.unit.plan.ranks_worker import CASES
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_g2rpo.data.packing import Packer, PackSequence
-from megatron_g2rpo.nouns import ModelInputs
 from megatron_g2rpo.plan.activations import Recompute, logit_chunks
 from megatron_g2rpo.plan.rows import Row, assume, attention_slots, micro_batches
 from megatron_g2rpo.plan.vision import image_share
 from megatron_g2rpo.policy.attention import packed_row_params
-from megatron_g2rpo.policy.layout import Layout, layout_of
+from megatron_g2rpo.policy.layouts.layout import Layout, layout_of
 from megatron_g2rpo.policy.logprobs import _Chunks
 from megatron_g2rpo.policy.vision import assign_images
-from tests.tiny_model import make_tiny_qwen3vl, special_tokens, tiny_config
+from megatron_g2rpo.types import ModelInputs
+from tests.common.tiny_model import make_tiny_qwen3vl, special_tokens, tiny_config
 from tests.unit.plan.measured import MEGATRON, batch_of, row_of, tiny_recipe
 
 

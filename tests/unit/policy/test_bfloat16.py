@@ -12,9 +12,9 @@ from transformers import AutoModelForImageTextToText
 from megatron_g2rpo.data.packing import response_values
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from tests.layout_parity import Case, check_layout_parity, prepare
-from tests.parity import packer_for, policy_options, random_sequences, reference, toy_loss
-from tests.tiny_model import hf_logits, make_tiny_qwen3vl
+from tests.common.layout_parity import Case, check_layout_parity, prepare
+from tests.common.parity import packer_for, policy_options, random_sequences, reference, toy_loss
+from tests.common.tiny_model import hf_logits, make_tiny_qwen3vl
 
 # bf16 keeps 8 bits of a number, and logits here are around 5: one rounding is 0.02.
 ROUNDING = 0.02

@@ -17,9 +17,9 @@ from torch.autograd import gradcheck
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_g2rpo.nouns import NO_LABEL
 from megatron_g2rpo.policy import logprobs
 from megatron_g2rpo.policy.logprobs import linear_logprobs
+from megatron_g2rpo.types import NO_LABEL
 
 VOCAB, PADDED, HIDDEN = 50, 53, 6
 # float32 sums over 50 entries, against float64; relative to the largest entry of a tensor.
@@ -124,8 +124,8 @@ def test_padding_columns_take_no_probability_and_get_no_gradient() -> None:
 def test_excluded_tokens_take_no_probability_and_get_no_gradient(chunk: int | None, temperature: float) -> None:
     """The distribution over the others: the oracle leaves their columns out."""
     hidden, weight, labels, grad = case()
-    excluded = torch.tensor([0, 7, 31, VOCAB - 1])
-    others = torch.tensor([token for token in range(VOCAB) if token not in excluded])
+    banned_token_ids = torch.tensor([0, 7, 31, VOCAB - 1])
+    others = torch.tensor([token for token in range(VOCAB) if token not in banned_token_ids])
     has_label = labels != NO_LABEL
     labels[has_label] = others[labels[has_label] % len(others)]
     places = torch.searchsorted(others, labels.clamp(min=0)).where(has_label, NO_LABEL)
@@ -133,15 +133,15 @@ def test_excluded_tokens_take_no_probability_and_get_no_gradient(chunk: int | No
     def left_out(h: Tensor, w: Tensor) -> Tensor:
         return oracle(h, w[others], places, vocab=len(others), temperature=temperature)
 
-    def ours(h: Tensor, w: Tensor, excluded: Tensor | None = excluded) -> Tensor:
+    def ours(h: Tensor, w: Tensor, banned_token_ids: Tensor | None = banned_token_ids) -> Tensor:
         keywords = {"temperature": temperature, "chunk_size": chunk}
-        return linear_logprobs(h, w, labels, vocab_size=VOCAB, excluded=excluded, **keywords)
+        return linear_logprobs(h, w, labels, vocab_size=VOCAB, banned_token_ids=banned_token_ids, **keywords)
 
     actual = with_gradients(ours, hidden, weight, grad)
     exact = with_gradients(left_out, hidden.double(), weight.double(), grad)
     for name, expected in exact.items():
         assert error(actual[name], expected) < TOLERANCE, name
-    assert not actual["weight"][excluded].any()
+    assert not actual["weight"][banned_token_ids].any()
     # Negative: a kernel that forgot them could not pass.
     assert (ours(hidden, weight, None) - actual["output"]).abs().max() > 1e-2
     labels[0] = 7

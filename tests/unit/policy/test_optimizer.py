@@ -14,14 +14,14 @@ import torch
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 
 from megatron_g2rpo.policy import optimizer as policy_optimizer
-from megatron_g2rpo.policy.checkpointing import _piece, _spreads
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.policy.optimizer import check_normalisation
-from megatron_g2rpo.train.checkpoint import Checkpoints
-from tests.parity import packer_for, random_sequences, toy_loss
-from tests.policy_layout import layout_options
-from tests.tiny_model import make_tiny_qwen3vl
+from megatron_g2rpo.policy.sharded_state import _piece, _spreads
+from megatron_g2rpo.train.run.checkpoints import Checkpoints
+from tests.common.parity import packer_for, random_sequences, toy_loss
+from tests.common.policy_layout import layout_options
+from tests.common.tiny_model import make_tiny_qwen3vl
 
 
 @pytest.fixture(scope="module")

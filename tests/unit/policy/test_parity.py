@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claim: one process of the Megatron policy computes what transformers computes (fp32), and a difference is seen.
 
-Compared are values, gradients and three optimizer steps; see ``tests.layout_parity``.
+Compared are values, gradients and three optimizer steps; see ``tests.common.layout_parity``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from megatron_g2rpo.policy import model as policy_model
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.rope import InterleavedMRoPE
-from tests.layout_parity import Case, Report, check_layout_parity, prepare
+from tests.common.layout_parity import Case, Report, check_layout_parity, prepare
 
 CASES = [
     Case(shape="tied"),

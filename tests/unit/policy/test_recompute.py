@@ -10,11 +10,11 @@ import pytest
 from torch import Tensor
 
 from megatron_g2rpo.policy.device import select
-from megatron_g2rpo.policy.layout import LayoutError
+from megatron_g2rpo.policy.layouts.layout import LayoutError
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from tests.parity import packer_for, random_sequences, toy_loss
-from tests.policy_layout import layout_options
-from tests.tiny_model import make_tiny_qwen3vl
+from tests.common.parity import packer_for, random_sequences, toy_loss
+from tests.common.policy_layout import layout_options
+from tests.common.tiny_model import make_tiny_qwen3vl
 
 # The same operations on the same numbers; only sums over micro-batches could be taken in another order.
 TOLERANCE = 1e-6

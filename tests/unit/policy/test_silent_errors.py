@@ -15,13 +15,13 @@ import pytest
 from torch import Tensor
 
 from megatron_g2rpo.data.packing import response_values
-from megatron_g2rpo.nouns import PackedBatch
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.policy.model import PolicyModel
-from tests.parity import LOGPROB_TOLERANCE, packer_for, policy_options, random_sequences, reference
-from tests.tiny_model import make_tiny_qwen3vl
-from tests.traps import MARGIN
+from megatron_g2rpo.types import PackedBatch
+from tests.common.parity import LOGPROB_TOLERANCE, packer_for, policy_options, random_sequences, reference
+from tests.common.tiny_model import make_tiny_qwen3vl
+from tests.common.traps import MARGIN
 
 # As many key/value heads as query heads: q, k and v have one shape, and gate and up always do.
 SHAPE = {"layers": 2, "heads": 4, "kv_heads": 4}

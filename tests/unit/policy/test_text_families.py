@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from megatron_g2rpo.data.packing import Packer, PackSequence, response_values
-from megatron_g2rpo.nouns import ModelInputs, Prompt, Sample, TokenStats
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import LossTerms, MegatronPolicy
-from megatron_g2rpo.rollout.transformers_engine import TransformersEngine
-from tests.parity import TEMPERATURE
-from tests.policy_layout import layout_options
-from tests.text_models import MODELS, make_text_model
+from megatron_g2rpo.rollout.transformers.engine import TransformersEngine
+from megatron_g2rpo.types import ModelInputs, Prompt, Sample, TokenStats
+from tests.common.parity import TEMPERATURE
+from tests.common.policy_layout import layout_options
+from tests.common.text_models import MODELS, make_text_model
 
 # fp32 noise over four layers, as for the models that see.
 TOLERANCE = 1e-5

@@ -24,16 +24,16 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_g2rpo import recipe as recipes
-from megatron_g2rpo.nouns import NO_LABEL, PackedBatch, TokenStats
-from megatron_g2rpo.policy import megatron, output_layer, precision
+from megatron_g2rpo.policy import layer_spec, megatron, output_layer
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import LossTerms, MegatronPolicy
 from megatron_g2rpo.policy.model import PolicyModel
 from megatron_g2rpo.policy.optimizer import check_normalisation
-from megatron_g2rpo.train.losses import G2RPOLoss, TaskEntropies
-from tests.parity import TASKS, TEMPERATURE, policy_options, random_sequences, toy_loss
-from tests.tiny_model import hf_logits, make_tiny_qwen3vl
-from tests.traps import MARGIN, SHAPE, TOLERANCES, Scene, measure, relative
+from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies
+from megatron_g2rpo.types import NO_LABEL, PackedBatch, TokenStats
+from tests.common.parity import TASKS, TEMPERATURE, policy_options, random_sequences, toy_loss
+from tests.common.tiny_model import hf_logits, make_tiny_qwen3vl
+from tests.common.traps import MARGIN, SHAPE, TOLERANCES, Scene, measure, relative
 
 
 def build(scene: Scene, **options: Any) -> MegatronPolicy:
@@ -53,7 +53,7 @@ def policy(scene: Scene) -> MegatronPolicy:
 @pytest.fixture(scope="module")
 def rows(policy: MegatronPolicy, scene: Scene) -> list[PackedBatch]:
     rows = scene.rows(policy)
-    assert max(len(row.rows) for row in rows) > 1
+    assert max(len(row.sequence_ids) for row in rows) > 1
     return rows
 
 
@@ -121,7 +121,7 @@ def test_the_mask_is_on_the_token_and_not_on_the_position_that_predicts_it(
     policy: MegatronPolicy, scene: Scene, rows: list[PackedBatch]
 ) -> None:
     """What the loss reads, one position too far: labels shifted, masks not."""
-    names = ("loss_mask", "task_ids", "advantages", "rollout_logprobs", "token_weights")
+    names = ("loss_mask", "task_ids", "advantages", "behaviour_logprobs", "token_weights")
     shifted = [replace(row, **{name: getattr(row, name).roll(1) for name in names}) for row in rows]
     measure(policy, scene, shifted).assert_seen("logprob", "loss", "gradient")
 
@@ -267,7 +267,7 @@ def test_a_loss_is_constant_where_no_token_counts(policy: MegatronPolicy, rows: 
 def test_the_entropy_hinge_is_taken_in_every_micro_batch(policy: MegatronPolicy, rows: list[PackedBatch]) -> None:
     """OpenVLThinker's training code: the gradient depends on which sequences share a row (a hinge is not a sum)."""
     stats = policy.logprobs(rows, TEMPERATURE)
-    behaviour = [replace(row, behaviour_logprobs=stat.logprobs) for row, stat in zip(rows, stats, strict=True)]
+    behaviour = [replace(row, old_logprobs=stat.logprobs) for row, stat in zip(rows, stats, strict=True)]
     everything = TaskEntropies.of(behaviour, stats, TASKS, policy.groups.data)
     # Just below the means: a hinge of a row's own mean is off where that is a little lower.
     shaped = {str(task): SimpleNamespace(low=0.0, high=float(mean) - 0.05) for task, mean in enumerate(everything.mean)}
@@ -330,7 +330,7 @@ def test_deepstack_features_are_kept_outside_of_the_checkpointed_arguments(
         return embeddings, None
 
     _embed = PolicyModel._embed
-    monkeypatch.setattr(precision, "DeepstackLayer", Hooked)
+    monkeypatch.setattr(layer_spec, "DeepstackLayer", Hooked)
     monkeypatch.setattr(PolicyModel, "_embed", embed)
     measure(build(scene), scene).assert_none()
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_g2rpo.nouns import PackedBatch, TokenStats
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import LossTerms, MegatronPolicy
-from tests.parity import packer_for, policy_options, random_sequences
-from tests.tiny_model import make_tiny_qwen3vl
+from megatron_g2rpo.types import PackedBatch, TokenStats
+from tests.common.parity import packer_for, policy_options, random_sequences
+from tests.common.tiny_model import make_tiny_qwen3vl
 
 
 def _nll(batch: PackedBatch, stats: TokenStats) -> LossTerms:

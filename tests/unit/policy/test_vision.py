@@ -14,8 +14,8 @@ from megatron_g2rpo.policy import vision
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.policy.vision import VisionEncoder, assign_images
-from tests.parity import packer_for, policy_options, random_sequences, toy_loss
-from tests.tiny_model import make_tiny_qwen3vl, random_inputs
+from tests.common.parity import packer_for, policy_options, random_sequences, toy_loss
+from tests.common.tiny_model import make_tiny_qwen3vl, random_inputs
 
 GRIDS = ((4, 6), (2, 4), (6, 4), (2, 2), (8, 6))
 

@@ -9,7 +9,7 @@ from megatron_g2rpo.rollout import base
 
 
 def test_the_embedded_default_is_found_by_its_backend_name():
-    from megatron_g2rpo.rollout.transformers_engine import TransformersEngine
+    from megatron_g2rpo.rollout.transformers.engine import TransformersEngine
 
     assert base.get("transformers") is TransformersEngine
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForImageTextToText
 from megatron_g2rpo import weights
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from tests.parity import policy_options
-from tests.tiny_model import make_tiny_qwen3vl
+from tests.common.parity import policy_options
+from tests.common.tiny_model import make_tiny_qwen3vl
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_g2rpo import weights
 from megatron_g2rpo.weights.table import UnmappedParameter
-from tests.tiny_model import make_tiny_qwen3vl
+from tests.common.tiny_model import make_tiny_qwen3vl
 from tests.unit.weights.plain import plain_stage
 
 NORM = "model.language_model.layers.2.input_layernorm.weight"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_g2rpo.rollout import vllm_reload, vllm_server
+from megatron_g2rpo.rollout.vllm import reload, server_engine
 from tests.vllm.application import InProcess, parse, serving
 from tests.vllm.contract.updates import ADDRESSES, VERSION, settings
 
@@ -41,8 +41,8 @@ def servers(applications, engines, tmp_path) -> InProcess:
 
 
 @pytest.fixture
-def client(servers) -> vllm_server._Client:
-    client = vllm_server._Client(servers)
+def client(servers) -> server_engine._Client:
+    client = server_engine._Client(servers)
     client.version = VERSION
     return client
 
@@ -50,5 +50,5 @@ def client(servers) -> vllm_server._Client:
 @pytest.fixture(autouse=True)
 def no_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reload as if no layer had to be processed: the layerwise reload itself is for the tests of real engines."""
-    monkeypatch.setattr(vllm_reload, "initialize_layerwise_reload", lambda model: None)
-    monkeypatch.setattr(vllm_reload, "finalize_layerwise_reload", lambda model, model_config: None)
+    monkeypatch.setattr(reload, "initialize_layerwise_reload", lambda model: None)
+    monkeypatch.setattr(reload, "finalize_layerwise_reload", lambda model, model_config: None)

@@ -16,9 +16,9 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferInitInfo,
 )
 
-from megatron_g2rpo.rollout import vllm_server
 from megatron_g2rpo.rollout.base import EngineUnavailable
-from megatron_g2rpo.rollout.vllm_server import VllmServerEngine
+from megatron_g2rpo.rollout.vllm import server_engine
+from megatron_g2rpo.rollout.vllm.server_engine import VllmServerEngine
 from megatron_g2rpo.weights import WeightSource
 from tests.vllm import common
 from tests.vllm.contract.updates import (
@@ -82,7 +82,7 @@ def broadcaster(servers, engines, tmp_path, monkeypatch) -> VllmServerEngine:
     """Rank 0 of a run that broadcasts, with vLLM's trainer but for the network."""
     nccl_engine_without_network(monkeypatch)
     engine = VllmServerEngine(common.context(settings(tmp_path), nccl=True))
-    engine._servers, engine._client = servers, vllm_server._Client(servers)
+    engine._servers, engine._client = servers, server_engine._Client(servers)
     monkeypatch.setattr(engine, "_check", lambda server: None)
     monkeypatch.setattr(servers, "find", lambda: servers.use(ADDRESSES))
     return engine

@@ -21,8 +21,8 @@ from vllm.model_executor.model_loader import reload as layerwise
 from vllm.platforms import current_platform
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from megatron_g2rpo.rollout import vllm_server
-from megatron_g2rpo.rollout.vllm_io import ENGINE_ARGUMENTS, engine_arguments
+from megatron_g2rpo.rollout.vllm import server_engine
+from megatron_g2rpo.rollout.vllm.translate import ENGINE_ARGUMENTS, engine_arguments
 from tests.vllm import common
 
 
@@ -74,11 +74,11 @@ def test_nccl_takes_what_the_trainer_passes():
 
 
 def test_the_client_is_a_weight_sync_client_of_vllm():
-    client = vllm_server._Client(SimpleNamespace())  # type: ignore[arg-type]
+    client = server_engine._Client(SimpleNamespace())  # type: ignore[arg-type]
     assert isinstance(client, transfer.VLLMWeightSyncClient)
     for name in ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update"):
         theirs = inspect.signature(getattr(transfer.VLLMWeightSyncClient, name)).parameters
-        ours = inspect.signature(getattr(vllm_server._Client, name)).parameters
+        ours = inspect.signature(getattr(server_engine._Client, name)).parameters
         assert [*ours] == [*theirs], name
 
 

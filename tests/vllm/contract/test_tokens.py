@@ -23,9 +23,9 @@ from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
 from vllm.logprobs import Logprob
 from vllm.outputs import WeightVersionSpan
 
-from megatron_g2rpo.rollout import vllm_server
-from megatron_g2rpo.rollout.vllm_io import Translator
-from megatron_g2rpo.rollout.vllm_server import VllmServerEngine
+from megatron_g2rpo.rollout.vllm import server_engine
+from megatron_g2rpo.rollout.vllm.server_engine import VllmServerEngine
+from megatron_g2rpo.rollout.vllm.translate import Translator
 from tests.vllm import common
 from tests.vllm.contract.updates import ADDRESSES, VERSION, settings
 
@@ -80,7 +80,7 @@ def answered(*logprobs: float) -> dict[str, Any]:
 
 def test_an_answer_carries_tokens_logprobs_and_the_version_of_its_weights():
     choice = answered(-0.25, -3.5)
-    assert vllm_server._answer(choice) == ([7, 8], [-0.25, -3.5])
+    assert server_engine._answer(choice) == ([7, 8], [-0.25, -3.5])
     assert {span["version"] for span in choice["weight_versions"]} == {VERSION}
 
 
@@ -92,7 +92,7 @@ def test_a_logprob_that_is_no_number_is_an_error_over_http_too(tmp_path, value):
     (prompt,) = common.make_prompts(1)
     translator = Translator(common.context(settings(tmp_path)))
     with pytest.raises(RuntimeError, match=r"2 tokens with 1 finite .* the weights have diverged"):
-        translator.rollouts(prompt, 0, 1, [vllm_server._answer(choice)])
+        translator.rollouts(prompt, 0, 1, [server_engine._answer(choice)])
 
 
 def test_the_token_endpoint_takes_a_request_and_asks_for_tokens(applications, engine):

@@ -20,7 +20,7 @@ from vllm.distributed.weight_transfer.nccl_engine import (
 )
 from vllm.v1.worker.gpu_worker import Worker
 
-from megatron_g2rpo.rollout.vllm_transfer import FILES, FilesEngine, FilesTrainer, Source, register
+from megatron_g2rpo.rollout.vllm.weight_transfer import FILES, FilesEngine, FilesTrainer, Source, register
 from megatron_g2rpo.weights import WeightSource
 from tests.vllm import common
 

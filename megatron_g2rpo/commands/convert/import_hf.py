@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``megatron-g2rpo convert import``: weights from a Hugging Face directory to a Megatron checkpoint, at any layout.
+
+A rank holds its shards and one full tensor more. The checkpoint appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_g2rpo.commands.convert.common import progress_bar, remove_on_failure
+from megatron_g2rpo.policy.device import init_process_group, select, set_cpu_threads
+from megatron_g2rpo.policy.megatron import MegatronPolicy
+from megatron_g2rpo.recipe import Recipe
+from megatron_g2rpo.train.run.checkpoints import write_checkpoint
+
+
+def import_hf(recipe: Recipe, target: Path) -> None:
+    """Write ``policy.model_name`` as a Megatron checkpoint, which any layout can load. A collective of all ranks.
+
+    Args:
+        recipe: its ``policy`` and ``cluster`` sections are read.
+        target: a directory that does not exist.
+
+    Raises:
+        CheckpointError: the weights do not fit the model's config; all that does not is listed.
+    """
+    device = select(recipe.cluster.device)
+    if device.kind == "cpu":
+        set_cpu_threads(recipe.cluster.gpus_per_node)
+    size = sum(file.stat().st_size for file in Path(recipe.policy.model_name).glob("*.safetensors"))
+    share = size // recipe.policy.megatron_cfg.model_parallel_size
+    init_process_group(device)
+    with progress_bar("reading", share, show=dist.get_rank() == 0) as advance:
+        policy = MegatronPolicy(recipe.policy, device, seed=0, max_steps=None, on_loaded=advance)
+    with remove_on_failure(target):
+        write_checkpoint(target, policy, policy.sharded_state_dict())

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The group-statistics op in torch: the oracle for the C++ op in tests, and its stand-in where no compiler exists.
+
+One Python iteration a set, so that it can be read beside the formula. Sums run over sorted values, as in C++: the
+results do not depend on the order of the rows. The quantile function is torch's own, independent of the C++ one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_g2rpo.objective.reward_batch import RewardBatch, first_non_finite, non_finite_message
+
+
+def gaussian_advantages(
+    rows: RewardBatch, *, stages: Sequence[str], tie_tolerance: float, drop_zero_variance: bool, unit_variance: bool
+) -> Tensor:
+    """See ``megatron_g2rpo.objective.gaussian_advantages``."""
+    values = _finite_values(rows)
+    active = torch.ones(len(rows), dtype=torch.bool)
+    for stage in stages:
+        for _, members in _sets(rows.groups if stage == "group" else rows.tasks):
+            members = members[active[members]]
+            if len(members) == 0:
+                continue
+            chains = _tie_chains(values[members], tie_tolerance)
+            values[members] = _gaussian_image(values[members], chains)
+            if drop_zero_variance and int(chains.max()) == 0:
+                active[members] = False
+    if unit_variance:
+        for _, members in _sets(rows.tasks):
+            members = members[active[members]]
+            std = _moments(values[members].sort().values)[1] if len(members) else 0.0
+            if std > 0.0:
+                values[members] /= std
+    return values
+
+
+def set_statistics(rows: RewardBatch, ids: Tensor, tie_tolerance: float) -> dict[str, Tensor]:
+    """Columns of ``SetStatistics`` by ``ids`` int64 ``[N]``, ids ascending."""
+    values = _finite_values(rows)
+    integers: dict[str, list[int]] = {"id": [], "count": [], "distinct": []}
+    floats: dict[str, list[float]] = {"mean": [], "std": [], "min": [], "max": []}
+    for set_id, members in _sets(ids):
+        ordered = values[members].sort().values
+        mean, std = _moments(ordered)
+        integers["id"].append(set_id)
+        integers["count"].append(len(members))
+        integers["distinct"].append(int(_tie_chains(ordered, tie_tolerance).max()) + 1)
+        floats["mean"].append(mean)
+        floats["std"].append(std)
+        floats["min"].append(ordered[0].item())
+        floats["max"].append(ordered[-1].item())
+    columns = {name: torch.tensor(column, dtype=torch.int64) for name, column in integers.items()}
+    return columns | {name: torch.tensor(column, dtype=torch.float64) for name, column in floats.items()}
+
+
+def _finite_values(rows: RewardBatch) -> Tensor:
+    bad = first_non_finite(rows.rewards)
+    if bad is not None:
+        raise ValueError(non_finite_message(rows, bad, f"row {bad}"))
+    return rows.rewards.double() + 0.0  # + 0.0: a copy, and -0 becomes +0
+
+
+def _sets(ids: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yields (id, indices of its rows), ids ascending."""
+    unique, counts = ids.unique(return_counts=True)
+    members = ids.argsort(stable=True).split(counts.tolist())
+    yield from zip(unique.tolist(), members, strict=True)
+
+
+def _tie_chains(values: Tensor, tie_tolerance: float) -> Tensor:
+    """Index of the chain of tied neighbours each value belongs to, int64 ``[n]``, ascending with the values."""
+    ordered, order = values.sort()
+    steps = ordered.diff()
+    splits = (steps != 0) & ~(steps < tie_tolerance)
+    chains = torch.zeros(len(values), dtype=torch.int64)
+    chains[order[1:]] = splits.cumsum(0)
+    return chains
+
+
+def _gaussian_image(values: Tensor, chains: Tensor) -> Tensor:
+    """Optimal-transport image: midpoint quantiles of N(0, 1) by rank, averaged over each chain; ``[n]``."""
+    n = len(values)
+    if int(chains.max()) == 0:
+        return torch.zeros(n, dtype=torch.float64)
+    lower = torch.special.ndtri((torch.arange(n // 2, dtype=torch.float64) + 0.5) / n)
+    quantiles = torch.cat([lower, torch.zeros(n % 2, dtype=torch.float64), -lower.flip(0)])
+    sums = torch.zeros(int(chains.max()) + 1, dtype=torch.float64)
+    sums.index_add_(0, chains.sort().values, quantiles)
+    return (sums / chains.bincount())[chains]
+
+
+def _moments(ordered: Tensor) -> tuple[float, float]:
+    """Mean and population standard deviation of ascending values, rescaled first where squares leave the range."""
+    largest = float(ordered.abs().max())
+    extreme = largest > 0.0 and not 2.0**-400 <= largest <= 2.0**400
+    exponent = max(math.frexp(largest)[1] - 1, -1000) if extreme else 0
+    scaled = ordered * math.ldexp(1.0, -exponent)
+    mean = scaled.mean().clamp(scaled[0], scaled[-1])
+    std = (scaled - mean).square().mean().sqrt()
+    return math.ldexp(mean.item(), exponent), math.ldexp(std.item(), exponent)

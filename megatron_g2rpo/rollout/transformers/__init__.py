@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rollout engine that is embedded in every training process: transformers' model, our decoding."""

@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedded default engine: Hugging Face transformers in the trainer's own process.
+
+Each distinct prompt of a batch is prefilled once, its images encoded once; the cache rows are then repeated for the
+samples, decoded together, and dropped as they finish. Prompts are padded on the *right*: behind a causal mask the
+padding is invisible to the prompt, so prefill needs no mask, and mRoPE positions are given explicitly throughout.
+
+Shape letters: ``B`` rows now decoded, ``R`` rows of a batch, ``P`` longest prompt, ``T`` new tokens, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.initialization import no_init_weights
+
+from megatron_g2rpo.rollout import base
+from megatron_g2rpo.rollout.transformers.decoding import ATTENTION, RoomyCache
+from megatron_g2rpo.rollout.transformers.sampling import draw, uniforms
+from megatron_g2rpo.types import Prompt, Rollout
+from megatron_g2rpo.weights.hf_model import model_class
+
+# The cache grows by this many tokens, and rows are dropped once this share of them has finished: moving the cache
+# costs about as much as one decoding step.
+_ROOM = 64
+_DROP_SHARE = 0.15
+
+
+class _Row(NamedTuple):
+    """One response to be: which prompt of the call, and which of its samples."""
+
+    prompt: int
+    sample: int
+
+
+class _Responses(NamedTuple):
+    """Decoded rows, each ``[R, T]``; what follows a row's first end token is undefined."""
+
+    tokens: Tensor
+    logprobs: Tensor
+
+
+@dataclass
+class _InFlight:
+    """The rows that are being decoded.
+
+    Attributes:
+        cache: keys and values of all tokens so far.
+        room: tokens that the cache takes before it must be moved.
+        hidden: ``[B, H]`` at the last token.
+        position: int64 ``[B]``, mRoPE position of the next token (the same in all three axes: it is text).
+        visible: bool ``[B, P + T]``, False on the padding between a prompt and its response.
+        rows: int64 ``[B]``, which rows of the batch these are.
+        running: bool ``[B]``, False once the end token was drawn.
+    """
+
+    cache: RoomyCache
+    room: int
+    hidden: Tensor
+    position: Tensor
+    visible: Tensor
+    rows: Tensor
+    running: Tensor
+
+    def keep(self, index: Tensor, room: int) -> None:
+        """Continue with the given entries, in that order and as often as named."""
+        self.cache.keep(index, room)
+        self.room = room
+        for name in ("hidden", "position", "visible", "rows", "running"):
+            setattr(self, name, getattr(self, name)[index])
+
+
+@base.register("transformers")
+class TransformersEngine:
+    """A model of transformers that samples groups of responses: a Qwen-VL or one of text alone.
+
+    Args:
+        model: Hugging Face directory or configuration. Only the configuration is read: weights come by
+            ``load_weights``.
+        device: where the model lives.
+        dtype: of its parameters; rotary tables stay fp32.
+        eos_token_ids: tokens that end a response.
+        pad_token_id: fills prompts of a batch to equal length; the model never looks at it.
+        banned_token_ids: tokens of probability 0: image and video placeholders and their frame.
+        decode: token ids to text.
+        max_new_tokens: response tokens after which a response is truncated.
+        batch_size: sequences decoded together.
+    """
+
+    def __init__(
+        self,
+        model: str | PathLike[str] | PreTrainedConfig,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+        banned_token_ids: Sequence[int],
+        decode: Callable[[Sequence[int]], str],
+        max_new_tokens: int,
+        batch_size: int,
+    ) -> None:
+        if max_new_tokens < 1 or batch_size < 1:
+            raise ValueError(f"max_new_tokens ({max_new_tokens}) and batch_size ({batch_size}) must be at least 1")
+        if not eos_token_ids or set(eos_token_ids) & set(banned_token_ids):
+            raise ValueError(
+                f"responses could not end: eos_token_ids {list(eos_token_ids)} must be non-empty and disjoint from "
+                f"banned_token_ids {list(banned_token_ids)}"
+            )
+        self._device = torch.device(device)
+        self._model = _empty_model(model, self._device, dtype)
+        self._config = self._model.config
+        vocab = self._config.get_text_config().vocab_size
+        self._vision = getattr(self._config, "vision_config", None)
+        outside = [i for i in (*eos_token_ids, pad_token_id, *banned_token_ids) if not 0 <= i < vocab]
+        if outside:
+            raise ValueError(f"special token ids {outside} lie outside the model's vocabulary of {vocab}")
+        self._pad = pad_token_id
+        self._eos = torch.tensor(list(eos_token_ids), device=self._device)
+        banned = set(banned_token_ids)
+        self._allowed = torch.tensor([i for i in range(vocab) if i not in banned], device=self._device)
+        self._decode_text = decode
+        self._max_new_tokens = max_new_tokens
+        self._batch_size = batch_size
+        self._loaded = False
+
+    @classmethod
+    def build(cls, context: base.Context) -> TransformersEngine:
+        generation = context.policy.generation
+        return cls(
+            context.policy.model_name,
+            device=context.device,
+            dtype=context.dtype,
+            eos_token_ids=context.eos_token_ids,
+            pad_token_id=context.pad_token_id,
+            banned_token_ids=context.banned_token_ids,
+            decode=context.decode,
+            max_new_tokens=generation.max_new_tokens,
+            batch_size=generation.batch_size,
+        )
+
+    def release(self) -> None:
+        """Nothing: the model is small change beside the policy's optimizer, and its cache lives for one batch."""
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy a stream of ``(Hugging Face checkpoint name, full tensor)`` into the model, in place.
+
+        A tied output head may be left out, as checkpoints do; if it comes, it must equal the embedding.
+
+        Raises:
+            ValueError: a name is unknown, missing or given twice, or a shape differs. The engine then refuses to
+                generate until a load succeeds, because its weights may be a mixture.
+        """
+        self._loaded = False
+        slots = dict(self._model.named_parameters(remove_duplicate=False))
+        received: set[str] = set()
+        filled: dict[int, str] = {}
+        for name, tensor in weights:
+            slot = slots.get(name)
+            if slot is None:
+                raise ValueError(f"weight stream: {type(self._model).__name__} has no parameter {name!r}")
+            if name in received:
+                raise ValueError(f"weight stream: {name!r} was given twice")
+            if tensor.shape != slot.shape:
+                raise ValueError(
+                    f"weight stream: {name!r} has shape {tuple(tensor.shape)}, the model expects {tuple(slot.shape)}"
+                )
+            twin = filled.setdefault(id(slot), name)
+            if twin != name and not torch.equal(slot, tensor.to(slot)):
+                raise ValueError(f"weight stream: {name!r} differs from {twin!r}, but this model ties the two")
+            slot.copy_(tensor)
+            received.add(name)
+        missing = [name for name, _ in self._model.named_parameters() if name not in received]
+        if missing:
+            shown = ", ".join(missing[:5])
+            raise ValueError(f"weight stream: {len(missing)} parameters were not given, among them {shown}")
+        self._loaded = True
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Prompt], n: int, *, temperature: float, seed: int, group_ids: Sequence[int]
+    ) -> list[Rollout]:
+        """Sample ``n`` responses to each prompt; see ``base.Engine.generate``.
+
+        The random draws are named by ``(seed, prompt.key, sample_index, position)``: a prompt that occurs twice under
+        one key gets the same responses twice. Greedy responses report log-probabilities at temperature 1.
+
+        Raises:
+            RuntimeError: no weights were loaded, or the model's logits are not finite (the prompt is named).
+            ValueError: arguments out of range, or a prompt's placeholders do not match its images (it is named).
+        """
+        if not self._loaded:
+            raise RuntimeError("the rollout engine has no complete set of weights: call load_weights first")
+        base.check_request(prompts, n, temperature, group_ids)
+        for prompt in prompts:
+            self._check_prompt(prompt)
+        rows = [_Row(p, s) for p in range(len(prompts)) for s in range(n)]
+        # Neighbours in length share a batch; the longest come first, so that running out of memory happens at once.
+        rows.sort(key=lambda row: (-len(prompts[row.prompt].inputs.token_ids), row))
+        rollouts: dict[_Row, Rollout] = {}
+        for start in range(0, len(rows), self._batch_size):
+            batch = rows[start : start + self._batch_size]
+            responses = self._respond(prompts, batch, temperature, seed)
+            for index, row in enumerate(batch):
+                length, truncated = self._length(responses.tokens[index])
+                ids = responses.tokens[index, :length].clone()
+                rollouts[row] = Rollout(
+                    prompt=prompts[row.prompt],
+                    group_id=group_ids[row.prompt],
+                    sample_index=row.sample,
+                    response_ids=ids,
+                    logprobs=responses.logprobs[index, :length].clone(),
+                    text=self._decode_text(ids.tolist() if truncated else ids[:-1].tolist()),
+                    truncated=truncated,
+                )
+        return [rollouts[row] for row in sorted(rollouts)]
+
+    def _check_prompt(self, prompt: Prompt) -> None:
+        inputs = prompt.inputs
+        patches = int(inputs.image_grid_thw.prod(-1).sum())
+        if self._vision is None:
+            if patches:
+                raise ValueError(f"prompt {prompt.key!r} has images, but {type(self._model).__name__} reads text alone")
+            return
+        expected = patches // self._vision.spatial_merge_size**2
+        placeholders = int((inputs.token_ids == self._config.image_token_id).sum())
+        if len(inputs.token_ids) == 0 or placeholders != expected or len(inputs.pixel_values) != patches:
+            raise ValueError(
+                f"prompt {prompt.key!r}: its {len(inputs.token_ids)} tokens hold {placeholders} image placeholders "
+                f"where its image grids ask for {expected}, and it has {len(inputs.pixel_values)} of {patches} patches"
+            )
+
+    def _length(self, tokens: Tensor) -> tuple[int, bool]:
+        """Length of a response with its end token, and whether it was truncated, from ``[T]`` tokens."""
+        ends = torch.isin(tokens, self._eos.cpu()).nonzero()
+        return (len(tokens), True) if len(ends) == 0 else (int(ends[0]) + 1, False)
+
+    def _respond(self, prompts: Sequence[Prompt], rows: list[_Row], temperature: float, seed: int) -> _Responses:
+        """Decode one batch of rows; the rows of a prompt share its prefill. Returns tensors on the CPU."""
+        limit = self._max_new_tokens
+        uniform = None
+        if temperature > 0:
+            numbers = [uniforms(seed, prompts[row.prompt].key, row.sample, limit) for row in rows]
+            uniform = torch.stack(numbers).to(self._device)
+        tokens = torch.zeros(len(rows), limit, dtype=torch.int64, device=self._device)
+        logprobs = torch.zeros(len(rows), limit, device=self._device)
+        flight = self._take_off(prompts, rows)
+        for step in range(limit):
+            logits = self._model.lm_head(flight.hidden)
+            self._check_finite(logits, prompts, rows, flight.rows, step)
+            number = None if uniform is None else uniform[flight.rows, step]
+            drawn = draw(logits, number, temperature=temperature, allowed=self._allowed)
+            tokens[flight.rows, step] = drawn.tokens
+            logprobs[flight.rows, step] = drawn.logprobs.float()
+            flight.running &= ~torch.isin(drawn.tokens, self._eos)
+            if step + 1 == limit or not flight.running.any():
+                break
+            self._advance(flight, drawn.tokens, limit - step - 1)
+        return _Responses(tokens.cpu(), logprobs.cpu())
+
+    def _take_off(self, prompts: Sequence[Prompt], rows: list[_Row]) -> _InFlight:
+        """Prefill the distinct prompts of the rows, padded on the right, and give every row its copy."""
+        distinct = list(dict.fromkeys(row.prompt for row in rows))
+        inputs = [prompts[p].inputs for p in distinct]
+        ids = pad_sequence([i.token_ids for i in inputs], batch_first=True, padding_value=self._pad).to(self._device)
+        lengths = torch.tensor([len(i.token_ids) for i in inputs], device=self._device)
+        visible = torch.arange(ids.shape[1], device=self._device) < lengths[:, None]
+        images = {}
+        if any(len(i.image_grid_thw) for i in inputs):
+            images["pixel_values"] = torch.cat([i.pixel_values for i in inputs]).to(self._device)
+            images["image_grid_thw"] = torch.cat([i.image_grid_thw for i in inputs]).to(self._device)
+        positions, delta = self._positions(ids, visible, images.get("image_grid_thw"))
+        cache = RoomyCache()
+        hidden = self._forward(ids, positions, None, cache, **images)
+        last = torch.arange(len(distinct), device=self._device)
+        flight = _InFlight(
+            cache=cache,
+            room=0,
+            hidden=hidden[last, lengths - 1],
+            position=lengths + delta,
+            visible=torch.nn.functional.pad(visible, (0, self._max_new_tokens), value=True),
+            rows=last,
+            running=torch.ones_like(last, dtype=torch.bool),
+        )
+        place = {p: index for index, p in enumerate(distinct)}
+        source = torch.tensor([place[row.prompt] for row in rows], device=self._device)
+        flight.keep(source, min(self._max_new_tokens, _ROOM))
+        flight.rows = torch.arange(len(rows), device=self._device)
+        return flight
+
+    def _advance(self, flight: _InFlight, tokens: Tensor, tokens_left: int) -> None:
+        """Feed the drawn ``tokens [B]``; ``tokens_left`` may still be drawn. Drops finished rows when it pays."""
+        running = int(flight.running.sum())
+        if flight.room == 0 or running <= (1 - _DROP_SHARE) * len(tokens):
+            index = flight.running.nonzero()[:, 0]
+            tokens = tokens[index]
+            flight.keep(index, min(tokens_left, _ROOM))
+        flight.room -= 1
+        mask = flight.visible[:, None, None, : flight.cache.get_seq_length() + 1]
+        positions = flight.position[:, None]
+        if self._vision is not None:
+            positions = positions.expand(3, -1, -1)
+        flight.hidden = self._forward(tokens[:, None], positions, mask, flight.cache)[:, 0]
+        flight.position = flight.position + 1
+
+    def _positions(self, ids: Tensor, visible: Tensor, image_grid_thw: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Positions of prompts ``[B, P]``, and by how much the next token's differs from its place: int64 ``[B]``."""
+        if self._vision is None:
+            return torch.arange(ids.shape[1], device=ids.device).expand_as(ids), torch.zeros_like(ids[:, 0])
+        positions, delta = self._model.model.get_rope_index(
+            ids,
+            mm_token_type_ids=(ids == self._config.image_token_id).int(),
+            image_grid_thw=image_grid_thw,
+            attention_mask=visible,
+        )
+        return positions, delta[:, 0]
+
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: RoomyCache, **images) -> Tensor:
+        """Hidden states ``[B, S, H]`` of tokens ``[B, S]`` at positions ``[B, S]``, or ``[3, B, S]`` for mRoPE."""
+        return self._model.model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            **images,
+        ).last_hidden_state
+
+    def _check_finite(
+        self, logits: Tensor, prompts: Sequence[Prompt], rows: list[_Row], rows_left: Tensor, step: int
+    ) -> None:
+        finite = logits.isfinite().all(-1)
+        if not finite.all():
+            row = rows[int(rows_left[~finite][0])]
+            raise RuntimeError(
+                f"prompt {prompts[row.prompt].key!r}, sample {row.sample}, response token {step}: the model's logits "
+                "are not finite; the weights have diverged or overflow in this dtype"
+            )
+
+
+def _empty_model(model: str | PathLike[str] | PreTrainedConfig, device: torch.device, dtype: torch.dtype):
+    """Build the model with uninitialised parameters, in eval mode; buffers are computed, not read."""
+    config = copy.deepcopy(model) if isinstance(model, PreTrainedConfig) else AutoConfig.from_pretrained(model)
+    # Not `.to(dtype)`: that would also round the rotary tables, which the constructor keeps in fp32.
+    with device, no_init_weights():
+        built = model_class(config).from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+    built.tie_weights()
+    return built.eval().requires_grad_(False)

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# (vLLM has an environment of its own; tests/vllm/contract holds what is used of it.)
+"""Prompts as vLLM's requests, and its answers as rollouts: the same for the engine in process and for servers.
+
+vLLM gets token ids and the pixels that the trainer itself will read, not images: nothing is tokenised, resized or
+normalised a second time, so engine and trainer can differ in arithmetic alone. That takes ``ENGINE_ARGUMENTS``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.feature_extraction_utils import BatchFeature
+from vllm import SamplingParams
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+
+from megatron_g2rpo.recipe import Policy
+from megatron_g2rpo.rollout import base
+from megatron_g2rpo.types import ModelInputs, Prompt, Rollout
+
+# What every engine of ours must be started with: log-probabilities of the distribution that was sampled from, at its
+# temperature and without banned tokens; pixels taken as they come.
+ENGINE_ARGUMENTS = {"logprobs_mode": "processed_logprobs", "mm_device_do_normalize": False, "generation_config": "vllm"}
+# Added to the logit of a banned token. Finite, because JSON has no infinity.
+_NEVER = -1e30
+
+
+def engine_arguments(policy: Policy, dtype: str) -> dict[str, Any]:
+    """Arguments of a vLLM engine that a recipe asks for, in the names of ``vllm.EngineArgs``."""
+    generation = policy.generation
+    options = generation.vllm_cfg
+    return {
+        "model": policy.model_name,
+        "dtype": dtype,
+        "max_model_len": policy.max_total_sequence_length,
+        "max_num_seqs": generation.batch_size,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "kv_cache_memory_bytes": options.kv_cache_memory_bytes,
+        "enforce_eager": options.enforce_eager,
+        "limit_mm_per_prompt": {"image": options.images_per_prompt, "video": 0},
+        "skip_mm_profiling": options.kv_cache_memory_bytes is not None,
+        # Where a prompt is cut, the draw at the cut is taken back, which a CPU's random generator can not do.
+        "enable_chunked_prefill": not current_platform.is_cpu(),
+        **ENGINE_ARGUMENTS,
+        **options.vllm_kwargs,
+    }
+
+
+class Answer(NamedTuple):
+    """One sample: its tokens, and the log-probability of each."""
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a prompt as vLLM takes them.
+
+    Attributes:
+        items: pixels and grid of each.
+        hashes: of the contents of each; vLLM's caches go by them.
+        places: where its placeholders are in the prompt.
+    """
+
+    items: MultiModalKwargsItems
+    hashes: list[str]
+    places: list[PlaceholderRange]
+
+
+class Translator:
+    """Prompts to requests, answers to rollouts.
+
+    Args:
+        context: of the engine.
+    """
+
+    def __init__(self, context: base.Context) -> None:
+        self._image_token_id = context.image_token_id
+        self._merge = context.spatial_merge_size**2
+        self._decode: Callable[[Sequence[int]], str] = context.decode
+        self._eos = set(context.eos_token_ids)
+        self._banned = frozenset(context.banned_token_ids)
+        self._max_new_tokens = context.policy.generation.max_new_tokens
+        self._images_per_prompt = context.policy.generation.vllm_cfg.images_per_prompt
+        if not self._eos or self._eos & self._banned:
+            raise ValueError(
+                f"responses could not end: eos_token_ids {sorted(self._eos)} must be non-empty and disjoint from "
+                f"banned_token_ids {sorted(self._banned)}"
+            )
+
+    def images(self, prompt: Prompt) -> Images | None:
+        """The images of a prompt; None where it has none.
+
+        Raises:
+            ValueError: naming the prompt: its placeholders do not match its images, or it has too many of them.
+        """
+        inputs = prompt.inputs
+        if len(inputs.image_grid_thw) > self._images_per_prompt:
+            raise ValueError(
+                f"prompt {prompt.key!r} has {len(inputs.image_grid_thw)} images, more than "
+                f"policy.generation.vllm_cfg.images_per_prompt ({self._images_per_prompt})"
+            )
+        patches = inputs.image_grid_thw.prod(-1)
+        places = self._places(prompt, (patches // self._merge).tolist())
+        if not len(patches):
+            return None
+        fields = {
+            "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", patches),
+            "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+        }
+        features = BatchFeature({"pixel_values": inputs.pixel_values, "image_grid_thw": inputs.image_grid_thw})
+        return Images(MultiModalKwargsItems.from_hf_inputs(features, fields), _hashes(inputs), places)
+
+    def _places(self, prompt: Prompt, lengths: list[int]) -> list[PlaceholderRange]:
+        """Placeholders of images come in runs, one after another; two images may touch."""
+        inputs = prompt.inputs
+        where = (inputs.token_ids == self._image_token_id).nonzero().squeeze(1)
+        places: list[PlaceholderRange] = []
+        used = 0
+        for length in lengths:
+            run = where[used : used + length]
+            if len(run) != length or int(run[-1] - run[0]) != length - 1:
+                break
+            places.append(PlaceholderRange(offset=int(run[0]), length=length))
+            used += length
+        patches = int(inputs.image_grid_thw.prod(-1).sum())
+        if len(places) != len(lengths) or used != len(where) or len(inputs.pixel_values) != patches:
+            raise ValueError(
+                f"prompt {prompt.key!r}: its {len(inputs.token_ids)} tokens hold {len(where)} image placeholders where "
+                f"its image grids ask for {lengths}, each in one run, and it has {len(inputs.pixel_values)} of "
+                f"{patches} patches"
+            )
+        return places
+
+    def sampling(self, prompt: Prompt, n: int, temperature: float, seed: int) -> SamplingParams:
+        """How a prompt is sampled: sample ``i`` of a prompt draws from a generator of its own (vLLM: seed + i).
+
+        Greedily it is asked once: ``rollouts`` repeats the answer.
+        """
+        return SamplingParams(
+            n=1 if temperature == 0 else n,
+            temperature=temperature,
+            seed=None if temperature == 0 else _seed(seed, prompt.key),
+            max_tokens=self._max_new_tokens,
+            logprobs=0,
+            logit_bias=dict.fromkeys(sorted(self._banned), _NEVER) or None,
+            stop_token_ids=sorted(self._eos),
+            ignore_eos=True,  # the model directory's own end tokens; ours are above
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def rollouts(self, prompt: Prompt, group_id: int, n: int, answers: Sequence[Answer]) -> list[Rollout]:
+        """A group.
+
+        Args:
+            prompt, group_id: whose.
+            n: samples that were asked for.
+            answers: what vLLM gave, in the order of its samples: ``n``, or one for all.
+
+        Raises:
+            RuntimeError: naming the prompt: another number of answers, or one that is none.
+        """
+        if len(answers) not in (1, n):
+            raise RuntimeError(f"prompt {prompt.key!r}: vLLM gave {len(answers)} of {n} answers")
+        everyone = list(answers) if len(answers) == n else [answers[0]] * n
+        return [self._rollout(prompt, group_id, index, *answer) for index, answer in enumerate(everyone)]
+
+    def _rollout(
+        self, prompt: Prompt, group_id: int, sample_index: int, token_ids: Sequence[int], logprobs: Sequence[float]
+    ) -> Rollout:
+        """One answer.
+
+        Raises:
+            RuntimeError: naming prompt and sample: no token, a log-probability missing or not finite, or a token that
+                must not be sampled.
+        """
+        name = f"prompt {prompt.key!r}, sample {sample_index}"
+        values = torch.tensor(logprobs, dtype=torch.float32)
+        if not token_ids or len(values) != len(token_ids) or not values.isfinite().all():
+            raise RuntimeError(
+                f"{name}: vLLM answered {len(token_ids)} tokens with {int(values.isfinite().sum())} finite "
+                "log-probabilities; the weights have diverged or overflow in this dtype"
+            )
+        if not self._banned.isdisjoint(token_ids):
+            raise RuntimeError(f"{name}: vLLM sampled banned tokens: {sorted(self._banned.intersection(token_ids))}")
+        truncated = token_ids[-1] not in self._eos
+        return Rollout(
+            prompt=prompt,
+            group_id=group_id,
+            sample_index=sample_index,
+            response_ids=torch.tensor(token_ids, dtype=torch.int64),
+            logprobs=values,
+            text=self._decode(list(token_ids if truncated else token_ids[:-1])),
+            truncated=truncated,
+        )
+
+
+def _hashes(inputs: ModelInputs) -> list[str]:
+    sizes = inputs.image_grid_thw.prod(-1).tolist()
+    pixels = inputs.pixel_values.split(sizes)
+    return [_hash(grid, patches) for grid, patches in zip(inputs.image_grid_thw, pixels, strict=True)]
+
+
+def _hash(grid: Tensor, pixels: Tensor) -> str:
+    digest = hashlib.sha256(grid.contiguous().numpy().tobytes())
+    digest.update(pixels.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _seed(seed: int, key: str) -> int:
+    """62 bits that name the prompt's draws."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:8], "little") >> 2

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lies around the steps of a run: run directory, checkpoints, validation, logs."""

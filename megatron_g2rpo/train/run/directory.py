@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run directory: which recipe it belongs to."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+import yaml
+
+from megatron_g2rpo import recipe as recipes
+from megatron_g2rpo.recipe import Recipe
+from megatron_g2rpo.train.run.logs import METRICS_FILE
+
+RECIPE_FILE, IDENTITY_FILE = "recipe.yaml", "identity.yaml"
+SHOWN_DIFFERENCES = 5
+
+
+class RunDirectoryError(ValueError):
+    """The run directory cannot be used for this recipe."""
+
+
+def prepare(recipe: Recipe, *, fresh: bool) -> None:
+    """Claim the run directory for a recipe; one process of the job calls it before the loop starts.
+
+    An empty or new directory is claimed, and so is one that an attempt left without a result. One of the same recipe
+    (layout, logging and length of the run aside) is continued. ``fresh`` renames what an earlier run left; nothing is
+    deleted.
+
+    Raises:
+        RunDirectoryError: the directory belongs to another recipe (the keys that differ are named), holds files that
+            are no run's, or is new while ``checkpointing.checkpoint_dir``, elsewhere, holds checkpoints.
+    """
+    directory, checkpoints = Path(recipe.logger.log_dir), Path(recipe.checkpointing.checkpoint_dir)
+    if fresh:
+        for path in (checkpoints, directory):
+            _move_aside(path)
+    identity = recipes.identity(recipe)
+    claimed = directory / IDENTITY_FILE
+    has_checkpoints = any(checkpoints.glob("step_*"))
+    if claimed.exists():
+        if has_checkpoints or (directory / METRICS_FILE).exists():
+            _check_same(identity, yaml.safe_load(claimed.read_text()), directory)
+    elif directory.exists() and any(directory.iterdir()):
+        raise RunDirectoryError(
+            f"logger.log_dir: {directory} holds files, but no {IDENTITY_FILE}: it is not a run directory; name another"
+        )
+    elif has_checkpoints:
+        raise RunDirectoryError(
+            f"checkpointing.checkpoint_dir: {checkpoints} holds checkpoints, but {directory} is a new run directory; "
+            "name another for either, or pass --fresh to move the checkpoints aside"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    claimed.write_text(yaml.safe_dump(identity, sort_keys=True))
+    (directory / RECIPE_FILE).write_text(recipes.dump(recipe))
+
+
+def _move_aside(path: Path) -> None:
+    if path.exists():
+        stamp = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d-%H%M%S")
+        path.rename(_free(path.with_name(f"{path.name}.{stamp}")))
+
+
+def _free(path: Path) -> Path:
+    candidate, number = path, 1
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return candidate
+
+
+def _check_same(mine: dict, theirs: dict, directory: Path) -> None:
+    keys = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+    if not keys:
+        return
+    shown = "; ".join(f"{key}: {theirs.get(key)} there, {mine.get(key)} here" for key in keys[:SHOWN_DIFFERENCES])
+    more = f" and {len(keys) - SHOWN_DIFFERENCES} more" if len(keys) > SHOWN_DIFFERENCES else ""
+    raise RunDirectoryError(
+        f"logger.log_dir: {directory} belongs to another recipe ({shown}{more}); set logger.log_dir to a new "
+        "directory, or pass --fresh to move the earlier run aside"
+    )

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generation over ranks: every process answers a share of its replica's prompts, and the replica exchanges them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch.distributed as dist
+
+from megatron_g2rpo.collectives import together
+from megatron_g2rpo.rollout.base import EngineUnavailable
+from megatron_g2rpo.train.assembly import Components
+from megatron_g2rpo.types import Prompt, Rollout
+
+
+def generate(
+    parts: Components,
+    prompts: Sequence[Prompt],
+    n: int,
+    *,
+    temperature: float,
+    seed: int,
+    group_ids: Sequence[int],
+) -> list[Rollout]:
+    """Responses to the prompts of this data-parallel rank, the same list on each of its model-parallel peers.
+
+    Each peer runs the engine on every ``model_size``-th prompt, and only tokens travel: prompts are known to all.
+    What is sampled depends neither on the number of peers nor on the number of ranks (see ``Engine.generate``).
+
+    Args:
+        parts: with an engine that has the policy's current weights.
+        prompts: the prompts of this data-parallel rank.
+        n: responses per prompt.
+        temperature, seed: as ``Engine.generate``.
+        group_ids: one per prompt, unique over all ranks.
+
+    Returns:
+        Rollouts ordered by prompt, then sample.
+
+    Raises:
+        EngineUnavailable: see ``answers``.
+    """
+    groups = parts.policy.groups
+    share = range(groups.model_rank, len(prompts), groups.model_size)
+    mine = answers(
+        parts,
+        [prompts[index] for index in share],
+        n,
+        temperature=temperature,
+        seed=seed,
+        group_ids=[group_ids[index] for index in share],
+    )
+    if groups.model_size == 1:
+        return mine
+    # Without the prompt, whose pixels would dominate the message.
+    light = [replace(rollout, prompt=None) for rollout in mine]  # type: ignore[arg-type]
+    gathered: list[list[Rollout]] = [[] for _ in range(groups.model_size)]
+    dist.all_gather_object(gathered, light, group=groups.model)
+    prompt_of = dict(zip(group_ids, prompts, strict=True))
+    everything = [replace(rollout, prompt=prompt_of[rollout.group_id]) for part in gathered for rollout in part]
+    place = {group_id: position for position, group_id in enumerate(group_ids)}
+    return sorted(everything, key=lambda rollout: (place[rollout.group_id], rollout.sample_index))
+
+
+def answers(
+    parts: Components, prompts: Sequence[Prompt], n: int, *, temperature: float, seed: int, group_ids: Sequence[int]
+) -> list[Rollout]:
+    """What the engine answers to this process's prompts; see ``Engine.generate``. A collective of all ranks.
+
+    Where an engine that may be waited for was lost, the weights are loaded again, which waits for it, and all ranks
+    ask anew: what is sampled is the same.
+
+    Raises:
+        EngineUnavailable: on every rank, if the engine was lost on any, so that none waits for another in a collective.
+    """
+    while True:
+        try:
+            return together(
+                lambda: parts.engine.generate(prompts, n, temperature=temperature, seed=seed, group_ids=group_ids),
+                errors=(EngineUnavailable,),
+            )
+        except EngineUnavailable as error:
+            if not error.wait:
+                raise
+        parts.engine.load_weights(parts.policy.source())

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The nouns every room shares: what flows through a training step.
+
+A step reads ``Sample -> Prompt -> Rollout -> PackedBatch``. All are frozen: a room that wants a changed one makes a
+new one. Shape letters: ``P`` prompt tokens, ``R`` response tokens, ``S`` tokens of a packed row, ``N`` sequences of a
+packed row, ``I`` images, ``V`` vision patches, ``D`` values per vision patch.
+
+This file is on the lowest floor of the house: it imports torch and the standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A target that ``torch.nn.functional.cross_entropy`` would call ``ignore_index``: no token to predict.
+NO_LABEL = -100
+
+# The dtypes that ``policy.precision`` names.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One line of a dataset, as stored: decoded, but not tokenised.
+
+    Attributes:
+        key: unique name of the sample in its dataset, ``<shard>/<sample>``; every error about it names it.
+        task: task name (the one ``task_key`` that advantages, entropy and length shaping group by).
+        question: the user's text.
+        answer: the reference answer, in the notation of ``answer_format``.
+        answer_format: name of an accuracy reward in ``tasks`` (``exact``, ``box``, ...).
+        images: RGB images, in the order in which they precede the question.
+        response: a full target response for supervised training; None where the dataset has none.
+        reference_steps: the intermediate step that the thinking should state, ``"7 + 5"``; the structure bonus compares
+            against it. None where the task has no such step.
+    """
+
+    key: str
+    task: str
+    question: str
+    answer: str
+    answer_format: str
+    images: Sequence[Any] = ()
+    response: str | None = None
+    reference_steps: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInputs:
+    """What the model reads for one prompt: the single output of the processor call.
+
+    Attributes:
+        token_ids: int64 ``[P]``; image placeholders are already expanded, one per merged patch.
+        pixel_values: float32 ``[V, D]``; zero rows when there is no image.
+        image_grid_thw: int64 ``[I, 3]`` (time, height, width), in patches before merging.
+    """
+
+    token_ids: Tensor
+    pixel_values: Tensor
+    image_grid_thw: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A sample with its model inputs, ready for generation."""
+
+    sample: Sample
+    inputs: ModelInputs
+
+    @property
+    def key(self) -> str:
+        return self.sample.key
+
+    @property
+    def task(self) -> str:
+        return self.sample.task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One sampled response.
+
+    Attributes:
+        prompt: what was asked.
+        group_id: id of the prompt's group, unique in the global batch (all ranks).
+        sample_index: index of this response in its group, 0-based.
+        response_ids: int64 ``[R]``, the end-of-turn token included when it was sampled.
+        logprobs: float32 ``[R]``, log-probability of each sampled token under the distribution that it was drawn from:
+            *at the sampling temperature*, over the tokens that can be sampled.
+        text: the decoded response without special tokens that end the turn.
+        truncated: True when the token limit ended the response, not an end-of-turn token.
+    """
+
+    prompt: Prompt
+    group_id: int
+    sample_index: int
+    response_ids: Tensor
+    logprobs: Tensor
+    text: str
+    truncated: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewards:
+    """Rewards of N rollouts: the parts, and their one combination.
+
+    Attributes:
+        parts: name -> float64 ``[N]`` (``accuracy``, ``format``, ``structure``, ``length``...), unweighted.
+        weights: name -> weight of the part.
+        total: float64 ``[N]``, the weighted sum that the advantage is computed from.
+    """
+
+    parts: Mapping[str, Tensor]
+    weights: Mapping[str, float]
+    total: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Rewards:
+        """Those of some rollouts, by their numbers."""
+        return Rewards(
+            parts={name: part[rows] for name, part in self.parts.items()}, weights=self.weights, total=self.total[rows]
+        )
+
+    @classmethod
+    def concatenate(cls, rewards: Sequence[Rewards]) -> Rewards:
+        """Those of several lists of rollouts (at least one), one after the other."""
+        first = rewards[0]
+        return cls(
+            parts={name: torch.cat([each.parts[name] for each in rewards]) for name in first.parts},
+            weights=first.weights,
+            total=torch.cat([each.total for each in rewards]),
+        )
+
+    def plus(self, name: str, part: Tensor, weight: float) -> Rewards:
+        """With one part more."""
+        return Rewards(
+            parts={**self.parts, name: part},
+            weights={**self.weights, name: weight},
+            total=self.total + weight * part,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """One micro-batch: one row of tokens, many sequences side by side.
+
+    Position ``t`` predicts ``labels[t]``, the next token *of the same sequence*, where that is a response token; every
+    other position has label ``NO_LABEL``. All per-token fields are aligned with the predicting position.
+    A sequence may be followed by padding (tokens that nothing looks at and nothing is learned from); rows are packed
+    full, and a context-parallel rank cuts its share out of every per-token field (``policy.context_parallel``).
+
+    Attributes:
+        tokens: int64 ``[S]``.
+        labels: int64 ``[S]``, the response tokens.
+        position_ids: int64 ``[3, S]``, mRoPE (time, height, width); restarts with every sequence.
+        segment_ids: int64 ``[S]``, index of the sequence a token belongs to (0..N-1); -1 on padding.
+        cu_seqlens: int32 ``[N + 1]``, running sum of the sequences' real lengths.
+        cu_seqlens_padded: int32 ``[N + 1]``, where each sequence begins in the (whole) row, padding counted.
+        loss_mask: float32 ``[S]``, 1 where ``labels[t]`` is a response token that the loss counts.
+        pixel_values: float32 ``[V, D]`` of the distinct images of the row: the samples of a group share one copy.
+        image_grid_thw: int64 ``[I, 3]``, of the distinct images.
+        vision_index: int64 ``[S]``, which merged feature of these images belongs at a token; -1 where none does.
+        sequence_ids: int64 ``[N]``, index of each sequence in the list that was packed.
+        task_ids: int64 ``[S]``, -1 where there is none.
+        advantages: float32 ``[S]``, 0 outside the loss mask.
+        behaviour_logprobs: float32 ``[S]``, what the rollout engine reported; 0 outside the response.
+        old_logprobs: float32 ``[S]`` or None before the policy has computed them.
+        reference_logprobs: float32 ``[S]`` under the reference policy, or None where there is none.
+        importance_weights: float32 ``[S]``, factor of the surrogate's loss that corrects for what the rollout engine
+            sampled from; None for 1.
+        token_weights: float32 ``[S]``; the loss is ``sum(weight * token_loss) / global token count``. Equal to
+            ``loss_mask`` for token averaging.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    segment_ids: Tensor
+    cu_seqlens: Tensor
+    cu_seqlens_padded: Tensor
+    loss_mask: Tensor
+    pixel_values: Tensor
+    image_grid_thw: Tensor
+    vision_index: Tensor
+    sequence_ids: Tensor
+    task_ids: Tensor
+    advantages: Tensor
+    behaviour_logprobs: Tensor
+    token_weights: Tensor
+    old_logprobs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+    importance_weights: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the loss counts."""
+        return int(self.loss_mask.sum().item())
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenStats:
+    """Per-token statistics of a packed row under the policy.
+
+    Attributes:
+        logprobs: float32 ``[S]``, log-probability of ``labels`` at the given temperature; 0 where there is no label.
+        entropy: float32 ``[S]``, entropy (nats) of the policy's distribution at the same temperature; 0 likewise.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor

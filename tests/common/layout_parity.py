@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parity check: the Megatron policy at any layout against one transformers process on unpacked inputs.
+
+One ``Case`` is a layout with its switches. For it, ``check_layout_parity`` compares log-probabilities and entropies of
+every response, loss, entropy of every task, gradient norm, every gradient by Hugging Face name, and the weights after
+three optimizer steps with a ``Reference``: transformers' forward and autograd, one sequence at a time, and torch's
+AdamW. Errors are
+
+- of log-probabilities and entropies: the largest difference, nats; relative to values above one;
+- of scalars: relative to the reference;
+- of gradients: ``||ours - theirs|| / ||theirs||``, tensor by tensor;
+- of updates: ``||ours - theirs|| / ||theirs - initial||``, tensor by tensor.
+
+Used in one process by the unit tests and in several by ``tests/parallel``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallelConfig
+from torch import Tensor
+from transformers import Qwen3VLForConditionalGeneration
+
+from megatron_g2rpo.data.packing import PackSequence, response_values
+from megatron_g2rpo.policy import optimizer
+from megatron_g2rpo.policy.device import Device
+from megatron_g2rpo.policy.megatron import MegatronPolicy
+from megatron_g2rpo.types import PackedBatch
+from tests.common.parity import (
+    LOGPROB_TOLERANCE,
+    TEMPERATURE,
+    Values,
+    deal,
+    packer_for,
+    parity_sequences,
+    policy_options,
+    rows_of,
+    toy_loss,
+    transformers_values,
+)
+from tests.common.tiny_model import make_tiny_qwen3vl
+
+# Largest errors, by precision and kind; see the module's docstring for what each is relative to.
+TOLERANCES: dict[str, dict[str, float]] = {
+    "float32": {
+        "logprob": LOGPROB_TOLERANCE,
+        "entropy": LOGPROB_TOLERANCE,
+        "loss": 1e-5,
+        "task_entropy": 1e-5,
+        "grad_norm": 1e-5,
+        "gradient": 1e-5,
+        "update": 1e-3,
+        "later_logprob": 1e-4,
+    },
+    # bf16 rounds to 1 part in 256 and more than half of that remains of any two of its computations that add up in
+    # another order: transformers' own gradients are 2e-2 (norms of queries and keys: 1e-1) away from those that fp32
+    # computes with the same weights, and ours are as far. What must not be is that we are farther from them than
+    # transformers: "share" is the ratio of the two distances, for a tensor and for the whole gradient.
+    "bfloat16": {
+        "logprob": 5e-2,
+        "entropy": 5e-2,
+        "loss": 1e-2,
+        "task_entropy": 1e-2,
+        "grad_norm": 1e-2,
+        "gradient": 1e-1,
+        "gradient_share": 2.5,
+        "whole_gradient": 4e-2,
+        "whole_share": 1.25,
+        "later_logprob": 1.5e-1,
+    },
+}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tied": {"layers": 4},
+    "untied": {"layers": 3, "tied": False, "vocab": 161, "heads": 4, "kv_heads": 4, "deepstack": (1,)},
+    "wide": {"layers": 5, "hidden": 96, "heads": 6, "kv_heads": 2, "head_dim": 24, "intermediate": 128},
+    "one_kv_head": {"layers": 4, "kv_heads": 1, "tied": False},
+    "deep": {"layers": 8},
+}
+# Gradients that are zero but for rounding (of the vision tower's key biases, say: softmax does not see them) would be
+# made full steps by a smaller one. Those that count are 1e-3 after clipping.
+ADAM_EPS = 1e-6
+# Small enough for several buckets a stage: overlapped reductions start in an order that depends on the rows' images.
+OVERLAP_BUCKET = 20_000
+STEPS = 3
+MODEL_SEED = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A layout, its switches, and the model that it is tried on; data parallelism takes the rest of the world.
+
+    Attributes:
+        shape: of ``SHAPES``.
+        overlap: gradient reduction overlaps the backward pass; with the distributed optimizer, the gather of updated
+            weights the next forward pass as well.
+        recompute: granularity, and for ``full`` method and number of layers.
+        stages: layers of the first and of the last pipeline stage.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    shape: str = "tied"
+    precision: str = "float32"
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+    overlap: bool = False
+    recompute: tuple[str, str, int] | tuple[str] | None = None
+    stages: tuple[int | None, int | None] = (None, None)
+    freeze_vision: bool = False
+
+    def __str__(self) -> str:
+        first, last = self.stages
+        words = [
+            f"tp{self.tensor} pp{self.pipeline} cp{self.context}",
+            "sp" if self.sequence_parallel else "",
+            "distopt" if self.distributed_optimizer else "",
+            "overlap" if self.overlap else "",
+            "-".join(["recompute", *map(str, self.recompute)]) if self.recompute else "",
+            f"stages {first or ''}..{last or ''}" if first or last else "",
+            self.shape,
+            "frozen-vision" if self.freeze_vision else "",
+            "" if self.precision == "float32" else self.precision,
+        ]
+        return " ".join(word for word in words if word)
+
+    def reference(self, directory: Path) -> Path:
+        """The file of its reference."""
+        frozen = "_frozen" if self.freeze_vision else ""
+        return directory / self.shape / f"reference_{self.precision}{frozen}.pt"
+
+    def options(self, directory: Path) -> SimpleNamespace:
+        """The recipe's ``policy`` section for it, with the model under ``directory``."""
+        granularity, *rest = self.recompute or (None,)
+        method, layers = rest or ("uniform", 1)
+        options = policy_options(
+            directory / self.shape,
+            precision=self.precision,
+            tensor=self.tensor,
+            pipeline=self.pipeline,
+            context=self.context,
+            megatron={
+                "sequence_parallel": self.sequence_parallel,
+                "num_layers_in_first_pipeline_stage": self.stages[0],
+                "num_layers_in_last_pipeline_stage": self.stages[1],
+                "recompute_granularity": granularity,
+                "recompute_method": method,
+                "recompute_num_layers": layers,
+                "freeze_vision": self.freeze_vision,
+            },
+            ddp={
+                "use_distributed_optimizer": self.distributed_optimizer,
+                "overlap_grad_reduce": self.overlap,
+                "overlap_param_gather": self.overlap and self.distributed_optimizer,
+            },
+        )
+        options.megatron_cfg.optimizer.adam_eps = ADAM_EPS
+        return options
+
+
+# -- what transformers says ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a case is compared with.
+
+    Attributes:
+        first: before any update.
+        exact: the same by the same weights in float32, where the model is not.
+        initial, trained: float32 weights by name, before the updates and after ``STEPS`` of them.
+        last: log-probabilities after them.
+    """
+
+    first: Values
+    exact: Values
+    initial: dict[str, Tensor]
+    trained: dict[str, Tensor]
+    last: list[Tensor]
+
+
+def prepare(directory: Path, case: Case) -> None:
+    """Write the model of a case under ``directory``, and its reference, unless they are there."""
+    target = case.reference(directory)
+    if target.exists():
+        return
+    config, model = make_tiny_qwen3vl(directory / case.shape, **SHAPES[case.shape], seed=MODEL_SEED)
+    sequences = parity_sequences(config)
+    model.model.visual.requires_grad_(not case.freeze_vision)
+    if case.precision == "float32":
+        first = exact = transformers_values(model, sequences)
+    else:
+        # Loaded, not cast: `.to(bfloat16)` would round the rotary tables.
+        model = Qwen3VLForConditionalGeneration.from_pretrained(directory / case.shape, dtype=torch.bfloat16)
+        first = transformers_values(model, sequences)
+        rounded = Qwen3VLForConditionalGeneration.from_pretrained(directory / case.shape, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in rounded.parameters():
+                parameter.copy_(parameter.bfloat16())
+        exact = transformers_values(rounded, sequences)
+    options = case.options(directory).megatron_cfg.optimizer
+    # Pretrained weights as the optimizer sees them: bf16 models have main copies, made from rounded weights.
+    main = {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
+    initial = {name: tensor.clone() for name, tensor in main.items()}
+    _train(model, main, sequences, options)
+    last = transformers_values(model, sequences)
+    torch.save(Reference(first, exact, initial, main, last.logprobs), target)
+
+
+def _train(model: Any, main: dict[str, Tensor], sequences: Sequence[PackSequence], options: Any) -> None:
+    """``STEPS`` steps of torch's AdamW on ``main``, as the recipe's optimizer section says; the model follows."""
+    # megatron-core's standard: no weight decay on biases and norms.
+    learning = [main[name] for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [tensor for tensor in learning if tensor.ndim > 1], "weight_decay": options.weight_decay},
+        {"params": [tensor for tensor in learning if tensor.ndim == 1], "weight_decay": 0.0},
+    ]
+    betas = (options.adam_beta1, options.adam_beta2)
+    adam = torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.adam_eps)
+    for _ in range(STEPS):
+        values = transformers_values(model, sequences)
+        for name, gradient in values.gradients.items():
+            main[name].grad = gradient
+        torch.nn.utils.clip_grad_norm_(learning, options.clip_grad)
+        adam.step()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(main[name])
+    for tensor in learning:
+        tensor.grad = None
+
+
+# -- the comparison -----------------------------------------------------------------------------------------------
+
+
+class Report:
+    """The largest error of each kind, and whatever exceeds its tolerance."""
+
+    def __init__(self, tolerances: Mapping[str, float]) -> None:
+        self.tolerances = dict(tolerances)
+        self.worst: dict[str, tuple[float, str]] = {}
+        self.failures: list[str] = []
+
+    def note(self, kind: str, error: float, where: str = "") -> None:
+        """An error of a kind; one that is no number exceeds every tolerance."""
+        if kind not in self.worst or not error <= self.worst[kind][0]:
+            self.worst[kind] = (error, where)
+        if not error <= self.tolerances.get(kind, float("inf")):
+            self.failures.append(f"{kind} {where}: {error:.2e} > {self.tolerances[kind]:.0e}")
+
+    def merge(self, other: Report) -> None:
+        for kind, (error, where) in other.worst.items():
+            if kind not in self.worst or not error <= self.worst[kind][0]:
+                self.worst[kind] = (error, where)
+        self.failures += [failure for failure in other.failures if failure not in self.failures]
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{kind} {error:.1e}" + f" ({where})" * bool(where) for kind, (error, where) in self.worst.items()
+        )
+
+    def assert_ok(self) -> None:
+        assert not self.failures, f"{len(self.failures)} errors too large:\n" + "\n".join(self.failures) + f"\n{self}"
+
+
+def check_layout_parity(directory: Path, device: Device, case: Case) -> Report:
+    """Compare one case with its reference, which ``prepare`` has written. A collective of the world.
+
+    Returns:
+        What any rank found, on every rank.
+    """
+    expected: Reference = torch.load(case.reference(directory), weights_only=False)
+    buckets = {"bucket_size": OVERLAP_BUCKET} if case.overlap else {}
+    with patch.object(optimizer, "DistributedDataParallelConfig", partial(DistributedDataParallelConfig, **buckets)):
+        policy = MegatronPolicy(case.options(directory), device, seed=0, max_steps=STEPS)
+    sequences = parity_sequences(policy.hf_config)
+    packer, groups = packer_for(policy.hf_config, policy.layout), policy.groups
+    hands = [deal(len(sequences), groups.data_size, idle=idle) for idle in (False, True)]
+    uneven, idle = [rows_of(packer, sequences, hand, groups.data_rank) for hand in hands]
+    mine = hands[0][groups.data_rank]
+
+    report = Report(TOLERANCES[case.precision])
+    _compare_logprobs(report, policy, uneven, mine, expected.first)
+    policy.gradients(uneven, toy_loss, TEMPERATURE)
+    _compare_gradients(report, policy, expected)
+    for step, batches in enumerate((idle, uneven, uneven)):
+        metrics = policy.update(batches, toy_loss, TEMPERATURE)
+        if step == 0:
+            _compare_metrics(report, metrics, expected.first)
+    if case.precision == "float32":
+        _compare_weights(report, policy, expected)
+    after = policy.logprobs(uneven, TEMPERATURE)
+    for index, logprobs in _responses(uneven, [stats.logprobs for stats in after]):
+        report.note("later_logprob", _distance(logprobs, expected.last[index]), f"sequence {index}")
+    _take_apart(policy)
+    return _over_all_ranks(report)
+
+
+def _take_apart(policy: MegatronPolicy) -> None:
+    """Let the policy be collected, and its process groups with it.
+
+    The distributed optimizer's float32 shares are views of the weights: the autograd graph links them to hooks of DDP,
+    DDP's config to the optimizer, and the optimizer to its shares. Python's collector does not see the graph's part.
+    """
+    policy.config.grad_scale_func = policy.config.no_sync_func = policy.config.grad_sync_func = None
+
+
+def _compare_logprobs(
+    report: Report, policy: MegatronPolicy, batches: list[PackedBatch], mine: list[int], expected: Values
+) -> None:
+    stats = policy.logprobs(batches, TEMPERATURE)
+    seen = []
+    for index, logprobs in _responses(batches, [stat.logprobs for stat in stats]):
+        seen.append(index)
+        report.note("logprob", _distance(logprobs, expected.logprobs[index]), f"sequence {index}")
+    for index, entropies in _responses(batches, [stat.entropy for stat in stats]):
+        report.note("entropy", _distance(entropies, expected.entropies[index]), f"sequence {index}")
+    assert sorted(seen) == mine, (seen, mine)
+
+
+def _responses(batches: list[PackedBatch], values: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Number and values of every response."""
+    for batch, value in zip(batches, values, strict=True):
+        yield from response_values(batch, value).items()
+
+
+def _compare_metrics(report: Report, metrics: dict[str, float], expected: Values) -> None:
+    report.note("loss", abs(metrics["loss"] / expected.loss - 1))
+    # A parameter that megatron-core does not know as sharded or shared would be counted once too few or too often.
+    report.note("grad_norm", abs(metrics["grad_norm"] / expected.grad_norm - 1))
+    for task, entropy in enumerate(expected.task_entropy):
+        mean = metrics[f"entropy_{task}"] / metrics[f"tokens_{task}"]
+        report.note("task_entropy", abs(mean / entropy - 1), f"task {task}")
+    others = _gathered(metrics)
+    assert all(other == metrics for other in others), f"ranks disagree on the metrics: {others}"
+
+
+def _compare_gradients(report: Report, policy: MegatronPolicy, expected: Reference) -> None:
+    assert policy._ddp is not None
+    optimizer.gather_gradients(policy._ddp)
+    theirs, exact = expected.first.gradients, expected.exact.gradients
+    frozen = expected.initial.keys() - theirs.keys()
+    ours = {
+        name: gradient.float().cpu()
+        for name, gradient in policy.stream(lambda weight: weight.main_grad if weight.requires_grad else weight.data)
+        if name not in frozen
+    }
+    assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
+    for name, gradient in ours.items():
+        report.note("gradient", _relative(gradient, theirs[name], theirs[name]), name)
+    if theirs is exact:
+        return
+    for name, gradient in ours.items():
+        report.note(
+            "gradient_share", float((gradient - exact[name]).norm() / (theirs[name] - exact[name]).norm()), name
+        )
+    whole, their_whole, exact_whole = (torch.cat([g[name].flatten() for name in ours]) for g in (ours, theirs, exact))
+    report.note("whole_gradient", _relative(whole, their_whole, their_whole))
+    report.note("whole_share", float((whole - exact_whole).norm() / (their_whole - exact_whole).norm()))
+
+
+def _compare_weights(report: Report, policy: MegatronPolicy, expected: Reference) -> None:
+    for name, weight in policy.stream():
+        # A frozen weight takes no step, and any difference is an error.
+        step = expected.trained[name] - expected.initial[name]
+        report.note("update", _relative(weight, expected.trained[name], step), name)
+    tied = policy.model.share_embeddings_and_output_weights and policy.groups.pipeline_size > 1
+    if tied and (policy.groups.is_first_stage or policy.groups.is_last_stage):
+        group = policy.groups.collection.embd
+        weight = policy.model.shared_embedding_or_output_weight()
+        assert weight is not None
+        copies = [torch.empty_like(weight) for _ in range(group.size())]
+        dist.all_gather(copies, weight.detach(), group=group)
+        assert torch.equal(*copies), "the two copies of the tied weight have parted"
+
+
+def _relative(ours: Tensor, theirs: Tensor, scale: Tensor) -> float:
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    difference, size = float((ours.float() - theirs).norm()), float(scale.norm())
+    return difference / size if size else difference
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return float(((a - b).abs() / b.abs().clamp(min=1)).max())
+
+
+def _gathered(value: Any) -> list[Any]:
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _over_all_ranks(report: Report) -> Report:
+    merged = Report(report.tolerances)
+    for other in _gathered(report):
+        merged.merge(other)
+    return merged

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The common ground of the parity tests: recipe options, a global batch, a loss, and what transformers says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_g2rpo.data.packing import Packer, PackSequence
+from megatron_g2rpo.policy.layouts.layout import Layout, token_multiples
+from megatron_g2rpo.policy.megatron import LossTerms
+from megatron_g2rpo.types import ModelInputs, PackedBatch, TokenStats
+from tests.common.tiny_model import GRIDS, hf_logits, random_inputs, special_tokens
+
+# fp32 over a few layers: sums in another order move the last bits of numbers around 1 to 10.
+LOGPROB_TOLERANCE = 1e-5
+
+TEMPERATURE = 0.8
+TASKS = 2
+
+
+def policy_options(
+    directory: Path | str,
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    context: int = 1,
+    lr: float = 1e-3,
+    megatron: Mapping[str, Any] | None = None,
+    ddp: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> SimpleNamespace:
+    """A recipe's ``policy`` section with the keys that the policy reads.
+
+    Args:
+        megatron: changes to ``megatron_cfg``.
+        ddp: changes to ``megatron_cfg.distributed_data_parallel_config``.
+        changes: to the section itself.
+    """
+    optimizer = {"lr": lr, "min_lr": 0.0, "weight_decay": 0.1, "clip_grad": 1.0}
+    adam = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8}
+    reduction = {
+        "grad_reduce_in_fp32": True,
+        "overlap_grad_reduce": False,
+        "overlap_param_gather": False,
+        "use_distributed_optimizer": False,
+    }
+    megatron_cfg = {
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+        "context_parallel_size": context,
+        "sequence_parallel": False,
+        "num_layers_in_first_pipeline_stage": None,
+        "num_layers_in_last_pipeline_stage": None,
+        "cp_comm_type": "p2p",
+        "core_attention": "auto",
+        "recompute_granularity": None,
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+        "freeze_vision": False,
+        "optimizer": SimpleNamespace(**optimizer, **adam),
+        "scheduler": SimpleNamespace(lr_warmup_steps=0, lr_decay_style="constant", lr_decay_steps=None),
+        "distributed_data_parallel_config": SimpleNamespace(**{**reduction, **(ddp or {})}),
+        **(megatron or {}),
+    }
+    options = {
+        "model_name": str(directory),
+        "init": "pretrained",
+        "pretrained_checkpoint": None,
+        "precision": "float32",
+        "logprob_chunk_size": 7,
+        "megatron_cfg": SimpleNamespace(**megatron_cfg),
+    }
+    return SimpleNamespace(**{**options, **changes})
+
+
+# -- inputs -------------------------------------------------------------------------------------------------------
+
+
+def random_sequences(config: Any, *, seed: int = 0, samples: int = 2, grids: Any = GRIDS) -> list[PackSequence]:
+    """``samples`` random responses of different lengths (one token among them) to each prompt of ``grids``.
+
+    Advantages, token weights, tasks and what the rollout engine reported differ from sequence to sequence.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    text = special_tokens(config.text_config.vocab_size).num_text
+    sequences = []
+    for prompt, inputs in enumerate(random_inputs(config, seed=seed, grids=grids)):
+        for sample in range(samples):
+            length = 1 + 5 * sample + prompt
+            sequences.append(
+                PackSequence(
+                    inputs=inputs,
+                    response_ids=torch.randint(text, (length,), generator=generator),
+                    advantage=float(torch.randn((), generator=generator)),
+                    task_id=prompt % TASKS,
+                    behaviour_logprobs=-5 + torch.randn(length, generator=generator),
+                    token_weight=0.5 + sample,
+                )
+            )
+    return sequences
+
+
+def parity_sequences(config: Any) -> list[PackSequence]:
+    """The global batch of the parity check: no image, one and two images, odd and even lengths, one-token responses.
+
+    The last two sequences are to have rows of their own: one without images, and one so short that no token of it
+    falls to some context-parallel ranks. One sequence is kept out of the loss.
+    """
+    one, *others = random_sequences(config, grids=((), ((4, 6),), ((2, 4), (6, 4)), ()))
+    short = torch.full((), -1.0)
+    others[1] = replace(
+        others[1], response_ids=others[1].response_ids[:1], behaviour_logprobs=others[1].behaviour_logprobs[:1]
+    )
+    others[3] = replace(others[3], in_loss=False)
+    inputs = ModelInputs(
+        token_ids=torch.tensor([3]), pixel_values=others[1].inputs.pixel_values[:0], image_grid_thw=GRID_OF_NONE
+    )
+    shortest = PackSequence(
+        inputs=inputs, response_ids=torch.tensor([5]), advantage=1.5, task_id=1, behaviour_logprobs=5 * short[None]
+    )
+    return [one, *others, shortest]
+
+
+GRID_OF_NONE = torch.zeros(0, 3, dtype=torch.int64)
+ROWS_OF_THEIR_OWN = 2
+ROW_TOKENS = 96
+
+
+def packer_for(config: Any, layout: Layout | None = None) -> Packer:
+    """A packer with the tiny model's tokens, and the multiples that the layout needs."""
+    tokens = special_tokens(config.text_config.vocab_size)
+    sequence_multiple, row_multiple = token_multiples(layout or Layout())
+    return Packer(
+        image_token_id=tokens.image,
+        spatial_merge_size=config.vision_config.spatial_merge_size,
+        pad_token_id=tokens.pad,
+        sequence_multiple=sequence_multiple,
+        row_multiple=row_multiple,
+    )
+
+
+def deal(count: int, ranks: int, *, idle: bool) -> list[list[int]]:
+    """Which sequences each data-parallel rank owns: uneven on purpose, or all with the last rank."""
+    if ranks == 1 or idle:
+        return [[] for _ in range(ranks - 1)] + [list(range(count))]
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    for index in range(count):
+        hands[0 if index % 3 == 0 else -1].append(index)
+    return hands
+
+
+def rows_of(packer: Packer, sequences: Sequence[PackSequence], hands: list[list[int]], rank: int) -> list[PackedBatch]:
+    """The micro-batches of one data-parallel rank, as many as every other rank has; ``rows`` are global numbers."""
+    apart = range(len(sequences) - ROWS_OF_THEIR_OWN, len(sequences))
+
+    def pack(hand: list[int], num_rows: int | None = None) -> list[PackedBatch]:
+        together = [index for index in hand if index not in apart]
+        alone = [[index] for index in hand if index in apart]
+        packed: list[PackedBatch] = []
+        for members, bins in (
+            (together, None if num_rows is None else num_rows - len(alone)),
+            *((a, 1) for a in alone),
+        ):
+            for batch in packer.pack([sequences[index] for index in members], ROW_TOKENS, bins):
+                packed.append(replace(batch, sequence_ids=torch.tensor(members, dtype=torch.int64)[batch.sequence_ids]))
+        return packed
+
+    num_rows = max(len(pack(hand)) for hand in hands)
+    return pack(hands[rank], num_rows)
+
+
+# -- loss ---------------------------------------------------------------------------------------------------------
+
+
+def _token_loss(
+    logprobs: Tensor, entropy: Tensor, rollout: Any, advantage: Any, weight: Any, mask: Any, task: Any
+) -> Tensor:
+    """Policy gradient and a quadratic KL penalty, weighted; and an entropy bonus of each task."""
+    surrogate = -advantage * logprobs + 0.05 * (logprobs - rollout).square()
+    return weight * surrogate + 0.1 * (1 + task) * mask * entropy
+
+
+def toy_loss(batch: PackedBatch, stats: TokenStats) -> LossTerms:
+    """What the real losses are made of; entropies and token counts of each task are its metrics."""
+    terms = _token_loss(
+        stats.logprobs,
+        stats.entropy,
+        batch.behaviour_logprobs,
+        batch.advantages,
+        batch.token_weights,
+        batch.loss_mask,
+        batch.task_ids,
+    )
+    sums = {}
+    for task in range(TASKS):
+        mask = batch.loss_mask * (batch.task_ids == task)
+        sums[f"entropy_{task}"] = (stats.entropy.detach() * mask).sum()
+        sums[f"tokens_{task}"] = mask.sum()
+    return LossTerms(loss=terms.sum(), num_tokens=batch.num_tokens, sums=sums)
+
+
+# -- what transformers says ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Values:
+    """One pass of transformers over the global batch, in the order of its sequences.
+
+    Attributes:
+        logprobs, entropies: float32 ``[R]`` of every response.
+        loss: ``toy_loss`` over all, divided by the number of tokens that count.
+        task_entropy: mean over the tokens of each task.
+        gradients: float32, by Hugging Face name; accumulated in float32 sequence by sequence.
+    """
+
+    logprobs: list[Tensor]
+    entropies: list[Tensor]
+    loss: float
+    task_entropy: list[float]
+    gradients: dict[str, Tensor]
+
+    @property
+    def grad_norm(self) -> float:
+        return float(torch.stack([gradient.norm() for gradient in self.gradients.values()]).norm())
+
+
+def transformers_values(model: Any, sequences: Sequence[PackSequence], temperature: float = TEMPERATURE) -> Values:
+    """Forward and backward of transformers, each sequence alone and unpadded."""
+    logprobs, entropies, gradients, loss = [], [], {}, 0.0
+    sums, counts = [0.0] * TASKS, [0] * TASKS
+    num_tokens = sum(len(sequence.response_ids) for sequence in sequences if sequence.in_loss)
+    for sequence in sequences:
+        start = len(sequence.inputs.token_ids) - 1
+        logits = hf_logits(model, sequence.inputs, sequence.response_ids)[start:-1].float() / temperature
+        log_p = logits.log_softmax(-1)
+        logprob = log_p.gather(1, sequence.response_ids[:, None]).squeeze(1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        logprobs.append(logprob.detach())
+        entropies.append(entropy.detach())
+        if not sequence.in_loss:
+            continue
+        rollout = 0.0 if sequence.behaviour_logprobs is None else sequence.behaviour_logprobs
+        terms = _token_loss(logprob, entropy, rollout, sequence.advantage, sequence.token_weight, 1.0, sequence.task_id)
+        model.zero_grad()
+        (terms.sum() / num_tokens).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                gradients[name] = gradients.get(name, 0.0) + parameter.grad.float()
+        loss += float(terms.detach().sum()) / num_tokens
+        sums[sequence.task_id] += float(entropy.detach().sum())
+        counts[sequence.task_id] += len(entropy)
+    return Values(logprobs, entropies, loss, [s / max(c, 1) for s, c in zip(sums, counts, strict=True)], gradients)
+
+
+def reference(model: Any, sequences: list[PackSequence], temperature: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Log-probabilities and entropies of every response, by transformers."""
+    values = transformers_values(model, sequences, temperature)
+    return values.logprobs, values.entropies

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims about ``megatron-g2rpo plan``: what it prints, when it refuses, what it proposes, how it exits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_g2rpo import cli
+from megatron_g2rpo.plan.model import Model, read_config
+from megatron_g2rpo.plan.planner import Plan, load_recipe, make_plan
+from megatron_g2rpo.plan.verdict import changes, judge
+from megatron_g2rpo.policy.layouts.layout import LayoutError
+
+ROOT = Path(__file__).parents[3]
+PAPER = ROOT / "examples" / "recipes" / "vlm_g2rpo-qwen3vl8b-8n8g-megatron-tp4.yaml"
+QUICKSTART = ROOT / "examples" / "recipes" / "vlm_g2rpo-quickstart-1n1g-megatron-tp1.yaml"
+CONFIG = f"policy.model_name={ROOT / 'examples' / 'models' / 'qwen3-vl-8b'}"
+MEGATRON = "policy.megatron_cfg."
+# The paper's recipe without what makes it cheap.
+PLAIN = [
+    CONFIG,
+    f"{MEGATRON}tensor_model_parallel_size=4",
+    f"{MEGATRON}sequence_parallel=false",
+    f"{MEGATRON}recompute_granularity=null",
+    f"{MEGATRON}distributed_data_parallel_config.overlap_param_gather=false",
+    f"{MEGATRON}distributed_data_parallel_config.use_distributed_optimizer=false",
+    "policy.generation.batch_size=8",
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model(read_config(CONFIG.partition("=")[2]))
+
+
+def plan(model: Model, *overrides: str, **assumptions: int) -> Plan:
+    return make_plan(load_recipe(PAPER, [*PLAIN, *overrides]), model, **assumptions)
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(cli.app, ["plan", *arguments])
+    return result.exit_code, result.output
+
+
+def test_json_holds_what_the_tables_say() -> None:
+    code, output = invoke(str(PAPER), *PLAIN, "--json", "--gpu-memory-gb", "1000")
+    assert code == 0, output
+    tree: dict[str, Any] = json.loads(output)
+    assert tree["verdict"]["fits"] is True
+    assert tree["layout"] == {
+        "tensor": 4,
+        "pipeline": 1,
+        "context": 1,
+        "data": 16,
+        "sequence_parallel": False,
+        "first_stage_layers": None,
+        "last_stage_layers": None,
+    }
+    [stage] = tree["stages"]
+    assert stage["peak"] == stage["persistent"] + max(stage["phases"].values()) + stage["memory"]["allowance"]
+    # bf16 weights, float32 gradients, two float32 moments and a master copy, all of them whole.
+    parameters = stage["parameters"]
+    memory = stage["memory"]
+    assert (memory["weights"], memory["gradients"], memory["optimizer"]) == (
+        2 * parameters,
+        4 * parameters,
+        12 * parameters,
+    )
+    code, output = invoke(str(PAPER), *PLAIN, "--gpu-memory-gb", "1000")
+    assert code == 0
+    for words in ("Memory of a rank", "Micro-batches", "Bytes that a rank sends", "Fits 1,000.00 GB"):
+        assert words in output, output
+
+
+def test_a_recipe_that_does_not_fit_is_told_what_does() -> None:
+    code, output = invoke(str(PAPER), *PLAIN, "--json")
+    tree = json.loads(output)
+    verdict = tree["verdict"]
+    assert (code, verdict["fits"]) == (1, False)
+    assert verdict["peak"] > 80e9 >= verdict["change"]["peak"]
+    # What it proposes does fit, when it is planned by itself.
+    code, output = invoke(str(PAPER), *PLAIN, *verdict["change"]["overrides"], "--json")
+    assert code == 0, output
+    assert json.loads(output)["verdict"]["peak"] == verdict["change"]["peak"]
+
+
+def test_a_recipe_that_nothing_helps_is_told_so() -> None:
+    code, output = invoke(str(PAPER), *PLAIN, "--gpu-memory-gb", "10")
+    assert code == 1
+    assert "Does not fit 10.00 GB" in output
+    assert "changes tried fits either" in " ".join(output.split())
+
+
+def test_the_first_change_that_fits_is_named(model: Model) -> None:
+    """Cheap changes come first, and are enough where they are enough."""
+    original = plan(model)
+    tried: list[tuple[str, ...]] = []
+
+    def again(overrides: tuple[str, ...]) -> Plan:
+        tried.append(overrides)
+        return plan(model, *overrides)
+
+    verdict = judge(original, original.worst.peak - 1, again)
+    assert verdict.change is not None
+    assert verdict.change.overrides == tried[-1]
+    assert verdict.change.overrides == (f"{MEGATRON}distributed_data_parallel_config.use_distributed_optimizer=true",)
+    # Nothing that costs more model parallelism comes before all that costs none.
+    order = list(changes(original))
+    layouts = [index for index, change in enumerate(order) if any("_model_parallel_size" in key for key in change)]
+    assert all("_model_parallel_size" not in key for change in order[: layouts[0]] for key in change)
+    assert (f"{MEGATRON}recompute_granularity=full",) in order[: layouts[0]]
+    assert (f"{MEGATRON}sequence_parallel=true",) in order[: layouts[0]]
+    assert ("policy.generation.batch_size=4",) in order[: layouts[0]]
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("tensor_model_parallel_size=64", "tensor_model_parallel_size=64"),
+        ("pipeline_model_parallel_size=16", "pipeline_model_parallel_size=16"),
+        ("num_layers_in_first_pipeline_stage=2", "pipeline_model_parallel_size above 1"),
+        ("tensor_model_parallel_size=5", "policy.megatron_cfg.tensor_model_parallel_size"),
+    ],
+)
+def test_a_layout_that_does_not_divide_names_the_key(override: str, key: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_g2rpo.cli", "plan", str(PAPER), *PLAIN, f"{MEGATRON}{override}"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 1, done.stdout
+    assert key in " ".join(done.stderr.split()), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_chunks_of_layers_must_divide_the_stages(model: Model) -> None:
+    full = [f"{MEGATRON}recompute_granularity=full", f"{MEGATRON}recompute_num_layers=5"]
+    with pytest.raises(LayoutError, match="recompute_num_layers=5 does not divide the 36 layers"):
+        plan(model, *full)
+    assert plan(model, *full, f"{MEGATRON}recompute_method=block").stages[0].layers == 36
+
+
+def test_stages_differ_as_pipelines_do(model: Model) -> None:
+    four = plan(model, f"{MEGATRON}pipeline_model_parallel_size=4")
+    assert [stage.in_flight for stage in four.stages] == [4, 3, 2, 1]
+    assert [stage.layers for stage in four.stages] == [9, 9, 9, 9]
+    assert [bool(stage.vision_activations) for stage in four.stages] == [True, False, False, False]
+    assert [bool(stage.output_activations) for stage in four.stages] == [False, False, False, True]
+    assert four.worst.stage == 0
+    # 1,024 sequences of the longest kind over 4 data-parallel ranks, one a row.
+    assert four.batches.count == 256
+    assert four.bubble == 3 / (256 + 3)
+
+
+def test_shorter_sequences_need_fewer_micro_batches(model: Model) -> None:
+    assert plan(model).batches.count == 64
+    short = plan(model, mean_tokens=2048, image_tokens=1024)
+    # A group of 8 shares a row of 20,480 tokens: 8 x 2,048, and a second does not fit.
+    assert (short.batches.count, short.batches.images) == (8, 8)
+    longer_row = plan(model, "policy.sequence_packing.train_mb_tokens=32768", mean_tokens=2048, image_tokens=1024)
+    assert longer_row.batches.count == 4
+
+
+@pytest.mark.parametrize(
+    ("switch", "line"),
+    [
+        (f"{MEGATRON}recompute_granularity=full", "layer_activations"),
+        (f"{MEGATRON}recompute_granularity=selective", "layer_activations"),
+        (f"{MEGATRON}sequence_parallel=true", "layer_activations"),
+        (f"{MEGATRON}context_parallel_size=2", "layer_activations"),
+        (f"{MEGATRON}freeze_vision=true", "vision_activations"),
+        ("policy.logprob_chunk_size=256", "output_activations"),
+        ("policy.generation.batch_size=4", "cache"),
+    ],
+)
+def test_a_switch_saves_what_it_is_for(model: Model, switch: str, line: str) -> None:
+    assert getattr(plan(model, switch).worst, line) < getattr(plan(model).worst, line)
+
+
+def test_a_supervised_recipe_is_planned_too() -> None:
+    recipe = ROOT / "examples" / "recipes" / "vlm_sft-quickstart-1n1g-megatron-tp1.yaml"
+    model = f"policy.model_name={ROOT / 'examples' / 'quickstart' / 'policy'}"
+    code, output = invoke(str(recipe), model, "--json")
+    assert code == 0, output
+    tree = json.loads(output)
+    assert tree["micro_batches"]["optimizer_steps_per_step"] == 1
+    assert tree["stages"][0]["traffic"] == []  # one process
+
+
+def test_without_network_or_directory_the_error_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_g2rpo.cli", "plan", str(QUICKSTART), "policy.model_name=nobody/nothing"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment,
+    )
+    assert done.returncode == 1
+    assert "policy.model_name=DIR" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_servers_leave_the_trainers_memory_alone(model: Model) -> None:
+    embedded = plan(model)
+    servers = plan(
+        model, "policy.generation.backend=vllm_server", "policy.generation.vllm_server_cfg.addresses=['http://a:1']"
+    )
+    for with_engine, without in zip(embedded.stages, servers.stages, strict=True):
+        assert without.engine_weights == without.phases["generation"] == 0
+        assert with_engine.persistent - without.persistent == with_engine.engine_weights > 0
+
+
+def test_vllm_beside_the_trainer_is_not_guessed_at() -> None:
+    code, output = invoke(str(PAPER), *PLAIN, "policy.generation.backend=vllm")
+    assert code == 1
+    assert "gpu_memory_utilization leaves" in output

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims: every estimator and surrogate that a recipe names gets its options, the reward's parts and its history."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_g2rpo.objective import History, Sequences, estimators, surrogates
+from megatron_g2rpo.policy.device import init_process_group, select
+from megatron_g2rpo.recipe import TrainRecipe
+from megatron_g2rpo.train.step.advantages import advantages_of, estimator_of
+from megatron_g2rpo.train.step.losses import surrogate_of
+from megatron_g2rpo.types import Rewards
+
+MakeRecipe = Callable[..., TrainRecipe]
+
+
+@pytest.fixture
+def parts() -> Any:
+    init_process_group(select("cpu"))
+    groups = SimpleNamespace(data=dist.group.WORLD)
+    return SimpleNamespace(policy=SimpleNamespace(groups=groups), history=History(), task_id=("a", "b").index)
+
+
+def rollouts() -> list[Any]:
+    """Four groups of three, of two tasks."""
+    return [SimpleNamespace(group_id=row // 3, prompt=SimpleNamespace(task="ab"[row // 3 % 2])) for row in range(12)]
+
+
+def rewards() -> Rewards:
+    generator = torch.Generator().manual_seed(0)
+    result = Rewards(parts={}, weights={}, total=torch.zeros(12, dtype=torch.float64))
+    for name, weight in (("accuracy", 0.9), ("format", 0.1), ("length", 0.0)):
+        result = result.plus(name, torch.randint(4, (12,), generator=generator).double() / 4, weight)
+    return result
+
+
+@pytest.mark.parametrize("name", estimators.names())
+def test_every_estimator_runs_from_a_recipe(parts: Any, make_recipe: MakeRecipe, name: str) -> None:
+    advantages = advantages_of(make_recipe(f"grpo.adv_estimator.name={name}"), parts, rollouts(), rewards())
+    assert advantages.values.shape == (12,)
+    assert float(advantages.values.abs().max()) > 0.1
+    assert advantages.diagnostics.task.tolist() == [0, 1]
+    by_task = [advantages.values[[i for i in range(12) if i // 3 % 2 == task]] for task in (0, 1)]
+    expected = torch.stack([values.std(correction=0) for values in by_task])
+    torch.testing.assert_close(advantages.diagnostics.std, expected, rtol=1e-12, atol=0)
+    assert len(advantages.statistics.groups.id) == 4
+    assert bool(parts.history.moments) == (name == "ema_grpo")
+
+
+def test_options_reach_the_estimator(parts: Any, make_recipe: MakeRecipe) -> None:
+    def values(*options: str) -> torch.Tensor:
+        parts.history = History()
+        overrides = [f"grpo.adv_estimator.{option}" for option in options]
+        return advantages_of(make_recipe(*overrides), parts, rollouts(), rewards()).values
+
+    unit = values("variance=unit")
+    assert float(unit[[0, 1, 2, 6, 7, 8]].std(correction=0)) == pytest.approx(1.0, rel=1e-12)
+    assert not torch.equal(unit, values())
+    floor = values("name=ema_grpo", "min_std=1e6")
+    assert float(floor.abs().max()) < 1e-5
+    batch, group = (values("name=reinforce_plus_plus", f"baseline={kind}") for kind in ("batch", "group"))
+    assert not torch.equal(batch, group)
+
+
+def test_parts_are_weighed_as_in_the_reward(parts: Any, make_recipe: MakeRecipe) -> None:
+    """A part of weight 0 has no say; the weights of the others do."""
+    recipe = make_recipe("grpo.adv_estimator.name=gdpo")
+    plain = rewards()
+    other = Rewards(
+        parts={**plain.parts, "length": torch.arange(12, dtype=torch.float64)}, weights=plain.weights, total=plain.total
+    )
+    values = advantages_of(recipe, parts, rollouts(), plain).values
+    assert torch.equal(advantages_of(recipe, parts, rollouts(), other).values, values)
+    swapped = Rewards(parts=plain.parts, weights={"accuracy": 0.1, "format": 0.9, "length": 0.0}, total=plain.total)
+    assert not torch.allclose(advantages_of(recipe, parts, rollouts(), swapped).values, values)
+
+
+def test_unknown_names_are_errors(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(ValueError, match="unknown advantage estimator 'g2rop'"):
+        estimator_of(make_recipe("grpo.adv_estimator.name=g2rop"))
+    with pytest.raises(ValueError, match="unknown surrogate 'pop'"):
+        surrogate_of(make_recipe("loss_fn.name=pop"))
+
+
+@pytest.mark.parametrize("name", surrogates.names())
+def test_every_surrogate_runs_from_a_recipe(make_recipe: MakeRecipe, name: str) -> None:
+    surrogate = surrogate_of(make_recipe(f"loss_fn.name={name}"))
+    logprobs = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
+    result = surrogate(
+        logprobs,
+        torch.tensor([-1.1, -1.9, -0.5]),
+        torch.tensor([1.0, -1.0, 0.5]),
+        Sequences(ids=torch.tensor([0, 0, 1]), size=2),
+    )
+    result.loss.sum().backward()
+    assert logprobs.grad is not None
+    assert float(logprobs.grad.abs().min()) > 0.0

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims: a step's rollouts are split as the recipe says, whatever the number of ranks, and weighted as it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_g2rpo.data.errors import SampleError
+from megatron_g2rpo.data.packing import Packer, response_values
+from megatron_g2rpo.policy.device import init_process_group, select
+from megatron_g2rpo.recipe import TrainRecipe
+from megatron_g2rpo.train.step.minibatches import check_lengths, minibatches, owned_prompts
+from megatron_g2rpo.types import ModelInputs, PackedBatch, Prompt, Rollout, Sample
+
+MakeRecipe = Callable[..., TrainRecipe]
+
+SAMPLES = 2
+LENGTHS = (1, 5, 3, 8, 2, 4, 7, 6)  # of the responses of four groups of two
+TRUNCATED = (3, 6)  # rollouts that the token limit ended
+
+
+@pytest.fixture
+def parts() -> Any:
+    """What `minibatches` reads of an assembly, in a world of one."""
+    init_process_group(select("cpu"))
+    groups = SimpleNamespace(data=dist.group.WORLD)
+    return SimpleNamespace(
+        policy=SimpleNamespace(groups=groups),
+        packer=Packer(image_token_id=90, spatial_merge_size=2, pad_token_id=99),
+        task_id=("a", "b").index,
+    )
+
+
+@pytest.fixture
+def recipe(make_recipe: MakeRecipe) -> MakeRecipe:
+    """Recipes of four prompts, two samples each, with 24 tokens a row."""
+
+    def make(*overrides: str) -> TrainRecipe:
+        return make_recipe(
+            "grpo.num_prompts_per_step=4", f"grpo.num_generations_per_prompt={SAMPLES}",
+            "policy.max_total_sequence_length=24", "policy.sequence_packing.train_mb_tokens=24",
+            "policy.generation.max_new_tokens=8", "env.tasks._override_=true",
+            "env.tasks.a={answer_format: null, length: null, entropy: null}",
+            "env.tasks.b={answer_format: null, length: null, entropy: null}",
+            "policy.train_global_batch_size=8", *overrides,
+        )  # fmt: skip
+
+    return make
+
+
+def prompt(number: int, tokens: int = 5) -> Prompt:
+    inputs = ModelInputs(
+        token_ids=torch.arange(tokens) + number,
+        pixel_values=torch.zeros(0, 6),
+        image_grid_thw=torch.zeros(0, 3, dtype=torch.int64),
+    )
+    sample = Sample(key=f"s/{number}", task="ab"[number % 2], question="", answer="", answer_format="exact")
+    return Prompt(sample=sample, inputs=inputs)
+
+
+def rollouts() -> list[Rollout]:
+    prompts = [prompt(number) for number in range(len(LENGTHS) // SAMPLES)]
+    return [
+        Rollout(
+            prompt=prompts[row // SAMPLES],
+            group_id=row // SAMPLES,
+            sample_index=row % SAMPLES,
+            response_ids=torch.full((length,), row),
+            logprobs=torch.full((length,), -row / 10),
+            text="",
+            truncated=row in TRUNCATED,
+        )
+        for row, length in enumerate(LENGTHS)
+    ]
+
+
+def advantages(count: int = len(LENGTHS)) -> Tensor:
+    return torch.arange(count, dtype=torch.float64) - 3.5
+
+
+def packed(recipe: TrainRecipe, parts: Any, rollouts: list[Rollout]) -> list[list[PackedBatch]]:
+    """The rows of every minibatch, with advantages."""
+    values = advantages(len(rollouts))
+    return [minibatch.with_advantages(values).micro_batches for minibatch in minibatches(recipe, parts, rollouts)]
+
+
+def responses(batches: list[PackedBatch], field: str) -> list[Tensor]:
+    """One field of every response, in the order of packing; the first response token says which rollout it is."""
+    found = {}
+    for batch in batches:
+        ids = response_values(batch, batch.labels)
+        for row, values in response_values(batch, getattr(batch, field)).items():
+            found[int(ids[row][0])] = values
+    return [found[row] for row in sorted(found)]
+
+
+def members(batches: list[PackedBatch]) -> set[int]:
+    return {int(ids[0]) for batch in batches for ids in response_values(batch, batch.labels).values()}
+
+
+def loss_of(batches: list[PackedBatch]) -> float:
+    """The policy's reduction, sum of weighted token losses over the count of tokens, of a loss that tells tokens apart.
+
+    The loss of token t (from 0) of rollout r is ``10 r + t``.
+    """
+    total = count = 0.0
+    for batch in batches:
+        ids, weights = response_values(batch, batch.labels), response_values(batch, batch.token_weights)
+        for row, weight in weights.items():
+            total += float((weight.double() * (10 * int(ids[row][0]) + torch.arange(len(weight)))).sum())
+        count += batch.num_tokens
+    return total / count
+
+
+def token_losses(rows: list[int]) -> list[Tensor]:
+    return [10.0 * row + torch.arange(LENGTHS[row], dtype=torch.float64) for row in rows]
+
+
+def test_every_field_of_a_rollout_reaches_its_response_tokens(parts: Any, recipe: MakeRecipe) -> None:
+    (batches,) = packed(recipe(), parts, rollouts())
+    assert len(batches) > 1, "one row would not show that rows are told apart"
+    assert all(len(batch.tokens) <= 24 for batch in batches)
+    for row, length in enumerate(LENGTHS):
+        assert responses(batches, "labels")[row].tolist() == [row] * length
+        assert responses(batches, "advantages")[row].tolist() == [row - 3.5] * length
+        assert responses(batches, "behaviour_logprobs")[row].tolist() == pytest.approx([-row / 10] * length)
+        assert responses(batches, "task_ids")[row].tolist() == [row // SAMPLES % 2] * length
+    assert sum(batch.num_tokens for batch in batches) == sum(LENGTHS)
+
+
+def test_a_minibatch_is_consecutive_rollouts_of_the_global_batch(parts: Any, recipe: MakeRecipe) -> None:
+    small = recipe("policy.train_global_batch_size=4")
+    whole = [members(batches) for batches in packed(small, parts, rollouts())]
+    assert whole == [{0, 1, 2, 3}, {4, 5, 6, 7}]
+    # A data-parallel rank that owns groups 1 and 3 contributes its rows to the same minibatches.
+    own = [rollout for rollout in rollouts() if rollout.group_id in (1, 3)]
+    part = [members(batches) for batches in packed(small, parts, own)]
+    assert part == [{2, 3}, {6, 7}]
+    # One that owns group 0 alone has an empty row in the second.
+    alone = packed(small, parts, rollouts()[:2])
+    assert [members(batches) for batches in alone] == [{0, 1}, set()]
+    assert [sum(batch.num_tokens for batch in batches) for batches in alone] == [6, 0]
+
+
+def test_token_level_loss_is_the_mean_over_all_tokens(parts: Any, recipe: MakeRecipe) -> None:
+    (batches,) = packed(recipe(), parts, rollouts())
+    expected = torch.cat(token_losses(list(range(8)))).mean()
+    # Weights of 1: float64 sums of small integers.
+    assert loss_of(batches) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_sequence_weights_give_the_mean_over_sequences_of_token_means(parts: Any, recipe: MakeRecipe) -> None:
+    (batches,) = packed(recipe("loss_fn.token_level_loss=false"), parts, rollouts())
+    expected = torch.stack([losses.mean() for losses in token_losses(list(range(8)))]).mean()
+    # The weights are float32.
+    assert loss_of(batches) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("token_level", [True, False])
+def test_a_masked_overlong_response_is_in_no_mean(parts: Any, recipe: MakeRecipe, token_level: bool) -> None:
+    options = ["grpo.overlong=mask", f"loss_fn.token_level_loss={str(token_level).lower()}"]
+    (batches,) = packed(recipe(*options), parts, rollouts())
+    losses = token_losses([row for row in range(8) if row not in TRUNCATED])
+    means = torch.stack([values.mean() for values in losses])
+    assert loss_of(batches) == pytest.approx(float(torch.cat(losses).mean() if token_level else means.mean()), rel=1e-6)
+    assert members(batches) == set(range(8)), "it is still measured"
+    for row in range(8):
+        counted = 0.0 if row in TRUNCATED else 1.0
+        assert responses(batches, "loss_mask")[row].tolist() == [counted] * LENGTHS[row]
+
+    (kept,) = packed(recipe(), parts, rollouts())
+    assert sum(batch.num_tokens for batch in kept) == sum(LENGTHS)
+
+
+def test_sequence_weights_count_the_sequences_of_every_rank(
+    parts: Any, recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks, one after the other: the mean over sequences is of the global minibatch, not of a rank's part."""
+    everything, elsewhere = rollouts(), list[int]()
+
+    def add_the_other_rank(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+        if op == dist.ReduceOp.SUM:
+            tensor += torch.tensor([sum(LENGTHS[row] for row in elsewhere), len(elsewhere)], dtype=tensor.dtype)
+
+    monkeypatch.setattr(dist, "all_reduce", add_the_other_rank)
+    batches = []
+    for mine in ([0, 1, 4, 5], [2, 3, 6, 7]):
+        own = [everything[row] for row in mine]
+        elsewhere[:] = [row for row in range(8) if row not in mine]
+        batches += packed(recipe("loss_fn.token_level_loss=false"), parts, own)[0]
+    expected = torch.stack([losses.mean() for losses in token_losses(list(range(8)))]).mean()
+    assert loss_of(batches) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_ranks_own_every_row_once() -> None:
+    for size, ranks in ((6, 1), (6, 4), (2, 3)):
+        owned = [owned_prompts(size, SimpleNamespace(data_rank=rank, data_size=ranks)) for rank in range(ranks)]  # type: ignore[arg-type]
+        assert sorted(row for rows in owned for row in rows) == list(range(size))
+
+
+def test_a_prompt_that_leaves_no_room_is_named(recipe: MakeRecipe) -> None:
+    check_lengths(recipe(), [prompt(0, tokens=16)])
+    with pytest.raises(SampleError, match="sample s/3: its prompt has 17 tokens, more than the 16"):
+        check_lengths(recipe(), [prompt(0, tokens=16), prompt(3, tokens=17)])

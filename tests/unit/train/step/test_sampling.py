@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims: a step's batch is filled with groups that have signal, within a budget, deterministically, and says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_g2rpo.policy.device import init_process_group, select
+from megatron_g2rpo.recipe import TrainRecipe
+from megatron_g2rpo.rollout.base import EngineUnavailable
+from megatron_g2rpo.train.step.sampling import Collected, collect
+from megatron_g2rpo.train.step.timers import Timers
+from megatron_g2rpo.types import ModelInputs, Prompt, Rewards, Rollout, Sample
+
+MakeRecipe = Callable[..., TrainRecipe]
+SAMPLES = 4
+# Right answers of four samples to each prompt of the stream, and again from the start: 0, 2, 3 and 6 have no signal.
+RIGHT = (0, 2, 4, 0, 1, 3, 4, 2, 1, 1, 3, 2)
+
+
+class Stream:
+    """Prompts by their number in the stream."""
+
+    def __init__(self, position: int = 0) -> None:
+        self.position, self.num_skipped = position, 0
+
+    def next_batch(self, n: int, rows: range) -> list[Prompt]:
+        first, self.position = self.position, self.position + n
+        return [prompt(first + row) for row in rows]
+
+
+class Engine:
+    """Answers each prompt right as often as ``RIGHT`` says; notes what it was asked.
+
+    Attributes:
+        losses: raised by the next calls of ``generate``, one each.
+    """
+
+    def __init__(self) -> None:
+        self.loads = self.releases = 0
+        self.losses: list[EngineUnavailable] = []
+        self.asked: list[list[int]] = []
+        self.seeds: list[int] = []
+
+    def load_weights(self, weights: Iterable[Any]) -> None:
+        self.loads += 1
+
+    def release(self) -> None:
+        self.releases += 1
+
+    def generate(
+        self, prompts: Sequence[Prompt], n: int, *, temperature: float, seed: int, group_ids: Sequence[int]
+    ) -> list[Rollout]:
+        if self.losses:
+            raise self.losses.pop()
+        self.asked.append([int(prompt.key) for prompt in prompts])
+        self.seeds.append(seed)
+        return [
+            Rollout(
+                prompt=prompt,
+                group_id=group,
+                sample_index=sample,
+                response_ids=torch.arange(1 + sample),
+                logprobs=torch.zeros(1 + sample),
+                text=f"<answer>{int(sample < right(prompt))}</answer>",
+                truncated=False,
+            )
+            for prompt, group in zip(prompts, group_ids, strict=True)
+            for sample in range(n)
+        ]
+
+
+def right(prompt: Prompt) -> int:
+    return RIGHT[int(prompt.key) % len(RIGHT)]
+
+
+def prompt(number: int) -> Prompt:
+    inputs = ModelInputs(
+        token_ids=torch.arange(3), pixel_values=torch.zeros(0, 6), image_grid_thw=torch.zeros(0, 3, dtype=torch.int64)
+    )
+    sample = Sample(key=str(number), task="ab"[number % 2], question="", answer="1", answer_format="exact")
+    return Prompt(sample=sample, inputs=inputs)
+
+
+@pytest.fixture
+def parts() -> Any:
+    """What `collect` uses of an assembly, in a world of one."""
+    init_process_group(select("cpu"))
+    groups = SimpleNamespace(data=dist.group.WORLD, data_rank=0, data_size=1, model_rank=0, model_size=1)
+    return SimpleNamespace(
+        device=select("cpu"),
+        policy=SimpleNamespace(groups=groups, source=lambda: iter(())),
+        stream=Stream(),
+        engine=Engine(),
+        task_id=("a", "b").index,
+    )
+
+
+@pytest.fixture
+def recipe(make_recipe: MakeRecipe) -> MakeRecipe:
+    """Recipes of four prompts a step; the reward is the accuracy alone."""
+
+    def make(*overrides: str) -> TrainRecipe:
+        return make_recipe(
+            "grpo.num_prompts_per_step=4", f"grpo.num_generations_per_prompt={SAMPLES}",
+            "policy.train_global_batch_size=16", "env.tasks._override_=true",
+            "env.tasks.a={answer_format: null, length: null, entropy: null}",
+            "env.tasks.b={answer_format: null, length: null, entropy: null}",
+            "env.reward_weights={accuracy: 1, format: 0, structure: 0, length: 0}", *overrides,
+        )  # fmt: skip
+
+    return make
+
+
+DYNAMIC = "grpo.dynamic_sampling.enabled=true"
+
+
+def run(recipe: TrainRecipe, parts: Any, step: int = 1) -> Collected:
+    return collect(recipe, parts, step, Timers(parts))
+
+
+def groups(collected: Collected) -> list[int]:
+    """Number in the stream of each group's prompt, by group id; every group whole."""
+    found = {rollout.group_id: int(rollout.prompt.key) for rollout in collected.rollouts}
+    assert sorted(found) == list(range(4))
+    assert len(collected.rollouts) == len(collected.rewards.total) == 4 * SAMPLES
+    for rollout, reward in zip(collected.rollouts, collected.rewards.total.tolist(), strict=True):
+        assert rollout.prompt.key == str(found[rollout.group_id])
+        assert reward == float(rollout.sample_index < right(rollout.prompt))
+    return [found[group] for group in sorted(found)]
+
+
+def counts(collected: Collected) -> dict[str, float]:
+    return {name.removeprefix("train/sampling/"): value for name, value in collected.metrics.items()}
+
+
+def test_without_dynamic_sampling_a_step_is_the_next_prompts(parts: Any, recipe: MakeRecipe) -> None:
+    collected = run(recipe(), parts)
+    assert groups(collected) == [0, 1, 2, 3]
+    assert collected.metrics == {}
+    assert parts.engine.asked == [[0, 1, 2, 3]]
+
+
+def test_groups_without_signal_are_replaced_round_by_round(parts: Any, recipe: MakeRecipe) -> None:
+    collected = run(recipe(DYNAMIC), parts)
+    assert groups(collected) == [1, 4, 5, 7]
+    # 0, 2 and 3 are dropped, then 6: three prompts are asked in their place, then one.
+    assert parts.engine.asked == [[0, 1, 2, 3], [4, 5, 6], [7]]
+    assert counts(collected) == {
+        "rounds": 3.0, "groups_drawn": 8.0, "groups_dropped": 4.0, "groups_surplus": 0.0, "groups_unfilled": 0.0,
+    }  # fmt: skip
+    assert parts.engine.loads == 1, "the weights do not change within a step"
+    assert parts.engine.releases == 1, "no round may come after the engine's memory is given back"
+    assert len(set(parts.engine.seeds)) == 3, "a prompt that comes again is to be answered differently"
+    assert parts.stream.position == 8, "the next step draws what comes then"
+
+
+def test_oversampling_asks_for_more_and_keeps_the_first(parts: Any, recipe: MakeRecipe) -> None:
+    collected = run(recipe(DYNAMIC, "grpo.dynamic_sampling.oversampling=2.5"), parts)
+    assert parts.engine.asked == [list(range(10))]
+    assert groups(collected) == [1, 4, 5, 7]
+    assert counts(collected) == {
+        "rounds": 1.0, "groups_drawn": 10.0, "groups_dropped": 4.0, "groups_surplus": 2.0, "groups_unfilled": 0.0,
+    }  # fmt: skip
+
+
+def test_what_the_budget_leaves_unfilled_keeps_its_dropped_groups(parts: Any, recipe: MakeRecipe) -> None:
+    collected = run(recipe(DYNAMIC, "grpo.dynamic_sampling.max_rounds=2"), parts)
+    assert groups(collected) == [0, 1, 4, 5], "the first that was dropped, in the order of the stream"
+    assert counts(collected)["groups_unfilled"] == 1.0
+    assert counts(collected)["rounds"] == 2.0
+
+
+def test_mean_accuracy_is_filtered_with_its_bounds_excluded(parts: Any, recipe: MakeRecipe) -> None:
+    bounds = ("grpo.dynamic_sampling.filter_low=0.25", "grpo.dynamic_sampling.filter_high=0.75")
+    collected = run(recipe(DYNAMIC, *bounds, "grpo.dynamic_sampling.max_rounds=9"), parts)
+    assert groups(collected) == [1, 7, 11, 13], "those with half of the answers right"
+
+
+def test_a_filter_looks_at_accuracy_not_at_the_reward(parts: Any, recipe: MakeRecipe) -> None:
+    """Rewards of prompt 0 differ by their length alone, and its mean accuracy is 0."""
+    length = "env.tasks.a={answer_format: null, length: {start: 0, peak_start: 4, peak_end: 9, end: 9}, entropy: null}"
+    weights = "env.reward_weights={accuracy: 1, format: 0, structure: 0, length: 0.1}"
+    collected = run(recipe(DYNAMIC, length, weights), parts)
+    assert int(collected.rollouts[0].prompt.key) == 0, "without bounds, a difference in length is signal"
+    parts.stream, parts.engine = Stream(), Engine()
+    collected = run(recipe(DYNAMIC, length, weights, "grpo.dynamic_sampling.filter_low=0.01"), parts)
+    assert int(collected.rollouts[0].prompt.key) == 1
+
+
+def test_a_resumed_run_draws_what_the_whole_run_would_have(parts: Any, recipe: MakeRecipe) -> None:
+    short = recipe(DYNAMIC, "grpo.num_prompts_per_step=2", "policy.train_global_batch_size=8")
+    run(short, parts, 1)
+    position = parts.stream.position
+    whole = run(short, parts, 2)
+    parts.stream, parts.engine = Stream(position), Engine()
+    resumed = run(short, parts, 2)
+    assert [rollout.prompt.key for rollout in resumed.rollouts] == [rollout.prompt.key for rollout in whole.rollouts]
+    assert torch.equal(resumed.rewards.total, whole.rewards.total)
+    assert resumed.metrics == whole.metrics
+
+
+def test_penalised_responses_lose_reward_near_the_limit(parts: Any, recipe: MakeRecipe) -> None:
+    options = ("grpo.overlong=penalise", "grpo.overlong_penalty={buffer: 2, weight: 0.5}")
+    collected = run(recipe(*options, "policy.generation.max_new_tokens=4"), parts)
+    # Responses of 1 to 4 tokens: the penalty begins after 2, and is whole at 4.
+    assert collected.rewards.parts["overlong"].tolist() == [0.0, 0.0, -0.5, -1.0] * 4
+    accuracy = collected.rewards.parts["accuracy"]
+    assert torch.equal(collected.rewards.total, accuracy + 0.5 * collected.rewards.parts["overlong"])
+    assert collected.rewards.weights["overlong"] == 0.5
+
+
+def test_rewards_of_some_rollouts() -> None:
+    none = Rewards(parts={}, weights={}, total=torch.zeros(3, dtype=torch.float64))
+    some = none.plus("x", torch.arange(3, dtype=torch.float64), 2.0)[torch.tensor([2, 0])]
+    assert some.total.tolist() == [4.0, 0.0]
+    assert some.parts["x"].tolist() == [2.0, 0.0]
+    assert some.weights == {"x": 2.0}
+
+
+def test_an_engine_that_may_be_waited_for_is_given_the_weights_again_and_asked_anew(
+    parts: Any, recipe: MakeRecipe
+) -> None:
+    expected = collect(recipe(), parts, 1, Timers(parts))
+    parts.stream, parts.engine = Stream(), Engine()
+    parts.engine.losses = [EngineUnavailable("gone", wait=True), EngineUnavailable("gone again", wait=True)]
+    collected = collect(recipe(), parts, 1, Timers(parts))
+    assert parts.engine.loads == 3
+    assert parts.engine.asked == [[0, 1, 2, 3]]
+    assert [r.prompt.key for r in collected.rollouts] == [r.prompt.key for r in expected.rollouts]
+
+
+def test_an_engine_that_is_lost_ends_the_step(parts: Any, recipe: MakeRecipe) -> None:
+    parts.engine.losses = [EngineUnavailable("no server is left")]
+    with pytest.raises(EngineUnavailable, match="no server is left"):
+        collect(recipe(), parts, 1, Timers(parts))
