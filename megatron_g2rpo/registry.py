@@ -1,76 +1,202 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions found by the name a recipe gives them: a new one is one function and one decorator."""
+"""What a user may add, found by the name that a recipe gives it.
+
+Each kind of thing has one registry. An entry is made by a decorator (``megatron_g2rpo.extend`` has them all), in this
+package or in a file of the user's that the recipe's ``imports:`` names. An entry's keyword-only parameters, with their
+annotations and defaults, are its options in the recipe: one default, in one place.
+"""
 
 from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
-class Registry(Generic[F]):
-    """Named functions of one kind. Their keyword-only parameters are the options a recipe may set.
+@dataclass(frozen=True, kw_only=True)
+class Entry(Generic[T]):
+    """One thing that can be named.
 
-    Args:
-        kind: what the functions are, for error messages, for example ``"advantage estimator"``.
+    Attributes:
+        name: what recipes and datasets call it.
+        value: the function or class.
+        place: where it was registered, ``file.py:line``.
+        facts: what was said of it beside its name.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self._functions: dict[str, F] = {}
+    name: str
+    value: T
+    place: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
-    def register(self, name: str) -> Callable[[F], F]:
-        """Decorator that files a function under ``name``.
+
+class Registry(Generic[T]):
+    """Named functions or classes of one kind.
+
+    Args:
+        kind: what they are, in singular, for messages: ``"advantage estimator"``.
+        builtin: modules of this package that register entries; imported before the first look.
+        on_demand: name -> module that registers it, for entries whose modules import heavy or optional packages. Such a
+            module is imported when its name is asked for.
+        signature: entry -> the callable whose keyword-only parameters are its options; the entry itself by default.
+        given: keyword-only parameters that the trainer fills in, and a recipe can't.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        builtin: Sequence[str] = (),
+        on_demand: Mapping[str, str] | None = None,
+        signature: Callable[[T], Callable[..., Any]] | None = None,
+        given: Collection[str] = (),
+    ) -> None:
+        self.kind = kind
+        self.given = frozenset(given)
+        self._builtin, self._on_demand = tuple(builtin), dict(on_demand or {})
+        self._signature = signature
+        self._entries: dict[str, Entry[T]] = {}
+        self._is_complete = False
+
+    def register(self, name: str, **facts: Any) -> Callable[[T], T]:
+        """Decorator that files a function or class under ``name``.
+
+        Args:
+            name: what recipes and datasets will call it.
+            facts: what else there is to know of it before it runs; each kind names its own.
 
         Raises:
-            ValueError: the name is taken.
+            ValueError: the name is taken; the message says where.
         """
+        caller = sys._getframe(1)
+        place = f"{caller.f_code.co_filename}:{caller.f_lineno}"
 
-        def file(function: F) -> F:
-            if name in self._functions:
-                raise ValueError(f"{self.kind} {name!r} is registered twice")
-            self._functions[name] = function
-            return function
+        def file(value: T) -> T:
+            self._complete()
+            taken = self._entries.get(name)
+            # The module of an entry that is made on demand registers it when it is imported.
+            module = self._on_demand.get(name)
+            if taken is None and module is not None and getattr(value, "__module__", None) != module:
+                taken = self.entry(name)
+            if taken is not None:
+                raise ValueError(f"{self.kind} {name!r} is registered twice: at {taken.place} and at {place}")
+            self._entries[name] = Entry(name=name, value=value, place=place, facts=facts)
+            return value
 
         return file
 
     def names(self) -> tuple[str, ...]:
-        """Registered names, sorted."""
-        return tuple(sorted(self._functions))
+        """All names that are known, sorted."""
+        self._complete()
+        return tuple(sorted(self._entries.keys() | self._on_demand.keys()))
 
-    def get(self, name: str) -> F:
-        """Returns the function registered as ``name``.
+    def __contains__(self, name: object) -> bool:
+        return name in self.names()
+
+    def entry(self, name: str) -> Entry[T]:
+        """The entry of a name.
 
         Raises:
             ValueError: unknown name; the message lists the known ones and the nearest.
+            ModuleNotFoundError: the package that the entry needs is not installed.
         """
-        if name not in self._functions:
-            raise ValueError(f"unknown {self.kind} {name!r}{_nearest(name, self.names())}")
-        return self._functions[name]
+        self._complete()
+        if name not in self._entries and name in self._on_demand:
+            importlib.import_module(self._on_demand[name])
+        if name not in self._entries:
+            raise ValueError(self.unknown(name))
+        return self._entries[name]
 
-    def options(self, name: str) -> tuple[str, ...]:
-        """Names of the options (keyword-only parameters) that ``name`` takes, in the order of its signature."""
-        parameters = inspect.signature(self.get(name)).parameters.values()
-        return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
-
-    def bind(self, name: str, **options: Any) -> Callable[..., Any]:
-        """Returns the function ``name`` with ``options`` filled in.
+    def get(self, name: str) -> T:
+        """The function or class of a name.
 
         Raises:
-            ValueError: unknown name, or an option that the function does not take.
+            ValueError, ModuleNotFoundError: see ``entry``.
         """
-        known = self.options(name)
-        for option in options:
-            if option not in known:
-                raise ValueError(f"{self.kind} {name!r} takes no option {option!r}{_nearest(option, known)}")
-        return functools.partial(self.get(name), **options)
+        return self.entry(name).value
+
+    def unknown(self, name: str) -> str:
+        """What to say of a name that is not known: the known ones, and the nearest."""
+        return f"unknown {self.kind} {name!r}{nearest(name, self.names())}"
+
+    def callable(self, name: str) -> Callable[..., Any]:
+        """What is called with an entry's options.
+
+        Raises:
+            ValueError, ModuleNotFoundError: see ``entry``.
+        """
+        value: Any = self.get(name)
+        return value if self._signature is None else self._signature(value)
+
+    def options(self, name: str) -> dict[str, inspect.Parameter]:
+        """The options that a recipe may set: keyword-only parameters by name, in the order of the signature.
+
+        Raises:
+            ValueError, ModuleNotFoundError: see ``entry``.
+        """
+        return {key: option for key, option in self._keywords(name).items() if key not in self.given}
+
+    def takes(self, name: str, keyword: str) -> bool:
+        """Whether an entry has a keyword-only parameter of that name, be it an option or given."""
+        return keyword in self._keywords(name)
+
+    def bind(self, name: str, **keywords: Any) -> Callable[..., Any]:
+        """What is called, with keyword-only parameters filled in.
+
+        Raises:
+            ValueError: unknown name, or a keyword that it does not take.
+            ModuleNotFoundError: see ``entry``.
+        """
+        known = tuple(self._keywords(name))
+        for keyword in keywords:
+            if keyword not in known:
+                raise ValueError(f"{self.kind} {name!r} takes no option {keyword!r}{nearest(keyword, known)}")
+        return functools.partial(self.callable(name), **keywords)
+
+    def _keywords(self, name: str) -> dict[str, inspect.Parameter]:
+        parameters = inspect.signature(self.callable(name)).parameters.values()
+        return {parameter.name: parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+
+    def _complete(self) -> None:
+        if self._is_complete:
+            return
+        self._is_complete = True  # first: these modules register, and thereby come by here
+        try:
+            for module in self._builtin:
+                importlib.import_module(module)
+        except BaseException:
+            self._is_complete = False
+            raise
 
 
-def _nearest(name: str, known: tuple[str, ...]) -> str:
+def nearest(name: str, known: Collection[str]) -> str:
+    """`` (did you mean 'x'?); known: x, y`` for a wrong name."""
     matches = difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {matches[0]!r}?)" if matches else ""
-    return f"{hint}; known: {', '.join(known) or 'none'}"
+    return f"{hint}; known: {', '.join(sorted(known)) or 'none'}"
+
+
+# The kinds. Beside each: what an entry is; ``megatron_g2rpo.extend`` says it in full.
+estimators: Registry[Any] = Registry("advantage estimator", builtin=["megatron_g2rpo.objective.estimators"])
+surrogates: Registry[Any] = Registry("surrogate", builtin=["megatron_g2rpo.objective.surrogates"])
+answer_formats: Registry[Any] = Registry("answer format", builtin=["megatron_g2rpo.tasks.answer_formats"])
+reward_parts: Registry[Any] = Registry("reward part", builtin=["megatron_g2rpo.tasks.reward_parts"], given=["settings"])
+response_formats: Registry[Any] = Registry("response format", builtin=["megatron_g2rpo.tasks.response_formats"])
+engines: Registry[Any] = Registry(
+    "rollout engine",
+    on_demand={
+        "transformers": "megatron_g2rpo.rollout.transformers.engine",
+        "vllm": "megatron_g2rpo.rollout.vllm.engine",
+        "vllm_server": "megatron_g2rpo.rollout.vllm.server_engine",
+    },
+    signature=lambda engine: engine.build,
+)
+importers: Registry[Any] = Registry("data importer", builtin=["megatron_g2rpo.data.importers"])
+model_families: Registry[Any] = Registry("model family", builtin=["megatron_g2rpo.models"])
