@@ -10,6 +10,7 @@ from typing import Any, Literal, overload
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from megatron_g2rpo.recipe.env_section import complete_tasks
 from megatron_g2rpo.recipe.errors import Origin, RecipeError, find_origin
 from megatron_g2rpo.recipe.interpolation import resolve
 from megatron_g2rpo.recipe.keys import nearest_key
@@ -39,7 +40,7 @@ def load(path: str | Path, overrides: Sequence[str], kind: Literal["train", "sft
     """
     document = load_layers(Path(path), overrides)
     _refuse_other_kind(document, kind, path)
-    tree = resolve(document.tree, document.origins)
+    tree = complete_tasks(resolve(document.tree, document.origins))
     model = _KINDS[kind]
     try:
         return model.model_validate(tree)
@@ -71,7 +72,7 @@ def _describe(fault: ErrorDetails, recipe: type[TrainRecipe] | type[SftRecipe], 
     if fault["type"] == "extra_forbidden":
         return f"{start}unknown key '{key}'; nearest valid key: {nearest_key(recipe, path)}"
     if fault["type"] == "missing":
-        return f"{start}missing key '{key}'{'; write null for none' if key.startswith('env.tasks.') else ''}"
+        return f"{start}missing key '{key}'"
     if fault["type"] in _NOT_A_MAPPING:
         return f"{start}'{key}' must be a mapping of keys, got {_shown(fault['input'])}"
     return f"{start}'{key}': {fault['msg']}, got {_shown(fault['input'])}"
