@@ -74,3 +74,7 @@ class Env(Section):
     """How the parts are combined, once."""
     tasks: Annotated[Mapping[str, Task], Field(min_length=1)]
     """Every task that occurs in the data."""
+
+
+def complete_tasks(tree: dict) -> None:
+    """Placeholder until merged."""

@@ -141,4 +141,4 @@ def engine_for(
         spatial_merge_size=processor.spatial_merge_size,
         decode=processor.decode,
     )
-    return engines.get(recipe.policy.generation.backend).build(context)
+    return engines.get(recipe.policy.generation.backend).build(context, **recipe.policy.generation.backend_cfg)
