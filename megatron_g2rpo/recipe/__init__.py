@@ -5,6 +5,7 @@
 recipe defines; ``dump`` writes a recipe out in full. Attribute names are the YAML keys.
 """
 
+from megatron_g2rpo.recipe.env_section import Env
 from megatron_g2rpo.recipe.errors import RecipeError
 from megatron_g2rpo.recipe.generation_section import VllmServerConfig
 from megatron_g2rpo.recipe.identity import describe_layout, dump, fingerprint, identity
@@ -15,6 +16,7 @@ from megatron_g2rpo.recipe.schema import Recipe, SftRecipe, TrainRecipe
 
 __all__ = [
     "EXEMPLARS",
+    "Env",
     "Examined",
     "Policy",
     "Recipe",

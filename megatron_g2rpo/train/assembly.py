@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig
 
+from megatron_g2rpo.data.dataset import open_dataset
 from megatron_g2rpo.data.packing import Packer
 from megatron_g2rpo.data.processing import ChatProcessor
-from megatron_g2rpo.data.shard_index import ShardIndex
 from megatron_g2rpo.data.stream import PromptStream, validation_prompts
 from megatron_g2rpo.objective import History
 from megatron_g2rpo.policy.device import Device, select, set_cpu_threads
@@ -69,9 +69,8 @@ def assemble(recipe: Recipe) -> Components:
         set_cpu_threads(recipe.cluster.gpus_per_node)
     data = recipe.data
     processor = ChatProcessor(recipe.policy.model_name, data.min_pixels, data.max_pixels, data.system_prompt)
-    known = set(recipe.env.tasks)
-    train_index = ShardIndex(data.train.path, known_tasks=known)
-    validation_index = ShardIndex(data.validation.path, known_tasks=known)
+    train_index = open_dataset(data.train.path, recipe.env)
+    validation_index = open_dataset(data.validation.path, recipe.env)
     vocab_size = (
         AutoConfig.from_pretrained(recipe.policy.model_name, local_files_only=True).get_text_config().vocab_size
     )
