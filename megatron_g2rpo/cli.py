@@ -160,14 +160,19 @@ def _loop(
 ) -> None:
     def run() -> None:
         from megatron_g2rpo import recipe as recipes
+        from megatron_g2rpo.commands import launch
 
-        # Validated before any process is started.
-        recipe = recipes.load(path, [*overrides, *_cluster(nproc)], kind)
+        asked = [*overrides, *_cluster(nproc)]
+        if launch.is_rank():
+            recipe = recipes.load(path, asked, kind)
+        else:  # before any process is started
+            from megatron_g2rpo.commands.preflight import checked
+
+            recipe = checked(path, asked, kind, download=not dry_run)
         if dry_run:
             typer.echo(recipes.dump(recipe))
             typer.echo(recipes.describe_layout(recipe))
             return
-        from megatron_g2rpo.commands import launch
         from megatron_g2rpo.train.run import directory
 
         local, on_many = _with_local_model(recipe), _launch_needed(recipe)

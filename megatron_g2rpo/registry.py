@@ -60,7 +60,8 @@ class Registry(Generic[T]):
     ) -> None:
         self.kind = kind
         self.given = frozenset(given)
-        self._builtin, self._on_demand = tuple(builtin), dict(on_demand or {})
+        self.on_demand = dict(on_demand or {})
+        self._builtin = tuple(builtin)
         self._signature = signature
         self._entries: dict[str, Entry[T]] = {}
         self._is_complete = False
@@ -82,7 +83,7 @@ class Registry(Generic[T]):
             self._complete()
             taken = self._entries.get(name)
             # The module of an entry that is made on demand registers it when it is imported.
-            module = self._on_demand.get(name)
+            module = self.on_demand.get(name)
             if taken is None and module is not None and getattr(value, "__module__", None) != module:
                 taken = self.entry(name)
             if taken is not None:
@@ -95,7 +96,7 @@ class Registry(Generic[T]):
     def names(self) -> tuple[str, ...]:
         """All names that are known, sorted."""
         self._complete()
-        return tuple(sorted(self._entries.keys() | self._on_demand.keys()))
+        return tuple(sorted(self._entries.keys() | self.on_demand.keys()))
 
     def __contains__(self, name: object) -> bool:
         return name in self.names()
@@ -108,8 +109,8 @@ class Registry(Generic[T]):
             ModuleNotFoundError: the package that the entry needs is not installed.
         """
         self._complete()
-        if name not in self._entries and name in self._on_demand:
-            importlib.import_module(self._on_demand[name])
+        if name not in self._entries and name in self.on_demand:
+            importlib.import_module(self.on_demand[name])
         if name not in self._entries:
             raise ValueError(self.unknown(name))
         return self._entries[name]
@@ -185,7 +186,9 @@ def nearest(name: str, known: Collection[str]) -> str:
 
 # The kinds. Beside each: what an entry is; ``megatron_g2rpo.extend`` says it in full.
 estimators: Registry[Any] = Registry("advantage estimator", builtin=["megatron_g2rpo.objective.estimators"])
-surrogates: Registry[Any] = Registry("surrogate", builtin=["megatron_g2rpo.objective.surrogates"])
+surrogates: Registry[Any] = Registry(
+    "surrogate", builtin=["megatron_g2rpo.objective.surrogates"], given=["log_ratio_clamp"]
+)
 answer_formats: Registry[Any] = Registry("answer format", builtin=["megatron_g2rpo.tasks.answer_formats"])
 reward_parts: Registry[Any] = Registry("reward part", builtin=["megatron_g2rpo.tasks.reward_parts"], given=["settings"])
 response_formats: Registry[Any] = Registry("response format", builtin=["megatron_g2rpo.tasks.response_formats"])

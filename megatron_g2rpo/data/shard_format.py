@@ -3,9 +3,9 @@
 
 A shard is plain webdataset: consecutive members ``<key>.json`` and ``<key>.<i>.png`` (or jpg, webp) form one sample;
 the json holds the fields of ``types.Sample``, with ``images`` naming the image members in order, and whatever else
-the maker adds (``Sample.extra``). The index records, per shard, its size in bytes, its sha256 and where every member
-lies, so that a reader can go to any sample without scanning a tar, and notices a missing, truncated or exchanged shard
-before the first step.
+the maker adds (``Sample.extra``). The index records, per shard, its size in bytes, its sha256, where every member lies,
+and the tasks with their answer formats: a reader can go to any sample without scanning a tar, and notices a missing,
+truncated or exchanged shard, and a task or format that nobody knows, before the first step.
 """
 
 from __future__ import annotations

@@ -46,6 +46,8 @@ class ShardIndex:
         directory: where shards and index lie.
         shards: paths of the shards in use.
         tasks: names of the tasks that occur, sorted.
+        answer_formats: task -> names of the answer formats of its samples; a task is absent where the index was written
+            by a version that did not record them.
         fingerprint: hex digest of the content (names and sha256 of the shards in use); equal data, equal fingerprint.
 
     Args:
@@ -73,6 +75,11 @@ class ShardIndex:
                 members = {suffix: (offset, length) for suffix, (offset, length) in s["members"].items()}
                 entries[s["task"]].append(Entry(shard=shard, key=s["key"], task=s["task"], members=members))
         self._entries = dict(entries)
+        formats: defaultdict[str, set[str]] = defaultdict(set)
+        for record in records:
+            for task, names in record.get("answer_formats", {}).items():
+                formats[task].update(names)
+        self.answer_formats = {task: tuple(sorted(names)) for task, names in formats.items()}
         self.tasks = tuple(sorted(entries))
         if known_tasks is not None:
             self._check_tasks(known_tasks)

@@ -112,6 +112,7 @@ def write_index(directory: str | Path) -> Path:
 def _scan_shard(path: Path) -> dict[str, Any]:
     """One shard's entry in the index. ``members`` maps suffix -> [offset in bytes, length in bytes]."""
     samples: dict[str, dict[str, Any]] = {}
+    formats: dict[str, set[str]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -125,6 +126,7 @@ def _scan_shard(path: Path) -> dict[str, Any]:
                     assert stream is not None  # a regular file has one
                     fields = parse_fields(stream.read(), path.name, key)
                     sample["task"] = fields["task"]
+                    formats.setdefault(fields["task"], set()).add(fields["answer_format"])
                     sample["images"] = fields["images"]
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{path}: not a readable tar shard ({error})") from error
@@ -140,6 +142,7 @@ def _scan_shard(path: Path) -> dict[str, Any]:
         "sha256": sha256_of(path),
         "num_samples": len(samples),
         "tasks": dict(sorted(Counter(sample["task"] for sample in samples.values()).items())),
+        "answer_formats": {task: sorted(names) for task, names in sorted(formats.items())},
         "samples": list(samples.values()),
     }
 

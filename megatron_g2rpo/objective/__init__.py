@@ -20,7 +20,7 @@ from megatron_g2rpo.objective.estimators import Estimator
 from megatron_g2rpo.objective.history import History
 from megatron_g2rpo.objective.reward_batch import RewardBatch
 from megatron_g2rpo.objective.sequences import Sequences
-from megatron_g2rpo.objective.sharded import sharded_advantages, sharded_statistics
+from megatron_g2rpo.objective.sharded import ShardedAdvantages, sharded_advantages, sharded_statistics
 from megatron_g2rpo.objective.surrogates import PolicyLoss
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "RewardBatch",
     "Sequences",
     "SetStatistics",
+    "ShardedAdvantages",
     "advantage_diagnostics",
     "backend",
     "entropy",

@@ -88,8 +88,8 @@ class GroupStatistics:
 
 def gaussian_advantages(
     rewards: Tensor | np.ndarray,
-    groups: Tensor | np.ndarray,
-    tasks: Tensor | np.ndarray,
+    group_ids: Tensor | np.ndarray,
+    task_ids: Tensor | np.ndarray,
     *,
     stages: Sequence[str] = STAGES,
     tie_tolerance: float = TIE_TOLERANCE,
@@ -99,44 +99,44 @@ def gaussian_advantages(
     """Maps rewards to N(0, 1) by optimal transport, within every group and then within every task.
 
     In each stage, the k-th smallest of the n values of a set (k = 1..n) becomes ``Phi^-1((k - 1/2) / n)``, and tied
-    values share the mean of theirs. A set of one value maps to 0. The result does not depend on the order of the rows,
-    bit for bit. A set is defined by its id alone.
+    values share the mean of theirs. A set of one value maps to 0. The result does not depend on the order of the
+    rollouts, bit for bit. A set is defined by its id alone.
 
     Args:
         rewards: float32 or float64 ``[N]``; computed in float64.
-        groups: int64 ``[N]``, ids of the prompts.
-        tasks: int64 ``[N]``, ids of the tasks.
+        group_ids: int64 ``[N]``, ids of the prompts.
+        task_ids: int64 ``[N]``, ids of the tasks.
         stages: the sets to map within, in order: ``"group"``, ``"task"`` or both.
         tie_tolerance: values closer than this are equal, and so are chains of them (a ~ b ~ c); equal values are
             always tied. The same in every stage.
-        zero_variance: what becomes of the rows of a set whose values are all equal. ``"drop"``: they get 0 and take no
-            rank in later stages. ``"keep"``: they enter the later stages at 0.
+        zero_variance: what becomes of the rollouts of a set whose values are all equal. ``"drop"``: they get 0 and take
+            no rank in later stages. ``"keep"``: they enter the later stages at 0.
         variance: ``"as_is"``: the midpoint quantiles, whose standard deviation is below 1 (0.923 for 8 distinct
-            values). ``"unit"``: the advantages of every task, dropped rows aside, are divided by their population
+            values). ``"unit"``: the advantages of every task, dropped rollouts aside, are divided by their population
             standard deviation.
 
     Returns:
-        float64 ``[N]``, in the order of the rows.
+        float64 ``[N]``, in the order of the rollouts.
 
     Raises:
         TypeError: an argument of another type or dtype.
         ValueError: unequal lengths, an unknown option, or a reward that is not finite (its row, group and task named).
     """
-    _check_options(stages, tie_tolerance, zero_variance, variance)
-    rows = as_reward_batch(rewards, groups, tasks)
+    check_options(stages=stages, tie_tolerance=tie_tolerance, zero_variance=zero_variance, variance=variance)
+    batch = as_reward_batch(rewards, group_ids, task_ids)
     drop, unit = zero_variance == "drop", variance == "unit"
     if _extension is None:
         return group_ops_torch.gaussian_advantages(
-            rows, stages=stages, tie_tolerance=tie_tolerance, drop_zero_variance=drop, unit_variance=unit
+            batch, stages=stages, tie_tolerance=tie_tolerance, drop_zero_variance=drop, unit_variance=unit
         )
-    views = (rows.rewards.numpy(), rows.groups.numpy(), rows.tasks.numpy())
+    views = (batch.rewards.numpy(), batch.group_ids.numpy(), batch.task_ids.numpy())
     return torch.from_numpy(_extension.gaussian_advantages(*views, list(stages), tie_tolerance, drop, unit))
 
 
 def group_statistics(
     rewards: Tensor | np.ndarray,
-    groups: Tensor | np.ndarray,
-    tasks: Tensor | np.ndarray,
+    group_ids: Tensor | np.ndarray,
+    task_ids: Tensor | np.ndarray,
     *,
     tie_tolerance: float = TIE_TOLERANCE,
 ) -> GroupStatistics:
@@ -144,8 +144,8 @@ def group_statistics(
 
     Args:
         rewards: float32 or float64 ``[N]``; computed in float64.
-        groups: int64 ``[N]``, ids of the prompts.
-        tasks: int64 ``[N]``, ids of the tasks.
+        group_ids: int64 ``[N]``, ids of the prompts.
+        task_ids: int64 ``[N]``, ids of the tasks.
         tie_tolerance: rewards closer than this count as one distinct value.
 
     Raises:
@@ -153,14 +153,30 @@ def group_statistics(
         ValueError: unequal lengths, a bad tolerance, or a reward that is not finite (its row, group and task named).
     """
     _check_tolerance(tie_tolerance)
-    rows = as_reward_batch(rewards, groups, tasks)
+    batch = as_reward_batch(rewards, group_ids, task_ids)
     if _extension is None:
-        by_group = group_ops_torch.set_statistics(rows, rows.groups, tie_tolerance)
-        by_task = group_ops_torch.set_statistics(rows, rows.tasks, tie_tolerance)
+        by_group = group_ops_torch.set_statistics(batch, batch.group_ids, tie_tolerance)
+        by_task = group_ops_torch.set_statistics(batch, batch.task_ids, tie_tolerance)
     else:
-        views = (rows.rewards.numpy(), rows.groups.numpy(), rows.tasks.numpy())
+        views = (batch.rewards.numpy(), batch.group_ids.numpy(), batch.task_ids.numpy())
         by_group, by_task = map(_tensors, _extension.group_statistics(*views, tie_tolerance))
     return GroupStatistics(groups=SetStatistics(**by_group), tasks=SetStatistics(**by_task))
+
+
+def check_options(*, stages: Sequence[str], tie_tolerance: float, zero_variance: str, variance: str) -> None:
+    """Refuse options of ``gaussian_advantages`` that it does not know.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    _check_tolerance(tie_tolerance)
+    unknown = isinstance(stages, str) or any(stage not in STAGES for stage in stages)
+    if unknown or not stages or len(set(stages)) != len(stages):
+        raise ValueError(f"stages must be a list of one or both of {STAGES}, each once, got {stages!r}")
+    if zero_variance not in ("drop", "keep"):
+        raise ValueError(f"zero_variance must be 'drop' or 'keep', got {zero_variance!r}")
+    if variance not in ("as_is", "unit"):
+        raise ValueError(f"variance must be 'as_is' or 'unit', got {variance!r}")
 
 
 def _tensors(columns: dict[str, Any]) -> dict[str, Tensor]:
@@ -170,14 +186,3 @@ def _tensors(columns: dict[str, Any]) -> dict[str, Tensor]:
 def _check_tolerance(tie_tolerance: float) -> None:
     if not (math.isfinite(tie_tolerance) and tie_tolerance >= 0.0):
         raise ValueError(f"tie_tolerance must be finite and not negative, got {tie_tolerance}")
-
-
-def _check_options(stages: Sequence[str], tie_tolerance: float, zero_variance: str, variance: str) -> None:
-    _check_tolerance(tie_tolerance)
-    unknown = isinstance(stages, str) or any(stage not in STAGES for stage in stages)
-    if unknown or not stages or len(set(stages)) != len(stages):
-        raise ValueError(f"stages must be a list of one or both of {STAGES}, each once, got {stages!r}")
-    if zero_variance not in ("drop", "keep"):
-        raise ValueError(f"zero_variance must be 'drop' or 'keep', got {zero_variance!r}")
-    if variance not in ("as_is", "unit"):
-        raise ValueError(f"variance must be 'as_is' or 'unit', got {variance!r}")

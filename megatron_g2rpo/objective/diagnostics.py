@@ -40,7 +40,7 @@ class AdvantageDiagnostics:
 
 
 def advantage_diagnostics(advantages: Tensor, tasks: Tensor) -> AdvantageDiagnostics:
-    """Describes the advantages of every task. Does not depend on the order of the rows, bit for bit.
+    """Describes the advantages of every task. Does not depend on the order of the rollouts, bit for bit.
 
     Args:
         advantages: float32 or float64 ``[N]`` on the CPU; computed in float64.
@@ -50,13 +50,13 @@ def advantage_diagnostics(advantages: Tensor, tasks: Tensor) -> AdvantageDiagnos
         TypeError, ValueError: as ``group_statistics``.
     """
     statistics = group_statistics(advantages, tasks, tasks).tasks
-    values = advantages.double() + 0.0  # -0 becomes +0: a sort would leave their order to the rows
-    rows = []
+    values = advantages.double() + 0.0  # -0 becomes +0: a sort would leave their order to the caller
+    columns = []
     for task, mean, std in zip(statistics.id.tolist(), statistics.mean.tolist(), statistics.std.tolist(), strict=True):
         ordered = values[tasks == task].sort().values
         skew = ((ordered - mean) / std).pow(3).mean().item() if std > 0.0 else 0.0
-        rows.append([skew, *torch.quantile(ordered, _QUANTILES).tolist(), normal_distance(ordered)])
-    skew, q05, q50, q95, distance = torch.tensor(rows, dtype=torch.float64).reshape(-1, 5).T.contiguous()
+        columns.append([skew, *torch.quantile(ordered, _QUANTILES).tolist(), normal_distance(ordered)])
+    skew, q05, q50, q95, distance = torch.tensor(columns, dtype=torch.float64).reshape(-1, 5).T.contiguous()
     return AdvantageDiagnostics(
         task=statistics.id,
         mean=statistics.mean,

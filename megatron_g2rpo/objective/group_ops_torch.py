@@ -2,7 +2,7 @@
 """The group-statistics op in torch: the oracle for the C++ op in tests, and its stand-in where no compiler exists.
 
 One Python iteration a set, so that it can be read beside the formula. Sums run over sorted values, as in C++: the
-results do not depend on the order of the rows. The quantile function is torch's own, independent of the C++ one.
+results do not depend on the order of the rollouts. The quantile function is torch's own, independent of the C++ one.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from megatron_g2rpo.objective.reward_batch import RewardBatch, first_non_finite,
 
 
 def gaussian_advantages(
-    rows: RewardBatch, *, stages: Sequence[str], tie_tolerance: float, drop_zero_variance: bool, unit_variance: bool
+    batch: RewardBatch, *, stages: Sequence[str], tie_tolerance: float, drop_zero_variance: bool, unit_variance: bool
 ) -> Tensor:
     """See ``megatron_g2rpo.objective.gaussian_advantages``."""
-    values = _finite_values(rows)
-    active = torch.ones(len(rows), dtype=torch.bool)
+    values = _finite_values(batch)
+    active = torch.ones(len(batch), dtype=torch.bool)
     for stage in stages:
-        for _, members in _sets(rows.groups if stage == "group" else rows.tasks):
+        for _, members in _sets(batch.group_ids if stage == "group" else batch.task_ids):
             members = members[active[members]]
             if len(members) == 0:
                 continue
@@ -32,7 +32,7 @@ def gaussian_advantages(
             if drop_zero_variance and int(chains.max()) == 0:
                 active[members] = False
     if unit_variance:
-        for _, members in _sets(rows.tasks):
+        for _, members in _sets(batch.task_ids):
             members = members[active[members]]
             std = _moments(values[members].sort().values)[1] if len(members) else 0.0
             if std > 0.0:
@@ -40,9 +40,9 @@ def gaussian_advantages(
     return values
 
 
-def set_statistics(rows: RewardBatch, ids: Tensor, tie_tolerance: float) -> dict[str, Tensor]:
+def set_statistics(batch: RewardBatch, ids: Tensor, tie_tolerance: float) -> dict[str, Tensor]:
     """Columns of ``SetStatistics`` by ``ids`` int64 ``[N]``, ids ascending."""
-    values = _finite_values(rows)
+    values = _finite_values(batch)
     integers: dict[str, list[int]] = {"id": [], "count": [], "distinct": []}
     floats: dict[str, list[float]] = {"mean": [], "std": [], "min": [], "max": []}
     for set_id, members in _sets(ids):
@@ -59,15 +59,15 @@ def set_statistics(rows: RewardBatch, ids: Tensor, tie_tolerance: float) -> dict
     return columns | {name: torch.tensor(column, dtype=torch.float64) for name, column in floats.items()}
 
 
-def _finite_values(rows: RewardBatch) -> Tensor:
-    bad = first_non_finite(rows.rewards)
+def _finite_values(batch: RewardBatch) -> Tensor:
+    bad = first_non_finite(batch.rewards)
     if bad is not None:
-        raise ValueError(non_finite_message(rows, bad, f"row {bad}"))
-    return rows.rewards.double() + 0.0  # + 0.0: a copy, and -0 becomes +0
+        raise ValueError(non_finite_message(batch, bad, f"row {bad}"))
+    return batch.rewards.double() + 0.0  # + 0.0: a copy, and -0 becomes +0
 
 
 def _sets(ids: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yields (id, indices of its rows), ids ascending."""
+    """Yields (id, indices of its rollouts), ids ascending."""
     unique, counts = ids.unique(return_counts=True)
     members = ids.argsort(stable=True).split(counts.tolist())
     yield from zip(unique.tolist(), members, strict=True)

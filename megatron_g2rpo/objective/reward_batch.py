@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows every estimator reads: one reward, its components, one group id and one task id a rollout."""
+"""The rollouts every estimator reads: one reward, its components, one group id and one task id a rollout."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ class RewardBatch:
 
     Attributes:
         rewards: float32 or float64 ``[N]``.
-        groups: int64 ``[N]``, id of the prompt a rollout answers; any values, any order.
-        tasks: int64 ``[N]``, id of its task; any values, any order.
-        parts: name -> float64 ``[N]``, the components of the rewards, unweighted, names ascending; empty where the
-            caller has none.
+        group_ids: int64 ``[N]``, id of the prompt that a rollout answers; any values, any order.
+        task_ids: int64 ``[N]``, id of its task; any values, any order.
+        parts: name -> float64 ``[N]``, the parts of the rewards, unweighted, names ascending; empty where the caller
+            has none.
+        part_weights: name -> float64 ``[N]``, what each part counts for in the reward; the names of ``parts``. It may
+            differ from task to task.
     """
 
     rewards: Tensor
-    groups: Tensor
-    tasks: Tensor
+    group_ids: Tensor
+    task_ids: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+    part_weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rewards)
@@ -35,38 +38,58 @@ class RewardBatch:
 
 def as_reward_batch(
     rewards: Tensor | np.ndarray,
-    groups: Tensor | np.ndarray,
-    tasks: Tensor | np.ndarray,
+    group_ids: Tensor | np.ndarray,
+    task_ids: Tensor | np.ndarray,
     parts: Mapping[str, Tensor] | None = None,
+    part_weights: Mapping[str, Tensor | float] | None = None,
 ) -> RewardBatch:
     """Checks types and shapes. Values are not looked at.
 
     Args:
         rewards: float32 or float64 ``[N]``, a CPU tensor or an array.
-        groups: int64 ``[N]``; narrower integers are widened.
-        tasks: int64 ``[N]``; likewise.
-        parts: name -> float32 or float64 ``[N]``, the components of the rewards, or none.
+        group_ids: int64 ``[N]``; narrower integers are widened.
+        task_ids: int64 ``[N]``; likewise.
+        parts: name -> float32 or float64 ``[N]``, the parts of the rewards, or none.
+        part_weights: name -> a number, or float32 or float64 ``[N]``, for every part; None: 1 each.
 
     Raises:
         TypeError: an argument that is neither a tensor nor an array, or has another dtype.
-        ValueError: a tensor that is not on the CPU, an argument that is not one-dimensional, unequal lengths.
+        ValueError: a tensor that is not on the CPU, an argument that is not one-dimensional, unequal lengths, weights
+            of other parts than there are.
     """
     floats, integers = (torch.float32, torch.float64), (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-    rows = RewardBatch(
-        rewards=_vector("rewards", rewards, floats),
-        groups=_vector("groups", groups, integers).long(),
-        tasks=_vector("tasks", tasks, integers).long(),
-        parts={name: _vector(f"part {name!r}", part, floats).double() for name, part in sorted((parts or {}).items())},
-    )
-    if not len(rows.rewards) == len(rows.groups) == len(rows.tasks):
+    named = dict(sorted((parts or {}).items()))
+    weights = dict.fromkeys(named, 1.0) if part_weights is None else part_weights
+    if weights.keys() != named.keys():
         raise ValueError(
-            f"rewards, groups and tasks need one entry a rollout, got lengths {len(rows.rewards)}, {len(rows.groups)} "
-            f"and {len(rows.tasks)}"
+            f"part_weights must name every part of the reward and no other: it names "
+            f"{', '.join(sorted(weights)) or 'none'}, the parts are {', '.join(named) or 'none'}"
         )
-    for name, part in rows.parts.items():
-        if len(part) != len(rows):
-            raise ValueError(f"part {name!r} needs one entry a rollout, got length {len(part)} for {len(rows)}")
-    return rows
+    batch = RewardBatch(
+        rewards=_vector("rewards", rewards, floats),
+        group_ids=_vector("group_ids", group_ids, integers).long(),
+        task_ids=_vector("task_ids", task_ids, integers).long(),
+        parts={name: _vector(f"part {name!r}", part, floats).double() for name, part in named.items()},
+        part_weights={name: _weights(name, weights[name], len(rewards), floats) for name in named},
+    )
+    if not len(batch.rewards) == len(batch.group_ids) == len(batch.task_ids):
+        raise ValueError(
+            f"rewards, group_ids and task_ids need one entry a rollout, got lengths {len(batch.rewards)}, "
+            f"{len(batch.group_ids)} and {len(batch.task_ids)}"
+        )
+    for kind, tensors in (("part", batch.parts), ("the weights of part", batch.part_weights)):
+        for name, values in tensors.items():
+            if len(values) != len(batch):
+                raise ValueError(
+                    f"{kind} {name!r} needs one entry a rollout, got length {len(values)} for {len(batch)}"
+                )
+    return batch
+
+
+def _weights(name: str, weights: Tensor | float, count: int, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    if isinstance(weights, int | float):
+        return torch.full((count,), float(weights), dtype=torch.float64)
+    return _vector(f"the weights of part {name!r}", weights, dtypes).double()
 
 
 def first_non_finite(rewards: Tensor) -> int | None:
@@ -75,11 +98,11 @@ def first_non_finite(rewards: Tensor) -> int | None:
     return int(bad.nonzero()[0].item()) if bool(bad.any()) else None
 
 
-def non_finite_message(rows: RewardBatch, index: int, where: str) -> str:
+def non_finite_message(batch: RewardBatch, index: int, where: str) -> str:
     """Names a non-finite reward: its value, group and task, and ``where`` it was found."""
     return (
-        f"reward of {where} is {rows.rewards[index].item()} (group {rows.groups[index].item()}, "
-        f"task {rows.tasks[index].item()}); rewards must be finite"
+        f"reward of {where} is {batch.rewards[index].item()} (group {batch.group_ids[index].item()}, "
+        f"task {batch.task_ids[index].item()}); rewards must be finite"
     )
 
 

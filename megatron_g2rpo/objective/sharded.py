@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Advantages and statistics of a batch whose rows are spread over the ranks of a process group.
+"""Advantages and statistics of a batch whose rollouts are spread over the ranks of a process group.
 
-The rows of one group may lie on several ranks, and the task stage ranks all rows of a task, so every rank gathers all
-rows (24 bytes each, and 8 for each reward component), computes the same result, and keeps its own part. Estimators do
-not depend on the order of rows: the result is that of one process, bit for bit, for any number of ranks and any split.
-What an estimator remembers is computed from the same rows, and hence the same, on every rank.
+The rollouts of one group may lie on several ranks, and the task stage ranks all rollouts of a task, so every rank
+gathers all of them (24 bytes each, and 16 for each part of the reward), computes the same result, and keeps its own
+part. Estimators do not depend on the order of the rollouts: the result is that of one process, bit for bit, for any
+number of ranks and any split. What an estimator remembers is computed from the same batch, and hence the same, on
+every rank.
 """
 
 from __future__ import annotations
@@ -24,172 +25,201 @@ from megatron_g2rpo.objective.history import History
 from megatron_g2rpo.objective.reward_batch import RewardBatch, as_reward_batch, first_non_finite, non_finite_message
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShardedAdvantages:
+    """Advantages of a global batch of N rollouts, as one rank sees them.
+
+    Attributes:
+        advantages: float64 ``[N_local]`` on the CPU, of this rank's rollouts.
+        global_advantages: float64 ``[N]``, of the rollouts of all ranks, in rank order.
+        global_task_ids: int64 ``[N]``.
+        statistics: of the rewards of the global batch.
+    """
+
+    advantages: Tensor
+    global_advantages: Tensor
+    global_task_ids: Tensor
+    statistics: GroupStatistics
+
+
 def sharded_advantages(
     rewards: Tensor,
-    groups: Tensor,
-    tasks: Tensor,
+    group_ids: Tensor,
+    task_ids: Tensor,
     *,
     estimator: Estimator,
-    group: ProcessGroup | None,
+    process_group: ProcessGroup | None,
     history: History | None = None,
     parts: Mapping[str, Tensor] | None = None,
+    part_weights: Mapping[str, Tensor | float] | None = None,
     tie_tolerance: float = TIE_TOLERANCE,
-) -> tuple[Tensor, GroupStatistics]:
-    """Advantages of this rank's rows within the global batch, and statistics of the global batch.
+) -> ShardedAdvantages:
+    """Advantages of this rank's rollouts within the global batch, and statistics of the global batch.
 
-    A collective: every rank of ``group`` must call it, also those without rows.
+    A collective: every rank of ``process_group`` must call it, also those without rollouts.
 
     Args:
         rewards: float32 or float64 ``[N_local]`` on the CPU; N_local may differ from rank to rank and be 0.
-        groups: int64 ``[N_local]``, ids unique over all ranks.
-        tasks: int64 ``[N_local]``.
-        estimator: maps the global rows to advantages, see ``estimators``.
-        group: the data-parallel group. Tensor-, pipeline- and context-parallel peers hold the same rows and must not be
-            in it. None: this process holds all rows.
+        group_ids: int64 ``[N_local]``, ids of the prompts, unique over all ranks.
+        task_ids: int64 ``[N_local]``.
+        estimator: maps the global batch to advantages, see ``estimators``.
+        process_group: the data-parallel ranks. Tensor-, pipeline- and context-parallel peers hold the same rollouts and
+            must not be in it. None: this process holds all rollouts.
         history: what the estimator remembers of earlier calls, updated in place; equal on every rank before the call
             and after it. None: the call is an estimator's first.
-        parts: name -> float32 or float64 ``[N_local]``, the components of the rewards; the same names on every rank
-            (one without rows need not know them).
+        parts: name -> float32 or float64 ``[N_local]``, the parts of the rewards; the same names on every rank (one
+            without rollouts need not know them).
+        part_weights: name -> a number, or ``[N_local]``: what each part counts for; None: 1 each.
         tie_tolerance: of the statistics.
 
-    Returns:
-        (float64 ``[N_local]`` on the CPU, statistics of all rows).
-
     Raises:
-        TypeError, ValueError: rows of this rank that can't be read.
-        ValueError: on every rank, when another rank's rows can't be read, the ranks name other components, or a reward
-            or component of any rank is not finite; names the rank and the row.
+        TypeError, ValueError: on every rank, when the rollouts of one can't be read (it is named), the ranks name other
+            parts, or a reward or part of any rank is not finite; names the rank and the rollout.
     """
-    batch = _gather(rewards, groups, tasks, parts, group)
-    advantages = estimator(batch.rows, History() if history is None else history)
-    return advantages[batch.mine].clone(), _statistics(batch.rows, tie_tolerance)
+    shared = _gather(rewards, group_ids, task_ids, parts, part_weights, process_group)
+    advantages = estimator(shared.batch, History() if history is None else history)
+    return ShardedAdvantages(
+        advantages=advantages[shared.mine].clone(),
+        global_advantages=advantages,
+        global_task_ids=shared.batch.task_ids,
+        statistics=_statistics(shared.batch, tie_tolerance),
+    )
 
 
 def sharded_statistics(
     rewards: Tensor,
-    groups: Tensor,
-    tasks: Tensor,
+    group_ids: Tensor,
+    task_ids: Tensor,
     *,
-    group: ProcessGroup | None,
+    process_group: ProcessGroup | None,
     tie_tolerance: float = TIE_TOLERANCE,
 ) -> GroupStatistics:
     """Statistics of the global batch alone; a collective, with the arguments and errors of ``sharded_advantages``."""
-    return _statistics(_gather(rewards, groups, tasks, None, group).rows, tie_tolerance)
+    return _statistics(_gather(rewards, group_ids, task_ids, None, None, process_group).batch, tie_tolerance)
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """The rows of all ranks, in rank order, and which of them are this rank's."""
+class _Shared:
+    """The rollouts of all ranks, in rank order, and which of them are this rank's."""
 
-    rows: RewardBatch
+    batch: RewardBatch
     mine: slice
 
 
 @dataclass(frozen=True)
 class _Header:
-    """What a rank tells the others of its rows: how many, and which components."""
+    """What a rank tells the others of its rollouts: how many, and the parts of their rewards."""
 
     count: int
     parts: tuple[str, ...]
 
 
-def _statistics(rows: RewardBatch, tie_tolerance: float) -> GroupStatistics:
-    return group_statistics(rows.rewards, rows.groups, rows.tasks, tie_tolerance=tie_tolerance)
+def _statistics(batch: RewardBatch, tie_tolerance: float) -> GroupStatistics:
+    return group_statistics(batch.rewards, batch.group_ids, batch.task_ids, tie_tolerance=tie_tolerance)
 
 
 def _gather(
-    rewards: Tensor, groups: Tensor, tasks: Tensor, parts: Mapping[str, Tensor] | None, group: ProcessGroup | None
-) -> _Batch:
-    """Every rank's rows, checked: all of them could be read, and all values are finite."""
-    if group is None:
-        rows = as_reward_batch(rewards, groups, tasks, parts)
-        _check_finite(rows, None)
-        return _Batch(rows, slice(0, len(rows)))
-    rank = dist.get_rank(group)
+    rewards: Tensor,
+    group_ids: Tensor,
+    task_ids: Tensor,
+    parts: Mapping[str, Tensor] | None,
+    part_weights: Mapping[str, Tensor | float] | None,
+    process_group: ProcessGroup | None,
+) -> _Shared:
+    """Every rank's rollouts, checked: all of them could be read, and all values are finite."""
+    if process_group is None:
+        batch = as_reward_batch(rewards, group_ids, task_ids, parts, part_weights)
+        _check_finite(batch, None)
+        return _Shared(batch, slice(0, len(batch)))
+    rank = dist.get_rank(process_group)
     if rank < 0:
         raise ValueError("this process is not a member of the process group that it gathers over")
-    rows, headers = _exchange_headers(rewards, groups, tasks, parts, group)
-    counts = [header.count for header in headers]
-    everything = _all_gather(rows, counts, _component_names(headers), group)
-    _check_finite(everything, counts)
-    offset = sum(counts[:rank])
-    return _Batch(everything, slice(offset, offset + counts[rank]))
-
-
-def _exchange_headers(
-    rewards: Tensor, groups: Tensor, tasks: Tensor, parts: Mapping[str, Tensor] | None, group: ProcessGroup
-) -> tuple[RewardBatch, list[_Header]]:
-    """Reads the local rows and learns of every rank's; a rank that can't read its rows fails all of them."""
     local: list[RewardBatch] = []
 
     def read() -> _Header:
         try:
-            local.append(as_reward_batch(rewards, groups, tasks, parts))
+            local.append(as_reward_batch(rewards, group_ids, task_ids, parts, part_weights))
         except (TypeError, ValueError) as error:
-            where = f"data-parallel rank {dist.get_rank(group)} passed rows that can't be read"
-            raise type(error)(f"{where}: {error}") from error
+            raise type(error)(f"data-parallel rank {rank} passed rollouts that can't be read: {error}") from error
         return _Header(len(local[0]), tuple(local[0].parts))
 
-    headers = gather(read, group, (TypeError, ValueError))
-    return local[0], headers
+    headers = gather(read, process_group, (TypeError, ValueError))
+    counts = [header.count for header in headers]
+    everything = _all_gather(local[0], counts, _part_names(headers), process_group)
+    _check_finite(everything, counts)
+    offset = sum(counts[:rank])
+    return _Shared(everything, slice(offset, offset + counts[rank]))
 
 
-def _component_names(headers: list[_Header]) -> tuple[str, ...]:
-    """Names of the components, which all ranks with rows must share; a rank without rows need not know them."""
+def _part_names(headers: list[_Header]) -> tuple[str, ...]:
+    """Names of the parts, which all ranks with rollouts must share; a rank without rollouts need not know them."""
     owners = {header.parts: rank for rank, header in enumerate(headers) if header.count > 0}
     if len(owners) > 1:
         known = "; ".join(f"rank {rank} has {', '.join(names) or 'none'}" for names, rank in sorted(owners.items()))
-        raise ValueError(f"the data-parallel ranks name other reward components: {known}")
+        raise ValueError(f"the data-parallel ranks name other parts of the reward: {known}")
     return next(iter(owners), ())
 
 
-def _all_gather(rows: RewardBatch, counts: list[int], names: tuple[str, ...], group: ProcessGroup) -> RewardBatch:
-    """Returns the rows of all ranks, in rank order, with float64 rewards."""
+def _all_gather(
+    batch: RewardBatch, counts: list[int], names: tuple[str, ...], process_group: ProcessGroup
+) -> RewardBatch:
+    """The rollouts of all ranks, in rank order, with float64 rewards."""
     longest = max(counts)
-    mine = torch.zeros(longest, 3 + len(names), dtype=torch.int64)
-    if len(rows) > 0:
-        doubles = [rows.rewards.double(), *(rows.parts[name] for name in names)]
-        columns = [rows.groups, rows.tasks, *(values.view(torch.int64) for values in doubles)]  # bits as integers
-        mine[: len(rows)] = torch.stack(columns, dim=1)
-    mine = mine.to(_wire_device(group))
+    mine = torch.zeros(longest, 3 + 2 * len(names), dtype=torch.int64)
+    if len(batch) > 0:
+        doubles = [batch.rewards.double()]
+        doubles += [batch.parts[name] for name in names] + [batch.part_weights[name] for name in names]
+        columns = [
+            batch.group_ids,
+            batch.task_ids,
+            *(values.view(torch.int64) for values in doubles),
+        ]  # bits as integers
+        mine[: len(batch)] = torch.stack(columns, dim=1)
+    mine = mine.to(_wire_device(process_group))
     received = [torch.empty_like(mine) for _ in counts]
     if longest > 0:
-        dist.all_gather(received, mine, group=group)
-    table = torch.cat([part[:count] for part, count in zip(received, counts, strict=True)]).cpu()
-    groups, tasks, *doubles = (column.contiguous() for column in table.unbind(1))
-    rewards, *parts = (bits.view(torch.float64) for bits in doubles)
-    return RewardBatch(rewards=rewards, groups=groups, tasks=tasks, parts=dict(zip(names, parts, strict=True)))
+        dist.all_gather(received, mine, group=process_group)
+    table = torch.cat([share[:count] for share, count in zip(received, counts, strict=True)]).cpu()
+    group_ids, task_ids, *bits = (column.contiguous() for column in table.unbind(1))
+    rewards, *doubles = (column.view(torch.float64) for column in bits)
+    return RewardBatch(
+        rewards=rewards,
+        group_ids=group_ids,
+        task_ids=task_ids,
+        parts=dict(zip(names, doubles[: len(names)], strict=True)),
+        part_weights=dict(zip(names, doubles[len(names) :], strict=True)),
+    )
 
 
-def _wire_device(group: ProcessGroup) -> torch.device:
+def _wire_device(process_group: ProcessGroup) -> torch.device:
     """The device whose tensors the group can gather; the CPU where it can."""
     # The configuration reads "device:backend,device:backend".
-    devices = [entry.split(":")[0] for entry in dist.get_backend_config(group).split(",")]
+    devices = [entry.split(":")[0] for entry in dist.get_backend_config(process_group).split(",")]
     return torch.device("cpu" if "cpu" in devices else devices[0])
 
 
-def _check_finite(rows: RewardBatch, counts: list[int] | None) -> None:
-    """Names the first reward, or component of one, that is not finite, and with ``counts`` the rank it came from."""
-    for name, values in [(None, rows.rewards), *rows.parts.items()]:
+def _check_finite(batch: RewardBatch, counts: list[int] | None) -> None:
+    """Names the first reward, or part of one, that is not finite, and with ``counts`` the rank it came from."""
+    for name, values in [(None, batch.rewards), *batch.parts.items()]:
         bad = first_non_finite(values)
         if bad is None:
             continue
-        where = f"row {bad}"
+        where = f"rollout {bad}"
         if counts is not None:
-            rank, row = _locate(bad, counts)
-            where = f"row {row} of data-parallel rank {rank}"
+            rank, index = _locate(bad, counts)
+            where = f"rollout {index} of data-parallel rank {rank}"
         if name is None:
-            raise ValueError(non_finite_message(rows, bad, where))
+            raise ValueError(non_finite_message(batch, bad, where))
         raise ValueError(
-            f"part {name!r} of the reward of {where} is {values[bad].item()} (group {rows.groups[bad].item()}, "
-            f"task {rows.tasks[bad].item()}); rewards must be finite"
+            f"part {name!r} of the reward of {where} is {values[bad].item()} (group {batch.group_ids[bad].item()}, "
+            f"task {batch.task_ids[bad].item()}); rewards must be finite"
         )
 
 
 def _locate(index: int, counts: list[int]) -> tuple[int, int]:
-    """Turns an index into the gathered rows into (rank, row of that rank)."""
+    """Turns an index into the gathered rollouts into (rank, index among that rank's)."""
     for rank, count in enumerate(counts):
         if index < count:
             return rank, index
         index -= count
-    raise IndexError("index beyond the gathered rows")
+    raise IndexError("index beyond the gathered rollouts")

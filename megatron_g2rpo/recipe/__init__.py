@@ -10,13 +10,14 @@ from megatron_g2rpo.recipe.errors import RecipeError
 from megatron_g2rpo.recipe.generation_section import VllmServerConfig
 from megatron_g2rpo.recipe.identity import describe_layout, dump, fingerprint, identity
 from megatron_g2rpo.recipe.layers import EXEMPLARS
-from megatron_g2rpo.recipe.load import load
+from megatron_g2rpo.recipe.load import Examined, examine, listed, load
 from megatron_g2rpo.recipe.policy_section import Policy
 from megatron_g2rpo.recipe.schema import Recipe, SftRecipe, TrainRecipe
 
 __all__ = [
     "EXEMPLARS",
     "Env",
+    "Examined",
     "Policy",
     "Recipe",
     "RecipeError",
@@ -27,7 +28,9 @@ __all__ = [
     "VllmServerConfig",
     "describe_layout",
     "dump",
+    "examine",
     "fingerprint",
     "identity",
+    "listed",
     "load",
 ]

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from pydantic_core import ErrorDetails
 
 
 class RecipeError(ValueError):
@@ -35,3 +38,38 @@ def find_origin(origins: Mapping[str, Origin], key: str) -> Origin | None:
     if below is not None or "." not in key:
         return below
     return find_origin(origins, key.rpartition(".")[0])
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong with a recipe.
+
+    Attributes:
+        key: dotted key at fault; where it was written leads the message.
+        message: what is wrong, and what to do.
+    """
+
+    key: str
+    message: str
+
+    @classmethod
+    def of(cls, error: ErrorDetails, where: str = "") -> Fault:
+        """A value that pydantic refuses.
+
+        Args:
+            error: what it says.
+            where: dotted key of the section that was validated; empty for the whole recipe.
+        """
+        key = ".".join([*([where] if where else []), *map(str, error["loc"])])
+        return cls(key, f"'{key}': {error['msg']}, got {shown(error['input'])}")
+
+    def located(self, origins: Mapping[str, Origin]) -> str:
+        """The message, after the file and line, or the override, that the key comes from."""
+        origin = find_origin(origins, self.key)
+        return self.message if origin is None else f"{origin}: {self.message}"
+
+
+def shown(value: Any) -> str:
+    """A value and its type, as an error shows them."""
+    text = "null" if value is None else repr(value)
+    return f"{text} ({type(value).__name__})"

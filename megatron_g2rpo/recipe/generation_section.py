@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from megatron_g2rpo.recipe.base import Section, conflict
+from megatron_g2rpo.recipe.base import Section, Text, conflict
 
 Address = Annotated[str, Field(pattern=r"^https?://[^/\s]+$")]
 
@@ -62,8 +62,11 @@ class VllmServerConfig(Section):
 class Generation(Section):
     """``policy.generation``: how responses are sampled."""
 
-    backend: Literal["transformers", "vllm", "vllm_server"]
-    """Rollout engine: embedded in every training process (transformers, vllm), or servers over HTTP."""
+    backend: Text
+    """Name in the registry of rollout engines: embedded in every training process (``transformers``, ``vllm``), servers
+    over HTTP (``vllm_server``), or one of the user's."""
+    backend_cfg: Mapping[str, Any]
+    """Options of an engine of the user's: what its ``build`` takes beside the context."""
     max_new_tokens: PositiveInt
     """Longest response, tokens; one that has not ended by then is truncated."""
     temperature: PositiveFloat

@@ -3,38 +3,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from megatron_g2rpo.recipe.base import Section, Text, conflict
+from megatron_g2rpo import registry
+from megatron_g2rpo.recipe.base import Section, conflict
+from megatron_g2rpo.recipe.named import NamedSection
 
 
-class AdvEstimator(Section):
-    """``grpo.adv_estimator``: from rewards to advantages."""
+class AdvEstimator(NamedSection):
+    """``grpo.adv_estimator``: from rewards to advantages; beside ``name``, what the named estimator takes."""
 
-    name: Text
-    """Name in the registry of advantage estimators (``objective.estimators``)."""
-    stages: Annotated[tuple[Literal["group", "task"], ...], Field(strict=False)]
-    """Scopes that the rewards are mapped to N(0, 1) in, one after the other."""
-    tie_tolerance: NonNegativeFloat
-    """Rewards closer than this are equal."""
-    zero_variance: Literal["drop", "keep"]
-    """Groups whose rewards are all equal: advantage 0 and no rank in the task, or ranked like the rest."""
-    variance: Literal["as_is", "unit"]
-    """Keep the variance of the midpoint quantiles, or rescale every task to 1."""
-    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)]
-    """``ema_grpo``: what a task's moving averages keep from step to step."""
-    min_std: PositiveFloat
-    """``ema_grpo``: least standard deviation that is divided by."""
-    baseline: Literal["batch", "group"]
-    """``reinforce_plus_plus``: what is subtracted from a reward."""
-
-    @model_validator(mode="after")
-    def _order(self) -> AdvEstimator:
-        if self.stages not in {("group",), ("task",), ("group", "task")}:
-            raise conflict(f"stages must be [group], [task] or [group, task], got {list(self.stages)}", "stages")
-        return self
+    def bound(self) -> Callable[..., Any]:
+        """The estimator with its options, an ``objective.Estimator``."""
+        return registry.estimators.bind(self.name, **self.options)
 
 
 class _Loop(Section):
@@ -101,16 +85,6 @@ class Grpo(_Loop):
     """Steps between measurements of each task's share of the gradient, a backward pass a task; 0: never."""
     adv_estimator: AdvEstimator
     """From rewards to advantages."""
-
-    @model_validator(mode="after")
-    def _group_size(self) -> Grpo:
-        if "group" in self.adv_estimator.stages and self.num_generations_per_prompt == 1:
-            raise conflict(
-                "a group of 1 has no advantage: set num_generations_per_prompt to 2 or more, or stages to [task]",
-                "num_generations_per_prompt",
-                "adv_estimator.stages",
-            )
-        return self
 
 
 class Sft(_Loop):

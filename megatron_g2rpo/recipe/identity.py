@@ -15,6 +15,7 @@ from megatron_g2rpo.recipe.schema import Recipe, TrainRecipe
 # Keys that may change between a run and its continuation: they move work over machines, memory or disk, or decide when
 # something is looked at or ends, and leave what is learned as it is (up to the rounding of another order of sums).
 NOT_IDENTITY = (
+    "imports",
     "cluster",
     "logger",
     "checkpointing",
@@ -50,7 +51,7 @@ NOT_IDENTITY = (
     "policy.megatron_cfg.distributed_data_parallel_config.use_distributed_optimizer",
 )
 
-_SECTIONS = ("grpo", "sft", "loss_fn", "checkpointing", "policy", "data", "env", "logger", "cluster")
+_SECTIONS = ("imports", "grpo", "sft", "loss_fn", "checkpointing", "policy", "data", "env", "logger", "cluster")
 
 
 def dump(recipe: Recipe) -> str:

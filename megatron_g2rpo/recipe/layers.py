@@ -3,8 +3,8 @@
 
 A recipe names its parents under ``defaults``: one path or a list, relative to the file, or the name of an exemplar
 (``exemplars/``). Parents are merged first, depth first, in order; the last one to set a key wins, and the file itself
-comes last. Mappings merge key by key; everything else, lists included, replaces. A mapping that holds
-``_override_: true`` replaces the inherited one instead of merging.
+comes last. Mappings merge key by key; everything else, lists included, replaces, but for the top-level ``imports``,
+which add up. A mapping that holds ``_override_: true`` replaces the inherited one instead of merging.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_g2rpo.recipe import imports
 from megatron_g2rpo.recipe.errors import Origin, RecipeError
 from megatron_g2rpo.recipe.source import Document, read_document, read_value
 
@@ -49,6 +50,7 @@ def load_file(path: Path) -> Document:
 def _lineage(path: Path, chain: tuple[Path, ...]) -> Iterator[Document]:
     """A file's parents, depth first, and the file, each as it stands: a marker counts for all that comes before it."""
     own = read_document(path)
+    _locate_imports(own, path.parent)
     chain = (*chain, path)
     for parent in parent_paths(path, own):
         if parent.resolve() in [file.resolve() for file in chain]:
@@ -79,10 +81,19 @@ def _parent(directory: Path, name: str) -> Path:
     return exemplar if not beside.exists() and exemplar.is_file() else beside
 
 
+def _locate_imports(document: Document, folder: Path) -> None:
+    if imports.IMPORTS in document.tree:
+        origin = document.origins[imports.IMPORTS]
+        document.tree[imports.IMPORTS] = imports.as_written(document.tree[imports.IMPORTS], folder, origin)
+
+
 def merge(base: Document, top: Document) -> Document:
     """``top`` over ``base``; neither is changed."""
     origins = dict(base.origins)
     tree = _merge(base.tree, top.tree, "", origins, top.origins)
+    if imports.IMPORTS in base.tree and imports.IMPORTS in top.tree:
+        both = [*base.tree[imports.IMPORTS], *top.tree[imports.IMPORTS]]
+        tree[imports.IMPORTS] = list(dict.fromkeys(both))
     origins.update((key, origin) for key, origin in top.origins.items() if key.rpartition(".")[2] != REPLACE)
     return Document(tree, origins)
 
@@ -128,4 +139,6 @@ def parse_override(text: str) -> Document:
         raise RecipeError(f"override '{text}': expected key=value with a dotted key, such as grpo.max_num_steps=10")
     if not value.strip():
         raise RecipeError(f"override '{text}': no value given; write {key}=null or {key}='\"\"' if you mean that")
-    return read_value(value, key, text)
+    document = read_value(value, key, text)
+    _locate_imports(document, Path.cwd())
+    return document

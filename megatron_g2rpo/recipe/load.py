@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -11,10 +12,12 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from megatron_g2rpo.recipe.env_section import complete_tasks
-from megatron_g2rpo.recipe.errors import Origin, RecipeError, find_origin
+from megatron_g2rpo.recipe.errors import Fault, Origin, RecipeError, find_origin, shown
+from megatron_g2rpo.recipe.imports import IMPORTS, import_all
 from megatron_g2rpo.recipe.interpolation import resolve
 from megatron_g2rpo.recipe.keys import nearest_key
 from megatron_g2rpo.recipe.layers import load_layers
+from megatron_g2rpo.recipe.names import check_names
 from megatron_g2rpo.recipe.schema import Recipe, SftRecipe, TrainRecipe
 from megatron_g2rpo.recipe.source import Document
 
@@ -23,12 +26,29 @@ _LOOP_SECTION = {"train": "grpo", "sft": "sft"}
 _NOT_A_MAPPING = {"model_type", "model_attributes_type", "dict_type", "mapping_type"}
 
 
+@dataclass(frozen=True)
+class Examined:
+    """A recipe as far as it could be read.
+
+    Attributes:
+        recipe: the validated recipe; None if anything is wrong with it.
+        tree: all keys as plain values, also those of a recipe that is not valid.
+        origins: dotted key -> where it was written.
+        faults: all that is wrong, each with its file and line.
+    """
+
+    recipe: Recipe | None
+    tree: Mapping[str, Any]
+    origins: Mapping[str, Origin]
+    faults: tuple[str, ...]
+
+
 @overload
 def load(path: str | Path, overrides: Sequence[str], kind: Literal["train"]) -> TrainRecipe: ...
 @overload
 def load(path: str | Path, overrides: Sequence[str], kind: Literal["sft"]) -> SftRecipe: ...
 def load(path: str | Path, overrides: Sequence[str], kind: Literal["train", "sft"]) -> Recipe:
-    """Load a recipe: inheritance, overrides, interpolation, validation.
+    """Load a recipe: inheritance, overrides, imports, interpolation, names, validation.
 
     Args:
         path: the YAML file.
@@ -36,20 +56,41 @@ def load(path: str | Path, overrides: Sequence[str], kind: Literal["train", "sft
         kind: what the recipe is for: ``train`` wants ``grpo`` and ``loss_fn``, ``sft`` wants ``sft``.
 
     Raises:
-        RecipeError: anything that keeps the recipe from being used; all faults of its keys are listed at once.
+        RecipeError: anything that keeps the recipe from being used; all faults of its keys and names are listed at
+            once.
+    """
+    examined = examine(path, overrides, kind)
+    if examined.recipe is not None:
+        return examined.recipe
+    raise RecipeError(listed(path, kind, examined.faults))
+
+
+def examine(path: str | Path, overrides: Sequence[str], kind: Literal["train", "sft"]) -> Examined:
+    """Load a recipe, and say what is wrong with it instead of raising; for callers that look for more faults.
+
+    Raises:
+        RecipeError: it can't be read at all: a file that is missing or no YAML, an import that fails, an interpolation
+            that leads nowhere, a recipe of the other kind.
     """
     document = load_layers(Path(path), overrides)
     _refuse_other_kind(document, kind, path)
+    import_all(document.tree.get(IMPORTS, []), document.origins.get(IMPORTS))
     tree = complete_tasks(resolve(document.tree, document.origins))
-    model = _KINDS[kind]
+    faults = [fault.located(document.origins) for fault in check_names(tree)]
+    model, recipe = _KINDS[kind], None
     try:
-        return model.model_validate(tree)
+        recipe = model.model_validate(tree)
     except ValidationError as error:
-        faults = [_describe(fault, model, document.origins) for fault in error.errors(include_url=False)]
+        faults += [_describe(fault, model, document.origins) for fault in error.errors(include_url=False)]
+    return Examined(None if faults else recipe, tree, document.origins, tuple(faults))
+
+
+def listed(path: str | Path, kind: str, faults: Sequence[str]) -> str:
+    """One message of all faults."""
     lines = [f"recipe {path} cannot be used for {kind}:", *(f"  {fault}" for fault in faults)]
     if any("missing key " in fault for fault in faults):
         lines.append("  An exemplar (defaults: vlm_g2rpo.yaml or vlm_sft.yaml) holds every key: inherit from it.")
-    raise RecipeError("\n".join(lines))
+    return "\n".join(lines)
 
 
 def _refuse_other_kind(document: Document, kind: str, path: str | Path) -> None:
@@ -74,10 +115,5 @@ def _describe(fault: ErrorDetails, recipe: type[TrainRecipe] | type[SftRecipe], 
     if fault["type"] == "missing":
         return f"{start}missing key '{key}'"
     if fault["type"] in _NOT_A_MAPPING:
-        return f"{start}'{key}' must be a mapping of keys, got {_shown(fault['input'])}"
-    return f"{start}'{key}': {fault['msg']}, got {_shown(fault['input'])}"
-
-
-def _shown(value: Any) -> str:
-    text = "null" if value is None else repr(value)
-    return f"{text} ({type(value).__name__})"
+        return f"{start}'{key}' must be a mapping of keys, got {shown(fault['input'])}"
+    return Fault.of(fault).located(origins)

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from megatron_g2rpo.recipe.base import Section, Text, conflict
+from megatron_g2rpo import registry
+from megatron_g2rpo.recipe.base import Section, conflict
+from megatron_g2rpo.recipe.named import NamedSection
 
 
 class EntropyShaping(Section):
@@ -50,28 +53,22 @@ class ImportanceSampling(Section):
     """Sequences whose geometric-mean ratio lies above are masked out of the surrogate's loss; null: none."""
 
 
-class LossFn(Section):
-    """``loss_fn``: the surrogate, and the terms beside it."""
+class LossFn(NamedSection):
+    """``loss_fn``: the surrogate and the terms beside it; among these keys, what the named surrogate takes."""
 
-    name: Text
-    """Name in the registry of surrogates: ``ppo``, ``gspo``, ``cispo`` or ``sapo``."""
-    ratio_clip_min: Annotated[float, Field(gt=0.0, lt=1.0)]
-    """The ratio is clipped below at 1 minus this."""
-    ratio_clip_max: PositiveFloat
-    """The ratio is clipped above at 1 plus this."""
-    ratio_clip_c: Annotated[float, Field(gt=1.0)] | None
-    """Dual clip: for a negative advantage the loss is at most this times its size; null: off."""
     token_level_loss: bool
     """Mean over all response tokens of the batch; false: over sequences of each one's token mean."""
     log_ratio_clamp: PositiveFloat
     """The log-ratio is clamped to plus or minus this before it is exponentiated, nats."""
-    sapo_tau_positive: PositiveFloat
-    """``sapo``: temperature of the gate at positive advantages."""
-    sapo_tau_negative: PositiveFloat
-    """``sapo``: temperature of the gate at the others."""
     reference_policy_kl: ReferencePolicyKl
     """Divergence from the initial policy."""
     importance_sampling: ImportanceSampling
     """Correction of the gap between the rollout engine's and the trainer's log-probabilities."""
     entropy_shaping: EntropyShaping
     """The entropy term."""
+
+    def bound(self) -> Callable[..., Any]:
+        """The surrogate with its options; see ``objective.surrogates``."""
+        given = {"log_ratio_clamp": self.log_ratio_clamp}
+        taken = {key: value for key, value in given.items() if registry.surrogates.takes(self.name, key)}
+        return registry.surrogates.bind(self.name, **taken, **self.options)

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import difflib
+from typing import Annotated
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from megatron_g2rpo.recipe.base import Section, conflict
 from megatron_g2rpo.recipe.data_section import Data
@@ -17,6 +18,8 @@ from megatron_g2rpo.recipe.run_sections import Checkpointing, Cluster, Logger
 
 
 class _Common(Section):
+    imports: Annotated[tuple[str, ...], Field(strict=False)]
+    """Modules and files of the user's that every process imports first; files as absolute paths."""
     checkpointing: Checkpointing
     """What is written to disk."""
     policy: Policy
@@ -78,7 +81,7 @@ class _Common(Section):
 
     def _check_groups(self, samples: int) -> None:
         generation = self.policy.generation
-        if generation.backend != "transformers" and samples > generation.batch_size:
+        if generation.backend in ("vllm", "vllm_server") and samples > generation.batch_size:
             raise conflict(
                 f"vLLM decodes the {samples} responses of a prompt together, and policy.generation.batch_size is "
                 f"{generation.batch_size}",

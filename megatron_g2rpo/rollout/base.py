@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every rollout engine offers, and the registry of engines by backend name.
+"""What every rollout engine offers, and how one is found by its name.
 
 An engine is fed weights under their Hugging Face names and returns rollouts; it never sees the policy. A new one is a
-file in this package with ``@register("name")`` on its class and a line in ``_MODULES``.
+class with the methods of ``Engine`` and the decorator ``extend.engine("name")``, in a file that a recipe's ``imports``
+names. The keyword-only parameters of its ``build`` are its options, ``policy.generation.backend_cfg``.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 
+from megatron_g2rpo import registry
 from megatron_g2rpo.recipe import Policy
 from megatron_g2rpo.types import Prompt, Rollout
 from megatron_g2rpo.weights import WeightSource
@@ -125,27 +126,7 @@ def check_request(prompts: Sequence[Prompt], n: int, temperature: float, group_i
         raise ValueError(f"need n >= 1 and a finite temperature >= 0, not n={n}, temperature={temperature}")
 
 
-EngineClass = TypeVar("EngineClass", bound=type[Engine])
-
-_ENGINES: dict[str, type[Engine]] = {}
-# Engines live in modules that import heavy, partly optional packages: they are imported when asked for.
-_MODULES = {
-    "transformers": "megatron_g2rpo.rollout.transformers.engine",
-    "vllm": "megatron_g2rpo.rollout.vllm.engine",
-    "vllm_server": "megatron_g2rpo.rollout.vllm.server_engine",
-}
-
-
-def register(name: str) -> Callable[[EngineClass], EngineClass]:
-    """Class decorator: make an engine known as ``policy.generation.backend: <name>``."""
-
-    def add(engine: EngineClass) -> EngineClass:
-        if name in _ENGINES:
-            raise ValueError(f"rollout engine {name!r} is registered twice: {_ENGINES[name]} and {engine}")
-        _ENGINES[name] = engine
-        return engine
-
-    return add
+register = registry.engines.register
 
 
 @contextmanager
@@ -171,10 +152,5 @@ def get(name: str) -> type[Engine]:
     Raises:
         ValueError: the name is unknown, the message lists the known ones; or the engine's package is not installed.
     """
-    if name not in _ENGINES and name in _MODULES:
-        with needs_vllm(f"policy.generation.backend: {name}"):
-            importlib.import_module(_MODULES[name])
-    if name not in _ENGINES:
-        known = ", ".join(sorted(_ENGINES.keys() | _MODULES.keys()))
-        raise ValueError(f"policy.generation.backend: unknown rollout engine {name!r}; known: {known}")
-    return _ENGINES[name]
+    with needs_vllm(f"policy.generation.backend: {name}"):
+        return registry.engines.get(name)

@@ -101,6 +101,12 @@ def by_task(env: Env, default: str) -> dict[str, ResponseFormat]:
     return {name: get(task.response_format or default) for name, task in env.tasks.items()}
 
 
+def _section(tag: str) -> re.Pattern[str]:
+    """The text between a pair of tags, without another opening tag in it."""
+    opening, closing = re.escape(f"<{tag}>"), re.escape(f"</{tag}>")
+    return re.compile(f"{opening}((?:(?!{opening}).)*?){closing}", re.DOTALL)
+
+
 class Tagged(ResponseFormat):
     """``<thinking>...</thinking><answer>...</answer>``, whatever the tags are called.
 
@@ -153,10 +159,8 @@ class ThinkBoxed(ResponseFormat):
         "\\boxed{}."
     )
 
-    _THINKING = re.compile(r"<think>((?:(?!<think>).)*?)</think>", re.DOTALL)
-
     def find_thinking(self, text: str) -> str | None:
-        found = self._THINKING.search(text)
+        found = _section("think").search(text)
         return found.group(1).strip() if found else None
 
     def find_answer(self, text: str) -> str | None:
@@ -230,9 +234,3 @@ def _last_box(text: str) -> tuple[int, int] | None:
             if is_box and (last is None or start > last[0]):
                 last = (start, token.start())
     return last
-
-
-def _section(tag: str) -> re.Pattern[str]:
-    """The text between a pair of tags, without another opening tag in it."""
-    opening, closing = re.escape(f"<{tag}>"), re.escape(f"</{tag}>")
-    return re.compile(f"{opening}((?:(?!{opening}).)*?){closing}", re.DOTALL)

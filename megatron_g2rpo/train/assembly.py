@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig
 
+from megatron_g2rpo.data.dataset import open_dataset
 from megatron_g2rpo.data.packing import Packer
 from megatron_g2rpo.data.processing import ChatProcessor
-from megatron_g2rpo.data.shard_index import ShardIndex
 from megatron_g2rpo.data.stream import PromptStream, validation_prompts
 from megatron_g2rpo.objective import History
 from megatron_g2rpo.policy.device import Device, select, set_cpu_threads
@@ -76,9 +76,8 @@ def assemble(recipe: Recipe) -> Components:
         data.system_prompt,
         response_formats.by_task(recipe.env, data.response_format) if data.format_instruction else None,
     )
-    known = set(recipe.env.tasks)
-    train_index = ShardIndex(data.train.path, known_tasks=known)
-    validation_index = ShardIndex(data.validation.path, known_tasks=known)
+    train_index = open_dataset(data.train.path, recipe.env)
+    validation_index = open_dataset(data.validation.path, recipe.env)
     vocab_size = (
         AutoConfig.from_pretrained(recipe.policy.model_name, local_files_only=True).get_text_config().vocab_size
     )
@@ -148,4 +147,4 @@ def engine_for(
         spatial_merge_size=processor.spatial_merge_size,
         decode=processor.decode,
     )
-    return engines.get(recipe.policy.generation.backend).build(context)
+    return engines.get(recipe.policy.generation.backend).build(context, **recipe.policy.generation.backend_cfg)

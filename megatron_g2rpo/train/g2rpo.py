@@ -12,8 +12,8 @@ from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.train.assembly import Components, assemble
 from megatron_g2rpo.train.run.logs import Column, MetricsLog, StepMetrics
 from megatron_g2rpo.train.run.loop import Run
-from megatron_g2rpo.train.step.advantages import advantages_of, estimator_of
-from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies, surrogate_of
+from megatron_g2rpo.train.step.advantages import advantages_of
+from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies
 from megatron_g2rpo.train.step.metrics import (
     advantage_metrics,
     answer_warnings,
@@ -55,9 +55,6 @@ def train(recipe: TrainRecipe) -> Path | None:
     Returns:
         The exported Hugging Face directory, if the recipe asks for one.
     """
-    # An unknown name is an error now, not after the first rollouts.
-    estimator_of(recipe)
-    surrogate_of(recipe)
     parts = assemble(recipe)
     run = Run(recipe, parts)
     with MetricsLog(recipe, COLUMNS, run.last_step, run.first_step, enabled=dist.get_rank() == 0) as log:

@@ -21,8 +21,7 @@ WEIGHTS = {"accuracy": 0.9, "format": 0.1, "length": 0.3}
 ESTIMATORS = {
     **{name: estimators.get(name) for name in estimators.names()},
     "g2rpo, kept, unit": estimators.bind("g2rpo", zero_variance="keep", variance="unit"),
-    "g2_gdpo, kept, unit": estimators.bind("g2_gdpo", part_weights=WEIGHTS, zero_variance="keep", variance="unit"),
-    "gdpo, weighed": estimators.bind("gdpo", part_weights=WEIGHTS),
+    "g2_gdpo, kept, unit": estimators.bind("g2_gdpo", zero_variance="keep", variance="unit"),
     "reinforce_plus_plus, batch": estimators.bind("reinforce_plus_plus", baseline="batch"),
 }
 
@@ -38,7 +37,11 @@ def global_rows(seed: int) -> RewardBatch:
     tasks = np.repeat(rng.choice([-1, 5, 2**63 - 1], 15), 8)
     order = rng.permutation(ROWS)
     columns = {name: torch.from_numpy(part[order]) for name, part in parts.items()}
-    return as_reward_batch(accuracy[order] * 0.9 + form[order] * 0.1, groups[order], tasks[order], columns)
+    # Another weight for one of the tasks: weights travel with the rollouts.
+    weights = {name: torch.full((ROWS,), weight, dtype=torch.float64) for name, weight in WEIGHTS.items()}
+    weights["length"][torch.from_numpy(tasks[order] == 5)] = 0.0
+    rewards = accuracy[order] * 0.9 + form[order] * 0.1
+    return as_reward_batch(rewards, groups[order], tasks[order], columns, weights)
 
 
 def dealt_rows(seed: int, rank: int, world: int) -> Tensor:
@@ -53,10 +56,13 @@ def dealt_rows(seed: int, rank: int, world: int) -> Tensor:
 def call(
     rows: RewardBatch, mine: Tensor, group: dist.ProcessGroup | None, estimator: estimators.Estimator, history: History
 ):
-    # A rank without rows has met no component, and need not name one.
+    # A rank without rollouts has met no part, and need not name one.
     parts: Mapping[str, Tensor] = {name: part[mine] for name, part in rows.parts.items()} if len(mine) else {}
-    local = rows.rewards[mine], rows.groups[mine], rows.tasks[mine]
-    return sharded_advantages(*local, estimator=estimator, group=group, history=history, parts=parts)
+    weights = {name: rows.part_weights[name][mine] for name in parts}
+    local = rows.rewards[mine], rows.group_ids[mine], rows.task_ids[mine]
+    return sharded_advantages(
+        *local, estimator=estimator, process_group=group, history=history, parts=parts, part_weights=weights
+    )
 
 
 def assert_same_bits(actual: GroupStatistics, expected: GroupStatistics) -> None:
@@ -73,23 +79,27 @@ def check_equal_to_one_process(group: dist.ProcessGroup) -> None:
             for step in range(STEPS):
                 rows = global_rows(STEPS * seed + step)
                 mine = dealt_rows(STEPS * seed + step, rank, world)
-                expected, statistics = call(rows, torch.arange(ROWS), None, estimator, one)
+                whole = call(rows, torch.arange(ROWS), None, estimator, one)
+                expected, statistics = whole.advantages, whole.statistics
                 assert len(expected.unique()) > 3, "the comparison needs advantages"
-                actual, gathered = call(rows, mine, group, estimator, sharded)
-                same = torch.equal(actual.view(torch.int64), expected[mine].view(torch.int64))
+                shared = call(rows, mine, group, estimator, sharded)
+                same = torch.equal(shared.advantages.view(torch.int64), expected[mine].view(torch.int64))
                 assert same, f"{name}, seed {seed}, step {step}, rank {rank} of {world}"
                 assert sharded.state_dict() == one.state_dict(), f"{name}, seed {seed}, step {step}"
-                assert_same_bits(gathered, statistics)
+                assert_same_bits(shared.statistics, statistics)
+                # In rank order, hence another order; of the same rollouts.
+                assert torch.equal(shared.global_advantages.sort().values, expected.sort().values)
+                assert torch.equal(shared.global_task_ids.sort().values, rows.task_ids.sort().values)
             assert bool(one.moments) == (name == "ema_grpo")
-        local = rows.rewards[mine], rows.groups[mine], rows.tasks[mine]
-        assert_same_bits(sharded_statistics(*local, group=group), statistics)
+        local = rows.rewards[mine], rows.group_ids[mine], rows.task_ids[mine]
+        assert_same_bits(sharded_statistics(*local, process_group=group), statistics)
 
 
 def check_no_rows_at_all(group: dist.ProcessGroup) -> None:
     empty = torch.zeros(0, dtype=torch.int64)
     for estimator in ESTIMATORS.values():
-        advantages, statistics = sharded_advantages(empty.double(), empty, empty, estimator=estimator, group=group)
-        assert len(advantages) == len(statistics.groups.id) == 0
+        shared = sharded_advantages(empty.double(), empty, empty, estimator=estimator, process_group=group)
+        assert len(shared.advantages) == len(shared.statistics.groups.id) == 0
 
 
 def check_errors_reach_every_rank(group: dist.ProcessGroup) -> None:
@@ -98,7 +108,7 @@ def check_errors_reach_every_rank(group: dist.ProcessGroup) -> None:
     groups, zeros, bad = torch.arange(4) + 10 * rank, torch.zeros(4), torch.arange(4.0)
     if rank == last:
         bad[2] = torch.nan
-    named = f"row 2 of data-parallel rank {last} is nan (group {10 * last + 2}, task {10 * last + 2})"
+    named = f"rollout 2 of data-parallel rank {last} is nan (group {10 * last + 2}, task {10 * last + 2})"
 
     message = error_of(bad, groups, groups, group)
     assert f"reward of {named}" in message, message
@@ -107,7 +117,7 @@ def check_errors_reach_every_rank(group: dist.ProcessGroup) -> None:
 
     message = error_of(zeros, groups[: 3 if rank == last else 4], groups, group)
     assert "lengths 4, 3 and 4" in message, message
-    assert rank == last or f"data-parallel rank {last} passed rows that can't be read" in message, message
+    assert f"data-parallel rank {last} passed rollouts that can't be read" in message, message
 
     names = ("format", "length") if rank == last else ("format",)
     if world > 1:
@@ -120,7 +130,7 @@ def error_of(
     rewards: Tensor, groups: Tensor, tasks: Tensor, group: dist.ProcessGroup, parts: Mapping[str, Tensor] | None = None
 ) -> str:
     try:
-        sharded_advantages(rewards, groups, tasks, estimator=ESTIMATORS["g2rpo"], group=group, parts=parts)
+        sharded_advantages(rewards, groups, tasks, estimator=ESTIMATORS["g2rpo"], process_group=group, parts=parts)
     except ValueError as error:
         return str(error)
     raise AssertionError("no error was raised")

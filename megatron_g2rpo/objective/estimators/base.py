@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registry of advantage estimators."""
+"""What an advantage estimator is, and how it is found by its name."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from megatron_g2rpo import registry
 from megatron_g2rpo.objective.history import History
 from megatron_g2rpo.objective.reward_batch import RewardBatch
-from megatron_g2rpo.registry import Registry
 
 Estimator = Callable[[RewardBatch, History], Tensor]
 
-_registry: Registry = Registry("advantage estimator")
-register = _registry.register
-get = _registry.get
-names = _registry.names
-options = _registry.options
-bind = _registry.bind
+register = registry.estimators.register
+get = registry.estimators.get
+names = registry.estimators.names
+options = registry.estimators.options
+bind = registry.estimators.bind
 
 
 def uses_parts(name: str) -> bool:
-    """Whether an estimator reads the components of the rewards, which its option ``part_weights`` then weighs.
+    """Whether an estimator reads the parts of the rewards, and their weights.
 
     Raises:
         ValueError: unknown name.
     """
-    return "part_weights" in options(name)
+    return bool(registry.estimators.entry(name).facts.get("uses_parts", False))

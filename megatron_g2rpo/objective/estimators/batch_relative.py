@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from megatron_g2rpo.objective.advantages import TIE_TOLERANCE
@@ -13,9 +16,13 @@ from megatron_g2rpo.objective.history import History
 from megatron_g2rpo.objective.reward_batch import RewardBatch
 
 
-@register("reinforce_plus_plus")
+@register("reinforce_plus_plus", min_group_size=lambda baseline, **_: 2 if baseline == "group" else 1)
 def reinforce_plus_plus(
-    rows: RewardBatch, history: History, *, baseline: str = "group", tie_tolerance: float = TIE_TOLERANCE
+    batch: RewardBatch,
+    history: History,
+    *,
+    baseline: Literal["group", "batch"] = "group",
+    tie_tolerance: Annotated[float, Ge(0.0)] = TIE_TOLERANCE,
 ) -> Tensor:
     """Rewards, or their differences from their group's mean, standardised over the whole batch.
 
@@ -32,12 +39,12 @@ def reinforce_plus_plus(
     Raises:
         ValueError: an unknown baseline, or a reward that is not finite.
     """
-    values = rows.rewards.double()
+    values = batch.rewards.double()
     if baseline == "group":
-        sets, index = statistics_by(values, rows.groups, tie_tolerance)
+        sets, index = statistics_by(values, batch.group_ids, tie_tolerance)
         # Any common divisor leaves the result as it is; 4 keeps the differences of the largest doubles in range.
         divisor = 4.0 if bool((values.abs() > HUGE).any()) else 1.0
         values = scaled_difference(values, sets.mean[index], torch.full_like(values, divisor))
     elif baseline != "batch":
         raise ValueError(f"baseline must be 'batch' or 'group', got {baseline!r}")
-    return standardised(values, torch.zeros_like(rows.groups), tie_tolerance)
+    return standardised(values, torch.zeros_like(batch.group_ids), tie_tolerance)

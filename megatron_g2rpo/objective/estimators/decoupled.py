@@ -1,32 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Estimators that normalise every component of the reward on its own, and then their weighted sum.
+"""Estimators that normalise every part of the reward on its own, and then their weighted sum.
 
-A component that would drown in the sum of the raw rewards, or tie with another combination of components, keeps its
-signal. ``part_weights`` names every component of the rows; one of weight 0 takes no part.
+A part that would drown in the sum of the raw rewards, or tie with another combination of parts, keeps its
+signal. A part of weight 0 takes no part.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from megatron_g2rpo.objective.advantages import TIE_TOLERANCE, gaussian_advantages
 from megatron_g2rpo.objective.estimators.base import register
 from megatron_g2rpo.objective.estimators.moments import standardised, statistics_by
 from megatron_g2rpo.objective.history import History
-from megatron_g2rpo.objective.reward_batch import RewardBatch
+from megatron_g2rpo.objective.reward_batch import RewardBatch, first_non_finite
 
 
-@register("gdpo")
+@register("gdpo", uses_parts=True, min_group_size=2)
 def gdpo(
-    rows: RewardBatch,
+    batch: RewardBatch,
     history: History,
     *,
-    part_weights: Mapping[str, float] | None = None,
-    tie_tolerance: float = TIE_TOLERANCE,
+    tie_tolerance: Annotated[float, Ge(0.0)] = TIE_TOLERANCE,
 ) -> Tensor:
     """Components standardised within each group, summed with weights, and standardised over the whole batch.
 
@@ -34,40 +34,37 @@ def gdpo(
     2601.05242. Population standard deviations, with nothing added to the denominators.
 
     Args:
-        part_weights: weight of every component; None: 1 each.
-        tie_tolerance: a group whose values of a component, or a batch whose sums, are all equal within it gets 0.
+        tie_tolerance: a group whose values of a part, or a batch whose sums, are all equal within it gets 0.
 
     Returns:
         float64 ``[N]``.
 
     Raises:
-        ValueError: no components, weights of other components, or a value that is not finite.
+        ValueError: no parts, weights of other parts, or a value that is not finite.
     """
-    total = torch.zeros(len(rows), dtype=torch.float64)
-    for weight, part in _weighted_parts(rows, part_weights):
-        total = total + weight * standardised(part, rows.groups, tie_tolerance)
-    return standardised(total, torch.zeros_like(rows.groups), tie_tolerance)
+    total = torch.zeros(len(batch), dtype=torch.float64)
+    for weight, part in _weighted_parts(batch):
+        total = total + weight * standardised(part, batch.group_ids, tie_tolerance)
+    return standardised(total, torch.zeros_like(batch.group_ids), tie_tolerance)
 
 
-@register("g2_gdpo")
+@register("g2_gdpo", uses_parts=True, min_group_size=2)
 def g2_gdpo(
-    rows: RewardBatch,
+    batch: RewardBatch,
     history: History,
     *,
-    part_weights: Mapping[str, float] | None = None,
-    tie_tolerance: float = TIE_TOLERANCE,
-    zero_variance: str = "drop",
-    variance: str = "as_is",
+    tie_tolerance: Annotated[float, Ge(0.0)] = TIE_TOLERANCE,
+    zero_variance: Literal["drop", "keep"] = "drop",
+    variance: Literal["as_is", "unit"] = "as_is",
 ) -> Tensor:
     """Components mapped to N(0, 1) within each group, summed with weights, and mapped to N(0, 1) within each task.
 
-    Source: the public code of "OpenVLThinkerV2", arXiv 2604.08539 (Gaussian GDPO). A component whose values are all
+    Source: the public code of "OpenVLThinkerV2", arXiv 2604.08539 (Gaussian GDPO). A part whose values are all
     equal within a group adds 0 there.
 
     Args:
-        part_weights: weight of every component; None: 1 each.
         tie_tolerance: as in ``gaussian_advantages``, in both stages.
-        zero_variance: what becomes of a group in which every component is all-equal. ``"drop"``: its rows get 0 and
+        zero_variance: what becomes of a group in which every part is all-equal. ``"drop"``: its rollouts get 0 and
             take no rank in their task. ``"keep"``: they enter the task stage at 0.
         variance: as in ``gaussian_advantages``.
 
@@ -75,21 +72,21 @@ def g2_gdpo(
         float64 ``[N]``.
 
     Raises:
-        ValueError: an unknown option, no components, weights of other components, or a value that is not finite.
+        ValueError: an unknown option, no parts, weights of other parts, or a value that is not finite.
     """
-    total = torch.zeros(len(rows), dtype=torch.float64)
-    ranked = torch.full((len(rows),), zero_variance != "drop")
-    for weight, part in _weighted_parts(rows, part_weights):
-        sets, index = statistics_by(part, rows.groups, tie_tolerance)
-        ranked |= ~sets.zero_variance[index]
+    total = torch.zeros(len(batch), dtype=torch.float64)
+    ranked = torch.full((len(batch),), zero_variance != "drop")
+    for weight, part in _weighted_parts(batch):
+        sets, index = statistics_by(part, batch.group_ids, tie_tolerance)
+        ranked |= ~sets.zero_variance[index] & (weight != 0.0)
         total = total + weight * gaussian_advantages(
-            part, rows.groups, rows.tasks, stages=("group",), tie_tolerance=tie_tolerance, zero_variance="keep"
+            part, batch.group_ids, batch.task_ids, stages=("group",), tie_tolerance=tie_tolerance, zero_variance="keep"
         )
-    advantages = torch.zeros(len(rows), dtype=torch.float64)
+    advantages = torch.zeros(len(batch), dtype=torch.float64)
     advantages[ranked] = gaussian_advantages(
         total[ranked],
-        rows.groups[ranked],
-        rows.tasks[ranked],
+        batch.group_ids[ranked],
+        batch.task_ids[ranked],
         stages=("task",),
         tie_tolerance=tie_tolerance,
         zero_variance=zero_variance,
@@ -98,20 +95,16 @@ def g2_gdpo(
     return advantages
 
 
-def _weighted_parts(rows: RewardBatch, part_weights: Mapping[str, float] | None) -> Iterator[tuple[float, Tensor]]:
-    """Yields (weight, component) for every weight that is not 0, always in the order of the names."""
-    if len(rows) == 0:
-        return  # a batch without rows need not know its components
-    if not rows.parts:
-        raise ValueError("this advantage estimator needs the components of the rewards, and the rows have none")
-    weights = dict.fromkeys(rows.parts, 1.0) if part_weights is None else part_weights
-    if set(weights) != set(rows.parts):
-        raise ValueError(
-            f"part_weights must name every component of the reward and no other: it names "
-            f"{', '.join(sorted(weights)) or 'none'}, the components are {', '.join(sorted(rows.parts))}"
-        )
-    for name in sorted(rows.parts):
-        if not math.isfinite(weights[name]):
-            raise ValueError(f"part_weights gives {name!r} the weight {weights[name]}; weights must be finite")
-        if weights[name] != 0.0:
-            yield weights[name], rows.parts[name]
+def _weighted_parts(batch: RewardBatch) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields (weights ``[N]``, part ``[N]``) for every part that counts anywhere, in the order of the names."""
+    if len(batch) == 0:
+        return  # a batch without rollouts need not know its parts
+    if not batch.parts:
+        raise ValueError("this advantage estimator needs the parts of the rewards, and the batch has none")
+    for name, part in batch.parts.items():
+        weights = batch.part_weights[name]
+        bad = first_non_finite(weights)
+        if bad is not None:
+            raise ValueError(f"part {name!r} has the weight {weights[bad].item()}; weights must be finite")
+        if bool((weights != 0.0).any()):
+            yield weights, part

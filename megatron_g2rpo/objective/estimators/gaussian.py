@@ -8,24 +8,26 @@ its public code.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
+from annotated_types import Ge, Len
 from torch import Tensor
 
-from megatron_g2rpo.objective.advantages import STAGES, TIE_TOLERANCE, gaussian_advantages
+from megatron_g2rpo.objective.advantages import STAGES, TIE_TOLERANCE, check_options, gaussian_advantages
 from megatron_g2rpo.objective.estimators.base import register
 from megatron_g2rpo.objective.history import History
 from megatron_g2rpo.objective.reward_batch import RewardBatch
 
 
-@register("g2rpo")
+@register("g2rpo", min_group_size=lambda stages, **_: 2 if "group" in stages else 1, check=check_options)
 def g2rpo(
-    rows: RewardBatch,
+    batch: RewardBatch,
     history: History,
     *,
-    stages: Sequence[str] = STAGES,
-    tie_tolerance: float = TIE_TOLERANCE,
-    zero_variance: str = "drop",
-    variance: str = "as_is",
+    stages: Annotated[Sequence[Literal["group", "task"]], Len(min_length=1)] = STAGES,
+    tie_tolerance: Annotated[float, Ge(0.0)] = TIE_TOLERANCE,
+    zero_variance: Literal["drop", "keep"] = "drop",
+    variance: Literal["as_is", "unit"] = "as_is",
 ) -> Tensor:
     """Gaussian advantages of the rewards; see ``gaussian_advantages`` for the options and what raises.
 
@@ -33,9 +35,9 @@ def g2rpo(
         float64 ``[N]``.
     """
     return gaussian_advantages(
-        rows.rewards,
-        rows.groups,
-        rows.tasks,
+        batch.rewards,
+        batch.group_ids,
+        batch.task_ids,
         stages=stages,
         tie_tolerance=tie_tolerance,
         zero_variance=zero_variance,

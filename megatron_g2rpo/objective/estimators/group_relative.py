@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from megatron_g2rpo.objective.advantages import TIE_TOLERANCE
@@ -13,8 +16,8 @@ from megatron_g2rpo.objective.history import History
 from megatron_g2rpo.objective.reward_batch import RewardBatch
 
 
-@register("grpo")
-def grpo(rows: RewardBatch, history: History, *, tie_tolerance: float = TIE_TOLERANCE) -> Tensor:
+@register("grpo", min_group_size=2)
+def grpo(batch: RewardBatch, history: History, *, tie_tolerance: Annotated[float, Ge(0.0)] = TIE_TOLERANCE) -> Tensor:
     """Group-relative advantages, ``(R - mean) / population standard deviation`` within each group.
 
     Source: "DeepSeekMath", arXiv 2402.03300, equation of section 4.1.2. The population standard deviation, with nothing
@@ -29,11 +32,11 @@ def grpo(rows: RewardBatch, history: History, *, tie_tolerance: float = TIE_TOLE
     Raises:
         ValueError: a reward that is not finite.
     """
-    return standardised(rows.rewards.double(), rows.groups, tie_tolerance)
+    return standardised(batch.rewards.double(), batch.group_ids, tie_tolerance)
 
 
-@register("dr_grpo")
-def dr_grpo(rows: RewardBatch, history: History) -> Tensor:
+@register("dr_grpo", min_group_size=2)
+def dr_grpo(batch: RewardBatch, history: History) -> Tensor:
     """Rewards less their group's mean, divided by nothing.
 
     Source: "Understanding R1-Zero-Like Training: A Critical Perspective", arXiv 2503.20783 (Dr. GRPO).
@@ -44,13 +47,13 @@ def dr_grpo(rows: RewardBatch, history: History) -> Tensor:
     Raises:
         ValueError: a reward that is not finite.
     """
-    values = rows.rewards.double()
-    sets, index = statistics_by(values, rows.groups)
+    values = batch.rewards.double()
+    sets, index = statistics_by(values, batch.group_ids)
     return values - sets.mean[index]
 
 
-@register("rloo")
-def rloo(rows: RewardBatch, history: History) -> Tensor:
+@register("rloo", min_group_size=2)
+def rloo(batch: RewardBatch, history: History) -> Tensor:
     """Rewards less the mean of the other rewards of their group: REINFORCE with a leave-one-out baseline.
 
     Of n rewards, ``R - (sum - R) / (n - 1)`` is ``(R - mean) n / (n - 1)``. A group of one has no others and gets 0.
@@ -64,7 +67,7 @@ def rloo(rows: RewardBatch, history: History) -> Tensor:
     Raises:
         ValueError: a reward that is not finite.
     """
-    values = rows.rewards.double()
-    sets, index = statistics_by(values, rows.groups)
+    values = batch.rewards.double()
+    sets, index = statistics_by(values, batch.group_ids)
     count = sets.count[index].double()
     return (values - sets.mean[index]) * (count / torch.clamp(count - 1.0, min=1.0))

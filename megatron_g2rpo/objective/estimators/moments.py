@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Differences from a set's mean and their quotients, without overflow where the result has none.
 
-Means and standard deviations come from ``group_statistics``, whose sums do not depend on the order of the rows.
+Means and standard deviations come from ``group_statistics``, whose sums do not depend on the order of the rollouts.
 Everything here is elementwise on top of them.
 """
 

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from megatron_g2rpo.objective.advantages import group_statistics
@@ -15,13 +17,19 @@ from megatron_g2rpo.objective.history import History, Moments
 from megatron_g2rpo.objective.reward_batch import RewardBatch
 
 
-@register("ema_grpo")
-def ema_grpo(rows: RewardBatch, history: History, *, ema_decay: float = 0.99, min_std: float = 1e-3) -> Tensor:
+@register("ema_grpo", min_group_size=2)
+def ema_grpo(
+    batch: RewardBatch,
+    history: History,
+    *,
+    ema_decay: Annotated[float, Ge(0.0), Lt(1.0)] = 0.99,
+    min_std: Annotated[float, Gt(0.0)] = 1e-3,
+) -> Tensor:
     """Rewards less their group's mean, divided by their task's moving standard deviation.
 
-    Every call is a step: it first moves the averages of the tasks among its rows, ``m1 <- d m1 + (1 - d) mean(R)`` and
-    ``m2 <- d m2 + (1 - d) mean(R^2)`` (a task's first step sets them), and then divides by ``sqrt(m2 - m1^2)``. Call it
-    once a step. Tasks that are absent keep their averages.
+    Every call is a step: it first moves the averages of the tasks among its rollouts, ``m1 <- d m1 + (1 - d) mean(R)``
+    and ``m2 <- d m2 + (1 - d) mean(R^2)`` (a task's first step sets them), and then divides by ``sqrt(m2 - m1^2)``.
+    Call it once a step. Tasks that are absent keep their averages.
 
     Source: "OneThinker: All-in-one Reasoning Model for Image and Video", arXiv 2512.03043 (EMA-GRPO).
 
@@ -38,15 +46,15 @@ def ema_grpo(rows: RewardBatch, history: History, *, ema_decay: float = 0.99, mi
     """
     if not (0.0 <= ema_decay < 1.0 and 0.0 < min_std < math.inf):
         raise ValueError(f"ema_decay must be in [0, 1) and min_std above 0, got {ema_decay} and {min_std}")
-    values = rows.rewards.double()
-    statistics = group_statistics(values, rows.groups, rows.tasks)
+    values = batch.rewards.double()
+    statistics = group_statistics(values, batch.group_ids, batch.task_ids)
     groups, tasks = statistics.groups, statistics.tasks
     steps = zip(tasks.id.tolist(), tasks.mean.tolist(), tasks.std.tolist(), strict=True)
     for task, mean, std in steps:
         history.moments[task] = moved(history.moments.get(task), Moments(mean, std), ema_decay)
     divisors = [max(history.moments[task].std, min_std) for task in tasks.id.tolist()]
-    of_task = torch.tensor(divisors, dtype=torch.float64)[torch.searchsorted(tasks.id, rows.tasks)]
-    return scaled_difference(values, groups.mean[torch.searchsorted(groups.id, rows.groups)], of_task)
+    of_task = torch.tensor(divisors, dtype=torch.float64)[torch.searchsorted(tasks.id, batch.task_ids)]
+    return scaled_difference(values, groups.mean[torch.searchsorted(groups.id, batch.group_ids)], of_task)
 
 
 def moved(average: Moments | None, batch: Moments, decay: float) -> Moments:

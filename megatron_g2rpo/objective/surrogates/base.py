@@ -8,15 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_g2rpo import registry
 from megatron_g2rpo.objective.sequences import Sequences
-from megatron_g2rpo.registry import Registry
 
-_registry: Registry = Registry("surrogate")
-register = _registry.register
-get = _registry.get
-names = _registry.names
-options = _registry.options
-bind = _registry.bind
+register = registry.surrogates.register
+get = registry.surrogates.get
+names = registry.surrogates.names
+options = registry.surrogates.options
+bind = registry.surrogates.bind
+
+# Defaults of OpenVLThinkerV2's public code: clip-higher, dual clip.
+RATIO_CLIP_MIN, RATIO_CLIP_MAX, RATIO_CLIP_C = 0.2, 0.3, 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,16 +64,16 @@ def check_shapes(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, seq
         )
 
 
-def check_clips(clip_low: float, clip_high: float) -> None:
+def check_clips(ratio_clip_min: float, ratio_clip_max: float) -> None:
     """Refuses distances of the clips' bounds from 1 that leave no ratio unclipped.
 
     Raises:
         ValueError: out of range.
     """
-    if not 0.0 <= clip_low <= 1.0:
-        raise ValueError(f"clip_low must lie in [0, 1], got {clip_low}")
-    if not clip_high >= 0.0:
-        raise ValueError(f"clip_high must not be negative, got {clip_high}")
+    if not 0.0 <= ratio_clip_min <= 1.0:
+        raise ValueError(f"ratio_clip_min must lie in [0, 1], got {ratio_clip_min}")
+    if not ratio_clip_max >= 0.0:
+        raise ValueError(f"ratio_clip_max must not be negative, got {ratio_clip_max}")
 
 
 def check_clamp(log_ratio_clamp: float) -> None:

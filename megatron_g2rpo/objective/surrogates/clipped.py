@@ -3,11 +3,23 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from megatron_g2rpo.objective.sequences import Sequences
-from megatron_g2rpo.objective.surrogates.base import PolicyLoss, check_clamp, check_clips, check_shapes, register
+from megatron_g2rpo.objective.surrogates.base import (
+    RATIO_CLIP_C,
+    RATIO_CLIP_MAX,
+    RATIO_CLIP_MIN,
+    PolicyLoss,
+    check_clamp,
+    check_clips,
+    check_shapes,
+    register,
+)
 
 
 @register("ppo")
@@ -17,29 +29,31 @@ def ppo(
     advantages: Tensor,
     sequences: Sequences,
     *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    log_ratio_clamp: float,
+    ratio_clip_min: Annotated[float, Ge(0.0), Le(1.0)] = RATIO_CLIP_MIN,
+    ratio_clip_max: Annotated[float, Gt(0.0)] = RATIO_CLIP_MAX,
+    ratio_clip_c: Annotated[float, Gt(1.0)] | None = RATIO_CLIP_C,
+    log_ratio_clamp: Annotated[float, Gt(0.0)],
 ) -> PolicyLoss:
     """Clipped surrogate with separate bounds, and a dual clip for negative advantages.
 
-    With r the ratio and A the advantage of a token, the loss is ``max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))``;
-    where A < 0, it is at most ``-A dual_clip``.
+    With r the ratio and A the advantage of a token, the loss is ``max(-A r, -A clip(r, 1 - low, 1 + high))``, where
+    A < 0 at most ``-A c``; low, high and c are ``ratio_clip_min``, ``ratio_clip_max`` and ``ratio_clip_c``.
 
     Sources: PPO, arXiv 1707.06347, equation 7; separate bounds, DAPO, arXiv 2503.14476, equation 10; dual clip, arXiv
     1912.09729, equation 5.
 
     Args:
-        clip_low: distance of the lower bound from 1, in [0, 1].
-        clip_high: distance of the upper bound from 1, at least 0.
-        dual_clip: bound on the ratio where A < 0, above 1; None for none.
+        ratio_clip_min: distance of the lower bound from 1, in [0, 1].
+        ratio_clip_max: distance of the upper bound from 1, at least 0.
+        ratio_clip_c: bound on the ratio where A < 0, above 1; None for none.
 
     Raises:
         ValueError: shapes differ, or an option is out of its range.
     """
     check_shapes(logprobs, old_logprobs, advantages, sequences)
-    return _clipped(logprobs - old_logprobs.detach(), advantages, clip_low, clip_high, dual_clip, log_ratio_clamp)
+    return _clipped(
+        logprobs - old_logprobs.detach(), advantages, ratio_clip_min, ratio_clip_max, ratio_clip_c, log_ratio_clamp
+    )
 
 
 @register("gspo")
@@ -49,10 +63,10 @@ def gspo(
     advantages: Tensor,
     sequences: Sequences,
     *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    log_ratio_clamp: float,
+    ratio_clip_min: Annotated[float, Ge(0.0), Le(1.0)] = RATIO_CLIP_MIN,
+    ratio_clip_max: Annotated[float, Gt(0.0)] = RATIO_CLIP_MAX,
+    ratio_clip_c: Annotated[float, Gt(1.0)] | None = RATIO_CLIP_C,
+    log_ratio_clamp: Annotated[float, Gt(0.0)],
 ) -> PolicyLoss:
     """``ppo`` with the ratio of the whole sequence, ``s = exp(mean over its tokens of the log-ratio)``.
 
@@ -68,9 +82,9 @@ def gspo(
 
     Args:
         sequences: a token of none has s = 1. ``reduce`` is called once.
-        clip_low: distance of the lower bound from 1, in [0, 1].
-        clip_high: distance of the upper bound from 1, at least 0.
-        dual_clip: bound on the ratio where A < 0, above 1; None for none.
+        ratio_clip_min: distance of the lower bound from 1, in [0, 1].
+        ratio_clip_max: distance of the upper bound from 1, at least 0.
+        ratio_clip_c: bound on the ratio where A < 0, above 1; None for none.
         log_ratio_clamp: of the mean, not of the tokens.
 
     Raises:
@@ -78,35 +92,35 @@ def gspo(
     """
     check_shapes(logprobs, old_logprobs, advantages, sequences)
     log_ratio = sequences.mean(logprobs - old_logprobs) + (logprobs - logprobs.detach())
-    return _clipped(log_ratio, advantages, clip_low, clip_high, dual_clip, log_ratio_clamp)
+    return _clipped(log_ratio, advantages, ratio_clip_min, ratio_clip_max, ratio_clip_c, log_ratio_clamp)
 
 
 def _clipped(
     log_ratio: Tensor,
     advantages: Tensor,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
+    ratio_clip_min: float,
+    ratio_clip_max: float,
+    ratio_clip_c: float | None,
     log_ratio_clamp: float,
 ) -> PolicyLoss:
-    check_clips(clip_low, clip_high)
+    check_clips(ratio_clip_min, ratio_clip_max)
     check_clamp(log_ratio_clamp)
-    if dual_clip is not None and not dual_clip > 1.0:
-        raise ValueError(f"dual_clip must be above 1 (or None for no dual clip), got {dual_clip}")
+    if ratio_clip_c is not None and not ratio_clip_c > 1.0:
+        raise ValueError(f"ratio_clip_c must be above 1 (or None for no dual clip), got {ratio_clip_c}")
     advantages = advantages.detach()
     ratio = log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp).exp()
-    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high))
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - ratio_clip_min, 1.0 + ratio_clip_max))
 
     ratio = ratio.detach()
     negative = advantages < 0
     clipped_dual = torch.zeros_like(negative)
-    if dual_clip is not None:
-        clipped_dual = negative & (ratio > dual_clip)
-        loss = torch.where(clipped_dual, -advantages * dual_clip, loss)
+    if ratio_clip_c is not None:
+        clipped_dual = negative & (ratio > ratio_clip_c)
+        loss = torch.where(clipped_dual, -advantages * ratio_clip_c, loss)
     return PolicyLoss(
         loss=loss,
         ratio=ratio,
-        clipped_low=negative & (ratio < 1.0 - clip_low),
-        clipped_high=(advantages > 0) & (ratio > 1.0 + clip_high),
+        clipped_low=negative & (ratio < 1.0 - ratio_clip_min),
+        clipped_high=(advantages > 0) & (ratio > 1.0 + ratio_clip_max),
         clipped_dual=clipped_dual,
     )

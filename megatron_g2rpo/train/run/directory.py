@@ -14,6 +14,8 @@ from megatron_g2rpo.train.run.logs import METRICS_FILE
 
 RECIPE_FILE, IDENTITY_FILE = "recipe.yaml", "identity.yaml"
 SHOWN_DIFFERENCES = 5
+# Of the keys of a recipe; releases up to 0.1 wrote none.
+_VERSION, VERSION = "identity_version", 2
 
 
 class RunDirectoryError(ValueError):
@@ -51,7 +53,7 @@ def prepare(recipe: Recipe, *, fresh: bool) -> None:
             "name another for either, or pass --fresh to move the checkpoints aside"
         )
     directory.mkdir(parents=True, exist_ok=True)
-    claimed.write_text(yaml.safe_dump(identity, sort_keys=True))
+    claimed.write_text(yaml.safe_dump({**identity, _VERSION: VERSION}, sort_keys=True))
     (directory / RECIPE_FILE).write_text(recipes.dump(recipe))
 
 
@@ -69,7 +71,9 @@ def _free(path: Path) -> Path:
 
 
 def _check_same(mine: dict, theirs: dict, directory: Path) -> None:
-    keys = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+    # A run of another version is compared by the keys that both have: of the others, one of them knows nothing.
+    known = mine.keys() | theirs.keys() if theirs.get(_VERSION) == VERSION else mine.keys() & theirs.keys()
+    keys = sorted(key for key in known - {_VERSION} if mine.get(key) != theirs.get(key))
     if not keys:
         return
     shown = "; ".join(f"{key}: {theirs.get(key)} there, {mine.get(key)} here" for key in keys[:SHOWN_DIFFERENCES])

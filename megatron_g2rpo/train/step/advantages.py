@@ -11,14 +11,12 @@ from torch import Tensor
 
 from megatron_g2rpo.objective import (
     AdvantageDiagnostics,
-    Estimator,
     GroupStatistics,
-    History,
-    RewardBatch,
     advantage_diagnostics,
     estimators,
     sharded_advantages,
 )
+from megatron_g2rpo.objective.advantages import TIE_TOLERANCE
 from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.train.assembly import Components
 from megatron_g2rpo.types import Rewards, Rollout
@@ -39,40 +37,28 @@ class Advantages:
     statistics: GroupStatistics
 
 
-def estimator_of(recipe: TrainRecipe, part_weights: dict[str, float] | None = None) -> Estimator:
-    """The estimator that ``grpo.adv_estimator`` names, with those of the section's options that it has.
-
-    Args:
-        part_weights: of the reward's parts, for estimators that look at them one by one.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    options = recipe.grpo.adv_estimator.model_dump()
-    options["part_weights"] = part_weights or {}
-    name = options.pop("name")
-    return estimators.bind(name, **{key: options[key] for key in estimators.options(name) if key in options})
+def tie_tolerance(recipe: TrainRecipe) -> float:
+    """Rewards closer than this are equal: what the estimator says of it, if it does."""
+    return recipe.grpo.adv_estimator.options.get("tie_tolerance", TIE_TOLERANCE)
 
 
 def advantages_of(recipe: TrainRecipe, parts: Components, rollouts: Sequence[Rollout], rewards: Rewards) -> Advantages:
     """Advantages of this data-parallel rank's rollouts. A collective over the data-parallel group; once a step."""
-    options = recipe.grpo.adv_estimator
-    estimate = estimator_of(recipe, dict(rewards.weights))
-    everywhere: list[AdvantageDiagnostics] = []
-
-    def watched(rows: RewardBatch, history: History) -> Tensor:
-        advantages = estimate(rows, history)
-        everywhere.append(advantage_diagnostics(advantages, rows.tasks))
-        return advantages
-
-    values, statistics = sharded_advantages(
+    section = recipe.grpo.adv_estimator
+    uses_parts = estimators.uses_parts(section.name)
+    shared = sharded_advantages(
         rewards.total,
         torch.tensor([rollout.group_id for rollout in rollouts], dtype=torch.int64),
         torch.tensor([parts.task_id(rollout.prompt.task) for rollout in rollouts], dtype=torch.int64),
-        estimator=watched,
-        group=parts.policy.groups.data,
+        estimator=section.bound(),
+        process_group=parts.policy.groups.data,
         history=parts.history,
-        parts=rewards.parts if estimators.uses_parts(options.name) else None,
-        tie_tolerance=options.tie_tolerance,
+        parts=rewards.parts if uses_parts else None,
+        part_weights=rewards.weights if uses_parts else None,
+        tie_tolerance=tie_tolerance(recipe),
     )
-    return Advantages(values=values, diagnostics=everywhere[0], statistics=statistics)
+    return Advantages(
+        values=shared.advantages,
+        diagnostics=advantage_diagnostics(shared.global_advantages, shared.global_task_ids),
+        statistics=shared.statistics,
+    )

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_g2rpo.objective import PolicyLoss, Sequences, entropy, kl, surrogates
+from megatron_g2rpo.objective import PolicyLoss, Sequences, entropy, kl
 from megatron_g2rpo.policy.megatron import Loss, LossTerms
 from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.types import PackedBatch, TokenStats
@@ -78,7 +78,7 @@ class G2RPOLoss:
         self, recipe: TrainRecipe, tasks: tuple[str, ...], entropies: TaskEntropies, context: dist.ProcessGroup
     ) -> None:
         options, shaping = recipe.loss_fn, recipe.loss_fn.entropy_shaping
-        self._surrogate = surrogate_of(recipe)
+        self._surrogate = options.bound()
         self._clamp = options.log_ratio_clamp
         # In the reward it is part of the advantages.
         divergence = options.reference_policy_kl
@@ -151,24 +151,6 @@ class G2RPOLoss:
     def _clipped_by_task(self, batch: PackedBatch, result: PolicyLoss) -> dict[str, Tensor]:
         clipped = (result.clipped_low | result.clipped_high | result.clipped_dual) & (batch.loss_mask != 0)
         return {f"{task}/clipped": (clipped & (batch.task_ids == i)).sum() for i, task in enumerate(self._tasks)}
-
-
-def surrogate_of(recipe: TrainRecipe) -> Callable[..., PolicyLoss]:
-    """The surrogate that ``loss_fn.name`` names, with those of the section's options that it has.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    section = recipe.loss_fn
-    options = {
-        "clip_low": section.ratio_clip_min,
-        "clip_high": section.ratio_clip_max,
-        "dual_clip": section.ratio_clip_c,
-        "log_ratio_clamp": section.log_ratio_clamp,
-        "tau_positive": section.sapo_tau_positive,
-        "tau_negative": section.sapo_tau_negative,
-    }
-    return surrogates.bind(section.name, **{name: options[name] for name in surrogates.options(section.name)})
 
 
 def sequences_of(batch: PackedBatch, context: dist.ProcessGroup | None = None) -> Sequences:

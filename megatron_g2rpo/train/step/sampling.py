@@ -19,6 +19,7 @@ from megatron_g2rpo.objective import GroupStatistics, sharded_statistics
 from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.tasks.scoring import score
 from megatron_g2rpo.train.assembly import Components
+from megatron_g2rpo.train.step.advantages import tie_tolerance
 from megatron_g2rpo.train.step.generation import generate
 from megatron_g2rpo.train.step.minibatches import check_lengths, owned_prompts
 from megatron_g2rpo.train.step.timers import Timers
@@ -141,8 +142,8 @@ def _statistics(recipe: TrainRecipe, parts: Components, rollouts: Sequence[Rollo
         values,
         torch.tensor([rollout.group_id for rollout in rollouts], dtype=torch.int64),
         torch.tensor([parts.task_id(rollout.prompt.task) for rollout in rollouts], dtype=torch.int64),
-        group=parts.policy.groups.data,
-        tie_tolerance=recipe.grpo.adv_estimator.tie_tolerance,
+        process_group=parts.policy.groups.data,
+        tie_tolerance=tie_tolerance(recipe),
     )
 
 

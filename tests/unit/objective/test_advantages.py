@@ -224,11 +224,11 @@ def test_rows_of_other_types_and_lengths_are_errors() -> None:
     rewards, ids = np.zeros(3), np.zeros(3, dtype=np.int64)
     with pytest.raises(ValueError, match="lengths 3, 2 and 3"):
         gaussian_advantages(rewards, ids[:2], ids)
-    with pytest.raises(ValueError, match=r"groups must be one-dimensional \[N\], got shape \(3, 1\)"):
+    with pytest.raises(ValueError, match=r"group_ids must be one-dimensional \[N\], got shape \(3, 1\)"):
         gaussian_advantages(rewards, ids[:, None], ids)
     with pytest.raises(TypeError, match=r"rewards has dtype torch\.int64; expected float32, float64"):
         gaussian_advantages(ids, ids, ids)
-    with pytest.raises(TypeError, match=r"tasks has dtype torch\.float64"):
+    with pytest.raises(TypeError, match=r"task_ids has dtype torch\.float64"):
         gaussian_advantages(rewards, ids, rewards)
     with pytest.raises(TypeError, match="rewards must be a tensor or a numpy array, got list"):
         gaussian_advantages(cast(Any, [0.0, 1.0, 2.0]), ids, ids)

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
@@ -23,13 +24,22 @@ ROWS = st.lists(st.tuples(VALUES, VALUES, VALUES, IDS, IDS), min_size=1, max_siz
 WEIGHTS = {"accuracy": 0.9, "format": 0.1, "length": 0.37}
 
 
-def advantages(name: str, parts: Parts, groups: object = None, tasks: object = None, **options: object) -> np.ndarray:
+def advantages(
+    name: str,
+    parts: Parts,
+    groups: object = None,
+    tasks: object = None,
+    *,
+    part_weights: dict[str, float] | None = None,
+    **options: object,
+) -> np.ndarray:
     """Of one group and one task where none are given."""
     columns = {key: np.asarray(values, dtype=np.float64) for key, values in parts.items()}
     zeros = np.zeros(len(next(iter(columns.values()))), dtype=np.int64)
     ids = [zeros if column is None else np.asarray(column, dtype=np.int64) for column in (groups, tasks)]
-    rows = as_reward_batch(zeros.astype(np.float64), *ids, columns)  # the rewards themselves are not read
-    return estimators.bind(name, **options)(rows, History()).numpy()
+    # The rewards themselves are not read.
+    batch = as_reward_batch(zeros.astype(np.float64), *ids, columns, part_weights)
+    return estimators.bind(name, **options)(batch, History()).numpy()
 
 
 def transported(values: np.ndarray, ids: np.ndarray, active: np.ndarray) -> np.ndarray:
@@ -141,14 +151,39 @@ def test_a_group_with_one_component_that_varies_is_not_dropped() -> None:
 
 
 @pytest.mark.parametrize("name", ["gdpo", "g2_gdpo"])
-def test_weights_must_name_the_components_and_components_must_be_there(name: str) -> None:
+def test_weights_must_name_the_parts_and_parts_must_be_there(name: str) -> None:
     parts: Parts = {"accuracy": [0, 1], "format": [0, 1]}
     for weights, named in (({"accuracy": 1.0}, "accuracy"), ({**WEIGHTS}, "accuracy, format, length"), ({}, "none")):
-        with pytest.raises(ValueError, match=rf"it names {named}, the components are accuracy, format$"):
+        with pytest.raises(ValueError, match=rf"it names {named}, the parts are accuracy, format$"):
             advantages(name, parts, part_weights=weights)
-    with pytest.raises(ValueError, match="'format' the weight nan; weights must be finite"):
+    with pytest.raises(ValueError, match="'format' has the weight nan; weights must be finite"):
         advantages(name, parts, part_weights={"accuracy": 1.0, "format": math.nan})
     zeros = np.zeros(2, dtype=np.int64)
-    with pytest.raises(ValueError, match="needs the components of the rewards"):
+    with pytest.raises(ValueError, match="needs the parts of the rewards"):
         estimators.get(name)(as_reward_batch(zeros.astype(np.float64), zeros, zeros), History())
     assert advantages(name, parts, part_weights={"accuracy": 0.0, "format": 0.0}).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["gdpo", "g2_gdpo"])
+def test_a_weight_may_differ_from_task_to_task(name: str) -> None:
+    """A task alone, with its weights, gets what it gets beside another; gdpo: up to the scale of the whole batch."""
+    rng = np.random.default_rng(3)
+    parts = {"accuracy": rng.normal(size=32), "format": rng.integers(0, 2, 32).astype(np.float64)}
+    groups, tasks = np.repeat(np.arange(4), 8), np.repeat([0, 1], 16)
+    of_task = {0: {"accuracy": 0.9, "format": 0.0}, 1: {"accuracy": 0.0, "format": 2.0}}
+    weights = {key: torch.tensor([of_task[task][key] for task in tasks], dtype=torch.float64) for key in parts}
+    batch = as_reward_batch(np.zeros(32), groups, tasks, parts, weights)  # type: ignore[arg-type]
+    together = estimators.get(name)(batch, History()).numpy()
+    for task, alone_weights in of_task.items():
+        mine = tasks == task
+        alone = advantages(
+            name,
+            {key: part[mine] for key, part in parts.items()},
+            groups[mine],
+            tasks[mine],
+            part_weights=alone_weights,
+        )
+        assert np.ptp(alone) > 0
+        scale = 1.0 if name == "g2_gdpo" else together[mine].std() / alone.std()
+        shift = 0.0 if name == "g2_gdpo" else together[mine].mean() - scale * alone.mean()
+        np.testing.assert_allclose(together[mine], scale * alone + shift, rtol=0, atol=1e-12)
