@@ -322,7 +322,9 @@ def _policy_recipe(overrides: list[str], nproc: int | None) -> Recipe:
     """A recipe for a verb that reads its policy and cluster sections alone."""
     from megatron_g2rpo import recipe as recipes
 
-    return _with_local_model(recipes.load(recipes.EXEMPLARS / "vlm_sft.yaml", [*overrides, *_cluster(nproc)], "sft"))
+    # A recipe has a task at least; these verbs look at none.
+    settings = ["env.tasks={any: {}}", *overrides, *_cluster(nproc)]
+    return _with_local_model(recipes.load(recipes.EXEMPLARS / "vlm_sft.yaml", settings, "sft"))
 
 
 def _with_local_model(recipe: R) -> R:

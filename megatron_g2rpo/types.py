@@ -11,7 +11,7 @@ This file is on the lowest floor of the house: it imports torch and the standard
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,11 +33,11 @@ class Sample:
         task: task name (the one ``task_key`` that advantages, entropy and length shaping group by).
         question: the user's text.
         answer: the reference answer, in the notation of ``answer_format``.
-        answer_format: name of an accuracy reward in ``tasks`` (``exact``, ``box``, ...).
+        answer_format: name of an answer format in ``tasks`` (``exact``, ``box_iou``, ...).
         images: RGB images, in the order in which they precede the question.
         response: a full target response for supervised training; None where the dataset has none.
-        reference_steps: the intermediate step that the thinking should state, ``"7 + 5"``; the structure bonus compares
-            against it. None where the task has no such step.
+        extra: all further fields of the dataset's json, as they are there: provenance, or what an answer format or a
+            reward part of one's own compares with.
     """
 
     key: str
@@ -47,7 +47,7 @@ class Sample:
     answer_format: str
     images: Sequence[Any] = ()
     response: str | None = None
-    reference_steps: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +67,18 @@ class ModelInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A sample with its model inputs, ready for generation."""
+    """A sample with its model inputs, ready for generation.
+
+    Attributes:
+        sample: what is asked.
+        inputs: what the model reads.
+        response_prefix: what the chat template has written of the response already: the text that the prompt ends with
+            after the header of the assistant's turn, such as an opening ``<think>``.
+    """
 
     sample: Sample
     inputs: ModelInputs
+    response_prefix: str = ""
 
     @property
     def key(self) -> str:
@@ -106,23 +114,53 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Response:
+    """What a reward part sees of a rollout.
+
+    Attributes:
+        text: the decoded response without special tokens that end the turn.
+        thinking: the reasoning in it, as the response format finds it; None if there is none.
+        answer: the final answer in it, likewise.
+        is_well_formed: whether it keeps to the response format.
+        num_tokens: its length, the end-of-turn token included when it was sampled.
+        truncated: True when the token limit ended it, not an end-of-turn token.
+        sample_index: its place in the group of its prompt, 0-based.
+    """
+
+    text: str
+    thinking: str | None
+    answer: str | None
+    is_well_formed: bool
+    num_tokens: int
+    truncated: bool
+    sample_index: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rewards:
     """Rewards of N rollouts: the parts, and their one combination.
 
     Attributes:
         parts: name -> float64 ``[N]`` (``accuracy``, ``format``, ``structure``, ``length``...), unweighted.
-        weights: name -> weight of the part.
-        total: float64 ``[N]``, the weighted sum that the advantage is computed from.
+        weights: name -> float64 ``[N]``, weight of the part in each rollout's total: tasks may differ.
+        total: float64 ``[N]``, their weighted sum, added up in this order: what the advantage is computed from.
     """
 
     parts: Mapping[str, Tensor]
-    weights: Mapping[str, float]
+    weights: Mapping[str, Tensor]
     total: Tensor
+
+    @classmethod
+    def none(cls, n: int) -> Rewards:
+        """Those of ``n`` rollouts before any part was computed."""
+        return cls(parts={}, weights={}, total=torch.zeros(n, dtype=torch.float64))
 
     def __getitem__(self, rows: Tensor) -> Rewards:
         """Those of some rollouts, by their numbers."""
         return Rewards(
-            parts={name: part[rows] for name, part in self.parts.items()}, weights=self.weights, total=self.total[rows]
+            parts={name: part[rows] for name, part in self.parts.items()},
+            weights={name: weight[rows] for name, weight in self.weights.items()},
+            total=self.total[rows],
         )
 
     @classmethod
@@ -131,16 +169,23 @@ class Rewards:
         first = rewards[0]
         return cls(
             parts={name: torch.cat([each.parts[name] for each in rewards]) for name in first.parts},
-            weights=first.weights,
+            weights={name: torch.cat([each.weights[name] for each in rewards]) for name in first.weights},
             total=torch.cat([each.total for each in rewards]),
         )
 
-    def plus(self, name: str, part: Tensor, weight: float) -> Rewards:
-        """With one part more."""
+    def plus(self, name: str, part: Tensor, weight: float | Tensor) -> Rewards:
+        """With one part more.
+
+        Args:
+            name: of the part.
+            part: float64 ``[N]``.
+            weight: of it, one for all or float64 ``[N]``.
+        """
+        weights = weight if isinstance(weight, Tensor) else torch.full_like(self.total, weight)
         return Rewards(
             parts={**self.parts, name: part},
-            weights={**self.weights, name: weight},
-            total=self.total + weight * part,
+            weights={**self.weights, name: weights},
+            total=self.total + weights * part,
         )
 
 

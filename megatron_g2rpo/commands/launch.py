@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from megatron_g2rpo.policy.device import DeviceError
 from megatron_g2rpo.rollout.base import EngineUnavailable
-from megatron_g2rpo.tasks.rewards import RewardError
+from megatron_g2rpo.tasks.scoring import RewardError
 
 _LAUNCHED = "MEGATRON_G2RPO_LAUNCHED"
 _ERROR_FILE, _TIME = "TORCHELASTIC_ERROR_FILE", "time"

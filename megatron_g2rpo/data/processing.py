@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from megatron_g2rpo.data.errors import DataError, SampleError
 from megatron_g2rpo.tasks.prompts import build_messages
+from megatron_g2rpo.tasks.response_formats import ResponseFormat
 from megatron_g2rpo.types import ModelInputs, Prompt, Sample
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
@@ -46,6 +48,8 @@ class ChatProcessor:
         min_pixels: lower bound on height x width after resizing; None for the directory's own.
         max_pixels: upper bound likewise.
         system_prompt: text of the system turn that ``encode_sample`` puts first; None for no such turn.
+        instructed: task -> the response format whose instruction the prompts of its samples carry; prompts of other
+            tasks carry none.
 
     Raises:
         DataError: no such directory, another family's image processor, no chat template, a vision token that the
@@ -58,12 +62,13 @@ class ChatProcessor:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         system_prompt: str | None = None,
+        instructed: Mapping[str, ResponseFormat] | None = None,
     ) -> None:
         model_dir = Path(model_dir)
         self.image_processor = _load_image_processor(model_dir, min_pixels, max_pixels)
         sees = self.image_processor is not None
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-        self.system_prompt = system_prompt
+        self.system_prompt, self._instructed = system_prompt, dict(instructed or {})
         self.spatial_merge_size: int = self.image_processor.merge_size if self.image_processor is not None else 1
         self._chat_template = _load_chat_template(model_dir, self.tokenizer)
         vocabulary = self.tokenizer.get_vocab()
@@ -103,11 +108,7 @@ class ChatProcessor:
         """
         self._refuse_reserved(messages, name)
         pixel_values, image_grid_thw = self._encode_images(images, name)
-        # Templates of models of text join strings: Llama's fail at a list of parts, Qwen3's drop it without a word.
-        turns = list(messages) if self.image_processor is not None else [_as_text(turn, name) for turn in messages]
-        text = self.tokenizer.apply_chat_template(
-            turns, chat_template=self._chat_template, tokenize=False, add_generation_prompt=True
-        )
+        text = self._render(messages, name, add_generation_prompt=True)
         token_ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
         if bool((token_ids == self.video_token_id).any()):
             raise SampleError(f"{name}: contains a video part; only images can be encoded")
@@ -126,8 +127,21 @@ class ChatProcessor:
         Raises:
             SampleError: see ``encode``; names the sample.
         """
-        messages = build_messages(sample, self.system_prompt)
-        return Prompt(sample=sample, inputs=self.encode(messages, sample.images, name=f"sample {sample.key}"))
+        messages = build_messages(sample, self.system_prompt, self._instructed.get(sample.task))
+        inputs = self.encode(messages, sample.images, name=f"sample {sample.key}")
+        return Prompt(sample=sample, inputs=inputs, response_prefix=self.response_prefix)
+
+    @cached_property
+    def response_prefix(self) -> str:
+        """What the chat template writes of every response itself, such as an opening ``<think>``; mostly ``""``.
+
+        It is what follows the header of the assistant's turn, which an earlier answer of a chat shows: templates put
+        nothing between header and text there.
+        """
+        ask, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "§"}
+        asked = self._render([ask], "prompt")
+        generation = _after(asked, self._render([ask], "prompt", add_generation_prompt=True))
+        return _after(_after(asked, self._render([ask, answer, ask], "prompt")), generation)
 
     def encode_response(self, text: str, name: str = "response") -> Tensor:
         """int64 ``[R]``: the tokens of a response and the end-of-turn token.
@@ -172,11 +186,24 @@ class ChatProcessor:
             raise SampleError(f"{name}: the image processor refuses an image of {sizes} pixels ({error})") from error
         return features["pixel_values"].to(torch.float32), features["image_grid_thw"].to(torch.int64)
 
+    def _render(self, messages: Sequence[Mapping[str, Any]], name: str, *, add_generation_prompt: bool = False) -> str:
+        # Templates of models of text join strings: Llama's fail at a list of parts, Qwen3's drop it without a word.
+        turns = list(messages) if self.image_processor is not None else [_as_text(turn, name) for turn in messages]
+        return self.tokenizer.apply_chat_template(
+            turns, chat_template=self._chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
     def _refuse_reserved(self, messages: Sequence[Mapping[str, Any]], name: str) -> None:
         """A reserved token in a text would be read as a turn border or an image that is not there."""
         for text in _texts(messages):
             if found := self._reserved.search(text):
                 raise SampleError(f"{name}: the text contains the reserved token {found[0]}; remove it")
+
+
+def _after(start: str, text: str) -> str:
+    """What follows the beginning that a text shares with another."""
+    shared = next((i for i, (a, b) in enumerate(zip(start, text, strict=False)) if a != b), min(len(start), len(text)))
+    return text[shared:]
 
 
 def _texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:

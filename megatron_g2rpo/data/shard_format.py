@@ -2,9 +2,9 @@
 """The format of a dataset: a directory of webdataset shards and one index.
 
 A shard is plain webdataset: consecutive members ``<key>.json`` and ``<key>.<i>.png`` (or jpg, webp) form one sample;
-the json holds the fields of ``types.Sample``, with ``images`` naming the image members in order, and whatever
-provenance the maker adds. The index records, per shard, its size in bytes, its sha256, where every member lies, and
-the tasks with their answer formats: a reader can go to any sample without scanning a tar, and notices a missing,
+the json holds the fields of ``types.Sample``, with ``images`` naming the image members in order, and whatever else
+the maker adds (``Sample.extra``). The index records, per shard, its size in bytes, its sha256, where every member lies,
+and the tasks with their answer formats: a reader can go to any sample without scanning a tar, and notices a missing,
 truncated or exchanged shard, and a task or format that nobody knows, before the first step.
 """
 
@@ -20,6 +20,8 @@ from megatron_g2rpo.data.errors import SampleError
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
 REQUIRED_FIELDS = ("task", "question", "answer", "answer_format", "images")
+# What the json is read for; everything else in it is the maker's own, and goes with the sample as ``extra``.
+SAMPLE_FIELDS = (*REQUIRED_FIELDS, "response")
 
 
 def split_member_name(name: str) -> tuple[str, str]:

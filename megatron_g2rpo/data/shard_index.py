@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from megatron_g2rpo.data.errors import DataError, SampleError
-from megatron_g2rpo.data.shard_format import INDEX_NAME, INDEX_VERSION, parse_fields, sha256_of
+from megatron_g2rpo.data.shard_format import INDEX_NAME, INDEX_VERSION, SAMPLE_FIELDS, parse_fields, sha256_of
 from megatron_g2rpo.types import Sample
 
 # What PIL raises for damaged files: OSError (and UnidentifiedImageError) for most, SyntaxError for broken PNG chunks,
@@ -120,7 +120,7 @@ class ShardIndex:
             answer_format=fields["answer_format"],
             images=tuple(_read_image(entry, suffix) for suffix in fields["images"]),
             response=fields.get("response"),
-            reference_steps=fields.get("reference_steps"),
+            extra={name: value for name, value in fields.items() if name not in SAMPLE_FIELDS},
         )
 
     def iterate_fields(self) -> Iterator[dict[str, Any]]:

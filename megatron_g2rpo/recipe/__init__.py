@@ -5,7 +5,7 @@
 recipe defines; ``dump`` writes a recipe out in full. Attribute names are the YAML keys.
 """
 
-from megatron_g2rpo.recipe.env_section import Env
+from megatron_g2rpo.recipe.env_section import Env, Task, Trapezoid
 from megatron_g2rpo.recipe.errors import RecipeError
 from megatron_g2rpo.recipe.generation_section import VllmServerConfig
 from megatron_g2rpo.recipe.identity import describe_layout, dump, fingerprint, identity
@@ -22,7 +22,9 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "SftRecipe",
+    "Task",
     "TrainRecipe",
+    "Trapezoid",
     "VllmServerConfig",
     "describe_layout",
     "dump",

@@ -33,6 +33,10 @@ class Data(Section):
     """Larger images are scaled down to this area, pixels; null: the image processor's own."""
     system_prompt: str | None
     """System message before every question; null: none."""
+    response_format: Text
+    """How responses are laid out: what prompts ask for, and where thinking and answer are found."""
+    format_instruction: bool
+    """Whether prompts say how responses are laid out; false: for a policy that has learnt it."""
     task_weights: Mapping[str, NonNegativeFloat]
     """Task -> relative share of the prompts; a task that is not listed has 1; {}: all equal."""
 

@@ -75,8 +75,7 @@ def examine(path: str | Path, overrides: Sequence[str], kind: Literal["train", "
     document = load_layers(Path(path), overrides)
     _refuse_other_kind(document, kind, path)
     import_all(document.tree.get(IMPORTS, []), document.origins.get(IMPORTS))
-    tree = resolve(document.tree, document.origins)
-    complete_tasks(tree)
+    tree = complete_tasks(resolve(document.tree, document.origins))
     faults = [fault.located(document.origins) for fault in check_names(tree)]
     model, recipe = _KINDS[kind], None
     try:
@@ -114,7 +113,7 @@ def _describe(fault: ErrorDetails, recipe: type[TrainRecipe] | type[SftRecipe], 
     if fault["type"] == "extra_forbidden":
         return f"{start}unknown key '{key}'; nearest valid key: {nearest_key(recipe, path)}"
     if fault["type"] == "missing":
-        return f"{start}missing key '{key}'{'; write null for none' if key.startswith('env.tasks.') else ''}"
+        return f"{start}missing key '{key}'"
     if fault["type"] in _NOT_A_MAPPING:
         return f"{start}'{key}' must be a mapping of keys, got {shown(fault['input'])}"
     return Fault.of(fault).located(origins)

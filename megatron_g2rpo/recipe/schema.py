@@ -138,9 +138,29 @@ class TrainRecipe(_Common):
                 "grpo.overlong_penalty.buffer",
                 "policy.generation.max_new_tokens",
             )
+        self._check_parts()
         self._check_groups(self.grpo.num_generations_per_prompt)
         self._check(self.grpo.max_num_steps * self.num_updates_per_step)
         return self
+
+    def _check_parts(self) -> None:
+        by_task = {f"env.tasks.{task}.reward_weights": self.env.tasks[task].reward_weights for task in self.env.tasks}
+        weights = {"env.reward_weights": self.env.reward_weights, **by_task}
+        weighed = [f"{key}.overlong" for key, parts in weights.items() if "overlong" in parts]
+        if self.grpo.overlong == "penalise" and weighed:
+            raise conflict(
+                "the part 'overlong' would have two weights; leave it to grpo.overlong_penalty.weight",
+                "grpo.overlong",
+                *weighed,
+            )
+        sampling = self.grpo.dynamic_sampling
+        filters = [name for name in ("filter_low", "filter_high") if getattr(sampling, name) is not None]
+        if sampling.enabled and filters and "accuracy" not in self.env.reward_weights:
+            raise conflict(
+                "groups are chosen by their mean accuracy, which is not computed; give it a weight, which may be 0",
+                "env.reward_weights",
+                *(f"grpo.dynamic_sampling.{name}" for name in filters),
+            )
 
 
 class SftRecipe(_Common):

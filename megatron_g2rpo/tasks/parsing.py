@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read a response: its two sections, and the numbers, boxes and choices that answers are made of.
+"""Read the numbers, boxes and choices that answers are made of.
 
 A parser returns None for what it cannot read. What that means is the caller's business: in a model's answer it is a
 wrong answer, in a reference it is an error of the dataset.
@@ -9,14 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-
-THINKING_OPEN, THINKING_CLOSE = "<thinking>", "</thinking>"
-ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
-TAGS = (THINKING_OPEN, THINKING_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
-
-_WELL_FORMED = re.compile(r"\s*<thinking>.*</thinking>\s*<answer>.*</answer>\s*", re.DOTALL)
-_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
-_THINKING = re.compile(r"<thinking>((?:(?!<thinking>).)*?)</thinking>", re.DOTALL)
 
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
 _PLAIN_NUMBER = re.compile(_NUMBER)
@@ -28,26 +20,6 @@ _BOX = re.compile(
 _CHOICE = re.compile(r"\(?([A-Za-z])(?:[.):].*)?", re.DOTALL)
 
 Box = tuple[float, float, float, float]
-
-
-def is_well_formed(response: str) -> bool:
-    """Whether a response is ``<thinking>...</thinking><answer>...</answer>``.
-
-    Each tag exactly once, in this order, and nothing but white space before, between and after the sections.
-    """
-    return all(response.count(tag) == 1 for tag in TAGS) and _WELL_FORMED.fullmatch(response) is not None
-
-
-def find_answer(response: str) -> str | None:
-    """The text of the last complete answer section, stripped; None if there is none."""
-    found = _ANSWER.findall(response)
-    return found[-1].strip() if found else None
-
-
-def find_thinking(response: str) -> str | None:
-    """The text of the first complete thinking section, stripped; None if there is none."""
-    found = _THINKING.search(response)
-    return found.group(1).strip() if found else None
 
 
 def parse_number(text: str) -> float | None:

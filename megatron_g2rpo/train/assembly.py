@@ -20,6 +20,7 @@ from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.policy.reference_policy import ReferencePolicy
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
 from megatron_g2rpo.rollout import base as engines
+from megatron_g2rpo.tasks import response_formats
 from megatron_g2rpo.types import DTYPES, Prompt
 
 
@@ -68,7 +69,13 @@ def assemble(recipe: Recipe) -> Components:
     if device.kind == "cpu":
         set_cpu_threads(recipe.cluster.gpus_per_node)
     data = recipe.data
-    processor = ChatProcessor(recipe.policy.model_name, data.min_pixels, data.max_pixels, data.system_prompt)
+    processor = ChatProcessor(
+        recipe.policy.model_name,
+        data.min_pixels,
+        data.max_pixels,
+        data.system_prompt,
+        response_formats.by_task(recipe.env, data.response_format) if data.format_instruction else None,
+    )
     train_index = open_dataset(data.train.path, recipe.env)
     validation_index = open_dataset(data.validation.path, recipe.env)
     vocab_size = (

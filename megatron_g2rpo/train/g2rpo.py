@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from megatron_g2rpo.train.step.advantages import advantages_of
 from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies
 from megatron_g2rpo.train.step.metrics import (
     advantage_metrics,
+    answer_warnings,
     entropy_metrics,
     gap_metrics,
     gap_warnings,
@@ -61,18 +63,27 @@ def train(recipe: TrainRecipe) -> Path | None:
             log.log(StepMetrics(step=0, values=start))
         for step in run.steps:
             with run.sampling(step):
-                values = g2rpo_step(recipe, parts, step)
+                values = g2rpo_step(recipe, parts, step, log.note)
             for warning in gap_warnings(recipe, values):
                 log.note(warning)
             run.complete(step, log, values)
         return run.finish()
 
 
-def g2rpo_step(recipe: TrainRecipe, parts: Components, step: int) -> dict[str, float]:
-    """One step: sample, score, and update the policy on the advantages; its metrics."""
+def g2rpo_step(
+    recipe: TrainRecipe, parts: Components, step: int, note: Callable[[str], None] = print
+) -> dict[str, float]:
+    """One step: sample, score, and update the policy on the advantages; its metrics.
+
+    Args:
+        step: of the run.
+        note: shows the user a line.
+    """
     timers, skipped = Timers(parts), parts.stream.num_skipped
     collected = collect(recipe, parts, step, timers)
     rollouts, rewards = collected.rollouts, collected.rewards
+    for warning in answer_warnings(rollouts, recipe.env, recipe.data.response_format, parts.policy.groups.data):
+        note(warning)
     with timers("logprobs"):  # of every minibatch before the first update: the policy that sampled
         batches, entropies = measured(recipe, parts, minibatches(recipe, parts, rollouts))
     with timers("rewards"):

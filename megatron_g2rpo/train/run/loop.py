@@ -33,6 +33,7 @@ class Run:
         self._loop = recipe.grpo if isinstance(recipe, TrainRecipe) else recipe.sft
         self._checkpoints = Checkpoints(recipe.checkpointing.checkpoint_dir, recipe.checkpointing.keep_latest_k)
         self.first_step = 0
+        self._validated = False
         latest = self._checkpoints.latest() if recipe.checkpointing.enabled else None
         if latest is not None:
             state = self._checkpoints.load(latest, parts.policy)
@@ -137,5 +138,9 @@ class Run:
         self.parts.engine.release()
         log.examples(result.examples[: self.recipe.logger.num_val_samples_to_print])
         shown = ("val/mean_reward", "val/mean_greedy_reward", "val/mean_greedy_accuracy")
-        log.note("validation  " + "  ".join(f"{name[4:]} {result.metrics[name]:.4f}" for name in shown))
+        means = [f"{name[4:]} {result.metrics[name]:.4f}" for name in shown if name in result.metrics]
+        log.note("validation  " + "  ".join(means))
+        for warning in () if self._validated else result.warnings:
+            log.note(warning)
+        self._validated = True
         return {**result.metrics, "time/validation": time.perf_counter() - start}

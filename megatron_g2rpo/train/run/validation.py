@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_g2rpo.recipe import Recipe
-from megatron_g2rpo.tasks import rewards
+from megatron_g2rpo.recipe import Recipe, TrainRecipe
+from megatron_g2rpo.tasks.scoring import score
 from megatron_g2rpo.train.assembly import Components
 from megatron_g2rpo.train.step.generation import answers
+from megatron_g2rpo.train.step.metrics import answer_warnings
 from megatron_g2rpo.types import Rollout
 
 # The same draws at every validation of a run and in every run: what changes between two is the policy.
@@ -25,35 +26,45 @@ class Validation:
     Attributes:
         metrics: ``val/<task>/{reward,accuracy,format,response_tokens}``, the same with ``greedy_`` before the name, and
             ``val/mean_reward``, ``val/mean_greedy_reward``, ``val/mean_accuracy``...: means over tasks of equal weight.
+            ``accuracy`` and ``format`` are there where the recipe weighs them.
         examples: greedy rollouts of this rank, the first of each task.
+        warnings: lines about greedy responses without an answer.
     """
 
     metrics: dict[str, float]
     examples: list[Rollout]
+    warnings: list[str]
 
 
 def validate(recipe: Recipe, parts: Components) -> Validation:
     """Validate the engine's current weights. A collective of all ranks, each of which answers its share."""
     metrics: dict[str, float] = {}
     examples: list[Rollout] = []
+    warnings: list[str] = []
     ids = list(range(len(parts.validation)))
     for prefix, temperature in (("", recipe.policy.generation.val_temperature), ("greedy_", 0.0)):
         rollouts = answers(parts, parts.validation, 1, temperature=temperature, seed=VALIDATION_SEED, group_ids=ids)
         metrics.update(_task_means(recipe, parts, rollouts, prefix))
         if prefix:
+            warnings = answer_warnings(rollouts, recipe.env, recipe.data.response_format, None)
             seen: set[str] = set()
             examples = [r for r in rollouts if not (r.prompt.task in seen or seen.add(r.prompt.task))]
-    return Validation(metrics=metrics, examples=examples)
+    return Validation(metrics=metrics, examples=examples, warnings=warnings)
 
 
 def _task_means(recipe: Recipe, parts: Components, rollouts: list[Rollout], prefix: str) -> dict[str, float]:
-    scored = rewards.score(rollouts, recipe.env)
+    scored = score(
+        rollouts,
+        recipe.env,
+        response_format=recipe.data.response_format,
+        max_response_tokens=recipe.policy.generation.max_new_tokens,
+        overlong_buffer=recipe.grpo.overlong_penalty.buffer if isinstance(recipe, TrainRecipe) else None,
+    )
     lengths = torch.tensor([len(rollout.response_ids) for rollout in rollouts], dtype=torch.float64)
     truncated = torch.tensor([rollout.truncated for rollout in rollouts], dtype=torch.float64)
     columns = {
         "reward": scored.total,
-        "accuracy": scored.parts["accuracy"],
-        "format": scored.parts["format"],
+        **{name: scored.parts[name] for name in ("accuracy", "format") if name in scored.parts},
         "response_tokens": lengths,
         "truncated": truncated,
     }

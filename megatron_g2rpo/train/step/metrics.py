@@ -10,10 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_g2rpo.objective import AdvantageDiagnostics, GroupStatistics, importance
-from megatron_g2rpo.recipe import TrainRecipe
+from megatron_g2rpo.recipe import Env, TrainRecipe
+from megatron_g2rpo.tasks.scoring import read
 from megatron_g2rpo.train.assembly import Components
 from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies
 from megatron_g2rpo.types import PackedBatch, Rewards, Rollout
+
+# Share of responses with an answer below which there is hardly a reward to learn from.
+FEW_ANSWERS = 0.05
 
 
 def skipped_metrics(parts: Components, before: int) -> dict[str, float]:
@@ -157,6 +161,35 @@ def gap_warnings(recipe: TrainRecipe, values: Mapping[str, float]) -> Iterator[s
                 f"warning: {task}: the rollout engine's log-probabilities are {gap:.3g} nats from the trainer's in the "
                 f"mean (policy.generation.gap_warning: {limit:g}); `megatron-g2rpo doctor --rollout RECIPE` shows where"
             )
+
+
+def answer_warnings(
+    rollouts: Sequence[Rollout], env: Env, response_format: str, group: dist.ProcessGroup | None
+) -> list[str]:
+    """A line, with one response, where fewer than ``FEW_ANSWERS`` of the responses hold an answer. A collective.
+
+    Args:
+        rollouts: of this rank.
+        env: the recipe's ``env`` section.
+        response_format: of tasks that name none.
+        group: the ranks that share the responses; None for all.
+    """
+    without = [rollout for rollout in rollouts if read(rollout, env, response_format).answer is None]
+    counts = torch.tensor([len(rollouts) - len(without), len(rollouts)])
+    dist.all_reduce(counts, group=group)
+    answered, count = counts.tolist()
+    if answered >= FEW_ANSWERS * count:
+        return []
+    examples: list[tuple[str, str] | None] = [None] * dist.get_world_size(group)
+    mine = [(rollout.prompt.task, rollout.prompt.response_prefix + rollout.text) for rollout in without[:1]]
+    dist.all_gather_object(examples, mine[0] if mine else None, group=group)
+    task, text = next(example for example in examples if example is not None)
+    name = env.tasks[task].response_format or response_format
+    return [
+        f"warning: {answered} of {count} responses hold an answer where the response format {name!r} has it; one of "
+        f"{task} without: {text!r}. Let the prompts ask for the format (data.format_instruction: true), choose the one "
+        "that the model writes (data.response_format), or teach it with `megatron-g2rpo sft`"
+    ]
 
 
 def importance_metrics(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_g2rpo.objective import GroupStatistics, sharded_statistics
 from megatron_g2rpo.recipe import TrainRecipe
-from megatron_g2rpo.tasks import rewards as task_rewards
+from megatron_g2rpo.tasks.scoring import score
 from megatron_g2rpo.train.assembly import Components
 from megatron_g2rpo.train.step.advantages import tie_tolerance
 from megatron_g2rpo.train.step.generation import generate
@@ -111,20 +111,25 @@ def _round(
 
 
 def _score(recipe: TrainRecipe, rollouts: Sequence[Rollout]) -> Rewards:
-    rewards = task_rewards.score(rollouts, recipe.env)
-    if recipe.grpo.overlong != "penalise":
-        return rewards
     penalty = recipe.grpo.overlong_penalty
-    limit = recipe.policy.generation.max_new_tokens
-    return task_rewards.penalise_overlong(rewards, rollouts, limit=limit, buffer=penalty.buffer, weight=penalty.weight)
+    return score(
+        rollouts,
+        recipe.env,
+        response_format=recipe.data.response_format,
+        max_response_tokens=recipe.policy.generation.max_new_tokens,
+        overlong_buffer=penalty.buffer,
+        overlong_weight=penalty.weight if recipe.grpo.overlong == "penalise" else None,
+    )
 
 
 def _with_signal(recipe: TrainRecipe, parts: Components, rollouts: Sequence[Rollout], rewards: Rewards) -> set[int]:
     """Groups, of all ranks, whose rewards differ and whose mean accuracy lies between the bounds."""
     options = recipe.grpo.dynamic_sampling
     total = _statistics(recipe, parts, rollouts, rewards.total).groups
-    accuracy = _statistics(recipe, parts, rollouts, rewards.parts["accuracy"]).groups
     signal = ~total.zero_variance
+    if options.filter_low is None and options.filter_high is None:
+        return set(total.id[signal].tolist())
+    accuracy = _statistics(recipe, parts, rollouts, rewards.parts["accuracy"]).groups
     if options.filter_low is not None:
         signal &= accuracy.mean > options.filter_low
     if options.filter_high is not None:

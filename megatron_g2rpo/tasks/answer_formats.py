@@ -1,68 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy rewards, one per answer format, by name.
+"""Answer formats: how right an answer is, one function each, by the name that samples and recipes give.
 
-An accuracy reward compares the text of a model's answer with the text of the reference and returns a number in [0, 1].
-A model's answer that cannot be read is worth 0. A reference that cannot be read raises ``ValueError``: the dataset is
-wrong, and every reward for that sample would be.
+A function gets the text of a model's answer and the sample, and returns a number in [0, 1]. It gets ``""`` for a
+response without an answer, which is worth 0 whatever it returns. A model's answer that cannot be read is worth 0. A
+reference (``sample.answer``) that cannot be read raises ``ValueError``: the dataset is wrong, and every reward for that
+sample would be.
 
-Add one:
+Add one, in a file that the recipe's ``imports`` names:
 
-    @register_accuracy("my_format")
-    def my_format(answer: str, reference: str) -> float: ...
+    @answer_format("my_format")
+    def my_format(answer: str, sample: Sample) -> float: ...
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from typing import TypeVar
 
+from megatron_g2rpo import registry
 from megatron_g2rpo.tasks.parsing import parse_box, parse_choice, parse_number
+from megatron_g2rpo.types import Sample
 
-AccuracyFunction = Callable[[str, str], float]
-_Function = TypeVar("_Function", bound=AccuracyFunction)
 _T = TypeVar("_T")
-_REGISTRY: dict[str, AccuracyFunction] = {}
 
 _OPPOSITES = (("left", "right"), ("above", "below"))
 
-
-def register_accuracy(name: str) -> Callable[[_Function], _Function]:
-    """Decorator: make an accuracy reward known under ``name``, the ``answer_format`` of samples and recipes.
-
-    Raises:
-        ValueError: the name is taken.
-    """
-
-    def register(function: _Function) -> _Function:
-        if name in _REGISTRY:
-            raise ValueError(f"accuracy reward {name!r} is registered already")
-        _REGISTRY[name] = function
-        return function
-
-    return register
+register = registry.answer_formats.register
 
 
-def accuracy_names() -> tuple[str, ...]:
-    """All registered names, sorted."""
-    return tuple(sorted(_REGISTRY))
-
-
-def get_accuracy(name: str) -> AccuracyFunction:
-    """The accuracy reward of an answer format.
-
-    Raises:
-        ValueError: unknown name; lists the known ones.
-    """
-    if name not in _REGISTRY:
-        raise ValueError(f"unknown answer format {name!r}; known: {', '.join(accuracy_names())}")
-    return _REGISTRY[name]
-
-
-def _reference(parsed: _T | None, kind: str, text: str) -> _T:
+def _reference(parsed: _T | None, kind: str, sample: Sample) -> _T:
     if parsed is None:
-        raise ValueError(f"the reference answer {text!r} is not {kind}")
+        raise ValueError(f"the reference answer {sample.answer!r} is not {kind}")
     return parsed
 
 
@@ -70,25 +39,25 @@ def _normalise(text: str) -> str:
     return " ".join(text.casefold().split()).removesuffix(".")
 
 
-@register_accuracy("exact")
-def exact(answer: str, reference: str) -> float:
+@register("exact")
+def exact(answer: str, sample: Sample) -> float:
     """1 if both are the same text, whatever their case, blanks and final full stop; else 0."""
-    wanted = _reference(_normalise(reference) or None, "a text", reference)
+    wanted = _reference(_normalise(sample.answer) or None, "a text", sample)
     return float(_normalise(answer) == wanted)
 
 
-@register_accuracy("numeric")
-def numeric(answer: str, reference: str) -> float:
+@register("numeric")
+def numeric(answer: str, sample: Sample) -> float:
     """1 if both are the same number, to a relative 1e-6 (rounding of decimals in print); else 0."""
-    wanted = _reference(parse_number(reference), "a number", reference)
+    wanted = _reference(parse_number(sample.answer), "a number", sample)
     got = parse_number(answer)
     return float(got is not None and math.isclose(got, wanted, rel_tol=1e-6, abs_tol=1e-9))
 
 
-@register_accuracy("relative")
-def relative(answer: str, reference: str) -> float:
+@register("relative")
+def relative(answer: str, sample: Sample) -> float:
     """max(0, 1 - |answer - reference| / |reference|); for a reference of 0, whether the answer is 0."""
-    wanted = _reference(parse_number(reference), "a number", reference)
+    wanted = _reference(parse_number(sample.answer), "a number", sample)
     got = parse_number(answer)
     if got is None:
         return 0.0
@@ -97,10 +66,10 @@ def relative(answer: str, reference: str) -> float:
     return max(0.0, 1.0 - abs(got - wanted) / abs(wanted))
 
 
-@register_accuracy("box_iou")
-def box_iou(answer: str, reference: str) -> float:
+@register("box_iou")
+def box_iou(answer: str, sample: Sample) -> float:
     """Intersection over union of two boxes ``[x1, y1, x2, y2]`` in the same units, far edges exclusive."""
-    ax1, ay1, ax2, ay2 = _reference(parse_box(reference), "a box [x1, y1, x2, y2] with x1 < x2, y1 < y2", reference)
+    ax1, ay1, ax2, ay2 = _reference(parse_box(sample.answer), "a box [x1, y1, x2, y2] with x1 < x2, y1 < y2", sample)
     got = parse_box(answer)
     if got is None:
         return 0.0
@@ -109,30 +78,30 @@ def box_iou(answer: str, reference: str) -> float:
     return shared / ((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - shared)
 
 
-@register_accuracy("edit_distance")
-def edit_distance(answer: str, reference: str) -> float:
+@register("edit_distance")
+def edit_distance(answer: str, sample: Sample) -> float:
     """1 - Levenshtein distance / length of the longer text (characters)."""
-    answer, wanted = answer.strip(), _reference(reference.strip() or None, "a text", reference)
+    answer, wanted = answer.strip(), _reference(sample.answer.strip() or None, "a text", sample)
     return 1.0 - levenshtein(answer, wanted) / max(len(answer), len(wanted))
 
 
-@register_accuracy("axes")
-def axes(answer: str, reference: str) -> float:
+@register("axes")
+def axes(answer: str, sample: Sample) -> float:
     """Share of the reference's axes (left/right, above/below) that the answer names rightly: 0, 1/2 or 1 for two axes.
 
     An answer that names both directions of an axis names none.
     """
-    wanted = _directions(reference)
+    wanted = _directions(sample.answer)
     if not wanted:
-        raise ValueError(f"the reference answer {reference!r} names no direction (left, right, above, below)")
+        raise ValueError(f"the reference answer {sample.answer!r} names no direction (left, right, above, below)")
     got = _directions(answer)
     return sum(got.get(axis) == direction for axis, direction in wanted.items()) / len(wanted)
 
 
-@register_accuracy("multiple_choice")
-def multiple_choice(answer: str, reference: str) -> float:
+@register("multiple_choice")
+def multiple_choice(answer: str, sample: Sample) -> float:
     """1 if both are the same letter, with or without the option's text; else 0."""
-    wanted = _reference(parse_choice(reference), "the letter of a choice", reference)
+    wanted = _reference(parse_choice(sample.answer), "the letter of a choice", sample)
     return float(parse_choice(answer) == wanted)
 
 

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Response formats: what a prompt asks a response to look like, and where thinking and answer are found in it.
+
+Add one, in a file that the recipe's ``imports`` names; an instance such as ``Tagged(...)`` can be registered as well:
+
+    @response_format("hashes")
+    class Hashes(ResponseFormat):
+        instruction = "Think first. End with the answer after ####."
+
+        def find_thinking(self, text: str) -> str | None:
+            return text.rpartition("####")[0].strip() or None
+
+        def find_answer(self, text: str) -> str | None:
+            return text.rpartition("####")[2].strip() if "####" in text else None
+
+        def is_well_formed(self, text: str) -> bool:
+            return text.count("####") == 1
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from typing import Literal
+
+from megatron_g2rpo import registry
+from megatron_g2rpo.recipe import Env
+from megatron_g2rpo.types import Response, Rollout
+
+register = registry.response_formats.register
+
+
+class ResponseFormat(ABC):
+    """How responses are laid out.
+
+    The methods get the text of a response, from ``opening`` on where the prompt has begun it.
+
+    Attributes:
+        instruction: what a prompt tells the model of the format; ``""`` for nothing.
+        placement: where it stands: after the ``question``, as a paragraph of its own, or at the end of the ``system``
+            prompt.
+        opening: what a response begins with and a chat template may have written into the prompt already, such as
+            ``<think>``: it then counts as present. ``""`` where there is no such thing.
+    """
+
+    instruction: str
+    placement: Literal["question", "system"] = "question"
+    opening: str = ""
+
+    @abstractmethod
+    def find_thinking(self, text: str) -> str | None:
+        """The reasoning; None if there is none."""
+
+    @abstractmethod
+    def find_answer(self, text: str) -> str | None:
+        """The final answer; None if there is none."""
+
+    @abstractmethod
+    def is_well_formed(self, text: str) -> bool:
+        """Whether the text keeps to the format in full."""
+
+    def read(self, rollout: Rollout) -> Response:
+        """The response of a rollout, read in this format."""
+        text = self._begun(rollout.prompt.response_prefix) + rollout.text
+        return Response(
+            text=rollout.text,
+            thinking=self.find_thinking(text),
+            answer=self.find_answer(text),
+            is_well_formed=self.is_well_formed(text),
+            num_tokens=len(rollout.response_ids),
+            truncated=rollout.truncated,
+            sample_index=rollout.sample_index,
+        )
+
+    def _begun(self, prefix: str) -> str:
+        """What of the prompt's end belongs to the format; a tag of another format does not."""
+        start = prefix.rfind(self.opening) if self.opening else -1
+        return prefix[start:] if start >= 0 else ""
+
+
+def get(name: str) -> ResponseFormat:
+    """The response format of a name.
+
+    Raises:
+        ValueError: unknown name; lists the known ones.
+    """
+    value = registry.response_formats.get(name)
+    return value() if isinstance(value, type) else value
+
+
+def by_task(env: Env, default: str) -> dict[str, ResponseFormat]:
+    """Task -> its response format.
+
+    Args:
+        env: the recipe's ``env`` section.
+        default: of tasks that name none.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    return {name: get(task.response_format or default) for name, task in env.tasks.items()}
+
+
+def _section(tag: str) -> re.Pattern[str]:
+    """The text between a pair of tags, without another opening tag in it."""
+    opening, closing = re.escape(f"<{tag}>"), re.escape(f"</{tag}>")
+    return re.compile(f"{opening}((?:(?!{opening}).)*?){closing}", re.DOTALL)
+
+
+class Tagged(ResponseFormat):
+    """``<thinking>...</thinking><answer>...</answer>``, whatever the tags are called.
+
+    Well formed is a response with each tag exactly once, in this order, and nothing but white space before, between and
+    after the sections. The answer is the text of the last complete answer section, the thinking that of the first
+    complete thinking section, both stripped.
+
+    Args:
+        thinking: name of the tag around the thinking.
+        answer: name of the tag around the answer.
+    """
+
+    def __init__(self, *, thinking: str, answer: str) -> None:
+        self._tags = tags = [f"<{thinking}>", f"</{thinking}>", f"<{answer}>", f"</{answer}>"]
+        self._thinking, self._answer = _section(thinking), _section(answer)
+        self._whole = re.compile(r"\s*{}.*{}\s*{}.*{}\s*".format(*map(re.escape, tags)), re.DOTALL)
+        self.opening = tags[0]
+        self.instruction = (
+            f"First think about the question, step by step, between {tags[0]} and {tags[1]}. Then give the final "
+            f"answer, and nothing else, between {tags[2]} and {tags[3]}."
+        )
+
+    def find_thinking(self, text: str) -> str | None:
+        found = self._thinking.search(text)
+        return found.group(1).strip() if found else None
+
+    def find_answer(self, text: str) -> str | None:
+        found = self._answer.findall(text)
+        return found[-1].strip() if found else None
+
+    def is_well_formed(self, text: str) -> bool:
+        return all(text.count(tag) == 1 for tag in self._tags) and self._whole.fullmatch(text) is not None
+
+
+register("thinking_answer")(Tagged(thinking="thinking", answer="answer"))
+register("think_answer")(Tagged(thinking="think", answer="answer"))
+
+
+@register("think_boxed")
+class ThinkBoxed(ResponseFormat):
+    r"""``<think>...</think>`` and then text with the answer in ``\boxed{}``.
+
+    Well formed is a response that begins with the one thinking section and has a complete box after it. A box inside
+    the thinking is no answer.
+    """
+
+    opening = "<think>"
+    instruction = (
+        "First think about the question, step by step, between <think> and </think>. Then give the final answer in "
+        "\\boxed{}."
+    )
+
+    def find_thinking(self, text: str) -> str | None:
+        found = _section("think").search(text)
+        return found.group(1).strip() if found else None
+
+    def find_answer(self, text: str) -> str | None:
+        if "<think>" in text and "</think>" not in text:
+            return None  # it never stopped thinking
+        return find_boxed(text.rpartition("</think>")[2])
+
+    def is_well_formed(self, text: str) -> bool:
+        if text.count("<think>") != 1 or text.count("</think>") != 1 or not text.lstrip().startswith("<think>"):
+            return False
+        return find_boxed(text.partition("</think>")[2]) is not None
+
+
+@register("boxed")
+class Boxed(ResponseFormat):
+    r"""Text with the answer in ``\boxed{}``; what precedes the answer is the thinking."""
+
+    instruction = "Think about the question, step by step, and give the final answer in \\boxed{}."
+
+    def find_thinking(self, text: str) -> str | None:
+        box = _last_box(text)
+        return text[: box[0]].strip() if box else None
+
+    def find_answer(self, text: str) -> str | None:
+        return find_boxed(text)
+
+    def is_well_formed(self, text: str) -> bool:
+        return find_boxed(text) is not None
+
+
+@register("plain")
+class Plain(ResponseFormat):
+    """The whole text is the answer. Nothing can be malformed, and there is no thinking."""
+
+    instruction = "Give the final answer, and nothing else."
+
+    def find_thinking(self, text: str) -> str | None:
+        return None
+
+    def find_answer(self, text: str) -> str | None:
+        return text.strip() or None
+
+    def is_well_formed(self, text: str) -> bool:
+        return True
+
+
+def find_boxed(text: str) -> str | None:
+    r"""What stands in the last complete ``\boxed{...}``, stripped; None if there is none.
+
+    Braces inside it are matched, and escaped ones (``\{``) are not counted.
+    """
+    box = _last_box(text)
+    return text[box[0] + len("\\boxed{") : box[1]].strip() if box else None
+
+
+_BRACES = re.compile(r"\\boxed\{|\\.|\{|\}", re.DOTALL)
+
+
+def _last_box(text: str) -> tuple[int, int] | None:
+    """Where the last complete box begins, and where its closing brace is.
+
+    One pass over the braces, as a text may repeat itself for long.
+    """
+    last: tuple[int, int] | None = None
+    unclosed: list[tuple[int, bool]] = []
+    for token in _BRACES.finditer(text):
+        if token[0].endswith("{") and not token[0].startswith("\\{"):
+            unclosed.append((token.start(), token[0] != "{"))
+        elif token[0] == "}" and unclosed:
+            start, is_box = unclosed.pop()
+            if is_box and (last is None or start > last[0]):
+                last = (start, token.start())
+    return last

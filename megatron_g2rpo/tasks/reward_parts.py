@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reward parts: what a response is worth, one function for each kind of worth, by the name that recipes weigh it with.
+
+A part is a function of a sample and a response that returns a finite number, 0 where it does not apply. It may take the
+keyword-only parameter ``settings``, what the recipe says for the sample's task. With ``batched=True`` it is a function
+of lists of them, for a judge model, and returns a list.
+
+Add one, in a file that the recipe's ``imports`` names, and weigh it, ``env.reward_weights: {brevity: 0.1}``:
+
+    @reward_part("brevity")
+    def brevity(sample: Sample, response: Response) -> float:
+        return 1.0 / (1.0 + len(response.thinking or ""))
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from megatron_g2rpo import registry
+from megatron_g2rpo.recipe import Trapezoid
+from megatron_g2rpo.tasks.shaping import overlong_penalty, trapezoid
+from megatron_g2rpo.types import Response, Sample
+
+register = registry.reward_parts.register
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartSettings:
+    """What the recipe says for the task of a sample.
+
+    Attributes:
+        answer_format: of every sample of the task; None: the one that each sample names.
+        length: corners of the length reward, in response tokens; None: no length reward.
+        max_response_tokens: most tokens that a response can have.
+        overlong_buffer: tokens before that limit over which ``overlong`` falls to -1; None where the recipe has none.
+    """
+
+    answer_format: str | None
+    length: Trapezoid | None
+    max_response_tokens: int
+    overlong_buffer: int | None
+
+    def answer_format_of(self, sample: Sample) -> str:
+        """Name of the answer format that a sample is scored with."""
+        return self.answer_format or sample.answer_format
+
+
+@register("accuracy")
+def accuracy(sample: Sample, response: Response, *, settings: PartSettings) -> float:
+    """How right the answer is, 0 to 1, in its answer format; 0 without an answer.
+
+    Raises:
+        ValueError: unknown answer format, or a reference that it cannot read.
+    """
+    function = registry.answer_formats.get(settings.answer_format_of(sample))
+    # Called without an answer, too: a broken reference must not hide behind malformed responses.
+    value = function(response.answer if response.answer is not None else "", sample)
+    return value if response.answer is not None else 0.0
+
+
+@register("format")
+def well_formed(sample: Sample, response: Response) -> float:
+    """1 if the response keeps to its response format, else 0."""
+    return float(response.is_well_formed)
+
+
+@register("length")
+def length(sample: Sample, response: Response, *, settings: PartSettings) -> float:
+    """The trapezoid of the task's ``length``; 0 for a task without one."""
+    bounds = settings.length
+    if bounds is None:
+        return 0.0
+    return trapezoid(response.num_tokens, bounds.start, bounds.peak_start, bounds.peak_end, bounds.end)
+
+
+@register("structure")
+def structure(sample: Sample, response: Response) -> float:
+    """Whether the answer is JSON of the reference's form: 1 if it is, 0 where the reference is no object or list.
+
+    An answer has the form of a list if it is a list of as many elements, and that of an object if it has its keys.
+    Where values of the object are objects themselves (a box for each frame), the form is half of the part and the
+    overlap of their keys, intersection over union, the other half. A response that is not well formed has 0.
+
+    Source: the structure bonus of the paper's public code, scaled from [0, 0.5] to [0, 1]; its code gives a constant
+    where the reference is no JSON.
+    """
+    wanted, got = _json(sample.answer), _json(response.answer or "")
+    if not response.is_well_formed or not isinstance(got, type(wanted)):
+        return 0.0
+    if isinstance(wanted, list):
+        return float(len(got) == len(wanted))
+    if not isinstance(wanted, dict) or got.keys() != wanted.keys():
+        return 0.0
+    inner = {(key, name) for key, value in wanted.items() if isinstance(value, dict) for name in value}
+    if not inner:
+        return 1.0
+    found = {(key, name) for key, value in got.items() if isinstance(value, dict) for name in value}
+    return 0.5 + 0.5 * len(inner & found) / len(inner | found)
+
+
+@register("overlong")
+def overlong(sample: Sample, response: Response, *, settings: PartSettings) -> float:
+    """0 up to ``grpo.overlong_penalty.buffer`` tokens before the limit, falling to -1 at the limit.
+
+    Raises:
+        ValueError: the recipe has no such buffer.
+    """
+    if settings.overlong_buffer is None:
+        raise ValueError("needs grpo.overlong_penalty.buffer, which only a recipe for `train` has")
+    return overlong_penalty(response.num_tokens, settings.max_response_tokens, settings.overlong_buffer)
+
+
+def _json(text: str) -> Any:
+    """The object or list that a text is; None for anything else."""
+    try:
+        value = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):  # recursion: a response may repeat `[` for long
+        return None
+    return value if isinstance(value, dict | list) else None
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
