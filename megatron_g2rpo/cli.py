@@ -21,6 +21,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 convert = typer.Typer(no_args_is_help=True, help="Weights from Hugging Face format to Megatron checkpoints, and back.")
 app.add_typer(convert, name="convert")
+data = typer.Typer(no_args_is_help=True, help="Datasets: from other formats.")
+app.add_typer(data, name="data")
 
 RecipePath = Annotated[Path, typer.Argument(help="Recipe (YAML).", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides.", show_default=False)]
@@ -113,6 +115,25 @@ def convert_export(
     """
     _with_huge_pages()
     _with_errors(lambda: _export(source, target, overrides or [], nproc, dtype, max_shard_size, model))
+
+
+@data.command("import")
+def data_import(
+    source: Annotated[Path, typer.Argument(help="What to read.", metavar="SOURCE", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="Directory for the shards.", metavar="OUT", show_default=False)],
+    options: Annotated[list[str] | None, typer.Argument(help="key=value options.", show_default=False)] = None,
+    importer: Annotated[str, typer.Option(help="Name of the importer.")] = "jsonl",
+    imports: Annotated[list[str] | None, typer.Option(help="Module or .py file with an importer of your own.")] = None,
+) -> None:
+    """Write a dataset of another format as shards with an index."""
+
+    def run() -> None:
+        from megatron_g2rpo.commands import data_import as command
+
+        count = command.run(source, target, importer, options or [], imports or [])
+        typer.echo(f"wrote {count} samples to {target}")
+
+    _with_errors(run)
 
 
 @app.command()

@@ -51,21 +51,24 @@ class ShardWriter:
         if kind is None:
             write_index(self.directory)
 
-    def write(self, key: str, fields: Mapping[str, Any], images: Sequence[bytes], suffix: str = "png") -> None:
+    def write(
+        self, key: str, fields: Mapping[str, Any], images: Sequence[bytes], suffix: str | Sequence[str] = "png"
+    ) -> None:
         """Append one sample.
 
         Args:
             key: unique in the dataset; no dots.
             fields: what ``nouns.Sample`` needs, but ``images``; further fields are kept as provenance.
             images: encoded image files, in order.
-            suffix: file type of the images.
+            suffix: file type of the images; a list has one for each.
 
         Raises:
             DataError: the key contains a dot.
         """
         if "." in key:
             raise DataError(f"sample key {key!r} contains a dot, which webdataset takes for the end of the key")
-        names = [f"{i}.{suffix}" for i in range(len(images))]
+        suffixes = [suffix] * len(images) if isinstance(suffix, str) else suffix
+        names = [f"{i}.{each}" for i, each in enumerate(suffixes)]
         record = json.dumps({**fields, "images": names}, sort_keys=True).encode()
         self._add(f"{key}.json", record, first=True)
         for name, data in zip(names, images, strict=True):

@@ -22,7 +22,7 @@ from megatron_g2rpo.recipe.errors import Origin, RecipeError
 IMPORTS = "imports"
 
 
-def as_written(value: Any, folder: Path, origin: Origin) -> list[str]:
+def as_written(value: Any, folder: Path, origin: Origin | str) -> list[str]:
     """The entries of one document, files as absolute paths.
 
     Args:
@@ -39,7 +39,7 @@ def as_written(value: Any, folder: Path, origin: Origin) -> list[str]:
     return [_located(entry, folder, origin) for entry in entries]
 
 
-def import_all(entries: list[str], origin: Origin | None) -> None:
+def import_all(entries: list[str], origin: Origin | str | None) -> None:
     """Import each entry; one that was imported before, in this process, is left as it is.
 
     Raises:
@@ -60,7 +60,7 @@ def import_all(entries: list[str], origin: Origin | None) -> None:
             ) from error
 
 
-def _located(entry: str, folder: Path, origin: Origin) -> str:
+def _located(entry: str, folder: Path, origin: Origin | str) -> str:
     if not entry.endswith(".py"):
         return entry
     path = Path(os.path.abspath(folder / entry))

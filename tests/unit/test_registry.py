@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims of the registry: a name is one thing, options are what the entry takes, and errors say what there is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_g2rpo import extend, registry
+from megatron_g2rpo.registry import Registry
+
+KINDS = {
+    "answer_format": registry.answer_formats,
+    "engine": registry.engines,
+    "estimator": registry.estimators,
+    "importer": registry.importers,
+    "model_family": registry.model_families,
+    "response_format": registry.response_formats,
+    "reward_part": registry.reward_parts,
+    "surrogate": registry.surrogates,
+}
+
+
+def test_every_door_is_in_extend() -> None:
+    assert set(extend.__all__) == set(KINDS)
+    for name, kind in KINDS.items():
+        assert getattr(extend, name) == kind.register
+
+
+def test_an_entry_knows_its_place_and_its_facts() -> None:
+    kind: Registry = Registry("colour")
+
+    @kind.register("red", wavelength=700)
+    def red() -> None: ...
+
+    entry = kind.entry("red")
+    assert entry.value is red
+    assert entry.facts == {"wavelength": 700}
+    path, _, line = entry.place.rpartition(":")
+    assert path == __file__
+    assert Path(path).read_text().splitlines()[int(line) - 1].strip() == '@kind.register("red", wavelength=700)'
+
+
+def test_a_name_registered_twice_names_both_places() -> None:
+    kind: Registry = Registry("colour")
+    kind.register("red")(print)
+    with pytest.raises(ValueError, match=r"colour 'red' is registered twice: at .*:\d+ and at .*:\d+$") as error:
+        kind.register("red")(repr)
+    assert str(error.value).count(__file__) == 2
+    assert kind.get("red") is print
+
+
+def test_an_unknown_name_lists_the_known_ones_and_the_nearest() -> None:
+    kind: Registry = Registry("colour")
+    kind.register("red")(print)
+    kind.register("green")(print)
+    with pytest.raises(ValueError, match=r"^unknown colour 'gren' \(did you mean 'green'\?\); known: green, red$"):
+        kind.get("gren")
+
+
+def test_options_are_keyword_only_parameters_that_are_not_given() -> None:
+    kind: Registry = Registry("colour", given=["light"])
+
+    @kind.register("red")
+    def red(x: int, *, light: float, depth: int = 3, name: str = "r") -> tuple[float, int, str]:
+        return light, depth, name
+
+    assert list(kind.options("red")) == ["depth", "name"]
+    assert kind.takes("red", "light")
+    assert not kind.takes("red", "x")
+    assert kind.bind("red", light=0.5, depth=4)(1) == (0.5, 4, "r")
+    with pytest.raises(ValueError, match=r"colour 'red' takes no option 'dept' \(did you mean 'depth'\?\); known: .*"):
+        kind.bind("red", dept=4)
+
+
+def test_a_module_on_demand_is_imported_when_its_name_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    kind: Registry = Registry("colour", on_demand={"blue": "a_heavy_module_of_blue"})
+    monkeypatch.setattr(registry, "colours", kind, raising=False)
+    source = "from megatron_g2rpo import registry\n@registry.colours.register('blue')\ndef blue(): return 'azure'\n"
+    (tmp_path / "a_heavy_module_of_blue.py").write_text(source)
+    assert kind.names() == ("blue",)
+    assert "a_heavy_module_of_blue" not in sys.modules
+    assert kind.get("blue")() == "azure"
+    assert "a_heavy_module_of_blue" in sys.modules
+
+
+def test_a_name_of_a_module_on_demand_is_taken_before_it_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    kind: Registry = Registry("colour", on_demand={"blue": "another_module_of_blue"})
+    monkeypatch.setattr(registry, "colours", kind, raising=False)
+    source = "from megatron_g2rpo import registry\n@registry.colours.register('blue')\ndef blue(): return 'azure'\n"
+    (tmp_path / "another_module_of_blue.py").write_text(source)
+    with pytest.raises(ValueError, match=r"'blue' is registered twice: at .*another_module_of_blue\.py:2 and at .*"):
+        kind.register("blue")(print)
+
+
+def test_the_doors_open_without_torch() -> None:
+    """A user's file of rewards imports nothing heavy, and a name is looked up when it is needed."""
+    check = "import sys, megatron_g2rpo.extend; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=Path(__file__).parents[2])
