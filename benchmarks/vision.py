@@ -108,6 +108,7 @@ def main() -> None:
         f"policy.sequence_packing.train_mb_tokens={budget}",
         f"policy.megatron_cfg.{axis}_{'model_parallel' if axis == 'tensor' else 'parallel'}_size={2}",
         "cluster.gpus_per_node=2",
+        "env.tasks={any: {}}",
     ]
     recipe = recipes.load(recipes.EXEMPLARS / "vlm_sft.yaml", overrides, "sft")
     policy = MegatronPolicy(recipe.policy, select("cpu"), seed=0, max_steps=1000)

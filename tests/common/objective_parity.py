@@ -29,6 +29,7 @@ from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies
 from megatron_g2rpo.train.step.old_logprobs import importance_weights
 from megatron_g2rpo.types import PackedBatch
 from tests.common.parity import TASKS, TEMPERATURE, hf_logits
+from tests.common.recipes import G2RPO
 
 TASK_NAMES = tuple("ab"[:TASKS])
 SHAPING = 0.5
@@ -48,11 +49,10 @@ OBJECTIVES = {
 
 def objective(name: str) -> TrainRecipe:
     """A recipe with one of ``OBJECTIVES``."""
-    tasks = "{_override_: true, a: {answer_format: null, length: null, entropy: {low: 0, high: 2}}, "
-    tasks += "b: {answer_format: null, length: null, entropy: {low: 8, high: 9}}}"
+    tasks = "{_override_: true, a: {entropy: {low: 0, high: 2}}, b: {entropy: {low: 8, high: 9}}}"
     overrides = [f"loss_fn.{option}" for option in OBJECTIVES[name]]
     overrides += [f"loss_fn.entropy_shaping.weight={SHAPING}", f"env.tasks={tasks}"]
-    return recipes.load(recipes.EXEMPLARS / "vlm_g2rpo.yaml", overrides, "train")
+    return recipes.load(G2RPO, overrides, "train")
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from megatron_g2rpo.tasks.accuracy import get_accuracy
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_g2rpo.data.shard_index import ShardIndex
-from megatron_g2rpo.tasks.accuracy import get_accuracy
 from megatron_g2rpo.tasks.parsing import find_answer, is_well_formed
 from tests.e2e.toy import ROOT, command, metrics
 

@@ -115,7 +115,6 @@ class Toy:
 
 def _common(toy: Toy) -> dict[str, Any]:
     length = {"start": 0, "peak_start": 4, "peak_end": 16, "end": 32}
-    task = {"answer_format": None, "length": length, "entropy": {"low": 0.2, "high": 0.6}}
     return {
         "checkpointing": {"save_period": 2, "keep_latest_k": 1},
         "policy": {
@@ -125,8 +124,12 @@ def _common(toy: Toy) -> dict[str, Any]:
             "sequence_packing": {"train_mb_tokens": 640},
             "generation": {"max_new_tokens": 32},
         },
-        "data": {"train": {"path": str(toy.data / "train")}, "validation": {"path": str(toy.data / "val")}},
-        "env": {"tasks": {"_override_": True, **dict.fromkeys(TASKS, task)}},
+        "data": {
+            "train": {"path": str(toy.data / "train")},
+            "validation": {"path": str(toy.data / "val")},
+            "format_instruction": False,  # the vocabulary was learned from these questions alone
+        },
+        "env": {"default_task": {"length": length}, "tasks": dict.fromkeys(TASKS)},
         "cluster": {"device": "cpu"},
     }
 

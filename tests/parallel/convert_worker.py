@@ -31,6 +31,7 @@ from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.recipe import Recipe
 from megatron_g2rpo.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_g2rpo.weights.table import WeightTable
+from tests.common.recipes import SFT
 
 SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
 
@@ -40,7 +41,7 @@ def recipe_of(layout: str, precision: str, **policy: object) -> Recipe:
     overrides = [f"policy.megatron_cfg.{key}={size}" for key, size in zip(SIZES, layout.split(","), strict=True)]
     overrides += [f"policy.{key}={value}" for key, value in {**policy, "precision": precision}.items()]
     overrides += [f"cluster.gpus_per_node={dist.get_world_size()}", "cluster.device=cpu"]
-    return recipes.load(recipes.EXEMPLARS / "vlm_sft.yaml", overrides, "sft")
+    return recipes.load(SFT, overrides, "sft")
 
 
 def tensors_of(directory: Path) -> dict[str, Tensor]:

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from megatron_g2rpo.tasks.accuracy import get_accuracy
 
 from megatron_g2rpo.data.shard_index import ShardIndex
-from megatron_g2rpo.tasks.accuracy import get_accuracy
 from megatron_g2rpo.tasks.parsing import find_answer, is_well_formed
 from megatron_g2rpo.tasks.shaping import structure_bonus
 from tests.unit.data.conftest import load_example

@@ -30,7 +30,7 @@ def test_random_access_reads_what_the_webdataset_library_reads(dataset):
             fields = raw["json"]
             for name in ("task", "question", "answer", "answer_format", "response"):
                 assert getattr(sample, name) == fields[name]
-            assert sample.reference_steps is None
+            assert sample.extra == {}
             assert len(sample.images) == len(fields["images"])
             for image, suffix in zip(sample.images, fields["images"], strict=True):
                 np.testing.assert_array_equal(np.asarray(image), np.asarray(raw[suffix]))

@@ -23,6 +23,7 @@ from megatron_g2rpo.policy.layouts.layout import Layout, layout_of, token_multip
 from megatron_g2rpo.policy.megatron import LossTerms, MegatronPolicy
 from megatron_g2rpo.recipe import Recipe
 from megatron_g2rpo.types import NO_LABEL, PackedBatch, TokenStats
+from tests.common.recipes import G2RPO, SFT
 from tests.common.tiny_model import random_inputs, special_tokens
 
 MEGATRON = "policy.megatron_cfg."
@@ -37,14 +38,14 @@ def tiny_recipe(directory: Path, *overrides: str, world: int = 1, kind: Any = "s
         world: processes.
         kind: ``sft`` or ``train``.
     """
-    exemplar = {"sft": "vlm_sft.yaml", "train": "vlm_g2rpo.yaml"}[kind]
+    exemplar = {"sft": SFT, "train": G2RPO}[kind]
     common = [
         f"policy.model_name={directory}",
         "policy.logprob_chunk_size=16",
         f"cluster.gpus_per_node={world}",
         "cluster.device=cpu",
     ]
-    return recipes.load(recipes.EXEMPLARS / exemplar, [*common, *overrides], kind)
+    return recipes.load(exemplar, [*common, *overrides], kind)
 
 
 def policy_of(recipe: Recipe) -> MegatronPolicy:

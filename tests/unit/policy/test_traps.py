@@ -32,6 +32,7 @@ from megatron_g2rpo.policy.optimizer import check_normalisation
 from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies
 from megatron_g2rpo.types import NO_LABEL, PackedBatch, TokenStats
 from tests.common.parity import TASKS, TEMPERATURE, policy_options, random_sequences, toy_loss
+from tests.common.recipes import G2RPO
 from tests.common.tiny_model import hf_logits, make_tiny_qwen3vl
 from tests.common.traps import MARGIN, SHAPE, TOLERANCES, Scene, measure, relative
 
@@ -271,7 +272,7 @@ def test_the_entropy_hinge_is_taken_in_every_micro_batch(policy: MegatronPolicy,
     everything = TaskEntropies.of(behaviour, stats, TASKS, policy.groups.data)
     # Just below the means: a hinge of a row's own mean is off where that is a little lower.
     shaped = {str(task): SimpleNamespace(low=0.0, high=float(mean) - 0.05) for task, mean in enumerate(everything.mean)}
-    loss_fn = recipes.load(recipes.EXEMPLARS / "vlm_g2rpo.yaml", [], "train").loss_fn
+    loss_fn = recipes.load(G2RPO, [], "train").loss_fn
     shaping = loss_fn.entropy_shaping.model_copy(update={"weight": 1.0})
     recipe: Any = SimpleNamespace(
         loss_fn=loss_fn.model_copy(update={"entropy_shaping": shaping}),

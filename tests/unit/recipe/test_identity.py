@@ -11,19 +11,18 @@ from pathlib import Path
 import pytest
 
 from megatron_g2rpo import recipe
-from megatron_g2rpo.recipe import EXEMPLARS
 from megatron_g2rpo.recipe.identity import NOT_IDENTITY
 from megatron_g2rpo.recipe.keys import dotted_keys
 from megatron_g2rpo.recipe.schema import SftRecipe, TrainRecipe
+from tests.common.recipes import G2RPO, SFT
 from tests.unit.recipe.conftest import RECIPES
 
-EXEMPLAR = EXEMPLARS / "vlm_g2rpo.yaml"
 MEGATRON = "policy.megatron_cfg"
 DDP = f"{MEGATRON}.distributed_data_parallel_config"
 
 
 def fingerprint(*overrides: str) -> str:
-    return recipe.fingerprint(recipe.load(EXEMPLAR, list(overrides), "train"))
+    return recipe.fingerprint(recipe.load(G2RPO, list(overrides), "train"))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +86,7 @@ def test_the_fingerprint_is_the_same_in_every_process() -> None:
     # Python salts its own hashes per process, and a run directory outlives them all.
     code = "import sys; from megatron_g2rpo import recipe as r; print(r.fingerprint(r.load(sys.argv[1], [], 'train')))"
     other = subprocess.run(
-        [sys.executable, "-c", code, str(EXEMPLAR)],
+        [sys.executable, "-c", code, str(G2RPO)],
         env={**os.environ, "PYTHONHASHSEED": "1"},
         cwd=RECIPES.parents[1],
         capture_output=True,
@@ -104,17 +103,17 @@ def test_every_excluded_key_exists() -> None:
 
 
 def test_identities_say_what_differs() -> None:
-    a = recipe.identity(recipe.load(EXEMPLAR, [], "train"))
-    b = recipe.identity(recipe.load(EXEMPLAR, ["grpo.seed=43", "cluster.num_nodes=2"], "train"))
+    a = recipe.identity(recipe.load(G2RPO, [], "train"))
+    b = recipe.identity(recipe.load(G2RPO, ["grpo.seed=43", "cluster.num_nodes=2"], "train"))
     assert {key for key in a if a[key] != b[key]} == {"grpo.seed"}
 
 
-@pytest.mark.parametrize(("name", "kind"), [("vlm_g2rpo", "train"), ("vlm_sft", "sft")])
-def test_a_dump_loads_to_an_equal_recipe(tmp_path: Path, name: str, kind: str) -> None:
+@pytest.mark.parametrize(("path", "kind"), [(G2RPO, "train"), (SFT, "sft")])
+def test_a_dump_loads_to_an_equal_recipe(tmp_path: Path, path: Path, kind: str) -> None:
     # 1/3 and 1e-7 have no short decimal form: the text must still give back every bit.
     odd = ["env.reward_weights.length=0.3333333333333333", f"{MEGATRON}.optimizer.adam_eps=1e-7"]
     overrides = [*odd, "data.system_prompt='yes: \"é\"'"]
-    loaded = recipe.load(EXEMPLARS / f"{name}.yaml", overrides, kind)  # type: ignore[call-overload]
+    loaded = recipe.load(path, overrides, kind)  # type: ignore[call-overload]
     dumped = tmp_path / "recipe.yaml"
     dumped.write_text(recipe.dump(loaded), encoding="utf-8")
     assert recipe.load(dumped, [], kind) == loaded  # type: ignore[call-overload]
@@ -122,7 +121,7 @@ def test_a_dump_loads_to_an_equal_recipe(tmp_path: Path, name: str, kind: str) -
 
 def test_the_layout_is_described() -> None:
     layout = ["cluster.num_nodes=2", "cluster.gpus_per_node=4", f"{MEGATRON}.tensor_model_parallel_size=2"]
-    assert recipe.describe_layout(recipe.load(EXEMPLAR, layout, "train")).splitlines() == [
+    assert recipe.describe_layout(recipe.load(G2RPO, layout, "train")).splitlines() == [
         "processes: 8 = 2 node(s) x 4",
         "layout: tensor 2 x pipeline 1 x context 1 x data 4",
         "core attention: auto",
@@ -138,7 +137,7 @@ def test_the_layout_is_described() -> None:
         f"{MEGATRON}={{recompute_granularity: full, recompute_num_layers: 2}}",
         f"{DDP}={{use_distributed_optimizer: true, overlap_grad_reduce: true, overlap_param_gather: true}}",
     ]
-    assert recipe.describe_layout(recipe.load(EXEMPLAR, layout, "train")).splitlines()[1:6] == [
+    assert recipe.describe_layout(recipe.load(G2RPO, layout, "train")).splitlines()[1:6] == [
         "layout: tensor 2 x pipeline 2 x context 2 x data 2, sequence parallel",
         "language layers: 12 on the first stage, the others shared out evenly",
         "core attention: auto, p2p with Transformer Engine",
@@ -146,11 +145,11 @@ def test_the_layout_is_described() -> None:
         "optimizer: shared out over data-parallel ranks; gradients reduced during the backward pass; weights gathered "
         "during the forward pass",
     ]
-    sft = recipe.load(EXEMPLARS / "vlm_sft.yaml", [], "sft")
+    sft = recipe.load(SFT, [], "sft")
     assert recipe.describe_layout(sft).splitlines()[-1] == "step: 128 sequences, 1 update"
 
 
 def test_a_dump_has_the_sections_in_the_order_of_the_exemplar() -> None:
-    lines = recipe.dump(recipe.load(EXEMPLAR, [], "train")).splitlines()
+    lines = recipe.dump(recipe.load(G2RPO, [], "train")).splitlines()
     sections = [line.rstrip(":") for line in lines if line.endswith(":") and not line.startswith(" ")]
     assert sections == ["grpo", "loss_fn", "checkpointing", "policy", "data", "env", "logger", "cluster"]

@@ -9,18 +9,17 @@ from typing import Any
 import pytest
 
 from megatron_g2rpo import recipe
-from megatron_g2rpo.recipe import EXEMPLARS
 from megatron_g2rpo.recipe.base import Section
 from megatron_g2rpo.recipe.keys import dotted_keys
 from megatron_g2rpo.recipe.schema import SftRecipe, TrainRecipe
+from tests.common.recipes import G2RPO
 
-EXEMPLAR = EXEMPLARS / "vlm_g2rpo.yaml"
 MEGATRON = "policy.megatron_cfg"
 DDP = f"{MEGATRON}.distributed_data_parallel_config"
 
 
 def load(*overrides: str) -> recipe.TrainRecipe:
-    return recipe.load(EXEMPLAR, list(overrides), "train")
+    return recipe.load(G2RPO, list(overrides), "train")
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ from megatron_g2rpo import recipe
 from megatron_g2rpo.recipe import EXEMPLARS
 from megatron_g2rpo.recipe.layers import DEFAULTS, REPLACE, load_file, merge, parent_paths
 from megatron_g2rpo.recipe.source import Document, read_document
+from tests.common.recipes import G2RPO, SFT
 from tests.unit.recipe.conftest import RECIPES, Write
 
 MINIMAL = sorted(RECIPES.rglob("*.yaml"))
-SHIPPED = [*sorted(RECIPES.glob("*.yaml")), *sorted(EXEMPLARS.glob("*.yaml"))]
+SHIPPED = sorted(RECIPES.glob("*.yaml"))
 NAME = re.compile(
     r"(vlm_)?(?P<kind>g2rpo|sft)-(?P<model>[a-z0-9.]+)-(?P<nodes>\d+)n(?P<gpus>\d+)g-megatron-tp(?P<tp>\d+)(-[a-z0-9]+)*\.yaml"
 )
@@ -32,6 +33,22 @@ def load(path: Path) -> recipe.Recipe:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_recipe_loads(path: Path) -> None:
     load(path)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("vlm_g2rpo", "train"), ("vlm_sft", "sft")])
+def test_an_exemplar_lacks_nothing_but_tasks(name: str, kind: str) -> None:
+    path = EXEMPLARS / f"{name}.yaml"
+    with pytest.raises(recipe.RecipeError) as error:
+        recipe.load(path, [], kind)  # type: ignore[call-overload]
+    heading, fault = str(error.value).splitlines()
+    assert heading == f"recipe {path} cannot be used for {kind}:"
+    assert "'env.tasks': lists no task: write down those of your data" in fault
+    assert "`my_task: {}` is enough" in fault
+
+
+def test_policies_that_have_not_learnt_the_format_are_told_of_it() -> None:
+    taught = {path.name for path in SHIPPED if not load(path).data.format_instruction}
+    assert taught == {path.name for path in SHIPPED if "quickstart" in path.name or "smollm2" in path.name}
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
@@ -58,7 +75,8 @@ def repeated_keys(path: Path) -> list[str]:
     merged = Document({}, {})
     found: list[str] = []
     for parent in parents:
-        top = load_file(parent)
+        # With its markers, which a merged one has no longer.
+        top = load_file(parent) if DEFAULTS in read_document(parent).tree else read_document(parent)
         found += [f"{key} of {parent.name}" for key in _repeated(merged.tree, top.tree, "")]
         merged = merge(merged, top)
     return found + list(_repeated(merged.tree, own.tree, ""))
@@ -88,8 +106,8 @@ def test_a_repeated_value_would_be_found(write: Write) -> None:
 
 
 def test_the_exemplars_agree_but_for_their_loop() -> None:
-    train = recipe.load(EXEMPLARS / "vlm_g2rpo.yaml", [], "train").model_dump()
-    sft = recipe.load(EXEMPLARS / "vlm_sft.yaml", [], "sft").model_dump()
+    train = recipe.load(G2RPO, [], "train").model_dump()
+    sft = recipe.load(SFT, [], "sft").model_dump()
     different = {key for key, value in flat(train).items() if key in flat(sft) and flat(sft)[key] != value}
     assert different == {
         "checkpointing.checkpoint_dir",

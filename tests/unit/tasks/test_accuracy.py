@@ -7,7 +7,6 @@ from functools import cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from megatron_g2rpo.tasks.accuracy import accuracy_names, get_accuracy, levenshtein, register_accuracy
 
 REFERENCES = {

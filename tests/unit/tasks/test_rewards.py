@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron_g2rpo.tasks.rewards import PARTS, RewardError, score
 
 from megatron_g2rpo.tasks import accuracy
 from megatron_g2rpo.tasks.prompts import build_messages
-from megatron_g2rpo.tasks.rewards import PARTS, RewardError, score
 from megatron_g2rpo.types import ModelInputs, Prompt, Rollout, Sample
 
 WEIGHTS = SimpleNamespace(accuracy=0.9, format=0.1, structure=0.25, length=0.5)

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.recipe import TrainRecipe
+from tests.common.recipes import G2RPO
 
 
 @pytest.fixture
@@ -23,6 +24,6 @@ def make_recipe(run: Path) -> Callable[..., TrainRecipe]:
     """A G2RPO recipe with overrides."""
 
     def make(*overrides: str) -> TrainRecipe:
-        return recipes.load(recipes.EXEMPLARS / "vlm_g2rpo.yaml", [f"logger.log_dir={run}", *overrides], "train")
+        return recipes.load(G2RPO, [f"logger.log_dir={run}", *overrides], "train")
 
     return make

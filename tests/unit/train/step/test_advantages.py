@@ -35,7 +35,7 @@ def rollouts() -> list[Any]:
 
 def rewards() -> Rewards:
     generator = torch.Generator().manual_seed(0)
-    result = Rewards(parts={}, weights={}, total=torch.zeros(12, dtype=torch.float64))
+    result = Rewards.none(12)
     for name, weight in (("accuracy", 0.9), ("format", 0.1), ("length", 0.0)):
         result = result.plus(name, torch.randint(4, (12,), generator=generator).double() / 4, weight)
     return result
@@ -78,7 +78,8 @@ def test_parts_are_weighed_as_in_the_reward(parts: Any, make_recipe: MakeRecipe)
     )
     values = advantages_of(recipe, parts, rollouts(), plain).values
     assert torch.equal(advantages_of(recipe, parts, rollouts(), other).values, values)
-    swapped = Rewards(parts=plain.parts, weights={"accuracy": 0.1, "format": 0.9, "length": 0.0}, total=plain.total)
+    weights = {**plain.weights, "accuracy": plain.weights["format"], "format": plain.weights["accuracy"]}
+    swapped = Rewards(parts=plain.parts, weights=weights, total=plain.total)
     assert not torch.allclose(advantages_of(recipe, parts, rollouts(), swapped).values, values)
 
 

@@ -47,8 +47,7 @@ def recipe(make_recipe: MakeRecipe) -> MakeRecipe:
             "grpo.num_prompts_per_step=4", f"grpo.num_generations_per_prompt={SAMPLES}",
             "policy.max_total_sequence_length=24", "policy.sequence_packing.train_mb_tokens=24",
             "policy.generation.max_new_tokens=8", "env.tasks._override_=true",
-            "env.tasks.a={answer_format: null, length: null, entropy: null}",
-            "env.tasks.b={answer_format: null, length: null, entropy: null}",
+            "env.tasks.a={entropy: null}", "env.tasks.b={entropy: null}",
             "policy.train_global_batch_size=8", *overrides,
         )  # fmt: skip
 
