@@ -63,7 +63,9 @@ def test_passes_and_computes_the_same_bits_as_without_wide_vectors(program_objec
 
 @pytest.mark.full
 @pytest.mark.parametrize("instructions", ["avx2", "avx512f"])
-def test_computes_the_same_bits_on_every_instruction_set(program_object: Path, tmp_path: Path, instructions: str) -> None:
+def test_computes_the_same_bits_on_every_instruction_set(
+    program_object: Path, tmp_path: Path, instructions: str
+) -> None:
     """Fused multiply-adds come with both; ``-ffp-contract=off`` must keep them out."""
     if instructions not in cpu_flags():
         pytest.skip(f"this CPU has no {instructions}")
