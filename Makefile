@@ -74,7 +74,7 @@ test: test-unit
 	$(BIN)/python -m pytest -m "not full" $(UNIT:%=--ignore=%) $(PYTEST_ARGS)
 
 test-unit: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(UNIT) -m "not full" -n auto --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(UNIT) -m "not full" -n auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 test-full: $(VENV)/.full
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claim: one process of the Megatron policy computes what transformers computes (fp32), and a difference is seen.
+"""Claim: one process of the Megatron policy computes what transformers computes (fp32), and a difference is detected.
 
 Compared are values, gradients and three optimizer steps; see ``tests.common.layout_parity``.
 """

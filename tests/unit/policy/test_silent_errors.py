@@ -85,11 +85,11 @@ def test_nothing_changed(directory: Path) -> None:
     ],
     ids=lambda name: name.strip("."),
 )
-def test_swapped_weights_are_seen(directory: Path, one: str, other: str) -> None:
+def test_swapped_weights_are_detected(directory: Path, one: str, other: str) -> None:
     compare(directory, swapped(one, other)).assert_exceeded("logprob", margin=MARGIN)
 
 
-def test_a_dropped_deepstack_is_seen(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dropped_deepstack_is_detected(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     embed = PolicyModel._embed
 
     def without_deepstack(self: PolicyModel, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
@@ -99,7 +99,7 @@ def test_a_dropped_deepstack_is_seen(directory: Path, monkeypatch: pytest.Monkey
     compare(directory).assert_exceeded("logprob", margin=MARGIN)
 
 
-def test_features_of_another_image_are_seen(directory: Path) -> None:
+def test_features_of_another_image_are_detected(directory: Path) -> None:
     """Features counted anew in every sequence: the second image of a row would be the first."""
 
     def counted_by_sequence(batch: PackedBatch) -> PackedBatch:
@@ -112,7 +112,7 @@ def test_features_of_another_image_are_seen(directory: Path) -> None:
     compare(directory, change=counted_by_sequence).assert_exceeded("logprob", margin=MARGIN)
 
 
-def test_attention_over_neighbours_is_seen(directory: Path) -> None:
+def test_attention_over_neighbours_is_detected(directory: Path) -> None:
     """A row taken for one long sequence: what a missing segment mask would do."""
 
     def unsegmented(batch: PackedBatch) -> PackedBatch:
