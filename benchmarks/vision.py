@@ -110,7 +110,7 @@ def main() -> None:
         "cluster.gpus_per_node=2",
         "env.tasks={any: {}}",
     ]
-    recipe = recipes.load(recipes.EXEMPLARS / "vlm_sft.yaml", overrides, "sft")
+    recipe = recipes.load(recipes.EXEMPLARS / "vlm_sft.yaml", ["env.tasks={any: {}}", *overrides], "sft")
     policy = MegatronPolicy(recipe.policy, select("cpu"), seed=0, max_steps=1000)
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
     assert isinstance(alone, dist.ProcessGroup)
