@@ -136,7 +136,8 @@ def make_trainer(
     steps: int,
     seed: int = 0,
     kind: type[GRPOTrainer] = G2RPOTrainer,
-    reward_function: Callable[..., list[float]] = reward,
+    reward_function: Callable[..., list[Any]] = reward,
+    **options: Any,
 ) -> GRPOTrainer:
     """The demonstration's trainer: 32 rollouts a step and process, eight to a prompt.
 
@@ -146,12 +147,14 @@ def make_trainer(
         seed: of the policy, the order of the prompts and the samples.
         kind: the trainer's class.
         reward_function: as TRL calls it.
+        options: of ``GRPOConfig``.
     """
     tokenizer = make_tokenizer()
     config = GRPOConfig(
         output_dir=output, max_steps=steps, seed=seed, use_cpu=True, bf16=False, report_to="none", save_strategy="no",
         logging_steps=10, disable_tqdm=True, per_device_train_batch_size=16, gradient_accumulation_steps=2,
         num_generations=8, max_completion_length=3, learning_rate=1e-2, gradient_checkpointing=False,
+        **options,
     )  # fmt: skip
     return kind(
         model=make_policy(tokenizer, seed), reward_funcs=reward_function, args=config, train_dataset=make_prompts(),

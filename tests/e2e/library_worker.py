@@ -14,14 +14,20 @@ from typing import Any
 from tests.common.launch import ROOT
 
 
-def main() -> None:
-    """``library_worker.py DIRECTORY STEPS``."""
-    directory, steps = Path(sys.argv[1]), int(sys.argv[2])
+def load_example() -> Any:
+    """examples/library/trl_g2rpo.py as a module."""
     spec = importlib.util.spec_from_file_location("trl_g2rpo", ROOT / "examples" / "library" / "trl_g2rpo.py")
     assert spec is not None
     assert spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
+    return example
+
+
+def main() -> None:
+    """``library_worker.py DIRECTORY STEPS``."""
+    directory, steps = Path(sys.argv[1]), int(sys.argv[2])
+    example = load_example()
     rewarded: list[dict[str, Any]] = []
     losses: list[dict[str, Any]] = []
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_g2rpo.objective import gaussian_advantages
 from tests.common.launch import ROOT, torchrun
+from tests.e2e.library_worker import load_example
 
 pytestmark = pytest.mark.full
 
@@ -85,3 +86,16 @@ def test_the_table_of_completions_shows_the_advantages_of_the_last_step(records:
 
 def test_two_runs_are_equal(records: list[Record], tmp_path: Path) -> None:
     assert run(tmp_path / "again", len(records)) == records
+
+
+def test_what_has_no_g2rpo_advantage_is_refused(tmp_path: Path) -> None:
+    example = load_example()
+
+    def sometimes_none(completions: list[str], **_: Any) -> list[float | None]:
+        return [None, *[0.0] * (len(completions) - 1)]
+
+    with pytest.raises(ValueError, match="multi_objective_aggregation must be 'sum_then_normalize'"):
+        example.make_trainer(str(tmp_path), steps=1, multi_objective_aggregation="normalize_then_sum")
+    trainer = example.make_trainer(str(tmp_path), steps=1, reward_function=sometimes_none)
+    with pytest.raises(ValueError, match=r"reward .* is nan"):
+        trainer.train()
