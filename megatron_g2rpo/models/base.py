@@ -151,6 +151,9 @@ class Vision(Protocol):
             hf_config: the model's.
             patches: number of patches, before merging.
             nbytes: bytes of an activation's element.
+
+        Raises:
+            ValueError: nobody has derived it for this tower; a plan then says so.
         """
         ...
 
@@ -162,6 +165,9 @@ class Vision(Protocol):
             patches: number of patches, before merging.
             nbytes: bytes of an activation's element.
             recompute: blocks are recomputed and keep their inputs alone.
+
+        Raises:
+            ValueError: see ``block_bytes``.
         """
         ...
 

@@ -53,6 +53,12 @@ class Qwen25VLVision(Qwen3VLVision):
     def features(self, tower: nn.Module, pixels: Tensor, grids: Tensor) -> Tensor:
         return tower(pixels, grid_thw=grids, return_dict=True).pooler_output[:, None]
 
+    def block_bytes(self, hf_config: Any, patches: int, nbytes: int) -> int:
+        raise ValueError("what Qwen2.5-VL's vision tower keeps has not been derived")
+
+    def tower_bytes(self, hf_config: Any, patches: int, nbytes: int, *, recompute: bool) -> int:
+        return self.block_bytes(hf_config, patches, nbytes)
+
 
 @model_family("qwen2_5_vl")
 class Qwen25VL(Qwen2):
