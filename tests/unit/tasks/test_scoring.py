@@ -233,11 +233,11 @@ def test_a_batched_part_that_raises_names_its_first_sample(add: Add) -> None:
 
 def test_a_batched_part_returns_a_finite_number_for_each_response(add: Add) -> None:
     add(registry.reward_parts, "short", lambda samples, responses: [1.0], batched=True)
-    with pytest.raises(RewardError, match="short of 2 samples.* returned 1 numbers"):
+    with pytest.raises(RewardError, match=r"short of 2 samples.* returned 1 numbers"):
         scored([make_rollout(""), make_rollout("")], make_env({"short": 1.0}))
     add(registry.reward_parts, "odd", lambda samples, responses: torch.tensor([1.0, float("nan")]), batched=True)
     rollouts = [make_rollout(""), make_rollout("", key="shard-000002/bad")]
-    with pytest.raises(RewardError, match="reward odd of sample shard-000002/bad.* returned nan"):
+    with pytest.raises(RewardError, match=r"reward odd of sample shard-000002/bad.* returned nan"):
         scored(rollouts, make_env({"odd": 1.0}))
 
 
