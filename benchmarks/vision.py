@@ -110,9 +110,10 @@ def main() -> None:
         "cluster.gpus_per_node=2",
         "env.tasks={any: {}}",
     ]
-    recipe = recipes.load(recipes.EXEMPLARS / "vlm_sft.yaml", overrides, "sft")
+    recipe = recipes.load(recipes.EXEMPLARS / "vlm_sft.yaml", ["env.tasks={any: {}}", *overrides], "sft")
     policy = MegatronPolicy(recipe.policy, select("cpu"), seed=0, max_steps=1000)
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+    assert isinstance(alone, dist.ProcessGroup)
     multiples = token_multiples(policy.layout)
     config = policy.hf_config
     packer = Packer(config.image_token_id, config.vision_config.spatial_merge_size, 0, *multiples)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import torch
 from annotated_types import Gt
 from torch import Tensor
 
@@ -46,6 +47,6 @@ def clipped_differences(batch: RewardBatch, history: History, *, limit: Annotate
     """
     statistics = group_statistics(batch.rewards, batch.group_ids, batch.task_ids)
     groups, tasks = statistics.groups, statistics.tasks
-    mean = groups.mean[groups.id.searchsorted(batch.group_ids)]
-    std = tasks.std[tasks.id.searchsorted(batch.task_ids)].clamp(min=1e-3)
+    mean = groups.mean[torch.searchsorted(groups.id, batch.group_ids)]
+    std = tasks.std[torch.searchsorted(tasks.id, batch.task_ids)].clamp(min=1e-3)
     return ((batch.rewards.double() - mean) / std).clamp(-limit, limit)

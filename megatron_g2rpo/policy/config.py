@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from megatron_g2rpo.policy.layouts.layout import Layout, LayoutError
+from megatron_g2rpo.recipe import MegatronConfig
 
 
-def transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, megatron_cfg: Any) -> TransformerConfig:
+def transformer_config(
+    hf_config: Any, layout: Layout, dtype: torch.dtype, megatron_cfg: MegatronConfig
+) -> TransformerConfig:
     """The language model's TransformerConfig.
 
     Args:

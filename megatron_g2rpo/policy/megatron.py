@@ -36,6 +36,7 @@ from megatron_g2rpo.policy.optimizer import (
     wrap_ddp,
 )
 from megatron_g2rpo.policy.process_groups import ParallelGroups, initialize
+from megatron_g2rpo.recipe import MegatronConfig, Policy
 from megatron_g2rpo.types import DTYPES, PackedBatch, TokenStats
 from megatron_g2rpo.weights.hf_model import model_class
 
@@ -64,7 +65,7 @@ class MegatronPolicy:
     """A vision-language policy on megatron-core, at any layout.
 
     Args:
-        options: the recipe's ``policy`` section.
+        settings: the recipe's ``policy`` section.
         device: this rank's device.
         seed: of random initialisation and of megatron-core's random state.
         max_steps: optimizer steps of the run; None builds no optimizer (inference only).
@@ -78,7 +79,7 @@ class MegatronPolicy:
 
     def __init__(
         self,
-        options: Any,
+        settings: Policy,
         device: Device,
         *,
         seed: int,
@@ -86,18 +87,18 @@ class MegatronPolicy:
         banned_token_ids: Sequence[int] = (),
         on_loaded: sharded_state.Advance | None = None,
     ) -> None:
-        self.options, self.device = options, device
-        self.hf_config = AutoConfig.from_pretrained(options.model_name, local_files_only=True)
-        self.layout = layout_of(options.megatron_cfg)
+        self.settings, self.device = settings, device
+        self.hf_config = AutoConfig.from_pretrained(settings.model_name, local_files_only=True)
+        self.layout = layout_of(settings.megatron_cfg)
         check_layout(self.hf_config, self.layout)
         self.groups: ParallelGroups = initialize(device, self.layout, seed)
-        self.dtype = DTYPES[options.precision]
+        self.dtype = DTYPES[settings.precision]
         self.table = weights.table_for(self.hf_config)
-        self.config = transformer_config(self.hf_config, self.layout, self.dtype, options.megatron_cfg)
+        self.config = transformer_config(self.hf_config, self.layout, self.dtype, settings.megatron_cfg)
         self._ddp: DistributedDataParallel | None = None
         self.optimizer: MegatronOptimizer | None = None
         self.scheduler: OptimizerParamScheduler | None = None
-        megatron_cfg = options.megatron_cfg
+        megatron_cfg = settings.megatron_cfg
         overlap = megatron_cfg.distributed_data_parallel_config.overlap_grad_reduce
         with device.megatron():
             self.model = PolicyModel(
@@ -107,25 +108,25 @@ class MegatronPolicy:
                 device=device.torch_device,
                 core_attention=core_attention(megatron_cfg.core_attention, device),
                 banned_token_ids=banned_token_ids,
-                chunk_size=options.logprob_chunk_size,
+                chunk_size=settings.logprob_chunk_size,
                 vision_every_row=overlap and max_steps is not None and not megatron_cfg.freeze_vision,
             ).to(device.torch_device)
-            if options.pretrained_checkpoint is None:
-                self.load(self._initial_weights(seed), source=str(options.model_name), on_loaded=on_loaded)
+            if settings.pretrained_checkpoint is None:
+                self.load(self._initial_weights(seed), source=settings.model_name, on_loaded=on_loaded)
             else:
-                sharded_state.load_weights(self.model, options.pretrained_checkpoint, self.dtype)
+                sharded_state.load_weights(self.model, settings.pretrained_checkpoint, self.dtype)
             if megatron_cfg.freeze_vision and self.model.vision_model is not None:
                 self.model.vision_model.requires_grad_(False)
             if max_steps is not None:
                 self._prepare_training(megatron_cfg, max_steps)
 
-    def _prepare_training(self, megatron_cfg: Any, max_steps: int) -> None:
-        ddp = wrap_ddp(self.model, self.config, megatron_cfg, self.groups.collection)
-        optimizer = build_optimizer(ddp, self.dtype, megatron_cfg)
-        schedule_functions(self.config, ddp, optimizer, megatron_cfg)
+    def _prepare_training(self, megatron_cfg: MegatronConfig, max_steps: int) -> None:
+        ddp = wrap_ddp(self.model, self.config, megatron_cfg.distributed_data_parallel_config, self.groups.collection)
+        optimizer = build_optimizer(ddp, self.dtype, megatron_cfg.optimizer)
+        schedule_functions(self.config, ddp, optimizer)
         check_normalisation(self.config, ddp)
         self._ddp, self.optimizer = ddp, optimizer
-        self.scheduler = build_scheduler(optimizer, megatron_cfg, max_steps)
+        self.scheduler = build_scheduler(optimizer, megatron_cfg.optimizer, megatron_cfg.scheduler, max_steps)
 
     def _training(self) -> tuple[DistributedDataParallel, MegatronOptimizer, OptimizerParamScheduler]:
         if self._ddp is None or self.optimizer is None or self.scheduler is None:
@@ -133,8 +134,8 @@ class MegatronPolicy:
         return self._ddp, self.optimizer, self.scheduler
 
     def _initial_weights(self, seed: int) -> Mapping[str, Tensor]:
-        if self.options.init == "pretrained":
-            return weights.SafetensorsDirectory(self.options.model_name)
+        if self.settings.init == "pretrained":
+            return weights.SafetensorsDirectory(self.settings.model_name)
         with torch.random.fork_rng(devices=[]):  # the same weights on every rank, whatever the layout
             torch.manual_seed(seed)
             state = model_class(self.hf_config).from_config(self.hf_config).state_dict()

@@ -19,36 +19,37 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
+from megatron_g2rpo import recipe
+
 
 def wrap_ddp(
-    model: MegatronModule, config: TransformerConfig, megatron_cfg: Any, pg_collection: ProcessGroupCollection
+    model: MegatronModule,
+    config: TransformerConfig,
+    settings: recipe.DistributedDataParallelConfig,
+    pg_collection: ProcessGroupCollection,
 ) -> DistributedDataParallel:
     """megatron-core's data parallelism: contiguous gradient buffers, summed over data- and context-parallel ranks.
 
     Args:
-        megatron_cfg: the recipe's ``policy.megatron_cfg``.
+        settings: the recipe's ``policy.megatron_cfg.distributed_data_parallel_config``.
     """
-    options = megatron_cfg.distributed_data_parallel_config
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=options.grad_reduce_in_fp32,
-        overlap_grad_reduce=options.overlap_grad_reduce,
-        overlap_param_gather=options.overlap_param_gather,
-        use_distributed_optimizer=options.use_distributed_optimizer,
+        grad_reduce_in_fp32=settings.grad_reduce_in_fp32,
+        overlap_grad_reduce=settings.overlap_grad_reduce,
+        overlap_param_gather=settings.overlap_param_gather,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
         average_in_collective=False,
     )
     return DistributedDataParallel(config=config, ddp_config=ddp_config, module=model, pg_collection=pg_collection)
 
 
-def schedule_functions(
-    config: TransformerConfig, ddp: DistributedDataParallel, optimizer: MegatronOptimizer, megatron_cfg: Any
-) -> None:
+def schedule_functions(config: TransformerConfig, ddp: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
     """Tell megatron-core's schedules how to reduce gradients, as its own training does for the same flags.
 
     Args:
         config: the model's, which the schedules read.
-        megatron_cfg: the recipe's ``policy.megatron_cfg``.
     """
-    overlap = megatron_cfg.distributed_data_parallel_config.overlap_grad_reduce
+    overlap = ddp.ddp_config.overlap_grad_reduce
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
     # Only the last micro-batch's backward pass may start a reduction.
@@ -103,22 +104,29 @@ def _buffers(ddp: DistributedDataParallel) -> list[Any]:
     return [*ddp.buffers, *ddp.expert_parallel_buffers]  # pyright: ignore[reportGeneralTypeIssues]
 
 
-def build_optimizer(model: DistributedDataParallel, dtype: torch.dtype, megatron_cfg: Any) -> MegatronOptimizer:
-    """AdamW with global-norm clipping; no weight decay on biases and norms (megatron-core's standard)."""
-    options = megatron_cfg.optimizer
+def build_optimizer(
+    model: DistributedDataParallel, dtype: torch.dtype, settings: recipe.Optimizer
+) -> MegatronOptimizer:
+    """AdamW with global-norm clipping; no weight decay on biases and norms (megatron-core's standard).
+
+    Args:
+        model: whether the optimizer's state is sharded, and updated weights gathered late, is read from its ddp_config.
+        dtype: of the weights.
+        settings: the recipe's ``policy.megatron_cfg.optimizer``.
+    """
     config = OptimizerConfig(
         optimizer="adam",
-        lr=options.lr,
-        min_lr=options.min_lr,
-        weight_decay=options.weight_decay,
-        adam_beta1=options.adam_beta1,
-        adam_beta2=options.adam_beta2,
-        adam_eps=options.adam_eps,
-        clip_grad=options.clip_grad,
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=megatron_cfg.distributed_data_parallel_config.use_distributed_optimizer,
-        overlap_param_gather=megatron_cfg.distributed_data_parallel_config.overlap_param_gather,
+        use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
+        overlap_param_gather=model.ddp_config.overlap_param_gather,
     )
     return get_megatron_optimizer(
         config=config,
@@ -128,24 +136,27 @@ def build_optimizer(model: DistributedDataParallel, dtype: torch.dtype, megatron
     )
 
 
-def build_scheduler(optimizer: MegatronOptimizer, megatron_cfg: Any, max_steps: int) -> OptimizerParamScheduler:
+def build_scheduler(
+    optimizer: MegatronOptimizer, settings: recipe.Optimizer, schedule: recipe.Scheduler, max_steps: int
+) -> OptimizerParamScheduler:
     """Learning rate by optimizer step.
 
     Args:
+        settings: the recipe's ``policy.megatron_cfg.optimizer``: peak and final learning rate, weight decay.
+        schedule: the recipe's ``policy.megatron_cfg.scheduler``.
         max_steps: optimizer steps of the whole run; the decay's length where the recipe leaves it open.
     """
-    options, schedule = megatron_cfg.optimizer, megatron_cfg.scheduler
     decay_steps = schedule.lr_decay_steps if schedule.lr_decay_steps is not None else max_steps
     return OptimizerParamScheduler(
         optimizer=optimizer,
         init_lr=0.0,
-        max_lr=options.lr,
-        min_lr=options.min_lr,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
         lr_warmup_steps=schedule.lr_warmup_steps,
         lr_decay_steps=max(decay_steps, schedule.lr_warmup_steps + 1),
         lr_decay_style=schedule.lr_decay_style,
-        start_wd=options.weight_decay,
-        end_wd=options.weight_decay,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
     )

@@ -11,16 +11,26 @@ from megatron_g2rpo.recipe.generation_section import VllmServerConfig
 from megatron_g2rpo.recipe.identity import describe_layout, dump, fingerprint, identity
 from megatron_g2rpo.recipe.layers import EXEMPLARS
 from megatron_g2rpo.recipe.load import Examined, examine, listed, load
-from megatron_g2rpo.recipe.policy_section import Policy
+from megatron_g2rpo.recipe.policy_section import (
+    DistributedDataParallelConfig,
+    MegatronConfig,
+    Optimizer,
+    Policy,
+    Scheduler,
+)
 from megatron_g2rpo.recipe.schema import Recipe, SftRecipe, TrainRecipe
 
 __all__ = [
     "EXEMPLARS",
+    "DistributedDataParallelConfig",
     "Env",
     "Examined",
+    "MegatronConfig",
+    "Optimizer",
     "Policy",
     "Recipe",
     "RecipeError",
+    "Scheduler",
     "SftRecipe",
     "Task",
     "TrainRecipe",

@@ -1,27 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launching a worker script on several processes, the way users do: torchrun."""
+"""Launching a worker on several processes, the way users do (torchrun), and hearing from every rank what it found."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = "G2RPO_TEST_RESULTS"  # environment variable: the folder that ranks report to
 
 
-def torchrun(nproc: int, *arguments: str, timeout: int = 300) -> str:
+def torchrun(nproc: int, *arguments: str, timeout: int = 300, **environment: str) -> str:
     """Run ``python ARGUMENTS`` on ``nproc`` ranks; its output. Fails the test with that output if a rank fails.
 
     Args:
         nproc: number of processes.
         arguments: ``-m module`` or a script, then its arguments.
         timeout: seconds.
+        environment: further variables.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **ours, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
     output = done.stdout + done.stderr
     assert done.returncode == 0, f"{' '.join(command)} exited with {done.returncode}:\n{output[-20000:]}"
     return output
+
+
+def torchrun_json(nproc: int, module: str, *arguments: str, timeout: int = 300) -> list[Any]:
+    """Run a worker on ``nproc`` ranks; what each of them gave to ``report_result``, in the order of ranks.
+
+    Fails the test if a rank fails, or ends without a report.
+
+    Args:
+        nproc: number of processes.
+        module: of the worker, dotted.
+        arguments: the worker's.
+        timeout: seconds.
+    """
+    with tempfile.TemporaryDirectory(prefix="results-") as folder:
+        output = torchrun(nproc, "-m", module, *arguments, timeout=timeout, **{RESULTS: folder})
+        files = [Path(folder) / f"{rank}.json" for rank in range(nproc)]
+        silent = [rank for rank, file in enumerate(files) if not file.exists()]
+        assert not silent, f"{module}: ranks {silent} reported nothing:\n{output[-20000:]}"
+        return [json.loads(file.read_text()) for file in files]
+
+
+def report_result(result: Any) -> None:
+    """Tell ``torchrun_json`` what this rank found; without it, print that. Once, at the end of a worker.
+
+    Args:
+        result: what JSON can hold; floats that are no number among it.
+    """
+    text = json.dumps(result)
+    if RESULTS not in os.environ:
+        print(text, flush=True)
+        return
+    file = Path(os.environ[RESULTS]) / f"{os.environ['RANK']}.json"
+    partial = file.with_suffix(".partial")
+    partial.write_text(text)
+    partial.rename(file)

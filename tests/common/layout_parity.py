@@ -16,11 +16,10 @@ Used in one process by the unit tests and in several by ``tests/parallel``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -34,19 +33,21 @@ from megatron_g2rpo.data.packing import PackSequence, response_values
 from megatron_g2rpo.policy import optimizer
 from megatron_g2rpo.policy.device import Device
 from megatron_g2rpo.policy.megatron import MegatronPolicy
+from megatron_g2rpo.recipe import Optimizer, Policy
 from megatron_g2rpo.types import PackedBatch
+from tests.common.compare import Report, largest_error, relative_distance
 from tests.common.parity import (
     LOGPROB_TOLERANCE,
     TEMPERATURE,
     Values,
-    deal,
     packer_for,
     parity_sequences,
-    policy_options,
     rows_of,
+    sequences_by_rank,
     toy_loss,
     transformers_values,
 )
+from tests.common.policy_layout import layout_options
 from tests.common.tiny_model import make_tiny_qwen3vl
 
 # Largest errors, by precision and kind; see the module's docstring for what each is relative to.
@@ -139,33 +140,29 @@ class Case:
         frozen = "_frozen" if self.freeze_vision else ""
         return directory / self.shape / f"reference_{self.precision}{frozen}.pt"
 
-    def options(self, directory: Path) -> SimpleNamespace:
+    def section(self, directory: Path, *overrides: str) -> Policy:
         """The recipe's ``policy`` section for it, with the model under ``directory``."""
         granularity, *rest = self.recompute or (None,)
         method, layers = rest or ("uniform", 1)
-        options = policy_options(
+        overlap = {True: "distributed-overlap-gather", False: "overlap"}[self.distributed_optimizer]
+        plain = {True: "distributed", False: "plain"}[self.distributed_optimizer]
+        return layout_options(
             directory / self.shape,
+            f"megatron_cfg.optimizer.adam_eps={ADAM_EPS}",
+            *overrides,
+            tp=self.tensor,
+            pp=self.pipeline,
+            cp=self.context,
+            mode=overlap if self.overlap else plain,
             precision=self.precision,
-            tensor=self.tensor,
-            pipeline=self.pipeline,
-            context=self.context,
-            megatron={
-                "sequence_parallel": self.sequence_parallel,
-                "num_layers_in_first_pipeline_stage": self.stages[0],
-                "num_layers_in_last_pipeline_stage": self.stages[1],
-                "recompute_granularity": granularity,
-                "recompute_method": method,
-                "recompute_num_layers": layers,
-                "freeze_vision": self.freeze_vision,
-            },
-            ddp={
-                "use_distributed_optimizer": self.distributed_optimizer,
-                "overlap_grad_reduce": self.overlap,
-                "overlap_param_gather": self.overlap and self.distributed_optimizer,
-            },
+            sequence_parallel=self.sequence_parallel,
+            num_layers_in_first_pipeline_stage=self.stages[0],
+            num_layers_in_last_pipeline_stage=self.stages[1],
+            recompute_granularity=granularity,
+            recompute_method=method,
+            recompute_num_layers=layers,
+            freeze_vision=self.freeze_vision,
         )
-        options.megatron_cfg.optimizer.adam_eps = ADAM_EPS
-        return options
 
 
 # -- what transformers says ---------------------------------------------------------------------------------------
@@ -208,30 +205,30 @@ def prepare(directory: Path, case: Case) -> None:
             for parameter in rounded.parameters():
                 parameter.copy_(parameter.bfloat16())
         exact = transformers_values(rounded, sequences)
-    options = case.options(directory).megatron_cfg.optimizer
+    settings = case.section(directory).megatron_cfg.optimizer
     # Pretrained weights as the optimizer sees them: bf16 models have main copies, made from rounded weights.
     main = {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
     initial = {name: tensor.clone() for name, tensor in main.items()}
-    _train(model, main, sequences, options)
+    _train(model, main, sequences, settings)
     last = transformers_values(model, sequences)
     torch.save(Reference(first, exact, initial, main, last.logprobs), target)
 
 
-def _train(model: Any, main: dict[str, Tensor], sequences: Sequence[PackSequence], options: Any) -> None:
+def _train(model: Any, main: dict[str, Tensor], sequences: Sequence[PackSequence], settings: Optimizer) -> None:
     """``STEPS`` steps of torch's AdamW on ``main``, as the recipe's optimizer section says; the model follows."""
     # megatron-core's standard: no weight decay on biases and norms.
     learning = [main[name] for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
-        {"params": [tensor for tensor in learning if tensor.ndim > 1], "weight_decay": options.weight_decay},
+        {"params": [tensor for tensor in learning if tensor.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [tensor for tensor in learning if tensor.ndim == 1], "weight_decay": 0.0},
     ]
-    betas = (options.adam_beta1, options.adam_beta2)
-    adam = torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.adam_eps)
+    betas = (settings.adam_beta1, settings.adam_beta2)
+    adam = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.adam_eps)
     for _ in range(STEPS):
         values = transformers_values(model, sequences)
         for name, gradient in values.gradients.items():
             main[name].grad = gradient
-        torch.nn.utils.clip_grad_norm_(learning, options.clip_grad)
+        torch.nn.utils.clip_grad_norm_(learning, settings.clip_grad)
         adam.step()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -243,36 +240,6 @@ def _train(model: Any, main: dict[str, Tensor], sequences: Sequence[PackSequence
 # -- the comparison -----------------------------------------------------------------------------------------------
 
 
-class Report:
-    """The largest error of each kind, and whatever exceeds its tolerance."""
-
-    def __init__(self, tolerances: Mapping[str, float]) -> None:
-        self.tolerances = dict(tolerances)
-        self.worst: dict[str, tuple[float, str]] = {}
-        self.failures: list[str] = []
-
-    def note(self, kind: str, error: float, where: str = "") -> None:
-        """An error of a kind; one that is no number exceeds every tolerance."""
-        if kind not in self.worst or not error <= self.worst[kind][0]:
-            self.worst[kind] = (error, where)
-        if not error <= self.tolerances.get(kind, float("inf")):
-            self.failures.append(f"{kind} {where}: {error:.2e} > {self.tolerances[kind]:.0e}")
-
-    def merge(self, other: Report) -> None:
-        for kind, (error, where) in other.worst.items():
-            if kind not in self.worst or not error <= self.worst[kind][0]:
-                self.worst[kind] = (error, where)
-        self.failures += [failure for failure in other.failures if failure not in self.failures]
-
-    def __str__(self) -> str:
-        return ", ".join(
-            f"{kind} {error:.1e}" + f" ({where})" * bool(where) for kind, (error, where) in self.worst.items()
-        )
-
-    def assert_ok(self) -> None:
-        assert not self.failures, f"{len(self.failures)} errors too large:\n" + "\n".join(self.failures) + f"\n{self}"
-
-
 def check_layout_parity(directory: Path, device: Device, case: Case) -> Report:
     """Compare one case with its reference, which ``prepare`` has written. A collective of the world.
 
@@ -282,12 +249,12 @@ def check_layout_parity(directory: Path, device: Device, case: Case) -> Report:
     expected: Reference = torch.load(case.reference(directory), weights_only=False)
     buckets = {"bucket_size": OVERLAP_BUCKET} if case.overlap else {}
     with patch.object(optimizer, "DistributedDataParallelConfig", partial(DistributedDataParallelConfig, **buckets)):
-        policy = MegatronPolicy(case.options(directory), device, seed=0, max_steps=STEPS)
+        policy = MegatronPolicy(case.section(directory), device, seed=0, max_steps=STEPS)
     sequences = parity_sequences(policy.hf_config)
     packer, groups = packer_for(policy.hf_config, policy.layout), policy.groups
-    hands = [deal(len(sequences), groups.data_size, idle=idle) for idle in (False, True)]
-    uneven, idle = [rows_of(packer, sequences, hand, groups.data_rank) for hand in hands]
-    mine = hands[0][groups.data_rank]
+    splits = [sequences_by_rank(len(sequences), groups.data_size, idle=idle) for idle in (False, True)]
+    uneven, idle = [rows_of(packer, sequences, split, groups.data_rank) for split in splits]
+    mine = splits[0][groups.data_rank]
 
     report = Report(TOLERANCES[case.precision])
     _compare_logprobs(report, policy, uneven, mine, expected.first)
@@ -301,12 +268,12 @@ def check_layout_parity(directory: Path, device: Device, case: Case) -> Report:
         _compare_weights(report, policy, expected)
     after = policy.logprobs(uneven, TEMPERATURE)
     for index, logprobs in _responses(uneven, [stats.logprobs for stats in after]):
-        report.note("later_logprob", _distance(logprobs, expected.last[index]), f"sequence {index}")
-    _take_apart(policy)
-    return _over_all_ranks(report)
+        report.note("later_logprob", largest_error(logprobs, expected.last[index]), f"sequence {index}")
+    _release(policy)
+    return report.over_all_ranks()
 
 
-def _take_apart(policy: MegatronPolicy) -> None:
+def _release(policy: MegatronPolicy) -> None:
     """Let the policy be collected, and its process groups with it.
 
     The distributed optimizer's float32 shares are views of the weights: the autograd graph links them to hooks of DDP,
@@ -319,13 +286,13 @@ def _compare_logprobs(
     report: Report, policy: MegatronPolicy, batches: list[PackedBatch], mine: list[int], expected: Values
 ) -> None:
     stats = policy.logprobs(batches, TEMPERATURE)
-    seen = []
+    compared = []
     for index, logprobs in _responses(batches, [stat.logprobs for stat in stats]):
-        seen.append(index)
-        report.note("logprob", _distance(logprobs, expected.logprobs[index]), f"sequence {index}")
+        compared.append(index)
+        report.note("logprob", largest_error(logprobs, expected.logprobs[index]), f"sequence {index}")
     for index, entropies in _responses(batches, [stat.entropy for stat in stats]):
-        report.note("entropy", _distance(entropies, expected.entropies[index]), f"sequence {index}")
-    assert sorted(seen) == mine, (seen, mine)
+        report.note("entropy", largest_error(entropies, expected.entropies[index]), f"sequence {index}")
+    assert sorted(compared) == mine, (compared, mine)
 
 
 def _responses(batches: list[PackedBatch], values: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
@@ -357,7 +324,7 @@ def _compare_gradients(report: Report, policy: MegatronPolicy, expected: Referen
     }
     assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
     for name, gradient in ours.items():
-        report.note("gradient", _relative(gradient, theirs[name], theirs[name]), name)
+        report.note("gradient", relative_distance(gradient, theirs[name]), name)
     if theirs is exact:
         return
     for name, gradient in ours.items():
@@ -365,7 +332,7 @@ def _compare_gradients(report: Report, policy: MegatronPolicy, expected: Referen
             "gradient_share", float((gradient - exact[name]).norm() / (theirs[name] - exact[name]).norm()), name
         )
     whole, their_whole, exact_whole = (torch.cat([g[name].flatten() for name in ours]) for g in (ours, theirs, exact))
-    report.note("whole_gradient", _relative(whole, their_whole, their_whole))
+    report.note("whole_gradient", relative_distance(whole, their_whole))
     report.note("whole_share", float((whole - exact_whole).norm() / (their_whole - exact_whole).norm()))
 
 
@@ -373,7 +340,7 @@ def _compare_weights(report: Report, policy: MegatronPolicy, expected: Reference
     for name, weight in policy.stream():
         # A frozen weight takes no step, and any difference is an error.
         step = expected.trained[name] - expected.initial[name]
-        report.note("update", _relative(weight, expected.trained[name], step), name)
+        report.note("update", relative_distance(weight, expected.trained[name], step), name)
     tied = policy.model.share_embeddings_and_output_weights and policy.groups.pipeline_size > 1
     if tied and (policy.groups.is_first_stage or policy.groups.is_last_stage):
         group = policy.groups.collection.embd
@@ -384,25 +351,7 @@ def _compare_weights(report: Report, policy: MegatronPolicy, expected: Reference
         assert torch.equal(*copies), "the two copies of the tied weight have parted"
 
 
-def _relative(ours: Tensor, theirs: Tensor, scale: Tensor) -> float:
-    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
-    difference, size = float((ours.float() - theirs).norm()), float(scale.norm())
-    return difference / size if size else difference
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    assert a.shape == b.shape, (a.shape, b.shape)
-    return float(((a - b).abs() / b.abs().clamp(min=1)).max())
-
-
 def _gathered(value: Any) -> list[Any]:
     values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def _over_all_ranks(report: Report) -> Report:
-    merged = Report(report.tolerances)
-    for other in _gathered(report):
-        merged.merge(other)
-    return merged

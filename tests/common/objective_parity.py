@@ -28,6 +28,7 @@ from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies
 from megatron_g2rpo.train.step.old_logprobs import importance_weights
 from megatron_g2rpo.types import PackedBatch
+from tests.common.compare import largest_distance as distance  # noqa: F401 (tests/unit/train takes it from here)
 from tests.common.parity import TASKS, TEMPERATURE, hf_logits
 from tests.common.recipes import G2RPO
 
@@ -198,12 +199,6 @@ def gradients(policy: MegatronPolicy, batches: Sequence[PackedBatch], loss: Any)
 
 def _main_grad(weight: Any) -> Tensor:
     return weight.main_grad
-
-
-def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Largest ``||ours - theirs|| / ||theirs||`` of a tensor."""
-    assert ours.keys() == theirs.keys()
-    return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs)
 
 
 def load_model(directory: Path) -> Any:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The common ground of the parity tests: recipe options, a global batch, a loss, and what transformers says of them."""
+"""The common ground of the parity tests: a global batch, a loss, and what transformers says of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from megatron_g2rpo.data.packing import Packer, PackSequence
 from megatron_g2rpo.policy.layouts.layout import Layout, token_multiples
 from megatron_g2rpo.policy.megatron import LossTerms
 from megatron_g2rpo.types import ModelInputs, PackedBatch, TokenStats
+from tests.common.policy_layout import policy_section
 from tests.common.tiny_model import GRIDS, hf_logits, random_inputs, special_tokens
 
 # fp32 over a few layers: sums in another order move the last bits of numbers around 1 to 10.
@@ -25,59 +27,10 @@ TEMPERATURE = 0.8
 TASKS = 2
 
 
-def policy_options(
-    directory: Path | str,
-    *,
-    tensor: int = 1,
-    pipeline: int = 1,
-    context: int = 1,
-    lr: float = 1e-3,
-    megatron: Mapping[str, Any] | None = None,
-    ddp: Mapping[str, Any] | None = None,
-    **changes: Any,
-) -> SimpleNamespace:
-    """A recipe's ``policy`` section with the keys that the policy reads.
-
-    Args:
-        megatron: changes to ``megatron_cfg``.
-        ddp: changes to ``megatron_cfg.distributed_data_parallel_config``.
-        changes: to the section itself.
-    """
-    optimizer = {"lr": lr, "min_lr": 0.0, "weight_decay": 0.1, "clip_grad": 1.0}
-    adam = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8}
-    reduction = {
-        "grad_reduce_in_fp32": True,
-        "overlap_grad_reduce": False,
-        "overlap_param_gather": False,
-        "use_distributed_optimizer": False,
-    }
-    megatron_cfg = {
-        "tensor_model_parallel_size": tensor,
-        "pipeline_model_parallel_size": pipeline,
-        "context_parallel_size": context,
-        "sequence_parallel": False,
-        "num_layers_in_first_pipeline_stage": None,
-        "num_layers_in_last_pipeline_stage": None,
-        "cp_comm_type": "p2p",
-        "core_attention": "auto",
-        "recompute_granularity": None,
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-        "freeze_vision": False,
-        "optimizer": SimpleNamespace(**optimizer, **adam),
-        "scheduler": SimpleNamespace(lr_warmup_steps=0, lr_decay_style="constant", lr_decay_steps=None),
-        "distributed_data_parallel_config": SimpleNamespace(**{**reduction, **(ddp or {})}),
-        **(megatron or {}),
-    }
-    options = {
-        "model_name": str(directory),
-        "init": "pretrained",
-        "pretrained_checkpoint": None,
-        "precision": "float32",
-        "logprob_chunk_size": 7,
-        "megatron_cfg": SimpleNamespace(**megatron_cfg),
-    }
-    return SimpleNamespace(**{**options, **changes})
+def policy_options(directory: Path | str, *, precision: str = "float32") -> Any:
+    """``policy_section`` with values that a test may change in place: ``tests/unit/train/run`` does."""
+    section = policy_section(directory, f"precision={precision}").model_dump_json()
+    return json.loads(section, object_hook=lambda keys: SimpleNamespace(**keys))
 
 
 # -- inputs -------------------------------------------------------------------------------------------------------
@@ -146,23 +99,25 @@ def packer_for(config: Any, layout: Layout | None = None) -> Packer:
     )
 
 
-def deal(count: int, ranks: int, *, idle: bool) -> list[list[int]]:
+def sequences_by_rank(count: int, ranks: int, *, idle: bool) -> list[list[int]]:
     """Which sequences each data-parallel rank owns: uneven on purpose, or all with the last rank."""
     if ranks == 1 or idle:
         return [[] for _ in range(ranks - 1)] + [list(range(count))]
-    hands: list[list[int]] = [[] for _ in range(ranks)]
+    by_rank: list[list[int]] = [[] for _ in range(ranks)]
     for index in range(count):
-        hands[0 if index % 3 == 0 else -1].append(index)
-    return hands
+        by_rank[0 if index % 3 == 0 else -1].append(index)
+    return by_rank
 
 
-def rows_of(packer: Packer, sequences: Sequence[PackSequence], hands: list[list[int]], rank: int) -> list[PackedBatch]:
-    """The micro-batches of one data-parallel rank, as many as every other rank has; ``rows`` are global numbers."""
+def rows_of(
+    packer: Packer, sequences: Sequence[PackSequence], by_rank: list[list[int]], rank: int
+) -> list[PackedBatch]:
+    """The micro-batches of one data-parallel rank, as many as every other rank has; ``sequence_ids`` are global."""
     apart = range(len(sequences) - ROWS_OF_THEIR_OWN, len(sequences))
 
-    def pack(hand: list[int], num_rows: int | None = None) -> list[PackedBatch]:
-        together = [index for index in hand if index not in apart]
-        alone = [[index] for index in hand if index in apart]
+    def pack(owned: list[int], num_rows: int | None = None) -> list[PackedBatch]:
+        together = [index for index in owned if index not in apart]
+        alone = [[index] for index in owned if index in apart]
         packed: list[PackedBatch] = []
         for members, bins in (
             (together, None if num_rows is None else num_rows - len(alone)),
@@ -172,8 +127,8 @@ def rows_of(packer: Packer, sequences: Sequence[PackSequence], hands: list[list[
                 packed.append(replace(batch, sequence_ids=torch.tensor(members, dtype=torch.int64)[batch.sequence_ids]))
         return packed
 
-    num_rows = max(len(pack(hand)) for hand in hands)
-    return pack(hands[rank], num_rows)
+    num_rows = max(len(pack(owned)) for owned in by_rank)
+    return pack(by_rank[rank], num_rows)
 
 
 # -- loss ---------------------------------------------------------------------------------------------------------

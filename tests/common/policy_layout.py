@@ -1,13 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``policy`` section of a test's policy, with any layout."""
+"""The ``policy`` section of a test's policy, from the exemplar recipe: a key that is renamed fails here."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from tests.common.parity import policy_options
+from megatron_g2rpo import recipe as recipes
+from megatron_g2rpo.recipe import Policy
+from tests.common.recipes import G2RPO
+
+# Beside the exemplar's defaults: numbers that can be compared closely, steps and a decay that are larger than rounding,
+# and chunks that are smaller than a row.
+TINY = {
+    "precision": "float32",
+    "logprob_chunk_size": 7,
+    "megatron_cfg.optimizer.lr": 1e-3,
+    "megatron_cfg.optimizer.weight_decay": 0.1,
+}
+# As many processes as one replica of the model needs: the recipe refuses others.
+_SIZE = "${{policy.megatron_cfg.{}_parallel_size}}"
+_TENSOR, _PIPELINE, _CONTEXT = (_SIZE.format(name) for name in ("tensor_model", "pipeline_model", "context"))
+PROCESSES = f"cluster.gpus_per_node=${{mul:{_TENSOR},${{mul:{_PIPELINE},{_CONTEXT}}}}}"
 
 # The keys of distributed_data_parallel_config that each mode of data parallelism turns on.
 DATA_PARALLELISM: dict[str, tuple[str, ...]] = {
@@ -19,9 +34,24 @@ DATA_PARALLELISM: dict[str, tuple[str, ...]] = {
 }
 
 
+def policy_section(directory: Path | str, *overrides: str) -> Policy:
+    """The exemplar's ``policy`` section for a tiny model.
+
+    Args:
+        directory: of the model.
+        overrides: ``key=value`` each, as on the command line, but for the leading ``policy.``.
+
+    Raises:
+        RecipeError: a key that is unknown, a value that is refused.
+    """
+    own = [f"{key}={json.dumps(value)}" for key, value in {"model_name": str(directory), **TINY}.items()]
+    keys = [f"policy.{override}" for override in (*own, *overrides)]
+    return recipes.load(G2RPO, [PROCESSES, *keys], "train").policy
+
+
 def layout_options(
     directory: Path | str,
-    *,
+    *overrides: str,
     tp: int = 1,
     pp: int = 1,
     cp: int = 1,
@@ -29,14 +59,25 @@ def layout_options(
     precision: str = "float32",
     lr: float = 1e-3,
     **megatron: Any,
-) -> SimpleNamespace:
-    """Options of ``MegatronPolicy``.
+) -> Policy:
+    """``policy_section`` for a layout.
 
     Args:
+        directory: of the model.
+        overrides: as ``policy_section`` takes them; they come last.
         tp, pp, cp: parallel sizes.
         mode: of data parallelism, a key of ``DATA_PARALLELISM``.
+        precision: of the weights.
+        lr: peak learning rate.
         megatron: further keys of ``megatron_cfg``.
     """
-    modes = {key: key in DATA_PARALLELISM[mode] for key in DATA_PARALLELISM["distributed-overlap-gather"]}
-    sizes = {"tensor": tp, "pipeline": pp, "context": cp}
-    return policy_options(directory, **sizes, lr=lr, precision=precision, megatron=megatron, ddp=modes)
+    keys = {
+        "precision": precision,
+        "megatron_cfg.optimizer.lr": lr,
+        "megatron_cfg.tensor_model_parallel_size": tp,
+        "megatron_cfg.pipeline_model_parallel_size": pp,
+        "megatron_cfg.context_parallel_size": cp,
+        **{f"megatron_cfg.distributed_data_parallel_config.{key}": True for key in DATA_PARALLELISM[mode]},
+        **{f"megatron_cfg.{key}": value for key, value in megatron.items()},
+    }
+    return policy_section(directory, *(f"{key}={json.dumps(value)}" for key, value in keys.items()), *overrides)

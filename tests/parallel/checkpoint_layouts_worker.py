@@ -24,6 +24,8 @@ from megatron_g2rpo.policy.layouts.layout import token_multiples
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.train.run.checkpoints import Checkpoints
 from megatron_g2rpo.types import PackedBatch
+from tests.common.compare import total_distance
+from tests.common.launch import report_result
 from tests.common.parity import packer_for, random_sequences, toy_loss
 from tests.common.policy_layout import layout_options
 
@@ -112,12 +114,10 @@ def load(directory: Path, case: Case, source: Case, saved: Saved) -> float:
     Checkpoints(again, None).save(2, policy, {})
     same_files(directory / str(source), again)
     metrics, end = two_steps(policy), weights_of(policy)
-    moved = distance(saved.end, saved.weights)
-    error = distance(end, saved.end) / moved
+    error = total_distance(end, saved.end) / total_distance(saved.end, saved.weights)
     if case == source:
         assert metrics == saved.metrics, (case, metrics, saved.metrics)
         assert error == 0.0, f"{case}: not bit for bit, {error:.1e} of the update"
-    assert error <= UPDATE_TOLERANCE[case.precision], f"{case} < {source}: {error:.1e} of the update"
     return error
 
 
@@ -134,24 +134,20 @@ def same_files(one: Path, other: Path) -> None:
         assert torch.equal(tensor[:rows], theirs[key][:rows]), f"{key} differs between {one.name} and {other.name}"
 
 
-def distance(one: Weights, other: Weights) -> float:
-    assert one.keys() == other.keys()
-    return float(torch.stack([(one[name].double() - other[name].double()).norm() for name in one]).norm())
-
-
 def main() -> None:
     directory = Path(sys.argv[1])
     # Many buckets with padding between them, as a real model has: with the default of 40 M elements there is one.
     ddp_config = partial(policy_optimizer.DistributedDataParallelConfig, bucket_size=BUCKET)
     policy_optimizer.DistributedDataParallelConfig = ddp_config
     saved: dict[Case, Saved] = {}
+    errors: dict[str, float] = {}
     for argument in sys.argv[2:]:
         target, _, source = argument.partition("<")
         if not source:
             saved[Case.parse(target)] = save(directory, Case.parse(target))
         else:
-            error = load(directory, Case.parse(target), Case.parse(source), saved[Case.parse(source)])
-            print(f"checkpoint {argument}: {error:.1e}", flush=True)
+            errors[argument] = load(directory, Case.parse(target), Case.parse(source), saved[Case.parse(source)])
+    report_result(errors)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 
 Usage: DIRECTORY LAYOUT>LAYOUT..., a layout as tp,pp,cp. The directory holds a model a folder; each goes through each
 pair of layouts: imported at the first, then exported twice, from the checkpoint's files, which needs no layout, and
-from a policy that loaded it at the second. The last model goes once more with a wrong table, which must be seen.
+from a policy that loaded it at the second. The last model goes once more with a wrong table, which must be detected.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.recipe import Recipe
 from megatron_g2rpo.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_g2rpo.weights.table import WeightTable
+from tests.common.launch import report_result
 from tests.common.recipes import SFT
 
 SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
@@ -85,10 +86,11 @@ def round_trip(model: Path, pair: str) -> list[dict[str, Tensor]]:
     return [tensors_of(exported), tensors_of(streamed)] if dist.get_rank() == 0 else []
 
 
-def check(model: Path, pair: str) -> None:
+def check(model: Path, pair: str) -> int:
+    """The number of tensors that came back; of rank 0, which reads the files."""
     both = round_trip(model, pair)
     if dist.get_rank() > 0:
-        return
+        return 0
     expected = tensors_of(model)
     for how, found in zip(("files", "policy"), both, strict=True):
         assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
@@ -103,11 +105,14 @@ def check(model: Path, pair: str) -> None:
     assert json.loads((exported / "model.safetensors.index.json").read_text())["metadata"]["total_size"] == size
     assert set(index.values()) == shards
     assert len(shards) > dist.get_world_size(), "every rank writes some"
-    print(f"converted {model.name} {pair}: {len(expected)} tensors in {len(shards)} files", flush=True)
+    return len(expected)
 
 
-def check_a_swapped_row_is_seen(model: Path, pair: str) -> None:
-    """Gate and up have the same shape: a table that swaps them loads and exports without an error."""
+def check_a_swapped_row_is_detected(model: Path, pair: str) -> int:
+    """Gate and up have the same shape: a table that swaps them loads and exports without an error.
+
+    The number of tensors that differ; of rank 0.
+    """
     table_for = weights.table_for
 
     def swapped(hf_config: object) -> WeightTable:
@@ -119,22 +124,21 @@ def check_a_swapped_row_is_seen(model: Path, pair: str) -> None:
     tables = iter([swapped, table_for, table_for])
     with patch.object(weights, "table_for", lambda hf_config: next(tables)(hf_config)):
         both = round_trip(model, pair)
-    if dist.get_rank() == 0:
-        expected = tensors_of(model)
-        for found in both:
-            differing = {name for name, tensor in expected.items() if not torch.equal(found[name], tensor)}
-            assert differing == {name for name in expected if "gate_proj" in name or "up_proj" in name}
-        print("a swapped row is seen", flush=True)
+    if dist.get_rank() > 0:
+        return 0
+    expected = tensors_of(model)
+    swapped_names = {name for name in expected if "gate_proj" in name or "up_proj" in name}
+    for found in both:
+        assert {name for name, tensor in expected.items() if not torch.equal(found[name], tensor)} == swapped_names
+    return len(swapped_names)
 
 
 def main() -> None:
     init_process_group(select("cpu"))
     directory, pairs = Path(sys.argv[1]), sys.argv[2:]
     models = sorted(path for path in directory.iterdir() if (path / "config.json").is_file())
-    for model in models:
-        for pair in pairs:
-            check(model, pair)
-    check_a_swapped_row_is_seen(models[-1], pairs[0])
+    tensors = {model.name: {pair: check(model, pair) for pair in pairs} for model in models}
+    report_result({"tensors": tensors, "swapped": check_a_swapped_row_is_detected(models[-1], pairs[0])})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,10 @@ from megatron_g2rpo.objective import GroupStatistics, estimators, sharded_advant
 from megatron_g2rpo.objective.history import History
 from megatron_g2rpo.objective.reward_batch import RewardBatch, as_reward_batch
 from megatron_g2rpo.objective.sharded import sharded_statistics
+from tests.common.launch import report_result
 
+# Ranks of each group that is tried.
+GROUPS = ([0], [0, 1], [2, 1], [3, 0, 2], [0, 1, 2, 3])
 STEPS = 2
 ROWS = 120
 WEIGHTS = {"accuracy": 0.9, "format": 0.1, "length": 0.3}
@@ -44,7 +47,7 @@ def global_rows(seed: int) -> RewardBatch:
     return as_reward_batch(rewards, groups[order], tasks[order], columns, weights)
 
 
-def dealt_rows(seed: int, rank: int, world: int) -> Tensor:
+def rows_of_rank(seed: int, rank: int, world: int) -> Tensor:
     """Which of the rows a rank owns, in which order: at random; every third seed leaves a rank without any."""
     rng = np.random.default_rng(1000 + seed)
     owner = rng.choice(world, ROWS, p=rng.dirichlet(np.ones(world)))
@@ -78,7 +81,7 @@ def check_equal_to_one_process(group: dist.ProcessGroup) -> None:
             one, sharded = History(), History()
             for step in range(STEPS):
                 rows = global_rows(STEPS * seed + step)
-                mine = dealt_rows(STEPS * seed + step, rank, world)
+                mine = rows_of_rank(STEPS * seed + step, rank, world)
                 whole = call(rows, torch.arange(ROWS), None, estimator, one)
                 expected, statistics = whole.advantages, whole.statistics
                 assert len(expected.unique()) > 3, "the comparison needs advantages"
@@ -138,14 +141,15 @@ def error_of(
 
 def main() -> None:
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    for members in ([0], [0, 1], [2, 1], [3, 0, 2], [0, 1, 2, 3]):
+    checked = []
+    for members in GROUPS:
         group = dist.new_group(members)
-        if rank in members:
+        if dist.get_rank() in members:
             check_equal_to_one_process(group)
             check_no_rows_at_all(group)
             check_errors_reach_every_rank(group)
-    print(f"sharded advantages agree on rank {rank}", flush=True)
+            checked.append(members)
+    report_result(checked)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.common.launch import torchrun
+from tests.common.compare import Report
+from tests.common.launch import torchrun_json
 from tests.common.tiny_model import make_tiny_qwen3vl
+from tests.parallel.checkpoint_layouts_worker import UPDATE_TOLERANCE, Case
 
 # tp,pp,cp,mode,precision on two ranks; what is left is data parallel.
 TENSOR = "2,1,1,plain,float32"
@@ -33,11 +35,14 @@ def check(directory: Path, processes: int, pairs: list[tuple[str, str]]) -> None
     make_tiny_qwen3vl(directory, layers=2, vision_depth=2, deepstack=(0,), vocab=161, seed=1)
     sources = list(dict.fromkeys(source for _, source in pairs))
     loads = [f"{target}<{source}" for target, source in pairs]
-    output = torchrun(
-        processes, "-m", "tests.parallel.checkpoint_layouts_worker", str(directory), *sources, *loads, timeout=1200
-    )
-    for load in loads:
-        assert output.count(f"checkpoint {load}:") == processes, output
+    targets = [Case.parse(target) for target, _ in pairs]
+    worker = "tests.parallel.checkpoint_layouts_worker"
+    for errors in torchrun_json(processes, worker, str(directory), *sources, *loads, timeout=1200):
+        assert list(errors) == loads
+        report = Report({case.precision: UPDATE_TOLERANCE[case.precision] for case in targets})
+        for case, load in zip(targets, loads, strict=True):
+            report.note(case.precision, errors[load], load)
+        report.assert_within_tolerance()
 
 
 @pytest.mark.timeout(1200)

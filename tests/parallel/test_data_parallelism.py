@@ -11,17 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.common.launch import torchrun
+from tests.common.compare import Report
+from tests.common.launch import torchrun_json
 from tests.common.policy_layout import DATA_PARALLELISM
 from tests.common.tiny_model import make_tiny_qwen3vl
+from tests.parallel.data_parallelism_worker import RECOMPUTE, TOLERANCES
 
 
 def check(directory: Path, processes: int, tp: int, pp: int, cp: int) -> None:
     make_tiny_qwen3vl(directory, layers=2, vision_depth=2, deepstack=(0,), vocab=161, seed=1)
     worker = "tests.parallel.data_parallelism_worker"
-    output = torchrun(processes, "-m", worker, str(directory), str(tp), str(pp), str(cp), timeout=900)
-    for mode in (*DATA_PARALLELISM, "distributed-overlap-gather with full recomputation"):
-        assert output.count(f"mode {mode}:") == processes, output
+    for results in torchrun_json(processes, worker, str(directory), str(tp), str(pp), str(cp), timeout=900):
+        assert list(results) == [*DATA_PARALLELISM, RECOMPUTE]
+        for worst in results.values():
+            Report(TOLERANCES, worst).assert_within_tolerance()
 
 
 @pytest.mark.timeout(900)

@@ -13,21 +13,22 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from tests.common.launch import torchrun
+from tests.common.compare import Report
+from tests.common.launch import torchrun_json
 from tests.common.objective_parity import OBJECTIVES, load_model, objective, oracle
 from tests.common.parity import parity_sequences
 from tests.common.tiny_model import make_tiny_qwen3vl
+from tests.parallel.objective_worker import TOLERANCES
 
 
 def check(directory: Path, processes: int, layouts: list[str]) -> None:
     make_tiny_qwen3vl(directory, layers=2, vision_depth=2, deepstack=(0,), vocab=161, seed=1)
     model, sequences = load_model(directory), parity_sequences(AutoConfig.from_pretrained(directory))
     torch.save({name: oracle(model, sequences, objective(name)) for name in OBJECTIVES}, directory / "oracle.pt")
-    output = torchrun(processes, "-m", "tests.parallel.objective_worker", str(directory), *layouts, timeout=600)
-    for layout in layouts:
-        for name in OBJECTIVES:
-            assert f"objective ok [{layout}] [{name}]" in output, output
-    print(output)
+    for results in torchrun_json(processes, "tests.parallel.objective_worker", str(directory), *layouts, timeout=600):
+        assert list(results) == layouts
+        for worst in results.values():
+            Report(TOLERANCES, worst).assert_within_tolerance()
 
 
 @pytest.mark.timeout(600)

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.common.launch import torchrun
-from tests.common.layout_parity import prepare
+from tests.common.compare import Report
+from tests.common.launch import torchrun_json
+from tests.common.layout_parity import TOLERANCES, prepare
 from tests.parallel.layouts import WORLDS
 
 
 def test_the_matrix_is_whole() -> None:
     """Every layout with and without the distributed optimizer; of two tensor-parallel ranks, sequence parallelism."""
-    seen = {
+    covered = {
         (case.tensor, case.pipeline, case.context, ranks // (case.tensor * case.pipeline * case.context), *switches)
         for name, (ranks, cases) in WORLDS.items()
         for case in cases
@@ -33,7 +34,7 @@ def test_the_matrix_is_whole() -> None:
     missing = [
         (*layout, switch, on)
         for layout, switch, on in on_or_off
-        if (*layout, switch, on) not in seen and not (switch == "sp" and on and layout[0] == 1)
+        if (*layout, switch, on) not in covered and not (switch == "sp" and on and layout[0] == 1)
     ]
     assert not missing
 
@@ -47,10 +48,15 @@ def check_world(directory: Path, world: str) -> None:
     ranks, cases = WORLDS[world]
     for case in cases:
         prepare(directory, case)
-    output = torchrun(ranks, "-m", "tests.parallel.parity_worker", str(directory), world, timeout=1200)
-    for case in cases:
-        (line,) = [line for line in output.splitlines() if line.startswith(f"parity ok [{case}]")]
-        print(line)
+    everyone = torchrun_json(ranks, "tests.parallel.parity_worker", str(directory), world, timeout=1200)
+    for rank, results in enumerate(everyone):
+        assert list(results) == [str(case) for case in cases]
+        for case in cases:
+            result = results[str(case)]
+            report = Report(TOLERANCES[case.precision], result["worst"])
+            if rank == 0:  # the others found the same: reports are merged
+                print(f"parity [{case}] {result['seconds']:.1f} s: {report}")
+            report.assert_within_tolerance()
 
 
 @pytest.mark.timeout(900)

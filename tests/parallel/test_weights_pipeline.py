@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from tests.common.launch import torchrun
+from tests.common.launch import torchrun_json
+from tests.parallel.weights_pipeline_worker import LAYOUTS
 
 
 def test_four_ranks_stream_what_one_process_streams() -> None:
-    output = torchrun(4, "-m", "tests.parallel.weights_pipeline_worker", timeout=200)
-    for rank in range(4):
-        assert f"weights agree on rank {rank}" in output, output
+    """Every layout, tied and untied; of each rank, the layouts that it has checked."""
+    checked = [[list(stage_layers), tensor_size] for stage_layers, tensor_size in LAYOUTS]
+    assert torchrun_json(4, "tests.parallel.weights_pipeline_worker", timeout=200) == [checked] * 4

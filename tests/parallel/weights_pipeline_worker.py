@@ -13,12 +13,16 @@ from torch import Tensor, nn
 
 from megatron_g2rpo import weights
 from megatron_g2rpo.weights.table import UnmappedParameter
+from tests.common.launch import report_result
 from tests.common.tiny_model import make_tiny_qwen3vl
 from tests.unit.weights.plain import OUTPUT, plain_stage
 
 EMBEDDING = "model.language_model.embed_tokens.weight"
 FIRST_NORM = "model.language_model.layers.0.input_layernorm.weight"
 LAST_NORM = "model.language_model.norm.weight"
+# Layers of every stage, tensor-parallel ranks. Uneven stages; a stage of each kind; fewer key/value groups (2) than
+# tensor-parallel ranks.
+LAYOUTS = (((1, 2), 2), ((2, 1, 1, 1), 1), ((3,), 4))
 
 
 @dataclass(frozen=True)
@@ -195,8 +199,8 @@ def error_of(use: Callable[[], object]) -> Exception:
 
 def main() -> None:
     dist.init_process_group("gloo")
-    # Uneven stages; a stage of each kind; fewer key/value groups (2) than tensor-parallel ranks.
-    for stage_layers, tensor_size in (((1, 2), 2), ((2, 1, 1, 1), 1), ((3,), 4)):
+    checked = []
+    for stage_layers, tensor_size in LAYOUTS:
         place = replica(stage_layers, tensor_size)
         for tied in (True, False):
             config, model = make_tiny_qwen3vl(tied=tied, vocab=163, layers=sum(stage_layers), vision_depth=2)
@@ -206,7 +210,8 @@ def main() -> None:
                 check_tied_copy(place, table, tensors)
         check_lazy(place, table, tensors)
         check_errors_reach_every_rank(place, table, tensors)
-    print(f"weights agree on rank {dist.get_rank()}", flush=True)
+        checked.append([list(stage_layers), tensor_size])
+    report_result(checked)
     dist.barrier()
     dist.destroy_process_group()
 

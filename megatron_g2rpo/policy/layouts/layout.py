@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_g2rpo.recipe import MegatronConfig
+
 SUPPORTED_MODEL_TYPES = ("qwen3_vl", "qwen3", "llama")
 # transformers' names of rescaled rotary frequencies that depend on the configuration alone.
 SCALED_ROPE_TYPES = ("linear", "llama3")
@@ -143,7 +145,7 @@ def check_layout(hf_config: Any, layout: Layout) -> None:
         raise LayoutError("sliding-window attention is not supported")
 
 
-def layout_of(megatron_cfg: Any) -> Layout:
+def layout_of(megatron_cfg: MegatronConfig) -> Layout:
     """The layout that the recipe's ``policy.megatron_cfg`` names."""
     return Layout(
         tensor=megatron_cfg.tensor_model_parallel_size,

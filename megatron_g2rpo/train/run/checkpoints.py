@@ -45,7 +45,7 @@ def write_checkpoint(directory: Path, policy: MegatronPolicy, state: dict[str, A
     dist.barrier()
     if dist.get_rank() == 0:
         (partial / MODEL_FILES).mkdir()
-        copy_model_files(policy.options.model_name, partial / MODEL_FILES)
+        copy_model_files(policy.settings.model_name, partial / MODEL_FILES)
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
     dist.barrier()

@@ -38,15 +38,15 @@ def compile_(source: Path, output: Path, *flags: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def test_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def program_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The test program but for the vectorised loops, optimised as the extension is."""
     return compile_(TEST, tmp_path_factory.mktemp("cpp") / "test.o", "-O3")
 
 
-def checksum(test_object: Path, folder: Path, *kernel_flags: str) -> str:
+def checksum(program_object: Path, folder: Path, *kernel_flags: str) -> str:
     """Builds the program with the vectorised loops compiled that way, and runs it."""
     kernels = compile_(KERNELS, folder / "kernels.o", "-O3", *kernel_flags)
-    run(*COMPILER, test_object, kernels, "-o", folder / "test")
+    run(*COMPILER, program_object, kernels, "-o", folder / "test")
     match = re.fullmatch(r"checksum ([0-9a-f]{16})\n", run(folder / "test"))
     assert match is not None
     return match[1]
@@ -57,18 +57,20 @@ def cpu_flags() -> set[str]:
     return set(info.read_text().split()) if info.exists() else set()
 
 
-def test_passes_and_computes_the_same_bits_as_without_wide_vectors(test_object: Path, tmp_path: Path) -> None:
-    assert checksum(test_object, tmp_path) == checksum(test_object, tmp_path, "-DG2RPO_VECTOR_CLONES=")
+def test_passes_and_computes_the_same_bits_as_without_wide_vectors(program_object: Path, tmp_path: Path) -> None:
+    assert checksum(program_object, tmp_path) == checksum(program_object, tmp_path, "-DG2RPO_VECTOR_CLONES=")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("instructions", ["avx2", "avx512f"])
-def test_computes_the_same_bits_on_every_instruction_set(test_object: Path, tmp_path: Path, instructions: str) -> None:
+def test_computes_the_same_bits_on_every_instruction_set(
+    program_object: Path, tmp_path: Path, instructions: str
+) -> None:
     """Fused multiply-adds come with both; ``-ffp-contract=off`` must keep them out."""
     if instructions not in cpu_flags():
         pytest.skip(f"this CPU has no {instructions}")
-    forced = checksum(test_object, tmp_path, f'-DG2RPO_VECTOR_CLONES=__attribute__((target("{instructions},fma")))')
-    assert forced == checksum(test_object, tmp_path, "-DG2RPO_VECTOR_CLONES=")
+    forced = checksum(program_object, tmp_path, f'-DG2RPO_VECTOR_CLONES=__attribute__((target("{instructions},fma")))')
+    assert forced == checksum(program_object, tmp_path, "-DG2RPO_VECTOR_CLONES=")
 
 
 @pytest.mark.full

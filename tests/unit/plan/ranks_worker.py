@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of test_ranks.py: plans against real policies, one layout after the other. Usage: DIRECTORY
+"""One rank of test_ranks.py: plans against real policies, one layout after the other. Usage: DIRECTORY [WORD...]
 
-The directory holds the tiny models. Every rank prints a line for each case, and what is wrong below it.
+The directory holds the tiny models; words restrict the cases to those whose name has all of them. Every rank reports
+what is wrong in each case.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from megatron_g2rpo.policy import process_groups
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.policy.layouts.layout import layout_of
 from megatron_g2rpo.policy.megatron import MegatronPolicy
+from tests.common.launch import report_result
 from tests.unit.plan.measured import (
     MEGATRON,
     REDUCTION,
@@ -128,27 +130,27 @@ def by_collective(traffic: list[Traffic], per: str) -> dict[str, float]:
     return sums
 
 
-def main() -> int:
+def case_name(shape: str, overrides: list[str]) -> str:
+    """The shape, then keys and values without their sections."""
+    return " ".join([shape, *(override.rpartition(".")[2] for override in overrides)])
+
+
+def main() -> None:
     directory, *words = sys.argv[1:]
     init_process_group(select("cpu"))
-    failed = 0
+    wrong: dict[str, list[str]] = {}
     for shape, overrides in CASES:
-        what = " ".join([shape, *(override.rpartition(".")[2] for override in overrides)])
-        if not all(word in what for word in words):
+        name = case_name(shape, overrides)
+        if not all(word in name for word in words):
             continue
-        wrong = [
-            f"{name}: planned {planned}, is {real}"
-            for name, (planned, real) in check(Path(directory), shape, overrides).items()
+        wrong[name] = [
+            f"{what}: planned {planned}, is {real}"
+            for what, (planned, real) in check(Path(directory), shape, overrides).items()
             if planned != real
         ]
         process_groups.reset()
-        failed += bool(wrong)
-        print(
-            "\n    ".join([f"plan {'FAILED' if wrong else 'holds'} [{what}] on rank {dist.get_rank()}", *wrong]),
-            flush=True,
-        )
-    return 1 if failed else 0
+    report_result(wrong)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

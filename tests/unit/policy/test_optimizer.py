@@ -98,9 +98,9 @@ def test_another_normalisation_is_refused(
 def test_gradients_of_bf16_weights_are_summed_in_float32_if_asked_for(
     make: Callable[..., MegatronPolicy], directory: Path, mode: str, in_fp32: bool
 ) -> None:
-    options = layout_options(directory, mode=mode, precision="bfloat16")
-    options.megatron_cfg.distributed_data_parallel_config.grad_reduce_in_fp32 = in_fp32
-    policy = MegatronPolicy(options, select("cpu"), seed=0, max_steps=10)
+    in_fp32_key = "megatron_cfg.distributed_data_parallel_config.grad_reduce_in_fp32"
+    section = layout_options(directory, f"{in_fp32_key}={str(in_fp32).lower()}", mode=mode, precision="bfloat16")
+    policy = MegatronPolicy(section, select("cpu"), seed=0, max_steps=10)
     assert {parameter.dtype for parameter in policy.model.parameters()} == {torch.bfloat16}
     expected = torch.float32 if in_fp32 else torch.bfloat16
     assert {parameter.main_grad.dtype for parameter in policy.model.parameters()} == {expected}

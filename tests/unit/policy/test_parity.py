@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claim: one process of the Megatron policy computes what transformers computes (fp32), and a difference is seen.
+"""Claim: one process of the Megatron policy computes what transformers computes (fp32), and a difference is detected.
 
 Compared are values, gradients and three optimizer steps; see ``tests.common.layout_parity``.
 """
@@ -14,7 +14,8 @@ import torch
 from megatron_g2rpo.policy import model as policy_model
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.rope import InterleavedMRoPE
-from tests.common.layout_parity import Case, Report, check_layout_parity, prepare
+from tests.common.compare import Report
+from tests.common.layout_parity import Case, check_layout_parity, prepare
 
 CASES = [
     Case(shape="tied"),
@@ -38,7 +39,7 @@ def compare(directory: Path, case: Case) -> Report:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_policy_equals_transformers(directory: Path, case: Case) -> None:
-    compare(directory, case).assert_ok()
+    compare(directory, case).assert_within_tolerance()
 
 
 def test_chunked_mrope_is_caught(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +54,7 @@ def test_chunked_mrope_is_caught(directory: Path, monkeypatch: pytest.MonkeyPatc
     report = compare(directory, Case(shape="tied"))
     assert report.worst["logprob"][0] > 1e-3
     with pytest.raises(AssertionError, match="logprob sequence"):
-        report.assert_ok()
+        report.assert_within_tolerance()
 
 
 @pytest.mark.parametrize(
@@ -65,13 +66,7 @@ def test_another_optimizer_is_caught(
 ) -> None:
     """Negative: an optimizer that is not the reference's by one setting exceeds the tolerance of the updates."""
     prepare(directory, Case(shape="untied"))
-    options = Case.options
-
-    def changed(self: Case, directory: Path) -> object:
-        section = options(self, directory)
-        setattr(section.megatron_cfg.optimizer, option, value)
-        return section
-
-    monkeypatch.setattr(Case, "options", changed)
+    section, override = Case.section, f"megatron_cfg.optimizer.{option}={value}"
+    monkeypatch.setattr(Case, "section", lambda case, directory: section(case, directory, override))
     report = compare(directory, Case(shape="untied"))
     assert {failure.split()[0] for failure in report.failures} - {"later_logprob"} == {"update"}

@@ -19,7 +19,9 @@ from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.policy.model import PolicyModel
 from megatron_g2rpo.types import PackedBatch
-from tests.common.parity import LOGPROB_TOLERANCE, packer_for, policy_options, random_sequences, reference
+from tests.common.compare import Report, largest_difference
+from tests.common.parity import LOGPROB_TOLERANCE, packer_for, random_sequences, reference
+from tests.common.policy_layout import policy_section
 from tests.common.tiny_model import make_tiny_qwen3vl
 from tests.common.traps import MARGIN
 
@@ -34,19 +36,19 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def error(
+def compare(
     directory: Path,
     rename: Callable[[str], str] = str,
     change: Callable[[PackedBatch], PackedBatch] = lambda batch: batch,
-) -> float:
-    """Largest error of a log-probability against transformers.
+) -> Report:
+    """Errors of log-probabilities against transformers, nats.
 
     Args:
         rename: the policy's weights before they are loaded.
         change: every packed row.
     """
     config, model = make_tiny_qwen3vl(**SHAPE)
-    policy = MegatronPolicy(policy_options(directory), select("cpu"), seed=0, max_steps=None)
+    policy = MegatronPolicy(policy_section(directory), select("cpu"), seed=0, max_steps=None)
     state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     policy.load({rename(name): tensor for name, tensor in state.items()}, source="a test")
     sequences = random_sequences(config)
@@ -55,7 +57,10 @@ def error(
     (stats,) = policy.logprobs([change(batch)])
     responses = response_values(batch, stats.logprobs)
     assert len(responses) == len(sequences)
-    return max(float((logprobs - expected[row]).abs().max()) for row, logprobs in responses.items())
+    report = Report({"logprob": LOGPROB_TOLERANCE})
+    for row, logprobs in responses.items():
+        report.note("logprob", largest_difference(logprobs, expected[row]), f"sequence {row}")
+    return report
 
 
 def swapped(one: str, other: str) -> Callable[[str], str]:
@@ -64,7 +69,7 @@ def swapped(one: str, other: str) -> Callable[[str], str]:
 
 
 def test_nothing_changed(directory: Path) -> None:
-    assert error(directory) <= LOGPROB_TOLERANCE
+    compare(directory).assert_within_tolerance()
 
 
 @pytest.mark.parametrize(
@@ -80,21 +85,21 @@ def test_nothing_changed(directory: Path) -> None:
     ],
     ids=lambda name: name.strip("."),
 )
-def test_swapped_weights_are_seen(directory: Path, one: str, other: str) -> None:
-    assert error(directory, swapped(one, other)) > MARGIN * LOGPROB_TOLERANCE
+def test_swapped_weights_are_detected(directory: Path, one: str, other: str) -> None:
+    compare(directory, swapped(one, other)).assert_exceeded("logprob", margin=MARGIN)
 
 
-def test_a_dropped_deepstack_is_seen(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dropped_deepstack_is_detected(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     embed = PolicyModel._embed
 
     def without_deepstack(self: PolicyModel, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
         return embed(self, batch)[0], None
 
     monkeypatch.setattr(PolicyModel, "_embed", without_deepstack)
-    assert error(directory) > MARGIN * LOGPROB_TOLERANCE
+    compare(directory).assert_exceeded("logprob", margin=MARGIN)
 
 
-def test_features_of_another_image_are_seen(directory: Path) -> None:
+def test_features_of_another_image_are_detected(directory: Path) -> None:
     """Features counted anew in every sequence: the second image of a row would be the first."""
 
     def counted_by_sequence(batch: PackedBatch) -> PackedBatch:
@@ -104,14 +109,14 @@ def test_features_of_another_image_are_seen(directory: Path) -> None:
             index[own] -= index[own].min() if own.any() else 0
         return replace(batch, vision_index=index)
 
-    assert error(directory, change=counted_by_sequence) > MARGIN * LOGPROB_TOLERANCE
+    compare(directory, change=counted_by_sequence).assert_exceeded("logprob", margin=MARGIN)
 
 
-def test_attention_over_neighbours_is_seen(directory: Path) -> None:
+def test_attention_over_neighbours_is_detected(directory: Path) -> None:
     """A row taken for one long sequence: what a missing segment mask would do."""
 
     def unsegmented(batch: PackedBatch) -> PackedBatch:
         ends = batch.cu_seqlens_padded[[0, -1]]
         return replace(batch, cu_seqlens=ends, cu_seqlens_padded=ends)
 
-    assert error(directory, change=unsegmented) > MARGIN * LOGPROB_TOLERANCE
+    compare(directory, change=unsegmented).assert_exceeded("logprob", margin=MARGIN)

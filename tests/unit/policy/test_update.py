@@ -11,7 +11,8 @@ import torch
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import LossTerms, MegatronPolicy
 from megatron_g2rpo.types import PackedBatch, TokenStats
-from tests.common.parity import packer_for, policy_options, random_sequences
+from tests.common.parity import packer_for, random_sequences
+from tests.common.policy_layout import policy_section
 from tests.common.tiny_model import make_tiny_qwen3vl
 
 
@@ -22,7 +23,7 @@ def _nll(batch: PackedBatch, stats: TokenStats) -> LossTerms:
 
 def test_updates_lower_the_loss_and_metrics_are_token_means(tmp_path: Path) -> None:
     config, _ = make_tiny_qwen3vl(tmp_path)
-    policy = MegatronPolicy(policy_options(tmp_path), select("cpu"), seed=0, max_steps=10)
+    policy = MegatronPolicy(policy_section(tmp_path), select("cpu"), seed=0, max_steps=10)
     sequences = random_sequences(config)
     batches = packer_for(config).pack(sequences, budget=80)
     results = [policy.update(batches, _nll) for _ in range(3)]
@@ -34,7 +35,7 @@ def test_updates_lower_the_loss_and_metrics_are_token_means(tmp_path: Path) -> N
 
 def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path: Path) -> None:
     config, _ = make_tiny_qwen3vl(tmp_path)
-    policy = MegatronPolicy(policy_options(tmp_path), select("cpu"), seed=0, max_steps=10)
+    policy = MegatronPolicy(policy_section(tmp_path), select("cpu"), seed=0, max_steps=10)
     batches = packer_for(config).pack(random_sequences(config), budget=80)
     before = {name: tensor.clone() for name, tensor in policy.stream()}
 
@@ -50,7 +51,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path: Path) -> None
 def test_metrics_that_some_micro_batches_lack_are_refused(tmp_path: Path) -> None:
     """The sums of a metric that only some report would be of other tokens, or another metric's (a peer hangs on it)."""
     config, _ = make_tiny_qwen3vl(tmp_path)
-    policy = MegatronPolicy(policy_options(tmp_path), select("cpu"), seed=0, max_steps=10)
+    policy = MegatronPolicy(policy_section(tmp_path), select("cpu"), seed=0, max_steps=10)
     batches = packer_for(config).pack(random_sequences(config), budget=80)
     assert len({bool((batch.task_ids == 1).any()) for batch in batches}) == 2, "task 1 should be in some rows only"
 

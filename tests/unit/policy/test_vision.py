@@ -14,7 +14,8 @@ from megatron_g2rpo.policy import vision
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.policy.vision import VisionEncoder, assign_images
-from tests.common.parity import packer_for, policy_options, random_sequences, toy_loss
+from tests.common.parity import packer_for, random_sequences, toy_loss
+from tests.common.policy_layout import layout_options
 from tests.common.tiny_model import make_tiny_qwen3vl, random_inputs
 
 GRIDS = ((4, 6), (2, 4), (6, 4), (2, 2), (8, 6))
@@ -99,9 +100,8 @@ def test_the_samples_of_a_group_share_one_encoding_and_recompute_it_at_most_once
     tmp_path: Path, granularity: str | None, calls: int
 ) -> None:
     config, _ = make_tiny_qwen3vl(tmp_path)
-    options = policy_options(tmp_path)
-    options.megatron_cfg.recompute_granularity = granularity
-    policy = MegatronPolicy(options, select("cpu"), seed=0, max_steps=1)
+    section = layout_options(tmp_path, recompute_granularity=granularity)
+    policy = MegatronPolicy(section, select("cpu"), seed=0, max_steps=1)
     (batch,) = packer_for(config).pack(random_sequences(config, samples=3), budget=1000)
     patches: list[int] = []
     tower: Any = policy.model.vision_model

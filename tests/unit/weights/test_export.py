@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 from megatron_g2rpo import weights
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from tests.common.parity import policy_options
+from tests.common.policy_layout import policy_section
 from tests.common.tiny_model import make_tiny_qwen3vl
 
 
@@ -20,7 +20,7 @@ from tests.common.tiny_model import make_tiny_qwen3vl
 def test_export_equals_import_bit_for_bit(tmp_path: Path, tied: bool) -> None:
     _, model = make_tiny_qwen3vl(tmp_path / "in", tied=tied, vocab=163)
     (tmp_path / "in" / "tokenizer.json").write_text("{}")
-    policy = MegatronPolicy(policy_options(tmp_path / "in"), select("cpu"), seed=0, max_steps=None)
+    policy = MegatronPolicy(policy_section(tmp_path / "in"), select("cpu"), seed=0, max_steps=None)
     # 40 kB a file: several shards and an index.
     weights.export_hf(
         policy.stream(), policy.specs(), tmp_path / "out", source=tmp_path / "in", write=True, max_shard_size=40_000
@@ -41,7 +41,7 @@ def test_an_export_is_not_rounded_to_the_dtype_of_its_source(tmp_path: Path) -> 
     """A bf16 model trained in fp32: its config.json says bfloat16, and would have the new weights cast as they load."""
     _, model = make_tiny_qwen3vl()
     model.bfloat16().save_pretrained(tmp_path / "in")
-    policy = MegatronPolicy(policy_options(tmp_path / "in"), select("cpu"), seed=0, max_steps=None)
+    policy = MegatronPolicy(policy_section(tmp_path / "in"), select("cpu"), seed=0, max_steps=None)
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.mul_(1 + 2**-12)  # lost in bf16
@@ -53,7 +53,7 @@ def test_an_export_is_not_rounded_to_the_dtype_of_its_source(tmp_path: Path) -> 
 def test_a_stream_leaves_gradients_as_they_are(tmp_path: Path) -> None:
     """A context manager around its yields would turn them off for whoever reads it."""
     make_tiny_qwen3vl(tmp_path)
-    policy = MegatronPolicy(policy_options(tmp_path), select("cpu"), seed=0, max_steps=None)
+    policy = MegatronPolicy(policy_section(tmp_path), select("cpu"), seed=0, max_steps=None)
     for _, tensor in policy.stream():
         assert torch.is_grad_enabled()
         assert not tensor.requires_grad
