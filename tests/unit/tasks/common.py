@@ -14,7 +14,7 @@ BOUNDS = Trapezoid(start=0, peak_start=4, peak_end=8, end=16)
 
 
 def make_sample(**changes: Any) -> Sample:
-    fields = {
+    fields: dict[str, Any] = {
         "key": "shard-000001/train-000007",
         "task": "math",
         "question": "What is the left digit plus the right digit?",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_g2rpo.tasks import response_formats
-from megatron_g2rpo.tasks.prompts import build_messages
+from megatron_g2rpo.tasks.prompts import build_messages, continuation
 from megatron_g2rpo.tasks.response_formats import ResponseFormat, Tagged
 from tests.unit.tasks.common import make_sample
 
@@ -56,3 +56,16 @@ def test_a_format_without_an_instruction_adds_nothing() -> None:
     silent = in_system()
     silent.instruction = ""
     assert build_messages(make_sample(question="What?"), None, silent) == [turn("user", "What?")]
+
+
+@pytest.mark.parametrize(
+    ("response", "prefix", "rest"),
+    [
+        ("<think>\n7</think>12", "<think>\n", "7</think>12"),
+        ("<think>7</think>12", "<think>\n", "7</think>12"),
+        ("7</think>12", "<think>\n", "7</think>12"),
+        ("<think>7</think>12", "", "<think>7</think>12"),
+    ],
+)
+def test_what_the_prompt_has_begun_is_not_taught_again(response: str, prefix: str, rest: str) -> None:
+    assert continuation(response, prefix) == rest
