@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron_g2rpo.data.errors import SampleError
 from megatron_g2rpo.data.packing import PackSequence
 from megatron_g2rpo.recipe import SftRecipe
+from megatron_g2rpo.tasks.prompts import continuation
 from megatron_g2rpo.train.assembly import Components, assemble
 from megatron_g2rpo.train.run.logs import Column, MetricsLog, StepMetrics
 from megatron_g2rpo.train.run.loop import Run
@@ -68,7 +69,9 @@ def _sequence(parts: Components, prompt: Prompt, limit: int) -> PackSequence:
     assert prompt.sample.response is not None  # the stream was asked for samples with one
     sequence = PackSequence(
         inputs=prompt.inputs,
-        response_ids=parts.processor.encode_response(prompt.sample.response, name=f"sample {prompt.key}"),
+        response_ids=parts.processor.encode_response(
+            continuation(prompt.sample.response, prompt.response_prefix), name=f"sample {prompt.key}"
+        ),
         task_id=parts.task_id(prompt.task),
     )
     if sequence.length > limit:
