@@ -18,6 +18,7 @@ from megatron_g2rpo.types import PackedBatch, Rewards, Rollout
 
 # Share of responses with an answer below which there is hardly a reward to learn from.
 FEW_ANSWERS = 0.05
+SHOWN_CHARACTERS = 600  # of a response without
 
 
 def skipped_metrics(parts: Components, before: int) -> dict[str, float]:
@@ -185,6 +186,11 @@ def answer_warnings(
     dist.all_gather_object(examples, mine[0] if mine else None, group=group)
     task, text = next(example for example in examples if example is not None)
     name = env.tasks[task].response_format or response_format
+    text = (
+        text
+        if len(text) <= SHOWN_CHARACTERS
+        else f"{text[: SHOWN_CHARACTERS // 2]} [...] {text[-SHOWN_CHARACTERS // 2 :]}"
+    )
     return [
         f"warning: {answered} of {count} responses hold an answer where the response format {name!r} has it; one of "
         f"{task} without: {text!r}. Let the prompts ask for the format (data.format_instruction: true), choose the one "

@@ -37,6 +37,13 @@ def test_a_step_with_hardly_an_answer_shows_one_without() -> None:
         assert key in line
 
 
+def test_of_a_long_response_both_ends_are_shown() -> None:
+    (line,) = warnings([make_rollout("start" + "x" * 10_000 + "end")])
+    assert len(line) < 1200
+    assert "'start" in line
+    assert "end'" in line
+
+
 @pytest.mark.parametrize(("answered", "silent"), [(5, 95), (1, 0), (0, 0)])
 def test_other_steps_say_nothing(answered: int, silent: int) -> None:
     assert warnings(of(answered, silent)) == []
