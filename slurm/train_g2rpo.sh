@@ -47,17 +47,15 @@ if [ -z "${PYTHON:-}" ]; then
   [ -x .venv/bin/python ] && PYTHON=$PWD/.venv/bin/python
 fi
 
-# Check recipe, model and data here, once: a mistake in them ends the job with one message, before hundreds of processes start.
+# Load the recipe here, once, with what it imports: a mistake in it ends the job with one message, before hundreds of processes start.
 read_cluster() {
   "$PYTHON" - "$recipe" "$@" <<'PY'
 import sys
-from pathlib import Path
 
 from megatron_g2rpo import recipe
-from megatron_g2rpo.commands.preflight import checked
 
 try:
-    cluster = checked(Path(sys.argv[1]), sys.argv[2:], "train", download=False).cluster
+    cluster = recipe.load(sys.argv[1], sys.argv[2:], "train").cluster
 except recipe.RecipeError as error:
     sys.exit(str(error))
 print(cluster.num_nodes, cluster.gpus_per_node)

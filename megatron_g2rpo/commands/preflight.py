@@ -23,6 +23,8 @@ from megatron_g2rpo.recipe.errors import Fault
 
 # What the hub would be asked for; anything else that is no directory is a mistake.
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+# The key that a layout error names, so that its line can be shown.
+_MEGATRON_KEY = re.compile(r"policy\.megatron_cfg\.\w+")
 
 
 @overload
@@ -70,7 +72,8 @@ def _model(examined: Examined, download: bool) -> Iterator[Fault]:
     try:
         check_model_dir(directory, layout_of(examined.recipe.policy.megatron_cfg))
     except LayoutError as error:
-        yield Fault("policy.megatron_cfg", str(error))
+        named = _MEGATRON_KEY.search(str(error))
+        yield Fault(named.group() if named else key, str(error))
     except (OSError, ValueError) as error:
         yield Fault(key, f"{key}: {directory} is not a model directory ({error})")
 

@@ -61,6 +61,8 @@ class ShardIndex:
 
     def __init__(self, path: str | Path, known_tasks: Collection[str] | None = None) -> None:
         path = Path(path)
+        if not path.exists() and not (path.parent / INDEX_NAME).exists():
+            raise DataError(f"{path} does not exist; name a directory of shards, a glob of .tar files or one of them")
         self.directory, pattern = (path, "*.tar") if path.is_dir() else (path.parent, path.name)
         records = [r for r in _load_index(self.directory) if fnmatch.fnmatch(r["name"], pattern)]
         if not records:

@@ -50,7 +50,9 @@ def _estimator(grpo: dict[str, Any]) -> Iterator[Fault]:
         try:
             facts["check"](**options)
         except ValueError as error:
-            yield Fault(where, f"{registry.estimators.kind} {name!r}: {error}")
+            # The option that the message names, so that its line can be shown.
+            key = next((f"{where}.{option}" for option in options if option in str(error)), where)
+            yield Fault(key, f"'{key}': {error}")
             return
     least, samples = facts.get("min_group_size", 1), grpo.get("num_generations_per_prompt")
     least = least(**options) if callable(least) else least

@@ -86,7 +86,7 @@ def test_a_layout_that_the_model_cannot_be_split_into_starts_no_process(
 ) -> None:
     monkeypatch.setattr(launch, "launch", lambda *_: pytest.fail("processes were started"))
     recipe = recipe_of(toy, tmp_path)
-    assert error_of("train", recipe, "--nproc", size, f"{key}={size}").startswith(why)
+    assert f"override '{key}={size}': {why}" in error_of("train", recipe, "--nproc", size, f"{key}={size}")
     arguments = ("--model", toy.model, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
     assert error_of("logprobs", *arguments, "--nproc", size, f"{key}={size}").startswith(why)
     assert not (tmp_path / "run").exists()
@@ -98,6 +98,39 @@ def test_a_model_that_is_not_there_is_named(toy: Toy, tmp_path: Path, monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     nowhere = tmp_path / "nowhere"
     assert f"policy.model_name: {nowhere}" in error_of("train", recipe_of(Toy(toy.data, nowhere), tmp_path))
+
+
+@pytest.mark.parametrize("how", [["--dry-run"], ["--nproc", "2"]], ids=["dry run", "two processes"])
+def test_everything_that_is_wrong_is_named_at_once(
+    own: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: list[str]
+) -> None:
+    """A wrong model, dataset, answer format and backend: four faults, one look, no process."""
+    monkeypatch.setattr(launch, "launch", lambda *_: pytest.fail("processes were started"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    nowhere = tmp_path / "nowhere"
+    wrong = [
+        f"policy.model_name={nowhere}",
+        f"data.train.path={tmp_path / 'no_data'}",
+        "env.tasks.sum.answer_format=numericc",
+        "policy.generation.backend=vlm",
+    ]
+    message = error_of("train", recipe_of(own, tmp_path), *how, *wrong)
+    assert f"override 'policy.model_name={nowhere}': policy.model_name: {nowhere} is neither" in message
+    assert f"data.train.path: {tmp_path / 'no_data'} does not exist" in message
+    assert "unknown answer format 'numericc' (did you mean 'numeric'?)" in message
+    assert "unknown rollout engine 'vlm' (did you mean 'vllm'?)" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_answer_format_of_the_data_that_nobody_registered_is_found_at_the_start(own: Toy, tmp_path: Path) -> None:
+    shutil.rmtree(own.data / "val")
+    write_shards(own.data / "val", 4, answer_format="exakt")
+    message = error_of("train", recipe_of(own, tmp_path), "--dry-run")
+    assert "data.validation.path: " in message
+    assert "samples of task 'colour': unknown answer format 'exakt' (did you mean 'exact'?)" in message
+    # Where the recipe names the format, what samples say does not count.
+    named = [f"env.tasks.{task}.answer_format=exact" for task in ("colour", "pair", "sum")]
+    assert call("train", recipe_of(own, tmp_path), "--dry-run", *named).exit_code == 0
 
 
 def test_a_run_directory_of_another_recipe_is_refused_or_moved_aside(toy: Toy, tmp_path: Path) -> None:

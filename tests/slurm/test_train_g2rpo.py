@@ -157,7 +157,9 @@ def test_the_launchers_of_two_nodes_form_one_world(stubs: Path, tmp_path: Path) 
     package = tmp_path / "submit" / "megatron_g2rpo"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
-    (package / "recipe").symlink_to(ROOT / "megatron_g2rpo" / "recipe")
+    # What loading a recipe needs: its names are looked up in the registries, which import mathematics and tasks.
+    for name in ("recipe", "objective", "tasks", "registry.py", "extend.py", "types.py", "collectives.py"):
+        (package / name).symlink_to(ROOT / "megatron_g2rpo" / name)
     (package / "cli.py").write_text(
         "import json, os, sys\n"
         f"with open(f'{tmp_path}/rank' + os.environ['RANK'], 'w') as file:\n"

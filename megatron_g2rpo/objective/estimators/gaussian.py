@@ -8,7 +8,7 @@ its public code.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Len
 from torch import Tensor
@@ -19,7 +19,13 @@ from megatron_g2rpo.objective.history import History
 from megatron_g2rpo.objective.reward_batch import RewardBatch
 
 
-@register("g2rpo", min_group_size=lambda stages, **_: 2 if "group" in stages else 1, check=check_options)
+def _check(*, stages: Sequence[str], **options: Any) -> None:
+    check_options(stages=stages, **options)
+    if list(stages) == list(reversed(STAGES)):
+        raise ValueError(f"stages must be [group], [task] or [group, task], got {list(stages)}")
+
+
+@register("g2rpo", min_group_size=lambda stages, **_: 2 if "group" in stages else 1, check=_check)
 def g2rpo(
     batch: RewardBatch,
     history: History,

@@ -21,7 +21,7 @@ def failure(path: object, overrides: list[str] = [], kind: str = "train") -> str
 def test_attributes_are_the_yaml_keys() -> None:
     loaded = recipe.load(G2RPO, ["env.tasks.ocr.length.end=300"], "train")
     assert loaded.policy.megatron_cfg.optimizer.lr == 2e-6
-    assert loaded.grpo.adv_estimator.stages == ("group", "task")
+    assert loaded.grpo.adv_estimator.options["stages"] == ["group", "task"]
     assert loaded.env.tasks["ocr"].length is not None
     assert loaded.env.tasks["ocr"].length.end == 300
     assert loaded.checkpointing.checkpoint_dir == "runs/vlm_g2rpo/checkpoints"

@@ -123,7 +123,7 @@ def test_a_foreign_or_misspelt_option_is_refused(overrides: list[str], message: 
         ("grpo.adv_estimator.tie_tolerance='3'", "'grpo.adv_estimator.tie_tolerance': Input should be a valid number"),
         ("grpo.adv_estimator.stages=[]", "'grpo.adv_estimator.stages': "),
         ("grpo.adv_estimator.stages=[prompt]", "'grpo.adv_estimator.stages.0': Input should be 'group' or 'task'"),
-        ("grpo.adv_estimator.stages=[group, group]", "stages must be a list of one or both of"),
+        ("grpo.adv_estimator.stages=[group, group]", "'grpo.adv_estimator.stages': stages must be a list of one or"),
         ("grpo.adv_estimator={name: ema_grpo, ema_decay: 1.0}", "'grpo.adv_estimator.ema_decay': Input should be less"),
         ("loss_fn.ratio_clip_min=1.5", "'loss_fn.ratio_clip_min': Input should be less than or equal to 1"),
         ("loss_fn.ratio_clip_max=.inf", "'loss_fn.ratio_clip_max': Input should be a finite number, got inf (float)"),

@@ -35,7 +35,7 @@ def load(*overrides: str) -> recipe.TrainRecipe:
         "grpo.adv_estimator.stages=[group, group]",
         "grpo.adv_estimator.stages=[batch]",
         "loss_fn.name=''",
-        "loss_fn.ratio_clip_min=1.0",
+        "loss_fn.ratio_clip_min=1.1",
         "loss_fn.ratio_clip_max=0.0",
         "loss_fn.ratio_clip_c=1.0",
         "checkpointing.save_period=0",

@@ -15,7 +15,7 @@ def test_the_embedded_default_is_found_by_its_backend_name():
 
 
 def test_an_unknown_backend_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown rollout engine 'tranformers'; known: .*transformers"):
+    with pytest.raises(ValueError, match=r"engine 'tranformers' \(did you mean 'transformers'\?\); known: .*"):
         base.get("tranformers")
 
 
