@@ -47,7 +47,8 @@ if [ -z "${PYTHON:-}" ]; then
   [ -x .venv/bin/python ] && PYTHON=$PWD/.venv/bin/python
 fi
 
-# Load the recipe here, once, with what it imports: a mistake in it ends the job with one message, before hundreds of processes start.
+# Load the recipe here, once, with what it imports: a mistake in it ends the job with one message, before hundreds of
+# processes start.
 read_cluster() {
   "$PYTHON" - "$recipe" "$@" <<'PY'
 import sys
