@@ -36,7 +36,7 @@ def make_rollout(text, *, answer="12", answer_format="numeric", steps="7 + 5", t
         image_grid_thw=torch.zeros(0, 3, dtype=torch.int64),
     )
     return Rollout(
-        prompt=Prompt(sample=sample, inputs=nothing),
+        prompt=Prompt(sample=sample, inputs=nothing, task_id=0),
         group_id=0,
         sample_index=3,
         response_ids=torch.zeros(num_tokens, dtype=torch.int64),
