@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_g2rpo.data.positions import rope_positions
+from megatron_g2rpo.models import Positions
+from megatron_g2rpo.models.positions import mrope_positions
 from megatron_g2rpo.types import NO_LABEL, ModelInputs, PackedBatch
 
 
@@ -102,7 +103,9 @@ class Packer:
         spatial_merge_size: vision patches merged per side.
         pad_token_id: the token that fills padding.
         sequence_multiple: every sequence is padded to a multiple of it, so that context parallelism can cut it.
-        row_multiple: every row is padded to a multiple of it (``policy.layout.token_multiples`` gives both).
+        row_multiple: every row is padded to a multiple of it (``layouts.layout.token_multiples`` gives both).
+        positions: the model family's, see ``models.base.Family.positions``; without one, that of the Qwen-VL lineage,
+            which on text counts tokens as every family does.
     """
 
     image_token_id: int
@@ -110,6 +113,7 @@ class Packer:
     pad_token_id: int
     sequence_multiple: int = 1
     row_multiple: int = 1
+    positions: Positions = mrope_positions
 
     def __post_init__(self) -> None:
         if self.row_multiple % self.sequence_multiple:
@@ -139,13 +143,13 @@ class Packer:
         return len(self._bins(sequences, budget))
 
     def _bins(self, sequences: Sequence[PackSequence], budget: int) -> list[list[int]]:
-        lengths = [_round_up(sequence.length, self.sequence_multiple) for sequence in sequences]
+        lengths = [round_up(sequence.length, self.sequence_multiple) for sequence in sequences]
         # Samples that share images belong together; those without share nothing that a row would pay for twice.
         groups = [
             ("prompt", id(sequence.inputs)) if len(sequence.inputs.image_grid_thw) else ("sequence", index)
             for index, sequence in enumerate(sequences)
         ]
-        return assign_bins(lengths, _round_up(budget, self.row_multiple), groups)
+        return assign_bins(lengths, round_up(budget, self.row_multiple), groups)
 
     def _row(self, sequences: Sequence[PackSequence], members: list[int]) -> PackedBatch:
         parts = [sequences[index] for index in members]
@@ -156,7 +160,7 @@ class Packer:
             first_feature[key] = total
             total += self._features(inputs)
         lengths = [part.length for part in parts]
-        padded = [_round_up(length, self.sequence_multiple) for length in lengths]
+        padded = [round_up(length, self.sequence_multiple) for length in lengths]
         padded[-1] += -sum(padded) % self.row_multiple  # the row's own padding follows its last sequence
         fields = [
             self._fields(part, segment, size, first_feature[id(part.inputs)])
@@ -192,7 +196,7 @@ class Packer:
         labels[span] = response
         task_ids = torch.full((size,), -1)
         task_ids[span] = part.task_id
-        positions = rope_positions(
+        positions = self.positions(
             tokens,
             part.inputs.image_grid_thw,
             image_token_id=self.image_token_id,
@@ -238,7 +242,8 @@ class Packer:
         )
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple that is not below a value."""
     return -(-value // multiple) * multiple
 
 

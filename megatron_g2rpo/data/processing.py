@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chat messages and images to model inputs: the tokenizer and, of a Qwen3-VL directory, the image processor.
+"""Chat messages and images to model inputs: the tokenizer and, for a family that sees, the image processor.
 
-Not ``AutoProcessor``: it insists on a video processor, which needs torchvision. And not ``AutoImageProcessor``: it
-picks the torchvision implementation where torchvision imports and the PIL one elsewhere, whose resized pixels differ.
-The PIL implementation is named here, so that one recipe sees the same pixels on every machine.
+Not ``AutoProcessor``: it insists on a video processor, which needs torchvision. The image processor is the model
+family's (``models.base.Vision.image_processor``).
 """
 
 from __future__ import annotations
@@ -19,23 +18,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from megatron_g2rpo import models
 from megatron_g2rpo.data.errors import DataError, SampleError
 from megatron_g2rpo.tasks.prompts import build_messages
 from megatron_g2rpo.tasks.response_formats import ResponseFormat
 from megatron_g2rpo.types import ModelInputs, Prompt, Sample
 
-IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
-VISION_START_TOKEN, VISION_END_TOKEN = "<|vision_start|>", "<|vision_end|>"
 NO_TOKEN = -1
-VISION_TOKENS = (IMAGE_TOKEN, VIDEO_TOKEN, VISION_START_TOKEN, VISION_END_TOKEN)
 
 
 class ChatProcessor:
     """Tokenizer, chat template and image processor of one Hugging Face directory.
 
     Attributes:
+        family: the model family that the directory's config.json names.
         tokenizer: the directory's tokenizer.
         image_processor: the directory's image processor, in its PIL implementation; None for a model of text alone.
         vision_token_ids: the placeholders and their frame: ids that a policy must never sample.
@@ -43,8 +40,8 @@ class ChatProcessor:
         spatial_merge_size: patches along one side that merge into one image token.
 
     Args:
-        model_dir: a Hugging Face directory; nothing is downloaded. One without ``preprocessor_config.json`` is of a
-            model of text alone.
+        model_dir: a Hugging Face directory; nothing is downloaded. Its config.json names the model family, which says
+            whether the model sees.
         min_pixels: lower bound on height x width after resizing; None for the directory's own.
         max_pixels: upper bound likewise.
         system_prompt: text of the system turn that ``encode_sample`` puts first; None for no such turn.
@@ -52,8 +49,8 @@ class ChatProcessor:
             tasks carry none.
 
     Raises:
-        DataError: no such directory, another family's image processor, no chat template, a vision token that the
-            tokenizer lacks, no end-of-turn token, or pixel bounds in the wrong order.
+        DataError: no such directory, an unknown model family, another family's image processor, no chat template, a
+            vision token that the tokenizer lacks, no end-of-turn token, or pixel bounds in the wrong order.
     """
 
     def __init__(
@@ -65,21 +62,28 @@ class ChatProcessor:
         instructed: Mapping[str, ResponseFormat] | None = None,
     ) -> None:
         model_dir = Path(model_dir)
-        self.image_processor = _load_image_processor(model_dir, min_pixels, max_pixels)
-        sees = self.image_processor is not None
+        self.family = _family_of(model_dir)
+        vision = self.family.vision
+        self.image_processor: Any = None
+        if vision is not None:
+            try:
+                self.image_processor = vision.image_processor(model_dir, min_pixels, max_pixels)
+            except ValueError as error:
+                raise DataError(str(error)) from error
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
         self.system_prompt, self._instructed = system_prompt, dict(instructed or {})
         self.spatial_merge_size: int = self.image_processor.merge_size if self.image_processor is not None else 1
         self._chat_template = _load_chat_template(model_dir, self.tokenizer)
         vocabulary = self.tokenizer.get_vocab()
-        for token in VISION_TOKENS if sees else ():
+        vision_tokens = () if vision is None else vision.tokens.all
+        for token in vision_tokens:
             if token not in vocabulary:
-                raise DataError(f"{model_dir}: the tokenizer has no token {token}; is this a Qwen3-VL directory?")
+                raise DataError(f"{model_dir}: the tokenizer has no token {token}, which its config.json's family has")
         if self.tokenizer.eos_token_id is None:
             raise DataError(f"{model_dir}: the tokenizer names no end-of-turn token (eos_token)")
-        self.image_token_id: int = vocabulary[IMAGE_TOKEN] if sees else NO_TOKEN
-        self.video_token_id: int = vocabulary[VIDEO_TOKEN] if sees else NO_TOKEN
-        self.vision_token_ids: list[int] = [vocabulary[token] for token in VISION_TOKENS] if sees else []
+        self.image_token_id: int = NO_TOKEN if vision is None else vocabulary[vision.tokens.image]
+        self.video_token_id: int = NO_TOKEN if vision is None else vocabulary[vision.tokens.video]
+        self.vision_token_ids: list[int] = [vocabulary[token] for token in vision_tokens]
         self.eos_token_id: int = self.tokenizer.eos_token_id
         pad = self.tokenizer.pad_token_id
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
@@ -231,27 +235,14 @@ def _as_text(message: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {**message, "content": "".join(_texts([message]))}
 
 
-def _load_image_processor(
-    model_dir: Path, min_pixels: int | None, max_pixels: int | None
-) -> Qwen2VLImageProcessorPil | None:
-    path = model_dir / "preprocessor_config.json"
-    if not path.exists():
-        config = model_dir / "config.json"
-        if not config.exists():
-            raise DataError(f"{config} does not exist: a Hugging Face model directory is needed")
-        if "vision_config" in json.loads(config.read_text()):
-            raise DataError(f"{path} does not exist, but the model sees images")
-        return None
-    kind = json.loads(path.read_text()).get("image_processor_type", "")
-    if not kind.startswith("Qwen2VLImageProcessor"):
-        raise DataError(f"{path}: image_processor_type is {kind!r}; Qwen3-VL's is Qwen2VLImageProcessor or ...Fast")
-    bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-    given: dict[str, Any] = {key: value for key, value in bounds.items() if value is not None}
-    processor = Qwen2VLImageProcessorPil.from_pretrained(model_dir, local_files_only=True, **given)
-    low, high = processor.size["shortest_edge"], processor.size["longest_edge"]
-    if not 0 < low <= high:
-        raise DataError(f"pixel bounds {low} to {high} are not in order; mind data.min_pixels and data.max_pixels")
-    return processor
+def _family_of(model_dir: Path) -> models.Family:
+    config = model_dir / "config.json"
+    if not config.exists():
+        raise DataError(f"{config} does not exist: a Hugging Face model directory is needed")
+    try:
+        return models.family(json.loads(config.read_text()).get("model_type", ""))
+    except ValueError as error:
+        raise DataError(f"{config}: {error}") from error
 
 
 def _load_chat_template(model_dir: Path, tokenizer: Any) -> str:

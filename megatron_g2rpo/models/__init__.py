@@ -1,2 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model families: what each one is, in one file."""
+"""What a model family is, in one file each; ``base.Family`` says what such a file holds.
+
+Importing this package registers the families that it has. It imports no megatron-core (``plan`` reads it), and the
+modelling code of transformers only when a vision tower is built.
+"""
+
+from megatron_g2rpo.models import llama, qwen3, qwen3_vl
+from megatron_g2rpo.models.base import Family, Positions, Vision, VisionGeometry, VisionTokens, family
+
+__all__ = [
+    "Family",
+    "Positions",
+    "Vision",
+    "VisionGeometry",
+    "VisionTokens",
+    "family",
+    "llama",
+    "qwen3",
+    "qwen3_vl",
+]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What autograd keeps of the language layers between a micro-batch's forward and backward pass, byte by byte.
 
-It follows the local layers (``policy.precision``, ``policy.norm``, ``policy.attention`` and megatron-core's parallel
+It follows the local layers (``policy.layer_spec``, ``policy.norm``, ``policy.attention`` and megatron-core's parallel
 linears, rotary embedding and gated MLP): which tensors each operation saves for its gradient, each storage once.
 docs/plan.md derives every line. Transformer Engine's fused layers save less; they are not modelled.
 
@@ -15,11 +15,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from megatron_g2rpo.models.rotary import head_dim
 from megatron_g2rpo.plan.rows import Slots
 from megatron_g2rpo.policy.layouts.layout import Layout
+from megatron_g2rpo.policy.layouts.logit_chunks import LogitChunks
+from megatron_g2rpo.weights.rules import padded_rows
 
-FP32 = 4
-INT64 = 8
+FP32, INT64 = torch.float32.itemsize, torch.int64.itemsize
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Sizes:
         heads, groups, head_dim, features: H, G, D, F.
         projected: heads of the query/key/value projection's output as it is held; more than ``heads + 2 * groups``
             where ranks share a key/value head, because megatron-core then gathers the whole projection.
+        columns: of the vocabulary, on the rank with the most.
         nbytes: e.
     """
 
@@ -44,6 +49,7 @@ class Sizes:
     head_dim: int
     features: int
     projected: int
+    columns: int
     nbytes: int
 
 
@@ -65,9 +71,10 @@ def sizes(text: Any, layout: Layout, row_tokens: int, nbytes: int) -> Sizes:
         hidden=text.hidden_size,
         heads=text.num_attention_heads // tensor,
         groups=max(kv // tensor, 1),
-        head_dim=text.head_dim,
+        head_dim=head_dim(text),
         features=text.intermediate_size // tensor,
         projected=projected if kv < tensor else projected // tensor,
+        columns=min(padded_rows(text.vocab_size, tensor) // tensor, text.vocab_size),
         nbytes=nbytes,
     )
 
@@ -193,49 +200,9 @@ def recomputed(size: Sizes, slots: Slots, recompute: Recompute, layers: int) -> 
     return max(chunks, default=0) * layer(size, slots, selective=False)
 
 
-@dataclass(frozen=True)
-class LogitChunks:
-    """How ``policy.logprobs`` goes through the logits: the same arithmetic as its ``_Chunks``.
-
-    Attributes:
-        tokens: with a label.
-        forward: tokens whose logits the forward pass holds at once, and keeps if ``kept``.
-        backward: the backward pass holds as many logits as these tokens have.
-        kept: whether the last chunk is kept.
-        width: this rank's columns.
-    """
-
-    tokens: int
-    forward: int
-    backward: int
-    kept: bool
-    width: int
-
-
-def logit_chunks(text: Any, layout: Layout, labels: int, chunk_size: int | None) -> LogitChunks:
-    """Of one micro-batch.
-
-    Args:
-        text: the model's ``text_config``.
-        layout: parallel sizes.
-        labels: tokens with a label on this rank.
-        chunk_size: ``policy.logprob_chunk_size``.
-    """
-    limit = chunk_size or max(2 * labels, 1)
-    backward = max(limit // 8, 1)
-    kept = min(limit - backward, labels)
-    return LogitChunks(
-        tokens=labels,
-        forward=min(max(kept, 1), labels),
-        backward=min(backward, labels),
-        kept=kept > 0,
-        width=min(-(-text.vocab_size // layout.tensor), text.vocab_size),
-    )
-
-
 def output_layer(size: Sizes, chunks: LogitChunks) -> int:
     """Final norm and ``linear_logprobs``: hidden states, labels, four statistics of each, the last chunk's logits."""
     kept = norm(size.shared, size.hidden, size.nbytes) + size.nbytes * size.tokens * size.hidden
-    logits = FP32 * chunks.forward * chunks.width if chunks.kept else 0
+    logits = FP32 * chunks.forward * size.columns if chunks.kept else 0
     # The labels come with the micro-batch; the last two numbers of a token are the results.
     return kept + logits + chunks.tokens * (4 * FP32 + INT64) + size.tokens * (INT64 + 2 * FP32)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_g2rpo.data.packing import round_up
 from megatron_g2rpo.plan.model import Parameter
 
 _PARAMETER_ALIGNMENT = 64  # elements
@@ -90,19 +91,19 @@ def ddp_buffer(parameters: Sequence[Parameter], parallelism: DataParallelism, st
     buckets: list[tuple[int, int]] = []
     begin = end = 0  # of the open bucket
     for parameter in reversed([parameter for parameter in parameters if parameter.trains]):
-        start = _up(end, _PARAMETER_ALIGNMENT if padded else 1)
+        start = round_up(end, _PARAMETER_ALIGNMENT if padded else 1)
         alone = padded and parameter.shared
         if alone and end > begin:
             # As megatron-core does: the closed bucket ends where the aligned parameter would have begun.
-            buckets.append((begin, _up(start, alignment)))
+            buckets.append((begin, round_up(start, alignment)))
             begin = start = buckets[-1][1]
         end = start + parameter.numel
         spans.append((start, end))
         if alone or (limit is not None and end - begin >= limit):
-            buckets.append((begin, _up(end, alignment)))
+            buckets.append((begin, round_up(end, alignment)))
             begin = end = buckets[-1][1]
     if end > begin:
-        buckets.append((begin, _up(end, alignment)))
+        buckets.append((begin, round_up(end, alignment)))
     return Buffer(tuple(spans), tuple(buckets))
 
 
@@ -155,7 +156,3 @@ def model_state(
         updated=updated,
         parameters=total,
     )
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -7,21 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_g2rpo.plan import activations, engine, vision
-from megatron_g2rpo.plan.activations import FP32, LogitChunks, Recompute, Sizes
+from megatron_g2rpo.plan.activations import FP32, Recompute, Sizes
 from megatron_g2rpo.plan.buffers import DataParallelism, ModelState, model_state
 from megatron_g2rpo.plan.model import Model, Parameter
 from megatron_g2rpo.plan.rows import Assumptions, MicroBatches, Row, Slots, widest_slots
+from megatron_g2rpo.policy.layouts.image_shares import largest_share
 from megatron_g2rpo.policy.layouts.layout import Layout
+from megatron_g2rpo.policy.layouts.logit_chunks import TILE_BYTES, LogitChunks
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
-
-NBYTES = {"float32": 4, "bfloat16": 2}
+from megatron_g2rpo.types import DTYPES
 
 # Not derived: the CUDA context, its libraries' workspaces and the buffers of NCCL's communicators; and what a caching
 # allocator loses to fragmentation, as a share of what a phase allocates and frees.
 FIXED_ALLOWANCE = 3_000_000_000
 FRAGMENTATION = 0.05
-
-_LOGIT_TILE = 16 * 2**20  # bytes; policy.logprobs exponentiates logits tile by tile
 
 
 @dataclass(frozen=True)
@@ -101,9 +100,14 @@ def stage_memory(
     return [_stage(recipe, model, layout, assumptions, batches, stage) for stage in range(layout.pipeline)]
 
 
+def element_bytes(recipe: Recipe) -> int:
+    """Bytes of one element of a weight or an activation."""
+    return DTYPES[recipe.policy.precision].itemsize
+
+
 def data_parallelism(recipe: Recipe, layout: Layout) -> DataParallelism:
-    """Of the recipe."""
-    options, nbytes = recipe.policy.megatron_cfg.distributed_data_parallel_config, NBYTES[recipe.policy.precision]
+    """Data-parallel sizes and buffer options that the recipe sets."""
+    options, nbytes = recipe.policy.megatron_cfg.distributed_data_parallel_config, element_bytes(recipe)
     return DataParallelism(
         size=recipe.data_parallel_size * layout.context,
         data=recipe.data_parallel_size,
@@ -114,7 +118,7 @@ def data_parallelism(recipe: Recipe, layout: Layout) -> DataParallelism:
 
 
 def recompute_of(recipe: Recipe) -> Recompute:
-    """Of the recipe."""
+    """What the recipe recomputes."""
     options = recipe.policy.megatron_cfg
     return Recompute(options.recompute_granularity, options.recompute_method, options.recompute_num_layers)
 
@@ -148,7 +152,7 @@ def kept_of_row(recipe: Recipe, hf_config: Any, layout: Layout, row: Row, stage:
         row: the whole row.
         stage: pipeline stage.
     """
-    nbytes, text = NBYTES[recipe.policy.precision], hf_config.text_config
+    nbytes, text = element_bytes(recipe), hf_config.text_config
     size, slots = activations.sizes(text, layout, row.tokens, nbytes), widest_slots(row, layout.context)
     layers = layout.stage_layers(text.num_hidden_layers)[stage]
     first, last = stage == 0, stage == layout.pipeline - 1
@@ -157,39 +161,39 @@ def kept_of_row(recipe: Recipe, hf_config: Any, layout: Layout, row: Row, stage:
             size, slots, recompute_of(recipe), layers, context_levels(hf_config, row, stage), first=first
         ),
         vision=_kept_of_images(recipe, hf_config, layout, row) if first else 0,
-        output=activations.output_layer(size, _logit_chunks(recipe, text, layout, row)) if last else 0,
+        output=activations.output_layer(size, _logit_chunks(recipe, layout, row)) if last else 0,
     )
 
 
 def update_working(recipe: Recipe, hf_config: Any, layout: Layout, row: Row, stage: int) -> int:
     """What a forward or backward pass holds beside what is kept, at its worst; an upper bound."""
-    nbytes, text = NBYTES[recipe.policy.precision], hf_config.text_config
+    nbytes, text = element_bytes(recipe), hf_config.text_config
     size, slots = activations.sizes(text, layout, row.tokens, nbytes), widest_slots(row, layout.context)
     layers = layout.stage_layers(text.num_hidden_layers)[stage]
     moments = [_layer_working(size, slots) + activations.recomputed(size, slots, recompute_of(recipe), layers)]
     if stage == layout.pipeline - 1:
-        moments.append(_output_working(size, _logit_chunks(recipe, text, layout, row)))
+        moments.append(_output_working(size, _logit_chunks(recipe, layout, row)))
     if stage == 0:
         moments.append(_vision_working(recipe, hf_config, layout, row))
     # The deepstack features travel through the first stage's forward pass, kept or not.
     return max(moments) + context_levels(hf_config, row, stage) * nbytes * size.shared * size.hidden
 
 
-def _logit_chunks(recipe: Recipe, text: Any, layout: Layout, row: Row) -> LogitChunks:
+def _logit_chunks(recipe: Recipe, layout: Layout, row: Row) -> LogitChunks:
     # A context-parallel rank may hold the end of every sequence, where the responses are.
     labels = min(row.labels, row.tokens // layout.context)
-    return activations.logit_chunks(text, layout, labels, recipe.policy.logprob_chunk_size)
+    return LogitChunks.of(labels, recipe.policy.logprob_chunk_size)
 
 
 def context_levels(hf_config: Any, row: Row, stage: int) -> int:
     """Deepstack levels that travel through a stage's layers."""
-    return len(hf_config.vision_config.deepstack_visual_indexes) if stage == 0 and row.images else 0
+    return vision.geometry_of(hf_config).levels if stage == 0 and row.images else 0
 
 
 def _stage(
     recipe: Recipe, model: Model, layout: Layout, assumptions: Assumptions, batches: MicroBatches, stage: int
 ) -> StageMemory:
-    policy, text, nbytes = recipe.policy, model.config.text_config, NBYTES[recipe.policy.precision]
+    policy, text, nbytes = recipe.policy, model.config.text_config, element_bytes(recipe)
     parameters = model.stage_parameters(layout, stage, freeze_vision=policy.megatron_cfg.freeze_vision)
     parallelism = data_parallelism(recipe, layout)
     state = model_state(parameters, parallelism, stage, nbytes=nbytes)
@@ -239,7 +243,7 @@ def _boundary(hidden: int, recompute: Recompute, nbytes: int, *, first: bool, la
 
 def _kept_of_images(recipe: Recipe, hf_config: Any, layout: Layout, row: Row) -> int:
     """What the first stage keeps before its layers: indices, merged features, this peer's share of the tower."""
-    options, nbytes = recipe.policy.megatron_cfg, NBYTES[recipe.policy.precision]
+    options, nbytes = recipe.policy.megatron_cfg, element_bytes(recipe)
     kept = activations.INT64 * (row.tokens // layout.context)
     if not row.images:
         return kept
@@ -247,16 +251,15 @@ def _kept_of_images(recipe: Recipe, hf_config: Any, layout: Layout, row: Row) ->
     kept += activations.INT64 * placeholders  # where the embeddings are replaced
     if options.freeze_vision:
         return kept
-    tower, text = hf_config.vision_config, hf_config.text_config
-    kept += vision.merge(tower, placeholders, text.hidden_size, nbytes)
-    recompute = options.recompute_granularity == "full"
-    return kept + vision.tower(tower, _patches(hf_config, layout, row), nbytes, recompute=recompute)
+    kept += vision.merge(vision.geometry_of(hf_config), placeholders, nbytes)
+    recompute, patches = options.recompute_granularity == "full", _patches(hf_config, layout, row)
+    return kept + vision.vision_of(hf_config).tower_bytes(hf_config, patches, nbytes, recompute=recompute)
 
 
 def _patches(hf_config: Any, layout: Layout, row: Row) -> int:
     """Of the peer that encodes the most."""
-    tokens = vision.image_share(row.images, layout.tensor * layout.context)
-    return tokens * hf_config.vision_config.spatial_merge_size**2
+    tokens = largest_share(row.images, layout.tensor * layout.context)
+    return tokens * vision.geometry_of(hf_config).merge ** 2
 
 
 def _layer_working(size: Sizes, slots: Slots) -> int:
@@ -271,25 +274,25 @@ def _layer_working(size: Sizes, slots: Slots) -> int:
 def _output_working(size: Sizes, chunks: LogitChunks) -> int:
     """``linear_logprobs``: logits of a chunk, also as the model's dtype gives them; gradients of hidden and weight."""
     e, copies = size.nbytes, 0 if size.nbytes == FP32 else 2
-    logits = chunks.forward * chunks.width
-    forward = logits * ((0 if chunks.kept else FP32) + (e if copies else 0)) + min(_LOGIT_TILE, FP32 * logits)
-    logits = chunks.backward * chunks.width
-    backward = logits * (FP32 + copies * e) + min(_LOGIT_TILE, FP32 * logits)
+    logits = chunks.forward * size.columns
+    forward = logits * ((0 if chunks.kept else FP32) + (e if copies else 0)) + min(TILE_BYTES, FP32 * logits)
+    logits = chunks.backward * size.columns
+    backward = logits * (FP32 + copies * e) + min(TILE_BYTES, FP32 * logits)
     backward += chunks.tokens * size.hidden * (FP32 + 2 * e) + e * size.tokens * size.hidden
-    return max(forward, backward + e * chunks.width * size.hidden)
+    return max(forward, backward + e * size.columns * size.hidden)
 
 
 def _vision_working(recipe: Recipe, hf_config: Any, layout: Layout, row: Row) -> int:
     """The tower's largest moment, or the gathered features before tokens choose theirs."""
     if not row.images:
         return 0
-    options, nbytes = recipe.policy.megatron_cfg, NBYTES[recipe.policy.precision]
+    options, nbytes = recipe.policy.megatron_cfg, element_bytes(recipe)
     tower, peers, patches = hf_config.vision_config, layout.tensor * layout.context, _patches(hf_config, layout, row)
     moment = patches * max(6 * FP32 * tower.hidden_size, 3 * nbytes * tower.intermediate_size)
     if options.recompute_granularity == "full" and not options.freeze_vision:
-        moment += vision.block(tower, patches, nbytes)
-    gathered = patches * peers // tower.spatial_merge_size**2
-    return max(moment, vision.features(tower, gathered, hf_config.text_config.hidden_size, nbytes))
+        moment += vision.vision_of(hf_config).block_bytes(hf_config, patches, nbytes)
+    geometry = vision.geometry_of(hf_config)
+    return max(moment, vision.features(geometry, patches * peers // geometry.merge**2, nbytes))
 
 
 def _optimizer_working(

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import AutoConfig
 
+from megatron_g2rpo import models
+from megatron_g2rpo.models.directory import local_model_dir
+from megatron_g2rpo.plan.vision import vision_of
 from megatron_g2rpo.policy.layouts.layout import Layout
-from megatron_g2rpo.weights import table_for
 from megatron_g2rpo.weights.hf_model import published_tensors
 from megatron_g2rpo.weights.rules import Replicated
 
@@ -63,32 +62,23 @@ def read_config(name: str) -> Any:
         name: a directory with a config.json, or the name of a model on the Hugging Face hub.
 
     Raises:
-        ModelConfigError: neither is to be had, or the model does not see; says what to do.
+        ModelConfigError: neither is to be had, or the model's family is unknown or text-only; says what to do.
     """
-    config = AutoConfig.from_pretrained(_config_directory(name), local_files_only=True)
-    if getattr(config, "vision_config", None) is None:
-        raise ModelConfigError(
-            f"policy.model_name: {name} is a model of text alone ({config.model_type}); a plan knows models that see"
-        )
-    return config
-
-
-def _config_directory(name: str) -> Path:
-    directory = Path(name)
-    if directory.is_dir():
-        if not (directory / CONFIG).is_file():
-            raise ModelConfigError(
-                f"policy.model_name: the directory {name} has no {CONFIG}, which is what a plan reads"
-            )
-        return directory
     try:
-        return Path(hf_hub_download(name, CONFIG)).parent
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        directory = local_model_dir(name, only=CONFIG)
+    except FileNotFoundError as error:
         raise ModelConfigError(
-            f"policy.model_name: {name} is no directory, and the Hugging Face hub did not give its {CONFIG} "
-            f"({type(error).__name__}); without a network pass policy.model_name=DIR, a directory that holds the "
-            f"model's {CONFIG} (weights are not needed)"
+            f"{error}; without a network pass policy.model_name=DIR, a directory that holds the model's {CONFIG} "
+            "(weights are not needed)"
         ) from error
+    if not (directory / CONFIG).is_file():
+        raise ModelConfigError(f"policy.model_name: the directory {name} has no {CONFIG}, which is what a plan reads")
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    try:
+        vision_of(config)
+    except ValueError as error:
+        raise ModelConfigError(f"policy.model_name: {name}: {error}") from error
+    return config
 
 
 class Model:
@@ -102,7 +92,7 @@ class Model:
         self.config = hf_config
         self.tied = bool(hf_config.tie_word_embeddings)
         self.tensors: dict[str, Tensor] = published_tensors(hf_config)
-        self._entries = table_for(hf_config).parameters(self.tensors)
+        self._entries = models.family(hf_config.model_type).weights(hf_config).parameters(self.tensors)
 
     @property
     def numel(self) -> int:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_g2rpo import recipe as recipes
-from megatron_g2rpo.plan.memory import StageMemory, recompute_of, stage_memory
+from megatron_g2rpo.plan.memory import StageMemory, stage_memory
 from megatron_g2rpo.plan.model import Model
 from megatron_g2rpo.plan.rows import Assumptions, MicroBatches, assume, micro_batches
 from megatron_g2rpo.plan.wire import Traffic, stage_traffic
-from megatron_g2rpo.policy.layouts.layout import Layout, LayoutError, check_layout, layout_of, token_multiples
+from megatron_g2rpo.policy.layouts.layout import Layout, check_layout, check_recompute, layout_of, token_multiples
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
 from megatron_g2rpo.recipe.layers import load_layers
 
@@ -96,7 +96,7 @@ def make_plan(recipe: Recipe, model: Model, mean_tokens: int | None = None, imag
     """
     layout = layout_of(recipe.policy.megatron_cfg)
     check_layout(model.config, layout)
-    check_recompute(recipe, model, layout)
+    check_recompute(layout.stage_layers(model.config.text_config.num_hidden_layers), recipe.policy.megatron_cfg)
     assumptions = assume(recipe, model.config, mean_tokens, image_tokens)
     batches = micro_batches(recipe, layout, assumptions)
     return Plan(
@@ -108,20 +108,3 @@ def make_plan(recipe: Recipe, model: Model, mean_tokens: int | None = None, imag
         stages=tuple(stage_memory(recipe, model, layout, assumptions, batches)),
         traffic=tuple(tuple(stage_traffic(recipe, model, layout, batches, stage)) for stage in range(layout.pipeline)),
     )
-
-
-def check_recompute(recipe: Recipe, model: Model, layout: Layout) -> None:
-    """Refuse chunks of layers that a stage does not divide into: megatron-core would look for layers beyond its last.
-
-    Raises:
-        LayoutError: naming the key.
-    """
-    recompute = recompute_of(recipe)
-    if recompute.granularity != "full" or recompute.method != "uniform":
-        return
-    for stage, layers in enumerate(layout.stage_layers(model.config.text_config.num_hidden_layers)):
-        if layers % recompute.layers:
-            raise LayoutError(
-                f"policy.megatron_cfg.recompute_num_layers={recompute.layers} does not divide the {layers} layers of "
-                f"pipeline stage {stage}; 1 always does"
-            )

@@ -7,11 +7,13 @@ image; the packing is then the packer's own. Memory is planned for a row that is
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
-from megatron_g2rpo.data.packing import assign_bins
+from megatron_g2rpo.data.packing import assign_bins, round_up
+from megatron_g2rpo.plan.vision import geometry_of
+from megatron_g2rpo.policy.layouts.attention_pieces import buckets_of, pieces_of_row
 from megatron_g2rpo.policy.layouts.layout import Layout, token_multiples
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
 
@@ -50,8 +52,7 @@ def assume(
         raise ValueError(f"--mean-tokens {tokens} is not in 1..policy.max_total_sequence_length ({longest})")
     room = min(longest - recipe.policy.generation.max_new_tokens, tokens)
     if image_tokens is None:
-        vision = hf_config.vision_config
-        side = vision.patch_size * vision.spatial_merge_size
+        side = hf_config.vision_config.patch_size * geometry_of(hf_config).merge
         image_tokens = room if recipe.data.max_pixels is None else min(room, max(recipe.data.max_pixels // side**2, 1))
     if not 0 <= image_tokens <= room:
         raise ValueError(f"--image-tokens {image_tokens} does not fit into a prompt: it has room for {room} tokens")
@@ -104,8 +105,8 @@ class MicroBatches:
 def micro_batches(recipe: Recipe, layout: Layout, assumptions: Assumptions) -> MicroBatches:
     """Pack what the data-parallel rank with the most prompts packs for one optimizer step."""
     sequence_multiple, row_multiple = token_multiples(layout)
-    budget = _up(recipe.policy.sequence_packing.train_mb_tokens, row_multiple)
-    length = _up(assumptions.sequence_tokens, sequence_multiple)
+    budget = round_up(recipe.policy.sequence_packing.train_mb_tokens, row_multiple)
+    length = round_up(assumptions.sequence_tokens, sequence_multiple)
     samples = recipe.grpo.num_generations_per_prompt if isinstance(recipe, TrainRecipe) else 1
     prompts = -(-recipe.policy.train_global_batch_size // samples)
     mine = -(-prompts // recipe.data_parallel_size) * samples
@@ -125,7 +126,7 @@ def micro_batches(recipe: Recipe, layout: Layout, assumptions: Assumptions) -> M
             labels=sum(min(recipe.policy.generation.max_new_tokens, length) for length in real),
         ),
         count=len(bins),
-        tokens=sum(_up(length * len(members), row_multiple) for members in bins),
+        tokens=sum(round_up(length * len(members), row_multiple) for members in bins),
         images=sum(images),
         sequences=mine,
     )
@@ -148,26 +149,18 @@ class Slots:
 
 
 def attention_slots(row: Row, size: int, rank: int) -> Slots:
-    """What ``policy.attention`` lays out for a row: pieces of sequences, by powers of two of queries and keys.
+    """Sizes of what ``policy.attention`` lays out for a row, see ``layouts.attention_pieces``.
 
     Args:
         row: the whole row.
         size: context-parallel ranks.
         rank: one of them.
     """
-    pieces: list[tuple[int, int]] = []  # queries, keys
-    for length, padded in zip(row.lengths, row.padded, strict=True):
-        chunks = [(0, length)] if size == 1 else [(i, padded // (2 * size)) for i in (rank, 2 * size - 1 - rank)]
-        for index, chunk in chunks:
-            queries = min(chunk, length - index * chunk)
-            if queries > 0:
-                pieces.append((queries, index * chunk + queries))
-    buckets: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-    for queries, keys in pieces:
-        buckets[(queries - 1).bit_length(), (keys - 1).bit_length()].append((queries, keys))
-    total = Slots(sum(queries for queries, _ in pieces), 0, 0, 0)
-    for members in buckets.values():
-        count, longest, widest = len(members), max(q for q, _ in members), max(k for _, k in members)
+    pieces = pieces_of_row(row.lengths, [0, *accumulate(row.padded)], size, rank)
+    total = Slots(sum(piece.length for piece in pieces), 0, 0, 0)
+    for members in buckets_of(pieces):
+        count, longest = len(members), max(piece.length for piece in members)
+        widest = max(piece.keys for piece in members)
         total = Slots(
             tokens=total.tokens,
             queries=total.queries + count * longest,
@@ -180,7 +173,3 @@ def attention_slots(row: Row, size: int, rank: int) -> Slots:
 def widest_slots(row: Row, size: int) -> Slots:
     """Of the context-parallel rank that holds the most."""
     return max((attention_slots(row, size, rank) for rank in range(size)), key=lambda s: (s.queries + s.keys, s.mask))
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from megatron_g2rpo.plan import activations, vision
 from megatron_g2rpo.plan.activations import Recompute, Sizes
 from megatron_g2rpo.plan.buffers import ddp_buffer
-from megatron_g2rpo.plan.memory import NBYTES, data_parallelism, recompute_of
+from megatron_g2rpo.plan.memory import data_parallelism, element_bytes, recompute_of
 from megatron_g2rpo.plan.model import Model
 from megatron_g2rpo.plan.rows import MicroBatches
+from megatron_g2rpo.policy.layouts.image_shares import largest_share
 from megatron_g2rpo.policy.layouts.layout import Layout
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
 
@@ -63,7 +64,7 @@ def stage_traffic(recipe: Recipe, model: Model, layout: Layout, batches: MicroBa
 class _Account:
     def __init__(self, recipe: Recipe, model: Model, layout: Layout, batches: MicroBatches, stage: int) -> None:
         self.recipe, self.model, self.layout, self.batches, self.stage = recipe, model, layout, batches, stage
-        self.nbytes = NBYTES[recipe.policy.precision]
+        self.nbytes = element_bytes(recipe)
         self.first, self.last = stage == 0, stage == layout.pipeline - 1
         text = model.config.text_config
         self.layers = layout.stage_layers(text.num_hidden_layers)[stage]
@@ -145,10 +146,9 @@ class _Account:
         peers, images = self.layout.tensor * self.layout.context, self.batches.row.images
         if not self.first or peers == 1 or not images:
             return
-        config = self.model.config
         # The gather pads every peer's share to the largest.
-        tokens = vision.image_share(images, peers) * peers * (self.batches.images / len(images))
-        whole = tokens * vision.features(config.vision_config, 1, config.text_config.hidden_size, self.nbytes)
+        tokens = largest_share(images, peers) * peers * (self.batches.images / len(images))
+        whole = tokens * vision.features(vision.geometry_of(self.model.config), 1, self.nbytes)
         group = f"tensor x context ({peers})"
         yield self._line("image features", "all-gather", group, self.forwards * ring_gather(peers, whole))
         if not self.recipe.policy.megatron_cfg.freeze_vision:
@@ -186,7 +186,7 @@ class _Account:
             yield self._line("weights to the engine", "all-gather", f"tensor ({tensor})", sent, ROLLOUT_STEP)
 
     def _levels(self) -> int:
-        return len(self.model.config.vision_config.deepstack_visual_indexes)
+        return vision.geometry_of(self.model.config).levels
 
 
 def total(lines: list[Traffic], per: str) -> int:

@@ -4,7 +4,7 @@
 megatron-core's local ``DotProductAttention`` refuses packed sequences and context parallelism, so the local layers have
 one of their own: sequences of similar length are laid out as one padded batch and go through torch's
 ``scaled_dot_product_attention``, so that work grows with the sum of squared lengths, not with the square of the row.
-Under context parallelism a rank's queries are chunks of sequences (``policy.context_parallel``), and keys and values
+Under context parallelism a rank's queries are chunks of sequences (``layouts.context_parallel``), and keys and values
 are gathered from all ranks; the gradient is scattered back by the gather's own backward.
 
 On a GPU Transformer Engine's attention takes the same place.
@@ -15,7 +15,6 @@ keys of them, H query heads, G key/value heads, D head dimension (H and G are th
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -26,6 +25,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
+from megatron_g2rpo.policy.layouts.attention_pieces import Piece, buckets_of, pieces_of_row
 from megatron_g2rpo.policy.layouts.context_parallel import gathered_places
 from megatron_g2rpo.types import PackedBatch
 
@@ -48,28 +48,6 @@ class Bucket:
     mask: Tensor | None
     slots: Tensor
     tokens: Tensor
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A run of one sequence's queries on this rank.
-
-    Attributes:
-        token: this rank's token that the run begins with.
-        first: its position in the sequence.
-        length: tokens of the run, padding excluded.
-        start: row position of the sequence.
-    """
-
-    token: int
-    first: int
-    length: int
-    start: int
-
-    @property
-    def keys(self) -> int:
-        """Tokens that the run's last query sees."""
-        return self.first + self.length
 
 
 @dataclass
@@ -107,35 +85,13 @@ def packed_row_params(batch: PackedBatch, size: int = 1, rank: int = 0, *, bucke
         cu_seqlens_kv_padded=cu_seqlens_padded,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        buckets=_buckets(_pieces(lengths, padded, size, rank), batch, size, device) if buckets else (),
+        buckets=_buckets(pieces_of_row(lengths, padded, size, rank), batch, size, device) if buckets else (),
     )
 
 
-def _pieces(lengths: list[int], offsets: list[int], size: int, rank: int) -> list[Piece]:
-    if size == 1:
-        return [
-            Piece(token=start, first=0, length=length, start=start)
-            for length, start in zip(lengths, offsets[:-1], strict=True)
-            if length
-        ]
-    pieces = []
-    for length, (start, end) in zip(lengths, pairwise(offsets), strict=True):
-        chunk = (end - start) // (2 * size)
-        for half, index in enumerate((rank, 2 * size - 1 - rank)):
-            first = index * chunk
-            run = min(chunk, length - first)
-            if run > 0:
-                pieces.append(Piece(token=start // size + half * chunk, first=first, length=run, start=start))
-    return pieces
-
-
 def _buckets(pieces: list[Piece], batch: PackedBatch, size: int, device: torch.device) -> tuple[Bucket, ...]:
-    # A bucket holds queries and keys of one power of two each: padding at most doubles either.
-    classes: dict[tuple[int, int], list[Piece]] = defaultdict(list)
-    for piece in pieces:
-        classes[(piece.length - 1).bit_length(), (piece.keys - 1).bit_length()].append(piece)
     places = None if size == 1 else gathered_places(batch.cu_seqlens_padded.cpu(), size)
-    return tuple(_bucket(members, places, device) for _, members in sorted(classes.items()))
+    return tuple(_bucket(members, places, device) for members in buckets_of(pieces))
 
 
 def _bucket(pieces: list[Piece], places: Tensor | None, device: torch.device) -> Bucket:

@@ -6,10 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
-from megatron_g2rpo.policy.layouts.layout import Layout, LayoutError
+from megatron_g2rpo import models
+from megatron_g2rpo.policy.layouts.layout import Layout, check_recompute
 from megatron_g2rpo.recipe import MegatronConfig
 
 
@@ -19,7 +19,7 @@ def transformer_config(
     """The language model's TransformerConfig.
 
     Args:
-        hf_config: transformers' configuration of a family in ``layout.SUPPORTED_MODEL_TYPES``.
+        hf_config: transformers' configuration of a registered family; what follows from it is ``Family.config``'s.
         layout: parallel sizes.
         dtype: parameter and activation dtype, float32 or bfloat16.
         megatron_cfg: the recipe's ``policy.megatron_cfg``; what it says of recomputation and attention is read here.
@@ -27,28 +27,13 @@ def transformer_config(
     Raises:
         LayoutError: a stage's layers cannot be dealt out as asked, over stages or over chunks to recompute.
     """
-    text = hf_config.get_text_config()
-    section = text.rope_parameters.get("mrope_section")
+    family = models.family(hf_config.model_type)
     full = megatron_cfg.recompute_granularity == "full"
-    if full and megatron_cfg.recompute_method == "uniform":
-        _check_chunks(layout.stage_layers(text.num_hidden_layers), megatron_cfg.recompute_num_layers)
+    check_recompute(layout.stage_layers(hf_config.get_text_config().num_hidden_layers), megatron_cfg)
     return TransformerConfig(
-        num_layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        ffn_hidden_size=text.intermediate_size,
-        num_attention_heads=text.num_attention_heads,
-        num_query_groups=text.num_key_value_heads,
-        kv_channels=text.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=text.rms_norm_eps,
-        qk_layernorm=has_qk_norm(hf_config),
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=False,
+        **family.config(hf_config),
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        mrope_section=None if section is None else list(section),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -82,21 +67,6 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
     )
-
-
-def has_qk_norm(hf_config: Any) -> bool:
-    """Whether the family normalises queries and keys."""
-    return hf_config.model_type.startswith("qwen3")
-
-
-def _check_chunks(stages: tuple[int, ...], chunk: int) -> None:
-    # megatron-core would run on past the last layer, into an IndexError.
-    uneven = [layers for layers in stages if layers % chunk]
-    if uneven:
-        raise LayoutError(
-            f"policy.megatron_cfg.recompute_num_layers={chunk} does not divide the {uneven[0]} layers of a pipeline "
-            "stage, as recompute_method uniform needs; block takes any number"
-        )
 
 
 def _keep(weight: torch.Tensor) -> torch.Tensor:

@@ -25,11 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_g2rpo.policy.layouts.logit_chunks import TILE_BYTES, LogitChunks, slices
 from megatron_g2rpo.types import NO_LABEL
 
-# Elementwise operations go over logits in tiles of this size, which stay in a CPU's cache: a third of the time. Not
-# smaller, for a GPU's sake: at 4 TB/s it reads and writes a tile in 8 us, no less than launching a kernel takes.
-_TILE_BYTES = 16 * 2**20
 # The logit of a banned token: its exponential is 0, and finite, so that 0 times it is 0 as well.
 _NEVER = -1e30
 
@@ -96,7 +94,7 @@ def linear_logprobs(
         temperature=temperature,
         group=group if ranks > 1 else None,
     )
-    return _LinearLogprobs.apply(hidden, weight, labels, labelled, share, _Chunks.of(len(labelled), chunk_size))
+    return _LinearLogprobs.apply(hidden, weight, labels, labelled, share, LogitChunks.of(len(labelled), chunk_size))
 
 
 @dataclass(frozen=True)
@@ -133,45 +131,12 @@ class _Share:
         return index.clamp(0, max(width - 1, 0)), (index >= 0) & (index < width)
 
 
-@dataclass(frozen=True)
-class _Chunks:
-    """How the logits ``[L, C]`` are gone through: by tokens in the forward pass, by vocabulary in the backward pass.
-
-    By vocabulary, because the gradient of a row of the matrix is then one product over all tokens, rounded once.
-
-    Attributes:
-        tokens: L.
-        forward: tokens in a chunk of the forward pass; the last chunk has as many, the first may have fewer.
-        kept: tokens, the last ones, whose logits are kept for the backward pass.
-        backward: a chunk of the backward pass has as many logits, of all tokens, as the forward pass for these.
-    """
-
-    tokens: int
-    forward: int
-    kept: int
-    backward: int
-
-    @classmethod
-    def of(cls, tokens: int, chunk_size: int | None) -> _Chunks:
-        """Logits of ``chunk_size`` tokens are held at once; None for no limit."""
-        chunk_size = chunk_size or max(2 * tokens, 1)
-        backward = max(chunk_size // 8, 1)
-        kept = min(chunk_size - backward, tokens)
-        return cls(tokens=tokens, forward=min(max(kept, 1), tokens), kept=kept, backward=min(backward, tokens))
-
-    def of_tokens(self) -> list[slice]:
-        return [slice(max(stop - self.forward, 0), stop) for stop in range(self.tokens, 0, -self.forward or -1)][::-1]
-
-    def of_vocabulary(self, width: int) -> list[slice]:
-        return _slices(width, max(self.backward * width // self.tokens, 1)) if self.tokens else []
-
-
 class _LinearLogprobs(torch.autograd.Function):
     """Saves the inputs, four numbers a token, and the logits of the last chunk."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, labelled: Tensor, share: _Share, chunks: _Chunks
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, labelled: Tensor, share: _Share, chunks: LogitChunks
     ) -> Tensor:
         outputs, statistics, kept = _forward(_take(hidden, labelled), weight, _take(labels, labelled), share, chunks)
         ctx.save_for_backward(hidden, weight, labels, labelled, statistics, kept)
@@ -200,7 +165,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def _forward(
-    hidden: Tensor, weight: Tensor, labels: Tensor, share: _Share, chunks: _Chunks
+    hidden: Tensor, weight: Tensor, labels: Tensor, share: _Share, chunks: LogitChunks
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``[2, L]`` log-probabilities and entropies; ``[4, L]`` max z, s, m, this rank's max z less that; kept y."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -238,7 +203,7 @@ def _backward(
     statistics: Tensor,
     kept: Tensor | None,
     share: _Share,
-    chunks: _Chunks,
+    chunks: LogitChunks,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of hidden ``[L, h]`` (this rank's part, in the dtype of ``grad``) and weight ``[P, h]``, if needed."""
@@ -292,9 +257,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _tiles(logits: Tensor, first: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Tiles of rows: their place, where the first row of all is number ``first``; the rows; memory of their shape."""
-    height = max(_TILE_BYTES // (logits.shape[1] * logits.itemsize), 1)
+    height = max(TILE_BYTES // (logits.shape[1] * logits.itemsize), 1)
     memory = torch.empty_like(logits[:height])
-    for rows in _slices(len(logits), height):
+    for rows in slices(len(logits), height):
         yield slice(first + rows.start, first + rows.stop), logits[rows], memory[: _length(rows)]
 
 
@@ -305,10 +270,6 @@ def _view(memory: Tensor, rows: int, columns: int) -> Tensor:
 
 def _take(x: Tensor, tokens: Tensor) -> Tensor:
     return x if len(tokens) == len(x) else x[tokens]
-
-
-def _slices(length: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 def _length(part: slice) -> int:

@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from transformers import AutoConfig
 
-from megatron_g2rpo import weights
+from megatron_g2rpo import models, weights
 from megatron_g2rpo.policy import sharded_state
 from megatron_g2rpo.policy.config import transformer_config
 from megatron_g2rpo.policy.device import Device
@@ -93,7 +93,7 @@ class MegatronPolicy:
         check_layout(self.hf_config, self.layout)
         self.groups: ParallelGroups = initialize(device, self.layout, seed)
         self.dtype = DTYPES[settings.precision]
-        self.table = weights.table_for(self.hf_config)
+        self.table = models.family(self.hf_config.model_type).weights(self.hf_config)
         self.config = transformer_config(self.hf_config, self.layout, self.dtype, settings.megatron_cfg)
         self._ddp: DistributedDataParallel | None = None
         self.optimizer: MegatronOptimizer | None = None

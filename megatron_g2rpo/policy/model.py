@@ -19,13 +19,11 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from torch import Tensor, nn
-from transformers.initialization import no_init_weights
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
+from megatron_g2rpo import models
 from megatron_g2rpo.policy.attention import PackedCoreAttention, packed_row_params
 from megatron_g2rpo.policy.layer_spec import local_block_spec
 from megatron_g2rpo.policy.output_layer import LogprobOutputLayer
-from megatron_g2rpo.policy.rope import InterleavedMRoPE, inverse_frequencies
 from megatron_g2rpo.policy.vision import ImageFeatures, VisionEncoder
 from megatron_g2rpo.types import PackedBatch
 from megatron_g2rpo.weights.rules import padded_rows
@@ -39,7 +37,7 @@ class PolicyModel(MegatronModule):
         hf_config: transformers' configuration that it was made from.
         pg_collection: megatron-core's process groups.
         device: where the model will live.
-        core_attention: see ``policy.precision``.
+        core_attention: see ``policy.layer_spec``.
         banned_token_ids: ids that the policy never samples; they take no probability.
         chunk_size: tokens whose float32 logits are held at once; None for all.
         vision_every_row: see ``VisionEncoder``.
@@ -59,7 +57,7 @@ class PolicyModel(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         text = hf_config.get_text_config()
-        vision = getattr(hf_config, "vision_config", None)
+        family = models.family(hf_config.model_type)
         stage, stages = pg_collection.pp.rank(), pg_collection.pp.size()
         self.pg_collection = pg_collection
         self.pre_process, self.post_process = stage == 0, stage == stages - 1
@@ -67,7 +65,8 @@ class PolicyModel(MegatronModule):
         self.share_embeddings_and_output_weights = bool(hf_config.tie_word_embeddings)
         self.vocab_size = text.vocab_size
         self._local_attention = core_attention is PackedCoreAttention
-        self.vision_model = self._vision_tower(vision) if self.pre_process and vision else None
+        vision = family.vision if self.pre_process else None
+        self.vision_model = None if vision is None else self._prepared(vision.tower(hf_config, config.params_dtype))
         layers = get_num_layers_to_build(config=config, vp_stage=None, pp_rank=stage)
         self.language_model = GPTModel(
             config=config,
@@ -83,7 +82,7 @@ class PolicyModel(MegatronModule):
             scatter_embedding_sequence_parallel=False,
             pg_collection=pg_collection,
         )
-        self.rotary_pos_emb = InterleavedMRoPE(inverse_frequencies(text), text.rope_parameters.get("mrope_section"))
+        self.rotary_pos_emb = family.angles(hf_config)
         if self.post_process:
             self.language_model.output_layer = LogprobOutputLayer.adopt(
                 self.language_model.output_layer,
@@ -93,24 +92,24 @@ class PolicyModel(MegatronModule):
                 tp_group=pg_collection.tp,
             )
         self._encode_images: VisionEncoder | None = None
-        if self.vision_model is not None:
+        if vision is not None and self.vision_model is not None:
             self._encode_images = VisionEncoder(
-                self.vision_model, config.params_dtype, device, pg_collection.tp_cp, every_row=vision_every_row
+                vision,
+                self.vision_model,
+                vision.geometry(hf_config),
+                config.params_dtype,
+                device,
+                pg_collection.tp_cp,
+                every_row=vision_every_row,
             )
 
-    def _vision_tower(self, vision_config: Any) -> nn.Module:
-        # The dtype goes to the constructor: `.to(bfloat16)` would round the rotary frequencies as well, and turn by
-        # 0.1 rad at position 60.
-        with no_init_weights():  # they come from a checkpoint, as the language model's do
-            tower = Qwen3VLVisionModel._from_config(
-                vision_config, dtype=self.config.params_dtype, attn_implementation="sdpa"
-            )
+    def _prepared(self, tower: Any) -> nn.Module:
+        """The vision tower, recomputed as the recipe says, and marked for the average of its gradients."""
         if self.config.recompute_granularity == "full":
-            tower.main_input_name = "hidden_states"  # else transformers looks for an embedding of tokens, and warns
             tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for parameter in tower.parameters():
             # See policy.vision for why the average is the whole gradient.
-            parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
+            parameter.average_gradients_across_tp_domain = True
         return tower
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:

@@ -17,13 +17,15 @@ Shape letters: I images, F merged features of them, K deepstack levels, h hidden
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
+
+from megatron_g2rpo.models import Vision, VisionGeometry
+from megatron_g2rpo.policy.layouts.image_shares import assign_images
 
 
 @dataclass(frozen=True)
@@ -43,31 +45,13 @@ class ImageFeatures:
         return self.values.index_select(0, self.places[index])
 
 
-def assign_images(patches: list[int], peers: int) -> list[list[int]]:
-    """Which images each peer encodes: the largest first, each to the peer with the least work so far.
-
-    Args:
-        patches: of each image, before merging. Work is taken as their number: the tower's attention stays within an
-            image, and its linear layers dominate at the sizes in use.
-        peers: ranks that share the row.
-
-    Returns:
-        Image numbers of each peer, ascending.
-    """
-    shares: list[list[int]] = [[] for _ in range(peers)]
-    load = [0] * peers
-    for image in sorted(range(len(patches)), key=lambda i: (-patches[i], i)):
-        peer = min(range(peers), key=lambda p: (load[p], p))
-        shares[peer].append(image)
-        load[peer] += patches[image]
-    return [sorted(share) for share in shares]
-
-
 class VisionEncoder:
     """Runs the vision tower on this rank's share of a row's images. Holds no parameters: the tower is the model's.
 
     Args:
-        tower: transformers' Qwen3-VL vision model.
+        vision: the family's side of it, which runs the tower.
+        tower: its vision tower.
+        geometry: the tower's sizes.
         dtype: of pixels and features.
         device: where the tower is.
         group: the peers that share a row: tensor x context parallel.
@@ -76,14 +60,18 @@ class VisionEncoder:
     """
 
     def __init__(
-        self, tower: nn.Module, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup, *, every_row: bool
+        self,
+        vision: Vision,
+        tower: nn.Module,
+        geometry: VisionGeometry,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: dist.ProcessGroup,
+        *,
+        every_row: bool,
     ) -> None:
-        self._tower, self._dtype, self._device, self._group, self._every_row = tower, dtype, device, group, every_row
-        config: Any = tower.config
-        self._merge: int = config.spatial_merge_size
-        self._levels = len(config.deepstack_visual_indexes)
-        self._hidden: int = config.out_hidden_size
-        self._patch_dim: int = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        self._vision, self._tower, self._geometry = vision, tower, geometry
+        self._dtype, self._device, self._group, self._every_row = dtype, device, group, every_row
 
     def __call__(self, pixel_values: Tensor, image_grid_thw: Tensor) -> ImageFeatures | None:
         """Features of all images of the row; None for a row without images. A collective of the peers.
@@ -100,9 +88,9 @@ class VisionEncoder:
         mine = shares[self._group.rank()]
         features = self._encode(pixel_values, grids, patches, mine)
         if self._group.size() == 1:
-            count = sum(patches) // self._merge**2
+            count = sum(patches) // self._geometry.merge**2
             return ImageFeatures(features, torch.arange(count, device=self._device))
-        sizes = [count // self._merge**2 for count in patches]
+        sizes = [count // self._geometry.merge**2 for count in patches]
         longest = max(1, *(sum(sizes[image] for image in share) for share in shares))
         padded = F.pad(features, (0, 0, 0, 0, 0, longest - len(features)))
         values = gather_from_sequence_parallel_region(
@@ -118,17 +106,16 @@ class VisionEncoder:
         return self._run(pixels, grids[mine])
 
     def _run(self, pixels: Tensor, grids: Tensor) -> Tensor:
-        output = self._tower(pixels, grid_thw=grids.to(self._device), return_dict=True)
-        return torch.stack([output.pooler_output, *output.deepstack_features], dim=1).to(self._dtype)
+        return self._vision.features(self._tower, pixels, grids.to(self._device)).to(self._dtype)
 
     def _nothing(self) -> Tensor:
         """No features, but in the graph if the tower learns: its peers wait in the gather's backward."""
         if self._every_row:
-            side = self._merge
-            dummy = torch.zeros(side * side, self._patch_dim, dtype=self._dtype, device=self._device)
+            side = self._geometry.merge
+            dummy = torch.zeros(side * side, self._geometry.patch_values, dtype=self._dtype, device=self._device)
             return self._run(dummy, torch.tensor([[1, side, side]]))[:0]
         learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._tower.parameters())
-        empty = torch.empty(0, 1 + self._levels, self._hidden, dtype=self._dtype, device=self._device)
+        empty = torch.empty(0, 1 + self._geometry.levels, self._geometry.hidden, dtype=self._dtype, device=self._device)
         return empty.requires_grad_(learns)
 
 

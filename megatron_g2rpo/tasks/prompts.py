@@ -36,5 +36,15 @@ def build_messages(
     return turns
 
 
+def continuation(response: str, prefix: str) -> str:
+    """What is left to say of a whole response where the prompt ends with its beginning: no tag is learned twice.
+
+    Args:
+        response: of a dataset.
+        prefix: what the chat template has written of it (``Prompt.response_prefix``), white space around it included.
+    """
+    return response.removeprefix(prefix if response.startswith(prefix) else prefix.strip())
+
+
 def _text(paragraphs: list[str]) -> Message:
     return {"type": "text", "text": "\n\n".join(paragraphs)}

@@ -130,6 +130,7 @@ def packer_for(processor: ChatProcessor, layout: Layout) -> Packer:
         pad_token_id=processor.pad_token_id,
         sequence_multiple=sequence_multiple,
         row_multiple=row_multiple,
+        positions=processor.family.positions,
     )
 
 

@@ -15,6 +15,7 @@ from megatron_g2rpo.data.errors import SampleError
 from megatron_g2rpo.data.packing import PackSequence
 from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.recipe import SftRecipe
+from megatron_g2rpo.tasks.prompts import continuation
 from megatron_g2rpo.train.assembly import Components, assemble
 from megatron_g2rpo.train.run.logs import Column, MetricsLog, StepMetrics
 from megatron_g2rpo.train.run.loop import Run
@@ -82,7 +83,9 @@ def _sequence(processor: ChatProcessor, prompt: Prompt, limit: int) -> PackSeque
     assert prompt.sample.response is not None  # the stream was asked for samples with one
     sequence = PackSequence(
         inputs=prompt.inputs,
-        response_ids=processor.encode_response(prompt.sample.response, name=f"sample {prompt.key}"),
+        response_ids=processor.encode_response(
+            continuation(prompt.sample.response, prompt.response_prefix), name=f"sample {prompt.key}"
+        ),
         task_id=prompt.task_id,
     )
     if sequence.length > limit:

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One table of names and shard rules; everything that reads or writes weights goes through it.
+"""Tables of names and shard rules, which model families fill; everything that reads or writes weights goes through it.
 
-``megatron_checkpoint`` and ``published`` are imported by name: what they need takes seconds to import.
+``megatron_checkpoint`` and ``hf_model`` are imported by name: what they need takes seconds to import.
 """
 
 from megatron_g2rpo.weights.export import ShardedWriter, copy_model_files, export_hf, hf_directory, partial_path
 from megatron_g2rpo.weights.load import load
-from megatron_g2rpo.weights.mapping import table_for
 from megatron_g2rpo.weights.safetensors_directory import CheckpointError, SafetensorsDirectory
 from megatron_g2rpo.weights.stream import WeightSource, specs, stream
 from megatron_g2rpo.weights.table import WeightTable
@@ -24,5 +23,4 @@ __all__ = [
     "partial_path",
     "specs",
     "stream",
-    "table_for",
 ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of parameter names: Megatron's, Hugging Face's, and the shard rule between them. ``mapping`` holds them."""
+"""Tables of parameter names: Megatron's, Hugging Face's, and the shard rule between them. ``models`` fills them."""
 
 from __future__ import annotations
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from megatron_g2rpo import models
 from megatron_g2rpo.types import ModelInputs, Prompt, Sample
+from megatron_g2rpo.weights import WeightTable
 
 # One prompt a row: the (height, width) grids of its images, in patches before the 2 x 2 merge. The sizes and the
 # aspect ratios differ on purpose: mRoPE errors cancel on square images that are all alike.
@@ -121,6 +124,11 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
         else:
             value = noise / parameter[0].numel() ** 0.5
         parameter.data.copy_(value)
+
+
+def table_for(config: Any) -> WeightTable:
+    """The weight table of the model's family."""
+    return models.family(config.model_type).weights(config)
 
 
 def make_tiny_qwen3vl(

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from megatron_g2rpo.tasks.accuracy import get_accuracy
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_g2rpo import registry
 from megatron_g2rpo.data.shard_index import ShardIndex
-from megatron_g2rpo.tasks.parsing import find_answer, is_well_formed
+from megatron_g2rpo.tasks import response_formats
 from tests.e2e.toy import ROOT, command, metrics
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(3600)]
@@ -153,15 +153,21 @@ def test_a_model_comes_back_at_another_layout(
 
 
 def test_the_tasks_share_no_question_and_a_reference_response_earns_everything(data: Path) -> None:
-    splits = {name: list(ShardIndex(data / name).iterate_fields()) for name in ("train", "val")}
-    asked = {name: {fields["question"] for fields in samples} for name, samples in splits.items()}
+    indices = {name: ShardIndex(data / name) for name in ("train", "val")}
+    splits = {
+        name: [index.read(entry) for task in index.tasks for entry in index.entries(task)]
+        for name, index in indices.items()
+    }
+    asked = {name: {sample.question for sample in samples} for name, samples in splits.items()}
+    shape = response_formats.get("thinking_answer")
     assert [len(asked["train"]), len(asked["val"])] == [len(splits["train"]), len(splits["val"])] == [240, 48]
     assert not asked["train"] & asked["val"]
-    for fields in splits["train"] + splits["val"]:
-        assert is_well_formed(fields["response"])
-        answer = find_answer(fields["response"])
+    for sample in splits["train"] + splits["val"]:
+        assert sample.response is not None
+        assert shape.is_well_formed(sample.response)
+        answer = shape.find_answer(sample.response)
         assert answer is not None
-        assert get_accuracy(fields["answer_format"])(answer, fields["answer"]) == 1.0
+        assert registry.answer_formats.get(sample.answer_format)(answer, sample) == 1.0
 
 
 def test_ten_steps_of_g2rpo_change_every_tensor_and_nothing_else(

@@ -25,6 +25,7 @@ from megatron_g2rpo import weights
 from megatron_g2rpo.commands.convert.common import precision_of
 from megatron_g2rpo.commands.convert.export_hf import export, model_files
 from megatron_g2rpo.commands.convert.import_hf import import_hf
+from megatron_g2rpo.models.dense_decoder import DenseDecoder
 from megatron_g2rpo.policy import process_groups
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
@@ -113,16 +114,16 @@ def check_a_swapped_row_is_detected(model: Path, pair: str) -> int:
 
     The number of tensors that differ; of rank 0.
     """
-    table_for = weights.table_for
+    table_of = DenseDecoder.weights
 
-    def swapped(hf_config: object) -> WeightTable:
-        table = table_for(hf_config)
+    def swapped(family: DenseDecoder, hf_config: object) -> WeightTable:
+        table = table_of(family, hf_config)
         rows = [replace(row, hf=row.hf[::-1]) if "linear_fc1.weight" in row.megatron else row for row in table.rows]
         return WeightTable(rows, table.ignored)
 
     # For the way in alone: both ways, the mistake would undo itself.
-    tables = iter([swapped, table_for, table_for])
-    with patch.object(weights, "table_for", lambda hf_config: next(tables)(hf_config)):
+    tables = iter([swapped, table_of, table_of])
+    with patch.object(DenseDecoder, "weights", lambda family, hf_config: next(tables)(family, hf_config)):
         both = round_trip(model, pair)
     if dist.get_rank() > 0:
         return 0

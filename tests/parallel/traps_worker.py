@@ -24,9 +24,9 @@ from torch import Tensor
 from megatron_g2rpo.policy import attention, megatron, process_groups
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.policy.layouts import context_parallel
+from megatron_g2rpo.policy.layouts.image_shares import assign_images
 from megatron_g2rpo.policy.megatron import LossTerms, MegatronPolicy
 from megatron_g2rpo.policy.norm import RMSNorm
-from megatron_g2rpo.policy.vision import assign_images
 from megatron_g2rpo.types import NO_LABEL, PackedBatch, TokenStats
 from tests.common.compare import Report
 from tests.common.launch import report_result

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megatron_g2rpo import weights
 from megatron_g2rpo.weights.table import UnmappedParameter
 from tests.common.launch import report_result
-from tests.common.tiny_model import make_tiny_qwen3vl
+from tests.common.tiny_model import make_tiny_qwen3vl, table_for
 from tests.unit.weights.plain import OUTPUT, plain_stage
 
 EMBEDDING = "model.language_model.embed_tokens.weight"
@@ -204,7 +204,7 @@ def main() -> None:
         place = replica(stage_layers, tensor_size)
         for tied in (True, False):
             config, model = make_tiny_qwen3vl(tied=tied, vocab=163, layers=sum(stage_layers), vision_depth=2)
-            table, tensors = weights.table_for(config), model.state_dict()
+            table, tensors = table_for(config), model.state_dict()
             check_equal_to_one_process(place, table, tensors)
             if tied:
                 check_tied_copy(place, table, tensors)

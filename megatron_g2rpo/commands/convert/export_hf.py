@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig
 
-from megatron_g2rpo import weights
+from megatron_g2rpo import models, weights
 from megatron_g2rpo.commands.convert.common import progress_bar
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.types import DTYPES
@@ -58,7 +58,9 @@ def export(checkpoint: MegatronCheckpoint, target: Path, *, source: Path, dtype:
         CheckpointError: its weights do not fit the config; all that does not is listed.
     """
     hf_config = AutoConfig.from_pretrained(source, local_files_only=True)
-    entries, stored = hf_contents(checkpoint, weights.table_for(hf_config), published_tensors(hf_config))
+    entries, stored = hf_contents(
+        checkpoint, models.family(hf_config.model_type).weights(hf_config), published_tensors(hf_config)
+    )
     specs = {name: spec.to(DTYPES[dtype]) for name, spec in stored.items()}
     init_process_group(select("cpu"))
     rank, size = dist.get_rank(), dist.get_world_size()

@@ -47,7 +47,7 @@ def local_tokens(cu_seqlens_padded: Tensor, size: int, rank: int) -> Tensor:
         if rest:
             raise ValueError(
                 f"a padded sequence of {end - start} tokens cannot be cut into {2 * size} chunks: pack rows with the "
-                "multiples of policy.layout.token_multiples"
+                "multiples of policy.layouts.layout.token_multiples"
             )
         for index in (rank, 2 * size - 1 - rank):
             pieces.append(torch.arange(start + index * chunk, start + (index + 1) * chunk))

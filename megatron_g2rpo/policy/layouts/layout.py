@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_g2rpo import models
 from megatron_g2rpo.recipe import MegatronConfig
-
-SUPPORTED_MODEL_TYPES = ("qwen3_vl", "qwen3", "llama")
-# transformers' names of rescaled rotary frequencies that depend on the configuration alone.
-SCALED_ROPE_TYPES = ("linear", "llama3")
 
 
 class LayoutError(ValueError):
@@ -22,6 +20,9 @@ class LayoutError(ValueError):
 @dataclass(frozen=True)
 class Layout:
     """Sizes of the parallel groups; data parallelism takes what is left of the world.
+
+    Experts would be one axis more: a field here (ranks that hold different experts of one layer), a factor of
+    ``model_parallel``, and a group in ``policy.process_groups``; ``models.base`` says what else they touch.
 
     Attributes:
         tensor, pipeline, context: ranks of each group.
@@ -111,38 +112,52 @@ def check_layout(hf_config: Any, layout: Layout) -> None:
     """Refuse a layout that the model cannot be split into, before any process group exists.
 
     Raises:
-        LayoutError: naming the recipe key and the number that does not divide.
+        LayoutError: naming the recipe key and the number that does not divide, or what of the model is not supported.
     """
-    if hf_config.model_type not in SUPPORTED_MODEL_TYPES:
-        raise LayoutError(
-            f"policy.model_name: model type {hf_config.model_type!r} is not supported; known: {SUPPORTED_MODEL_TYPES}"
-        )
-    text, key = hf_config.get_text_config(), "policy.megatron_cfg.tensor_model_parallel_size"
-    for what, number in (("attention heads", text.num_attention_heads), ("MLP features", text.intermediate_size)):
-        if number % layout.tensor:
-            raise LayoutError(f"{key}={layout.tensor} does not divide the model's {number} {what}")
+    try:
+        family = models.family(hf_config.model_type)
+        family.check(hf_config)
+    except ValueError as error:
+        raise LayoutError(f"policy.model_name: {error}") from error
+    fields, key = family.config(hf_config), "policy.megatron_cfg.tensor_model_parallel_size"
+    for what, name in (("attention heads", "num_attention_heads"), ("MLP features", "ffn_hidden_size")):
+        if fields[name] % layout.tensor:
+            raise LayoutError(f"{key}={layout.tensor} does not divide the model's {fields[name]} {what}")
     # With fewer key/value heads than ranks, ranks share one: megatron-core gathers the projection and picks.
-    groups = text.num_key_value_heads
+    groups = fields["num_query_groups"]
     if groups % layout.tensor and layout.tensor % groups:
         raise LayoutError(f"{key}={layout.tensor} neither divides nor is a multiple of the {groups} key/value heads")
     if layout.sequence_parallel and layout.tensor == 1:
         raise LayoutError(f"policy.megatron_cfg.sequence_parallel needs {key} above 1")
-    vision = getattr(hf_config, "vision_config", None)
-    levels = 0 if vision is None else len(vision.deepstack_visual_indexes)
-    first = layout.stage_layers(text.num_hidden_layers)[0]
+    levels = 0 if family.vision is None else family.vision.geometry(hf_config).levels
+    first = layout.stage_layers(fields["num_layers"])[0]
     if first < levels:
         raise LayoutError(
             f"the first pipeline stage has {first} layer(s), but the vision tower feeds the first {levels} (deepstack) "
             "and lives there: raise policy.megatron_cfg.num_layers_in_first_pipeline_stage or lower "
             "pipeline_model_parallel_size"
         )
-    rope_types = ("default", *SCALED_ROPE_TYPES)
-    if text.rope_parameters["rope_type"] not in rope_types:
-        raise LayoutError(f"rope_type {text.rope_parameters['rope_type']!r} is not supported; known: {rope_types}")
-    if text.hidden_act != "silu" or text.attention_bias or getattr(text, "mlp_bias", False):
-        raise LayoutError("only gated MLPs with silu, and layers without biases, are supported")
-    if getattr(text, "use_sliding_window", False):
-        raise LayoutError("sliding-window attention is not supported")
+
+
+def check_recompute(stages: Sequence[int], megatron_cfg: MegatronConfig) -> None:
+    """Refuse chunks of layers that a stage does not divide into: megatron-core would run on past the stage's last.
+
+    Args:
+        stages: layers of each pipeline stage.
+        megatron_cfg: the recipe's ``policy.megatron_cfg``.
+
+    Raises:
+        LayoutError: naming the key and the stage.
+    """
+    chunk = megatron_cfg.recompute_num_layers
+    if megatron_cfg.recompute_granularity != "full" or megatron_cfg.recompute_method != "uniform":
+        return
+    for stage, layers in enumerate(stages):
+        if layers % chunk:
+            raise LayoutError(
+                f"policy.megatron_cfg.recompute_num_layers={chunk} does not divide the {layers} layers of pipeline "
+                f"stage {stage}, as recompute_method uniform needs; 1 always does, and block takes any number"
+            )
 
 
 def layout_of(megatron_cfg: MegatronConfig) -> Layout:

@@ -14,6 +14,8 @@ from megatron_g2rpo.types import Rollout
 
 # Share of responses with an answer below which there is hardly a reward to learn from.
 FEW_ANSWERS = 0.05
+# Characters of the response that is shown; of a longer one, both ends.
+SHOWN_CHARACTERS = 600
 
 
 def gap_warnings(limit: float, tasks: Sequence[str], metrics: Mapping[str, float]) -> Iterator[str]:
@@ -55,6 +57,8 @@ def answer_warnings(
     dist.all_gather_object(examples, mine[0] if mine else None, group=process_group)
     task, text = next(example for example in examples if example is not None)
     name = env.tasks[task].response_format or response_format
+    if len(text) > SHOWN_CHARACTERS:
+        text = f"{text[: SHOWN_CHARACTERS // 2]} [...] {text[-SHOWN_CHARACTERS // 2 :]}"
     return [
         f"warning: {answered} of {count} responses hold an answer where the response format {name!r} has it; one of "
         f"{task} without: {text!r}. Let the prompts ask for the format (data.format_instruction: true), choose the one "

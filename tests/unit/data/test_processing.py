@@ -18,6 +18,7 @@ from transformers import (
 
 from megatron_g2rpo.data.errors import DataError, SampleError
 from megatron_g2rpo.data.processing import ChatProcessor
+from megatron_g2rpo.tasks import response_formats
 from megatron_g2rpo.types import Sample
 
 
@@ -80,6 +81,64 @@ def test_a_sample_becomes_a_prompt_with_the_system_prompt_first(model_dir):
     assert prompt.sample is sample
     text = processor.tokenizer.decode(prompt.inputs.token_ids)
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<|vision_start|>")
+
+
+def test_a_prompt_carries_the_instruction_of_its_task_s_format(model_dir):
+    formats = {name: response_formats.get(name) for name in ("thinking_answer", "boxed")}
+    tasks = {"vqa": formats["thinking_answer"], "math": formats["boxed"]}
+    processor = ChatProcessor(model_dir, system_prompt="Be brief.", instructed=tasks)
+    for task, instruction in [*((task, f"\n\n{tasks[task].instruction}") for task in tasks), ("ocr", "")]:
+        sample = Sample(key="s/1", task=task, question="What?", answer="blue", answer_format="exact")
+        expected = f"<|im_start|>user\nWhat?{instruction}<|im_end|>\n<|im_start|>assistant\n"
+        text = processor.tokenizer.decode(processor.encode_sample(sample, 0).inputs.token_ids)
+        assert text == f"<|im_start|>system\nBe brief.<|im_end|>\n{expected}"
+
+
+# What templates write after the question, and in the place of an earlier answer: Qwen3's, its thinking models', the one
+# of DeepSeek-R1's distilled models, Mistral's, and one that is for prompts alone.
+LOOP = (
+    "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\n' + (message.content if message.content is "
+    "string else message.content[0].text) + '<|im_end|>\n' -}}{%- endfor -%}"
+)
+R1 = (
+    "{%- for message in messages -%}{%- if message.role == 'user' -%}{{- '<|User|>' -}}{%- else -%}"
+    "{{- '<|Assistant|>' -}}{%- endif -%}{{- message.content -}}{%- endfor -%}"
+)
+MISTRAL = (
+    "{%- for message in messages -%}{%- if message.role == 'user' -%}{{- '[INST] ' + message.content + ' [/INST]' -}}"
+    "{%- else -%}{{- ' ' + message.content + '</s>' -}}{%- endif -%}{%- endfor -%}"
+)
+HEADER = "<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "prefix"),
+    [
+        (LOOP + "{%- if add_generation_prompt -%}{{- '" + HEADER + "' -}}{%- endif -%}", ""),
+        (LOOP + "{%- if add_generation_prompt -%}{{- '" + HEADER + "<think>\n' -}}{%- endif -%}", "<think>\n"),
+        (
+            LOOP + "{%- if add_generation_prompt -%}{{- '" + HEADER + "<think>\n\n</think>\n\n' -}}{%- endif -%}",
+            "<think>\n\n</think>\n\n",
+        ),
+        (R1 + "{%- if add_generation_prompt -%}{{- '<|Assistant|><think>\n' -}}{%- endif -%}", "<think>\n"),
+        (MISTRAL, ""),
+        (LOOP + "{{- '" + HEADER + "' -}}", ""),
+    ],
+    ids=["plain", "thinking", "thought", "r1", "mistral", "prompts alone"],
+)
+def test_what_the_template_says_of_the_response_travels_with_the_prompt(copied, template, prefix):
+    (copied / "chat_template.jinja").write_text(template)
+    processor = ChatProcessor(copied)
+    assert processor.response_prefix == prefix
+    if template.startswith(LOOP):
+        sample = Sample(key="s/1", task="vqa", question="What?", answer="blue", answer_format="exact")
+        prompt = processor.encode_sample(sample, 0)
+        assert prompt.response_prefix == prefix
+        assert processor.tokenizer.decode(prompt.inputs.token_ids).endswith(HEADER + prefix)
+
+
+def test_the_quickstart_s_template_says_nothing_of_the_response(processor):
+    assert processor.response_prefix == ""
 
 
 @pytest.mark.parametrize("text", ["blue", "<thinking>7 + 5</thinking><answer>12</answer>", "ünï 漢字 [1, 2]\n", ""])

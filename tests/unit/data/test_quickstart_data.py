@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from megatron_g2rpo.tasks.accuracy import get_accuracy
 
+from megatron_g2rpo import registry
 from megatron_g2rpo.data.shard_index import ShardIndex
-from megatron_g2rpo.tasks.parsing import find_answer, is_well_formed
-from megatron_g2rpo.tasks.shaping import structure_bonus
-from tests.unit.data.conftest import load_example
+from megatron_g2rpo.recipe.imports import import_all
+from megatron_g2rpo.tasks import response_formats
+from megatron_g2rpo.types import Response, Sample
+from tests.unit.data.conftest import QUICKSTART, load_example
 
 TASKS = {"general_vqa", "spatial_grounding", "spatial_reasoning", "ocr", "math", "chart"}
 TRAIN_SIZE, VAL_SIZE = 60, 80
@@ -65,14 +66,49 @@ def test_compositions_are_marked(built):
 
 
 def test_every_supervised_response_is_well_formed_and_earns_full_reward(built):
+    shape = response_formats.get("thinking_answer")
     for rows in built.rows.values():
         for sample, _ in rows:
-            assert is_well_formed(sample.response), sample
-            assert get_accuracy(sample.answer_format)(find_answer(sample.response), sample.answer) == 1.0, sample
-            if sample.task == "math":
-                assert structure_bonus(sample.response, sample.reference_steps) == 1.0
-            else:
-                assert sample.reference_steps is None
+            assert shape.is_well_formed(sample.response), sample
+            accuracy = registry.answer_formats.get(sample.answer_format)
+            assert accuracy(shape.find_answer(sample.response), sample) == 1.0, sample
+            assert operands(sample, shape.find_thinking(sample.response)) == (sample.task == "math")
+
+
+def operands(sample, thinking):
+    """The quickstart's own reward part."""
+    # As a recipe does it: a file that was imported in this process is not imported again.
+    import_all([str(QUICKSTART / "rewards.py")], None)
+    response = Response(
+        text="", thinking=thinking, answer=None, is_well_formed=True, num_tokens=1, truncated=False, sample_index=0
+    )
+    return registry.reward_parts.get("operands")(sample, response)
+
+
+def sum_of(reference):
+    extra = {} if reference is None else {"reference_steps": reference}
+    return Sample(key="s/1", task="math", question="?", answer="12", answer_format="numeric", extra=extra)
+
+
+@pytest.mark.parametrize(
+    ("thinking", "thirds"),
+    [("7 + 5", 3), ("7+5", 3), ("I see 7 + 5", 3), ("7 - 5", 2), ("5 + 7", 1), ("7 + 6", 2), ("3 * 4", 0),
+     ("7 5", 0), ("", 0), (None, 0), ("12", 0), ("1 + 1, 7 + 5", 1), ("7 + 5 = 12", 3)],
+)  # fmt: skip
+def test_operands_and_operator_of_the_first_step_count(thinking, thirds):
+    assert operands(sum_of("7 + 5"), thinking) == thirds / 3
+
+
+def test_steps_are_compared_in_order():
+    thinking = "7 + 5 = 12; 12 × 3 = 36"
+    assert operands(sum_of("7 + 5, 12 * 2"), thinking) == 5 / 6
+    assert operands(sum_of("12 * 3, 7 + 5"), thinking) == 0
+
+
+def test_a_sample_without_steps_has_no_operands_and_steps_that_state_none_are_an_error():
+    assert operands(sum_of(None), "7 + 5") == 0.0
+    with pytest.raises(ValueError, match="'seven' state no step"):
+        operands(sum_of("seven"), "7 + 5")
 
 
 def test_boxes_and_areas_are_those_of_the_shape(built):
@@ -106,7 +142,7 @@ def test_digit_strips_are_the_named_digits_of_scikit_learn(built):
             assert 2 <= len(digits) <= 4
             assert sample.answer == "".join(map(str, digits))
         else:
-            left, operator, right = sample.reference_steps.split()
+            left, operator, right = sample.extra["reference_steps"].split()
             assert [int(left), int(right)] == digits
             assert int(sample.answer) == apply[operator](*digits)
             assert {"+": "plus", "-": "minus", "*": "times"}[operator] in sample.question

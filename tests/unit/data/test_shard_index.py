@@ -36,6 +36,15 @@ def test_random_access_reads_what_the_webdataset_library_reads(dataset):
                 np.testing.assert_array_equal(np.asarray(image), np.asarray(raw[suffix]))
 
 
+def test_fields_of_the_maker_s_own_go_with_the_sample(tmp_path):
+    own = {"reference_steps": "7 + 5", "sources": ["a", "b"], "difficulty": 0.5}
+    with ShardWriter(tmp_path / "own") as writer:
+        writer.write("math-0", make_fields("math", 0, **own), [])
+    index = ShardIndex(tmp_path / "own")
+    (entry,) = index.entries("math")
+    assert index.read(entry).extra == own
+
+
 def test_tasks_keep_the_order_of_the_shards(dataset):
     index = ShardIndex(dataset)
     assert index.tasks == ("math", "ocr", "vqa")

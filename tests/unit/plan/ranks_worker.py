@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_g2rpo.plan.buffers import model_state
-from megatron_g2rpo.plan.memory import NBYTES, kept_of_row
+from megatron_g2rpo.plan.memory import element_bytes, kept_of_row
 from megatron_g2rpo.plan.model import Model, read_config
 from megatron_g2rpo.plan.rows import MicroBatches
 from megatron_g2rpo.plan.wire import OPTIMIZER_STEP, ROLLOUT_STEP, Traffic, stage_traffic
@@ -95,7 +95,7 @@ def check(directory: Path, shape: str, overrides: list[str]) -> dict[str, tuple[
             pass
 
     parameters = model.stage_parameters(layout_of(recipe.policy.megatron_cfg), stage, freeze_vision=False)
-    state = model_state(parameters, parallelism, stage, nbytes=NBYTES[recipe.policy.precision], rank=rank)
+    state = model_state(parameters, parallelism, stage, nbytes=element_bytes(recipe), rank=rank)
     found = {
         "names": (
             [without_layer(p.name) for p in parameters],

@@ -7,17 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from megatron_g2rpo.data.packing import Packer, PackSequence
-from megatron_g2rpo.plan.activations import Recompute, logit_chunks
+from megatron_g2rpo.plan.activations import Recompute, sizes
 from megatron_g2rpo.plan.rows import Row, assume, attention_slots, micro_batches
-from megatron_g2rpo.plan.vision import image_share
 from megatron_g2rpo.policy.attention import packed_row_params
 from megatron_g2rpo.policy.layouts.layout import Layout, layout_of
-from megatron_g2rpo.policy.logprobs import _Chunks
-from megatron_g2rpo.policy.vision import assign_images
 from megatron_g2rpo.types import ModelInputs
 from tests.common.tiny_model import make_tiny_qwen3vl, special_tokens, tiny_config
 from tests.unit.plan.measured import MEGATRON, batch_of, row_of, tiny_recipe
@@ -97,18 +92,11 @@ def test_assumptions_are_the_worst_case_and_stay_within_the_recipe(tmp_path: Pat
         assume(recipe, config, image_tokens=513)
 
 
-@given(images=st.lists(st.integers(1, 64), min_size=1, max_size=9), peers=st.integers(1, 4))
-def test_the_image_share_is_that_of_the_busiest_peer(images: list[int], peers: int) -> None:
-    shares = assign_images([4 * tokens for tokens in images], peers)
-    assert image_share(images, peers) == max(sum(images[image] for image in share) for share in shares)
-
-
-@settings(max_examples=200)
-@given(labels=st.integers(1, 3000), chunk_size=st.none() | st.integers(1, 4000))
-def test_chunks_of_logits_are_those_of_the_kernel(labels: int, chunk_size: int | None) -> None:
-    planned = logit_chunks(tiny_config().text_config, Layout(), labels, chunk_size)
-    real = _Chunks.of(labels, chunk_size)
-    assert (planned.forward, planned.backward, planned.kept) == (real.forward, real.backward, real.kept > 0)
+@pytest.mark.parametrize(("vocab", "tensor", "columns"), [(160, 1, 160), (161, 2, 81), (3, 4, 1)])
+def test_columns_are_those_of_the_rank_with_the_most(vocab: int, tensor: int, columns: int) -> None:
+    text = tiny_config(vocab=max(vocab, 6)).text_config
+    text.vocab_size = vocab
+    assert sizes(text, Layout(tensor=tensor), 8, 4).columns == columns
 
 
 @pytest.mark.parametrize(

@@ -312,7 +312,7 @@ def test_memory_is_that_of_a_chunk_in_both_passes(
 
     What comes on top is rows, columns, a tile, and (in bfloat16) 100 KiB of workspace of the matrix products.
     """
-    monkeypatch.setattr(logprobs, "_TILE_BYTES", 1)  # a tile of its usual size would hold all of this case
+    monkeypatch.setattr(logprobs, "TILE_BYTES", 1)  # a tile of its usual size would hold all of this case
     tokens, vocab, h = 64, 8192, 2
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, h, generator=generator).to(dtype).requires_grad_()

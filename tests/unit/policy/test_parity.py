@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_g2rpo.policy import model as policy_model
+from megatron_g2rpo.models import qwen3_vl
 from megatron_g2rpo.policy.device import select
-from megatron_g2rpo.policy.rope import InterleavedMRoPE
 from tests.common.compare import Report
 from tests.common.layout_parity import Case, check_layout_parity, prepare
 
@@ -45,12 +44,10 @@ def test_policy_equals_transformers(directory: Path, case: Case) -> None:
 def test_chunked_mrope_is_caught(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative: Qwen2-VL's chunked frequency layout agrees on text and must fail here, on images."""
 
-    class Chunked(InterleavedMRoPE):
-        def __init__(self, inv_freq: torch.Tensor, mrope_section: list[int]) -> None:
-            super().__init__(inv_freq, mrope_section)
-            self.axis = torch.repeat_interleave(torch.arange(3), torch.tensor(mrope_section))
+    def chunked_axes(mrope_section: list[int]) -> list[int]:
+        return torch.repeat_interleave(torch.arange(3), torch.tensor(mrope_section)).tolist()
 
-    monkeypatch.setattr(policy_model, "InterleavedMRoPE", Chunked)
+    monkeypatch.setattr(qwen3_vl, "interleaved_axes", chunked_axes)
     report = compare(directory, Case(shape="tied"))
     assert report.worst["logprob"][0] > 1e-3
     with pytest.raises(AssertionError, match="logprob sequence"):

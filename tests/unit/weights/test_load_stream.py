@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_g2rpo import weights
 from megatron_g2rpo.weights.table import UnmappedParameter
-from tests.common.tiny_model import make_tiny_qwen3vl
+from tests.common.tiny_model import make_tiny_qwen3vl, table_for
 from tests.unit.weights.plain import plain_stage
 
 NORM = "model.language_model.layers.2.input_layernorm.weight"
@@ -23,7 +23,7 @@ NORM = "model.language_model.layers.2.input_layernorm.weight"
 
 def tiny(tied: bool = True) -> tuple[weights.WeightTable, dict[str, Tensor]]:
     config, model = make_tiny_qwen3vl(tied=tied, vocab=163)
-    return weights.table_for(config), model.state_dict()
+    return table_for(config), model.state_dict()
 
 
 @pytest.mark.parametrize("transformer_engine", [False, True], ids=["local", "te"])

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from megatron_g2rpo.commands.convert.export_hf import export
-from megatron_g2rpo.weights import CheckpointError, SafetensorsDirectory, table_for
+from megatron_g2rpo.weights import CheckpointError, SafetensorsDirectory
 from megatron_g2rpo.weights.hf_model import published_tensors
 from megatron_g2rpo.weights.megatron_checkpoint import METADATA, MegatronCheckpoint, hf_contents
 from tests.common.text_models import make_text_model
+from tests.common.tiny_model import table_for
 
 LAYER = "language_model.decoder.layers."
 

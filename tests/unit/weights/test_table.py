@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_g2rpo.weights.mapping import table_for
 from megatron_g2rpo.weights.table import UnmappedParameter, WeightTable
-from tests.common.tiny_model import make_tiny_qwen3vl, tiny_config
+from tests.common.tiny_model import make_tiny_qwen3vl, table_for, tiny_config
 
 LAYER = "language_model.decoder.layers.3."
 HF_LAYER = "model.language_model.layers.3."

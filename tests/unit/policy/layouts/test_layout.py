@@ -109,7 +109,10 @@ def test_a_world_that_holds_no_whole_number_of_replicas() -> None:
 def test_another_model_family() -> None:
     config = tiny_config()
     config.model_type = "llava"
-    with pytest.raises(LayoutError, match="'llava' is not supported"):
+    message = (
+        r"policy\.model_name: unknown model family 'llava' \(did you mean 'llama'\?\); known: llama, .*qwen3, qwen3_vl"
+    )
+    with pytest.raises(LayoutError, match=message):
         check_layout(config, Layout())
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mRoPE positions of a Qwen3-VL sequence."""
+"""Positions of the tokens of one sequence: counted for text, spread over a grid for images (mRoPE)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,20 @@ import torch
 from torch import Tensor
 
 
-def rope_positions(
+def text_positions(length: int, first: int = 0) -> Tensor:
+    """Positions of text, which counts up all three rows alike: int64 ``[3, length]``.
+
+    Args:
+        length: tokens.
+        first: position of the first token.
+    """
+    return (torch.arange(length) + first).expand(3, -1)
+
+
+def mrope_positions(
     token_ids: Tensor, image_grid_thw: Tensor, *, image_token_id: int, spatial_merge_size: int
 ) -> Tensor:
-    """Time, height and width position of every token of one sequence.
+    """Time, height and width position of every token of one sequence of the Qwen-VL lineage.
 
     Text advances all three rows by one a token. An image of t x h x w patches spreads its merged grid over the rows,
     all starting at the position reached, and text goes on at the largest side after it.
@@ -42,16 +52,12 @@ def rope_positions(
         start = where[used]
         if where[used + size - 1] != start + size - 1:
             raise ValueError(f"the {size} placeholders of an image must be consecutive; they start at token {start}")
-        pieces.append(_text(start - cursor, position))
+        pieces.append(text_positions(start - cursor, position))
         position += start - cursor
         merged = (frames, height // spatial_merge_size, width // spatial_merge_size)
         grid = torch.meshgrid(*(torch.arange(length) for length in merged), indexing="ij")
         pieces.append(torch.stack(grid).reshape(3, -1) + position)
         position += max(merged[1], merged[2])
         cursor, used = start + size, used + size
-    pieces.append(_text(len(token_ids) - cursor, position))
+    pieces.append(text_positions(len(token_ids) - cursor, position))
     return torch.cat(pieces, dim=1)
-
-
-def _text(length: int, position: int) -> Tensor:
-    return (torch.arange(length) + position).expand(3, -1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy rewards against independent oracles: pixel sets, exact fractions, the textbook table."""
+"""Answer formats against independent oracles: pixel sets, exact fractions, the textbook table."""
 
 from fractions import Fraction
 from functools import cache
@@ -7,7 +7,11 @@ from functools import cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron_g2rpo.tasks.accuracy import accuracy_names, get_accuracy, levenshtein, register_accuracy
+from PIL import Image
+
+from megatron_g2rpo import registry
+from megatron_g2rpo.tasks.answer_formats import levenshtein
+from tests.unit.tasks.common import make_sample
 
 REFERENCES = {
     "axes": "left above",
@@ -29,13 +33,20 @@ BROKEN_REFERENCES = {
 }
 
 
+def accuracy(name: str, answer: str, reference: str) -> float:
+    """What an answer format makes of an answer to a sample with this reference."""
+    return registry.answer_formats.get(name)(answer, make_sample(answer=reference, answer_format=name))
+
+
 def test_every_answer_format_has_a_case_here():
-    assert set(accuracy_names()) == set(REFERENCES) == set(BROKEN_REFERENCES)
+    names = registry.answer_formats.names()
+    builtin = {name for name in names if "answer_formats.py" in registry.answer_formats.entry(name).place}
+    assert builtin == set(REFERENCES) == set(BROKEN_REFERENCES)
 
 
 @pytest.mark.parametrize("name", sorted(REFERENCES))
 def test_the_reference_itself_is_worth_one(name):
-    assert get_accuracy(name)(REFERENCES[name], REFERENCES[name]) == 1.0
+    assert accuracy(name, REFERENCES[name], REFERENCES[name]) == 1.0
 
 
 @pytest.mark.parametrize("name", sorted(REFERENCES))
@@ -43,21 +54,21 @@ def test_the_reference_itself_is_worth_one(name):
     "answer", ["", "?", "[1, 2, 3", "[1, 2, 1, 2]", "9" * 400, "9" * 5000 + "/7", "1/0", "\x00", "[[[[", "-", "½"]
 )
 def test_an_answer_that_cannot_be_read_is_worth_nothing_and_is_no_error(name, answer):
-    assert get_accuracy(name)(answer, REFERENCES[name]) == 0.0
+    assert accuracy(name, answer, REFERENCES[name]) == 0.0
 
 
 @pytest.mark.parametrize("name", sorted(REFERENCES))
 def test_a_reference_that_cannot_be_read_is_an_error_even_for_an_unreadable_answer(name):
     for answer in ("", BROKEN_REFERENCES[name]):
         with pytest.raises(ValueError, match="reference"):
-            get_accuracy(name)(answer, BROKEN_REFERENCES[name])
+            accuracy(name, answer, BROKEN_REFERENCES[name])
 
 
 @pytest.mark.parametrize("name", sorted(REFERENCES))
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(answer=st.text(max_size=30) | st.from_regex(r"\[?[-\d., ]{0,20}\]?", fullmatch=True))
 def test_any_text_gets_a_reward_between_zero_and_one(name, answer):
-    assert 0.0 <= get_accuracy(name)(answer, REFERENCES[name]) <= 1.0
+    assert 0.0 <= accuracy(name, answer, REFERENCES[name]) <= 1.0
 
 
 boxes = st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(1, 12), st.integers(1, 12)).map(
@@ -73,17 +84,16 @@ def test_iou_counts_pixels(a, b):
 
     expected = Fraction(len(pixels(a) & pixels(b)), len(pixels(a) | pixels(b)))
     # One division of small integers on either side.
-    assert get_accuracy("box_iou")(str(a), str(b)) == pytest.approx(float(expected), abs=1e-15)
+    assert accuracy("box_iou", str(a), str(b)) == pytest.approx(float(expected), abs=1e-15)
 
 
 def test_a_box_may_come_in_the_paper_s_json():
-    assert get_accuracy("box_iou")('{"boxes": [577, 232, 899, 786]}', "[577, 232, 899, 786]") == 1.0
+    assert accuracy("box_iou", '{"boxes": [577, 232, 899, 786]}', "[577, 232, 899, 786]") == 1.0
 
 
 def test_iou_of_touching_boxes_is_zero_and_far_edges_are_exclusive():
-    iou = get_accuracy("box_iou")
-    assert iou("[0, 0, 4, 4]", "[4, 0, 8, 4]") == 0.0
-    assert iou("[0, 0, 4, 4]", "[0, 0, 4, 8]") == 0.5
+    assert accuracy("box_iou", "[0, 0, 4, 4]", "[4, 0, 8, 4]") == 0.0
+    assert accuracy("box_iou", "[0, 0, 4, 4]", "[0, 0, 4, 8]") == 0.5
 
 
 @pytest.mark.parametrize(
@@ -92,7 +102,7 @@ def test_iou_of_touching_boxes_is_zero_and_far_edges_are_exclusive():
      ("1", "0", 0.0), ("-400", "400", 0.0), ("1,000", "1000", 1.0), ("-3", "-4", 0.75), ("many", "400", 0.0)],
 )  # fmt: skip
 def test_relative_accuracy_falls_linearly_with_the_relative_error(answer, reference, expected):
-    assert get_accuracy("relative")(answer, reference) == expected
+    assert accuracy("relative", answer, reference) == expected
 
 
 @pytest.mark.parametrize(
@@ -102,7 +112,7 @@ def test_relative_accuracy_falls_linearly_with_the_relative_error(answer, refere
      ("0.3333333", "1/3", 1)],
 )  # fmt: skip
 def test_numeric_compares_values_not_spellings(answer, reference, expected):
-    assert get_accuracy("numeric")(answer, reference) == expected
+    assert accuracy("numeric", answer, reference) == expected
 
 
 @pytest.mark.parametrize(
@@ -111,7 +121,7 @@ def test_numeric_compares_values_not_spellings(answer, reference, expected):
      ("left", 0.5), ("right below", 0), ("left right above", 0.5), ("left right above below", 0), ("leftabove", 0)],
 )  # fmt: skip
 def test_each_axis_earns_half_and_naming_both_directions_earns_nothing(answer, expected):
-    assert get_accuracy("axes")(answer, "left above") == expected
+    assert accuracy("axes", answer, "left above") == expected
 
 
 @pytest.mark.parametrize(
@@ -119,21 +129,19 @@ def test_each_axis_earns_half_and_naming_both_directions_earns_nothing(answer, e
     [("C", 1), ("c", 1), ("(C)", 1), ("C.", 1), ("C. dogs", 1), ("C: dogs", 1), ("B", 0), ("Cats", 0), ("A. C", 0)],
 )
 def test_a_choice_is_its_letter(answer, expected):
-    assert get_accuracy("multiple_choice")(answer, "C. dogs") == expected
+    assert accuracy("multiple_choice", answer, "C. dogs") == expected
 
 
 def test_exact_ignores_case_blanks_and_a_full_stop_only():
-    exact = get_accuracy("exact")
-    assert exact(" Blue. ", "blue") == 1.0
-    assert exact("dark  blue", "dark blue") == 1.0
-    assert exact("blue green", "blue") == 0.0
+    assert accuracy("exact", " Blue. ", "blue") == 1.0
+    assert accuracy("exact", "dark  blue", "dark blue") == 1.0
+    assert accuracy("exact", "blue green", "blue") == 0.0
 
 
 def test_edit_distance_reward():
-    reward = get_accuracy("edit_distance")
-    assert reward("7142", "714") == 0.75
-    assert reward("", "714") == 0.0
-    assert reward("kitten", "sitting") == 1 - 3 / 7
+    assert accuracy("edit_distance", "7142", "714") == 0.75
+    assert accuracy("edit_distance", "", "714") == 0.0
+    assert accuracy("edit_distance", "kitten", "sitting") == 1 - 3 / 7
 
 
 def table_distance(a: str, b: str) -> int:
@@ -158,11 +166,15 @@ def test_levenshtein_beyond_one_machine_word():
     assert levenshtein(a, b) == table_distance(a, b)
 
 
-def test_a_name_cannot_be_registered_twice():
-    with pytest.raises(ValueError, match="'exact' is registered already"):
-        register_accuracy("exact")(lambda answer, reference: 0.0)
+def test_a_format_sees_the_whole_sample():
+    """The size of its images and the dataset's own fields included."""
 
+    def in_picture(answer, sample):
+        return float(int(answer) * sample.extra["scale"] <= sample.images[0].width)
 
-def test_an_unknown_answer_format_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown answer format 'iou'.*box_iou"):
-        get_accuracy("iou")
+    registry.answer_formats.register("in_picture")(in_picture)
+    try:
+        sample = make_sample(images=[Image.new("RGB", (100, 50))], extra={"scale": 2})
+        assert [registry.answer_formats.get("in_picture")(answer, sample) for answer in ("50", "51")] == [1.0, 0.0]
+    finally:
+        del registry.answer_formats._entries["in_picture"]

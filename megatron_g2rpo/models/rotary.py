@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary angles: Qwen3-VL's interleaved multimodal embedding, of which the embedding of text is a special case.
+"""Rotary angles from three rows of positions, of which the angles of text are a special case.
 
 megatron-core's ``MultimodalRotaryEmbedding`` lays the (time, height, width) frequencies out in chunks, as Qwen2-VL
 does; Qwen3-VL interleaves them (t h w t h w ... t t). The two agree wherever t = h = w, so a text-only test cannot tell
-them apart.
+them apart. Here a family says for each frequency which row drives it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_g2rpo.policy.layouts.layout import SCALED_ROPE_TYPES
+# transformers' names of rescaled rotary frequencies that depend on the configuration alone.
+SCALED_ROPE_TYPES = ("linear", "llama3")
+ROPE_TYPES = ("default", *SCALED_ROPE_TYPES)
 
 
-def interleaved_axis(mrope_section: Sequence[int]) -> list[int]:
+def interleaved_axes(mrope_section: Sequence[int]) -> list[int]:
     """Which position row (0 time, 1 height, 2 width) drives each rotary frequency.
 
     Source: ``Qwen3VLTextRotaryEmbedding.recomposition_frequencies`` of transformers.
@@ -36,6 +37,15 @@ def interleaved_axis(mrope_section: Sequence[int]) -> list[int]:
     return axes
 
 
+def head_dim(text_config: Any) -> int:
+    """Numbers of one attention head; the hidden size's share where the configuration does not name it.
+
+    Args:
+        text_config: transformers' configuration of the language model.
+    """
+    return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+
+
 def inverse_frequencies(text_config: Any) -> Tensor:
     """Angle per position of each rotary frequency, float32 ``[head_dim / 2]``.
 
@@ -44,27 +54,32 @@ def inverse_frequencies(text_config: Any) -> Tensor:
     """
     rope = text_config.rope_parameters
     if rope["rope_type"] in SCALED_ROPE_TYPES:
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
         return ROPE_INIT_FUNCTIONS[rope["rope_type"]](text_config, torch.device("cpu"))[0]
-    exponents = torch.arange(0, text_config.head_dim, 2, dtype=torch.float32) / text_config.head_dim
+    width = head_dim(text_config)
+    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
     return 1.0 / rope["rope_theta"] ** exponents
 
 
-class InterleavedMRoPE(nn.Module):
+class RotaryAngles(nn.Module):
     """Rotary angles from three rows of positions; takes the place of ``GPTModel.rotary_pos_emb``.
 
     Args:
         inv_freq: float32 ``[head_dim / 2]``, see ``inverse_frequencies``; all of a head is rotated.
-        mrope_section: see ``interleaved_axis``; None for a model of text, which reads the first row alone.
+        axes: for each frequency the position row that drives it: 0 time, 1 height, 2 width.
+
+    Raises:
+        ValueError: they are not equal in number.
     """
 
-    def __init__(self, inv_freq: Tensor, mrope_section: Sequence[int] | None = None) -> None:
+    def __init__(self, inv_freq: Tensor, axes: Sequence[int]) -> None:
         super().__init__()
-        section = [len(inv_freq), 0, 0] if mrope_section is None else list(mrope_section)
-        if sum(section) != len(inv_freq):
-            raise ValueError(f"mrope_section {section} must sum to head_dim / 2 = {len(inv_freq)}")
+        if len(axes) != len(inv_freq):
+            raise ValueError(f"mrope_section must sum to head_dim / 2 = {len(inv_freq)}, not {len(axes)}")
         # Plain attributes, not buffers: Module.bfloat16() would round buffers.
         self.inv_freq = inv_freq
-        self.axis = torch.tensor(interleaved_axis(section))
+        self.axes = torch.tensor(axes)
 
     def forward(self, position_ids: Tensor, mrope_section: Any = None, cp_group: Any = None) -> Tensor:
         """Angles of the given tokens (already this rank's share under context parallelism).
@@ -78,6 +93,6 @@ class InterleavedMRoPE(nn.Module):
             float32 ``[s, b, 1, head_dim]``.
         """
         device = position_ids.device
-        positions = position_ids.index_select(0, self.axis.to(device)).permute(2, 1, 0).float()  # [s, b, head_dim/2]
+        positions = position_ids.index_select(0, self.axes.to(device)).permute(2, 1, 0).float()  # [s, b, head_dim/2]
         angles = positions * self.inv_freq.to(device)
         return torch.cat((angles, angles), dim=-1).unsqueeze(2)
