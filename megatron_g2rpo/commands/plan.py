@@ -28,8 +28,8 @@ def run(
     Args:
         path: the recipe.
         overrides: ``key=value`` each.
-        gpu_memory_gb: of one GPU, 10^9 bytes.
-        mean_tokens, image_tokens: see ``rows.assume``.
+        gpu_memory_gb: memory of one GPU, 10^9 bytes.
+        mean_tokens, image_tokens: tokens that are assumed of a sequence, see ``rows.assume``.
         as_json: print JSON instead of tables.
 
     Returns:

@@ -142,7 +142,7 @@ def engine_for(
     Args:
         policy: the recipe's section.
         processor: decodes tokens, and knows which of them are special.
-        device: where this rank's tensors live.
+        device: this rank's device.
         banned_token_ids: tokens that are never sampled.
     """
     context = engines.Context(

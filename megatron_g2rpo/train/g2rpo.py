@@ -37,7 +37,7 @@ from megatron_g2rpo.train.run.loop import Run
 from megatron_g2rpo.train.step.advantages import advantages_of
 from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies, entropy_bounds
 from megatron_g2rpo.train.step.metrics import skipped_metrics, step_metrics
-from megatron_g2rpo.train.step.minibatches import Minibatch, minibatches
+from megatron_g2rpo.train.step.minibatches import Minibatch, pack_minibatches
 from megatron_g2rpo.train.step.old_logprobs import add_logprobs, entropies_of, reference_kl
 from megatron_g2rpo.train.step.sampling import collect
 from megatron_g2rpo.train.step.timers import Timers
@@ -103,30 +103,30 @@ def g2rpo_step(
         note(warning)
 
     with timers("logprobs"):  # of every minibatch before the first update: the policy that sampled
-        batches = minibatches(
+        minibatches = pack_minibatches(
             recipe.grpo, recipe.policy, components.packer, rollouts,
             token_level_loss=loss_fn.token_level_loss, process_group=data_parallel,
         )  # fmt: skip
-        batches, entropies = add_logprobs(
-            policy, reference, batches, loss_fn.importance_sampling,
+        minibatches, entropies = add_logprobs(
+            policy, reference, minibatches, loss_fn.importance_sampling,
             temperature=recipe.policy.generation.temperature, num_tasks=len(components.tasks),
         )  # fmt: skip
 
     with timers("rewards"):
         divergence = loss_fn.reference_policy_kl
         if reference is not None and divergence.where == "reward":
-            rewards = rewards.plus("reference_kl_sum", reference_kl(loss_fn, batches), -divergence.penalty)
+            rewards = rewards.plus("reference_kl_sum", reference_kl(loss_fn, minibatches), -divergence.penalty)
         advantages = advantages_of(
             recipe.grpo.adv_estimator, rollouts, rewards, history=components.history, process_group=data_parallel
         )
-        batches = [minibatch.with_advantages(advantages.values) for minibatch in batches]
+        minibatches = [minibatch.with_advantages(advantages.values) for minibatch in minibatches]
 
     updates = [
         update(recipe, components, step, number, minibatch, entropies[number], timers)
-        for number, minibatch in enumerate(batches)
+        for number, minibatch in enumerate(minibatches)
     ]
     metrics = step_metrics(
-        rollouts, rewards, advantages, batches, updates,
+        components.tasks, rollouts, rewards, advantages, minibatches, updates,
         env=recipe.env, truncated_ratio=loss_fn.importance_sampling.truncated_ratio, process_group=data_parallel,
     )  # fmt: skip
     metrics |= collected.metrics

@@ -31,7 +31,7 @@ def write_checkpoint(directory: Path, policy: MegatronPolicy, state: dict[str, A
     A collective of all ranks. The directory appears whole: it is written beside its place and renamed.
 
     Args:
-        directory: where to write; replaced if it exists.
+        directory: the directory to write; replaced if it exists.
         policy: whose state it is.
         state: a sharded state dict, and plain values that are equal on every rank.
     """
@@ -58,7 +58,7 @@ class Checkpoints:
     leaves the previous one untouched.
 
     Args:
-        directory: where the checkpoints lie.
+        directory: the directory that holds the checkpoints.
         keep_latest_k: how many checkpoints to keep; None for all.
     """
 

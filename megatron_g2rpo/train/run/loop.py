@@ -70,7 +70,7 @@ class Run:
 
         Args:
             step: number of the step, from 1.
-            log: where examples and warnings are shown.
+            log: the log that shows examples and warnings.
             metrics: the metrics of the step, which are logged here if the engine is lost.
 
         Returns:

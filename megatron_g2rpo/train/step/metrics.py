@@ -21,6 +21,7 @@ from megatron_g2rpo.types import PackedBatch, Rewards, Rollout, task_ids_of
 
 
 def step_metrics(
+    tasks: Sequence[str],
     rollouts: Sequence[Rollout],
     rewards: Rewards,
     advantages: Advantages,
@@ -34,16 +35,16 @@ def step_metrics(
     """Everything that is said of a step, over the global batch. A collective of the data-parallel ranks.
 
     Args:
+        tasks: task names in the order of their ids.
         rollouts: this rank's rollouts of the step.
-        rewards: their rewards.
-        advantages: their advantages.
+        rewards: the rewards of these rollouts.
+        advantages: the advantages of these rollouts, and what is known of the global batch's.
         minibatches: the rollouts, packed, with their log-probabilities.
         updates: the metrics of each update; their means are the step's.
-        env: the recipe's section, for the names and the length rewards of its tasks.
-        truncated_ratio: where importance weights are truncated; None if they are not.
+        env: the recipe's section, for the length rewards of its tasks.
+        truncated_ratio: bound at which importance weights are truncated; None if they are not.
         process_group: the data-parallel ranks.
     """
-    tasks = tuple(sorted(env.tasks))
     batches = [batch for minibatch in minibatches for batch in minibatch.micro_batches]
     return {
         **rollout_metrics(tasks, rollouts, rewards, process_group),

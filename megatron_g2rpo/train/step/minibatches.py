@@ -71,7 +71,7 @@ class Minibatch:
         return replace(self, micro_batches=[with_advantages(batch, mine) for batch in self.micro_batches])
 
 
-def minibatches(
+def pack_minibatches(
     grpo: Grpo,
     policy: Policy,
     packer: Packer,
@@ -80,7 +80,7 @@ def minibatches(
     token_level_loss: bool,
     process_group: dist.ProcessGroup,
 ) -> list[Minibatch]:
-    """The step's minibatches, without advantages. A collective of the data-parallel ranks.
+    """Pack the step's rollouts into its minibatches, without advantages. A collective of the data-parallel ranks.
 
     A minibatch is ``train_global_batch_size`` consecutive rollouts of the global batch, in the order of (prompt,
     sample): which rollouts it holds does not depend on the number of ranks.

@@ -15,7 +15,7 @@ from megatron_g2rpo.data.errors import SampleError
 from megatron_g2rpo.data.packing import Packer, response_values
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.recipe import TrainRecipe
-from megatron_g2rpo.train.step.minibatches import check_lengths, minibatches, owned_prompts
+from megatron_g2rpo.train.step.minibatches import check_lengths, owned_prompts, pack_minibatches
 from megatron_g2rpo.types import ModelInputs, PackedBatch, Prompt, Rollout, Sample
 
 MakeRecipe = Callable[..., TrainRecipe]
@@ -83,7 +83,7 @@ def advantages(count: int = len(LENGTHS)) -> Tensor:
 def packed(recipe: TrainRecipe, rollouts: list[Rollout]) -> list[list[PackedBatch]]:
     """The micro-batches of every minibatch, with advantages."""
     values = advantages(len(rollouts))
-    found = minibatches(
+    found = pack_minibatches(
         recipe.grpo,
         recipe.policy,
         PACKER,
