@@ -72,12 +72,15 @@ class Prompt:
     Attributes:
         sample: what is asked.
         inputs: what the model reads.
+        task_id: number of the sample's task, the same on every rank: its place among the sorted names of the recipe's
+            tasks. Advantages, entropy and metrics are told apart by it.
         response_prefix: what the chat template has written of the response already: the text that the prompt ends with
             after the header of the assistant's turn, such as an opening ``<think>``.
     """
 
     sample: Sample
     inputs: ModelInputs
+    task_id: int
     response_prefix: str = ""
 
     @property
@@ -111,6 +114,11 @@ class Rollout:
     logprobs: Tensor
     text: str
     truncated: bool
+
+
+def task_ids_of(rollouts: Sequence[Rollout]) -> Tensor:
+    """The task id of each rollout, int64 ``[N]``."""
+    return torch.tensor([rollout.prompt.task_id for rollout in rollouts], dtype=torch.int64)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ def run(source: Path, target: Path, importer: str, options: Sequence[str], impor
     Args:
         source: what the importer reads.
         target: directory for the shards.
-        importer: its name.
+        importer: name of the importer.
         options: ``key=value`` each, values typed as in a recipe: the importer's keyword-only parameters.
         imports: modules or ``.py`` files with importers of the user's own.
 

@@ -13,7 +13,7 @@ REQUIRED = ("torch", "megatron-core", "transformers", "webdataset", "pydantic", 
 
 
 def describe() -> str:
-    """Lines of ``what: value``."""
+    """Find out what this machine has, as lines of ``what: value``."""
     device = select()
     lines = [
         f"megatron-g2rpo: {__version__} (Python {platform.python_version()})",

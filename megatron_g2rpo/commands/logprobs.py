@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``megatron-g2rpo logprobs``: what the policy thinks of given responses, at any layout."""
+"""``megatron-g2rpo logprobs``: log-probabilities and entropies of given responses under the policy, at any layout."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.data.shard_index import DECODE_ERRORS
 from megatron_g2rpo.policy.device import select, set_cpu_threads
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from megatron_g2rpo.recipe import Recipe
+from megatron_g2rpo.recipe import Policy, Recipe
 from megatron_g2rpo.train.assembly import packer_for
 
-# Lines whose results are held at once; rows are packed within a chunk.
+# Lines whose results are held at once; sequences are packed within a chunk.
 CHUNK_LINES = 256
 
 
 def logprobs(recipe: Recipe, source: Path, target: Path) -> int:
-    """Log-probabilities and entropies of the response tokens of every line, in order.
+    """Write the log-probabilities and entropies of the response tokens of every line, in order. A collective.
 
     Each line of the input is ``{"prompt": [chat messages], "images": [paths], "response": "text"}``; paths are relative
     to the file. Each line of the output is ``{"token_ids": [...], "logprobs": [...], "entropies": [...]}`` of the
@@ -34,15 +34,15 @@ def logprobs(recipe: Recipe, source: Path, target: Path) -> int:
     Data-parallel ranks share the lines of a chunk; rank 0 writes. The output appears when it is complete.
 
     Args:
-        recipe: its ``policy``, ``data`` (pixel bounds) and ``cluster`` sections are read.
-        source: the input.
-        target: the output.
+        recipe: the recipe, of which ``policy``, ``data`` (pixel bounds) and ``cluster`` are read.
+        source: the file to read.
+        target: the file to write.
 
     Returns:
-        Number of lines.
+        The number of lines.
 
     Raises:
-        DataError: a line that cannot be used; names file and line.
+        DataError: the input holds a line that cannot be used; names file and line.
     """
     device = select(recipe.cluster.device)
     if device.kind == "cpu":
@@ -56,7 +56,7 @@ def logprobs(recipe: Recipe, source: Path, target: Path) -> int:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text("")
     for start in range(0, len(records), CHUNK_LINES):
-        results = _chunk(recipe, policy, processor, records[start : start + CHUNK_LINES], source.parent)
+        results = _chunk(recipe.policy, policy, processor, records[start : start + CHUNK_LINES], source.parent)
         if writes:
             with partial.open("a") as file:
                 file.writelines(json.dumps(result) + "\n" for result in results)
@@ -66,26 +66,26 @@ def logprobs(recipe: Recipe, source: Path, target: Path) -> int:
 
 
 def _chunk(
-    recipe: Recipe, policy: MegatronPolicy, processor: ChatProcessor, records: list[dict[str, Any]], base: Path
+    settings: Policy, policy: MegatronPolicy, processor: ChatProcessor, records: list[dict[str, Any]], base: Path
 ) -> list[dict[str, Any]]:
     groups = policy.groups
     own = range(groups.data_rank, len(records), groups.data_size)
-    budget = recipe.policy.sequence_packing.train_mb_tokens
+    budget = settings.sequence_packing.train_mb_tokens
     sequences = [_sequence(processor, records[index], base, budget) for index in own]
     results: dict[int, dict[str, Any]] = {}
     if sequences:
         batches = packer_for(processor, policy.layout).pack(sequences, budget)
-        for batch, stats in zip(batches, policy.logprobs(batches, recipe.policy.generation.temperature), strict=True):
+        for batch, stats in zip(batches, policy.logprobs(batches, settings.generation.temperature), strict=True):
             logprob, entropy = response_values(batch, stats.logprobs), response_values(batch, stats.entropy)
-            for row in batch.sequence_ids.tolist():
-                results[own[row]] = {
-                    "token_ids": sequences[row].response_ids.tolist(),
-                    "logprobs": logprob[row].tolist(),
-                    "entropies": entropy[row].tolist(),
+            for number in batch.sequence_ids.tolist():
+                results[own[number]] = {
+                    "token_ids": sequences[number].response_ids.tolist(),
+                    "logprobs": logprob[number].tolist(),
+                    "entropies": entropy[number].tolist(),
                 }
     gathered: list[dict[int, dict[str, Any]]] = [{} for _ in range(groups.data_size)]
     dist.all_gather_object(gathered, results, group=groups.data)
-    everything = {index: result for part in gathered for index, result in part.items()}
+    everything = {index: result for share in gathered for index, result in share.items()}
     return [everything[index] for index in range(len(records))]
 
 

@@ -28,8 +28,9 @@ def run(
     Args:
         path: the recipe.
         overrides: ``key=value`` each.
-        gpu_memory_gb: of one GPU, 10^9 bytes.
-        mean_tokens, image_tokens: see ``rows.assume``.
+        gpu_memory_gb: memory of one GPU, 10^9 bytes.
+        mean_tokens: mean tokens of a sequence, prompt and response; None for the longest that the recipe allows.
+        image_tokens: image tokens of a prompt; None for the most that the recipe allows.
         as_json: print JSON instead of tables.
 
     Returns:

@@ -37,7 +37,7 @@ def checked(path: Path, overrides: Sequence[str], kind: Literal["train", "sft"],
     """The recipe of a run that can start, as far as can be told.
 
     Args:
-        path, overrides, kind: see ``recipe.load``.
+        path, overrides, kind: the recipe to load, as for ``recipe.load``.
         download: get a model that is none of this machine's from the hub; its name is taken on trust otherwise.
 
     Raises:

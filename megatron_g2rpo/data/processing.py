@@ -125,15 +125,19 @@ class ChatProcessor:
             token_ids=token_ids.repeat_interleave(repeats), pixel_values=pixel_values, image_grid_thw=image_grid_thw
         )
 
-    def encode_sample(self, sample: Sample) -> Prompt:
+    def encode_sample(self, sample: Sample, task_id: int) -> Prompt:
         """The prompt that asks a sample.
+
+        Args:
+            sample: what is asked.
+            task_id: number of its task, see ``types.Prompt``.
 
         Raises:
             SampleError: see ``encode``; names the sample.
         """
         messages = build_messages(sample, self.system_prompt, self._instructed.get(sample.task))
         inputs = self.encode(messages, sample.images, name=f"sample {sample.key}")
-        return Prompt(sample=sample, inputs=inputs, response_prefix=self.response_prefix)
+        return Prompt(sample=sample, inputs=inputs, task_id=task_id, response_prefix=self.response_prefix)
 
     @cached_property
     def response_prefix(self) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -46,6 +46,8 @@ class PromptStream:
         processor: encodes samples.
         on_bad_sample: ``error`` raises on an undecodable sample, ``skip`` counts and replaces it.
         need_response: every sample must have a ``response`` (supervised training).
+        task_ids: task -> ``Prompt.task_id``, for every task of the data; None numbers the data's own tasks in their
+            sorted order.
 
     Raises:
         DataError: a weight for a task that the data lacks, a negative weight, or none above 0.
@@ -60,8 +62,10 @@ class PromptStream:
         on_bad_sample: OnBadSample = "error",
         *,
         need_response: bool = False,
+        task_ids: Mapping[str, int] | None = None,
     ) -> None:
         self._index, self._processor, self._seed = index, processor, seed
+        self._task_ids = number_tasks(index.tasks) if task_ids is None else task_ids
         self._on_bad_sample, self._need_response = on_bad_sample, need_response
         weights = _complete_weights(index, task_weights)
         self.tasks = tuple(weights)
@@ -133,7 +137,8 @@ class PromptStream:
         replacements = self._generator(entry.task, position, 1)
         for _ in range(MAX_REPLACEMENTS):
             try:
-                return encode_entry(self._index, entry, self._processor, self._need_response)
+                task_id = self._task_ids[entry.task]
+                return encode_entry(self._index, entry, self._processor, task_id, self._need_response)
             except SampleError as error:
                 if self._on_bad_sample == "error":
                     raise
@@ -150,12 +155,18 @@ class PromptStream:
         return np.random.default_rng([self._seed, zlib.crc32(task.encode()), *numbers])
 
 
+def number_tasks(tasks: Iterable[str]) -> dict[str, int]:
+    """Task -> ``Prompt.task_id``, its place among the sorted names."""
+    return {task: task_id for task_id, task in enumerate(sorted(tasks))}
+
+
 def validation_prompts(
     index: ShardIndex,
     per_task: int,
     processor: ChatProcessor,
     on_bad_sample: OnBadSample = "error",
     rows: slice = slice(None),
+    task_ids: Mapping[str, int] | None = None,
 ) -> list[Prompt]:
     """The first ``per_task`` samples of every task (all, where there are fewer), task by task.
 
@@ -166,14 +177,16 @@ def validation_prompts(
         on_bad_sample: ``skip`` leaves an undecodable sample out, without replacement: which samples are held out does
             not depend on how they are shared over ranks.
         rows: which of them to decode and return, so that a rank pays for its own part only.
+        task_ids: task -> ``Prompt.task_id``, see ``PromptStream``.
 
     Raises:
         SampleError: an undecodable sample under ``on_bad_sample: error``.
     """
+    task_ids = number_tasks(index.tasks) if task_ids is None else task_ids
     prompts = []
     for entry in [entry for task in index.tasks for entry in index.entries(task)[:per_task]][rows]:
         try:
-            prompts.append(encode_entry(index, entry, processor))
+            prompts.append(encode_entry(index, entry, processor, task_ids[entry.task]))
         except SampleError as error:
             if on_bad_sample == "error":
                 raise
@@ -181,7 +194,9 @@ def validation_prompts(
     return prompts
 
 
-def encode_entry(index: ShardIndex, entry: Entry, processor: ChatProcessor, need_response: bool = False) -> Prompt:
+def encode_entry(
+    index: ShardIndex, entry: Entry, processor: ChatProcessor, task_id: int, need_response: bool = False
+) -> Prompt:
     """Read, decode and encode one sample.
 
     Raises:
@@ -191,7 +206,7 @@ def encode_entry(index: ShardIndex, entry: Entry, processor: ChatProcessor, need
     sample = index.read(entry)
     if need_response and sample.response is None:
         raise DataError(f"sample {sample.key} has no response; supervised training needs one in every sample")
-    return processor.encode_sample(sample)
+    return processor.encode_sample(sample, task_id)
 
 
 def _complete_weights(index: ShardIndex, task_weights: Mapping[str, float]) -> dict[str, float]:

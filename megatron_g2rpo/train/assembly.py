@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts the rooms together: from a recipe to policy, engine, data and the things between them."""
+"""From a recipe to the components of a loop: policy, engine, data and what lies between them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from transformers import AutoConfig
 from megatron_g2rpo.data.dataset import open_dataset
 from megatron_g2rpo.data.packing import Packer
 from megatron_g2rpo.data.processing import ChatProcessor
-from megatron_g2rpo.data.stream import PromptStream, validation_prompts
+from megatron_g2rpo.data.stream import PromptStream, number_tasks, validation_prompts
 from megatron_g2rpo.objective import History
 from megatron_g2rpo.policy.device import Device, select, set_cpu_threads
 from megatron_g2rpo.policy.layouts.layout import Layout, token_multiples
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.policy.reference_policy import ReferencePolicy
-from megatron_g2rpo.recipe import Recipe, TrainRecipe
+from megatron_g2rpo.recipe import Policy, Recipe, TrainRecipe
 from megatron_g2rpo.rollout import base as engines
 from megatron_g2rpo.tasks import response_formats
 from megatron_g2rpo.types import DTYPES, Prompt
@@ -29,15 +29,15 @@ class Components:
     """What a loop works with, on this rank.
 
     Attributes:
-        device: its hardware.
-        processor: chats to model inputs and back.
+        device: the hardware of this rank.
+        processor: turns chats into model inputs and responses into tokens.
         policy: the Megatron policy.
-        packer: sequences to rows.
-        engine: prompts to rollouts.
+        packer: packs sequences into micro-batches.
+        engine: turns prompts into rollouts.
         stream: the training prompts.
         validation: the held-out prompts that this rank answers.
-        tasks: task names; a task's id is its place here.
-        history: what the advantage estimator remembers.
+        tasks: task names in the order of their ids, which is sorted.
+        history: what the advantage estimator remembers of earlier steps.
         reference: the policy as it was before the run, where the loss or the reward measures the distance from it.
     """
 
@@ -52,16 +52,15 @@ class Components:
     history: History
     reference: ReferencePolicy | None
 
-    def task_id(self, task: str) -> int:
-        """Number of a task; the same on every rank."""
-        return self.tasks.index(task)
-
 
 def assemble(recipe: Recipe) -> Components:
     """Build everything a loop needs. Cheap checks come first: data and layout errors appear before weights are read.
 
     Raises:
-        DataError, LayoutError, CheckpointError, ValueError: see the parts.
+        DataError: the data cannot be used, see ``open_dataset`` and ``PromptStream``.
+        LayoutError: the model cannot be split as the recipe asks.
+        CheckpointError: the weights of ``policy.model_name`` do not fit its config.
+        ValueError: the engine cannot be built, see ``rollout.base``.
     """
     loop = recipe.grpo if isinstance(recipe, TrainRecipe) else recipe.sft
     updates = recipe.num_updates_per_step if isinstance(recipe, TrainRecipe) else 1
@@ -86,6 +85,7 @@ def assemble(recipe: Recipe) -> Components:
     policy = MegatronPolicy(
         recipe.policy, device, seed=loop.seed, max_steps=loop.max_num_steps * updates, banned_token_ids=banned
     )
+    task_ids = number_tasks(recipe.env.tasks)
     stream = PromptStream(
         train_index,
         data.task_weights,
@@ -93,13 +93,14 @@ def assemble(recipe: Recipe) -> Components:
         processor,
         data.on_bad_sample,
         need_response=not isinstance(recipe, TrainRecipe),
+        task_ids=task_ids,
     )
     return Components(
         device=device,
         processor=processor,
         policy=policy,
         packer=packer_for(processor, policy.layout),
-        engine=engine_for(recipe, processor, device, banned),
+        engine=engine_for(recipe.policy, processor, device, banned),
         stream=stream,
         validation=validation_prompts(
             validation_index,
@@ -107,8 +108,9 @@ def assemble(recipe: Recipe) -> Components:
             processor,
             data.on_bad_sample,
             rows=slice(torch.distributed.get_rank(), None, torch.distributed.get_world_size()),
+            task_ids=task_ids,
         ),
-        tasks=tuple(sorted(recipe.env.tasks)),
+        tasks=tuple(task_ids),
         history=History(),
         # Now, before the run's newest checkpoint is read.
         reference=ReferencePolicy(policy) if _needs_reference(recipe) else None,
@@ -120,7 +122,7 @@ def _needs_reference(recipe: Recipe) -> bool:
 
 
 def packer_for(processor: ChatProcessor, layout: Layout) -> Packer:
-    """A packer with the processor's tokens, whose rows the layout can split."""
+    """Build a packer with the processor's tokens, whose micro-batches the layout can split."""
     sequence_multiple, row_multiple = token_multiples(layout)
     return Packer(
         image_token_id=processor.image_token_id,
@@ -133,13 +135,20 @@ def packer_for(processor: ChatProcessor, layout: Layout) -> Packer:
 
 
 def engine_for(
-    recipe: Recipe, processor: ChatProcessor, device: Device, banned_token_ids: Sequence[int]
+    policy: Policy, processor: ChatProcessor, device: Device, banned_token_ids: Sequence[int]
 ) -> engines.Engine:
-    """The rollout engine that the recipe names, without weights."""
+    """Build the rollout engine that the recipe names, without weights. A collective of all ranks.
+
+    Args:
+        policy: the recipe's section.
+        processor: decodes tokens, and knows which of them are special.
+        device: this rank's device.
+        banned_token_ids: tokens that are never sampled.
+    """
     context = engines.Context(
-        policy=recipe.policy,
+        policy=policy,
         device=device.torch_device,
-        dtype=DTYPES[recipe.policy.precision],
+        dtype=DTYPES[policy.precision],
         nccl=device.nccl,
         eos_token_ids=[processor.eos_token_id],
         pad_token_id=processor.pad_token_id,
@@ -148,4 +157,4 @@ def engine_for(
         spatial_merge_size=processor.spatial_merge_size,
         decode=processor.decode,
     )
-    return engines.get(recipe.policy.generation.backend).build(context, **recipe.policy.generation.backend_cfg)
+    return engines.get(policy.generation.backend).build(context, **policy.generation.backend_cfg)

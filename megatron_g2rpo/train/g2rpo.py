@@ -1,5 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The G2RPO loop."""
+"""G2RPO, on one screen: ``train`` is the run, ``g2rpo_step`` the algorithm, ``update`` one optimizer step.
+
+    megatron-g2rpo train examples/recipes/vlm_g2rpo-quickstart-1n1g-megatron-tp1.yaml [key=value ...]
+
+A step, and where each part of it is:
+
+1. give the engine the policy's weights, draw prompts, sample a group of responses to each and score them
+   (``step/sampling.py``, which asks ``rollout/`` and ``tasks/``);
+2. pack the rollouts into minibatches of micro-batches (``step/minibatches.py``), and recompute their log-probabilities
+   with the trainer before it moves (``step/old_logprobs.py``);
+3. turn rewards into advantages, within groups and tasks (``step/advantages.py``; the mathematics is ``objective/``);
+4. take one optimizer step per minibatch on surrogate, KL term and entropy shaping (``step/losses.py``; ``policy/``).
+
+What it simplifies:
+
+- Sampling and training take turns, and weights are synced before every sampling: a step is on-policy, nothing is stale,
+  and there is no queue or replay buffer between the two.
+- A reward is a weighted sum of functions of the response (``tasks/``), and an advantage is one number a rollout: there
+  is no critic. A rollout is a single turn, without tools.
+- Every rank runs this file, under torchrun: there is no controller process, and the only state beside the policy and
+  its optimizer is the position in the data and what the estimator remembers. Around the steps, ``run/`` validates,
+  logs, saves and resumes.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +35,14 @@ from megatron_g2rpo.train.assembly import Components, assemble
 from megatron_g2rpo.train.run.logs import Column, MetricsLog, StepMetrics
 from megatron_g2rpo.train.run.loop import Run
 from megatron_g2rpo.train.step.advantages import advantages_of
-from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies
-from megatron_g2rpo.train.step.metrics import (
-    advantage_metrics,
-    answer_warnings,
-    entropy_metrics,
-    gap_metrics,
-    gap_warnings,
-    group_metrics,
-    importance_metrics,
-    length_metrics,
-    mean_over,
-    packing_metrics,
-    rollout_metrics,
-    skipped_metrics,
-    task_gradient_metrics,
-)
-from megatron_g2rpo.train.step.minibatches import Minibatch, minibatches
-from megatron_g2rpo.train.step.old_logprobs import entropies_of, measured, reference_kl
+from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies, entropy_bounds
+from megatron_g2rpo.train.step.metrics import skipped_metrics, step_metrics
+from megatron_g2rpo.train.step.minibatches import Minibatch, pack_minibatches
+from megatron_g2rpo.train.step.old_logprobs import add_logprobs, entropies_of, reference_kl
 from megatron_g2rpo.train.step.sampling import collect
 from megatron_g2rpo.train.step.timers import Timers
+from megatron_g2rpo.train.step.update_metrics import task_gradient_metrics, update_metrics
+from megatron_g2rpo.train.step.warnings import answer_warnings, gap_warnings
 
 COLUMNS = (
     Column("reward", "train/reward"),
@@ -55,94 +65,109 @@ def train(recipe: TrainRecipe) -> Path | None:
     Returns:
         The exported Hugging Face directory, if the recipe asks for one.
     """
-    parts = assemble(recipe)
-    run = Run(recipe, parts)
-    with MetricsLog(recipe, COLUMNS, run.last_step, run.first_step, enabled=dist.get_rank() == 0) as log:
-        start = run.starting_validation(log)
-        if start:
-            log.log(StepMetrics(step=0, values=start))
+    components = assemble(recipe)
+    run = Run(recipe, components)
+    with MetricsLog(recipe.logger, COLUMNS, run.last_step, run.first_step, enabled=dist.get_rank() == 0) as log:
+        run.validate_at_start(log)
         for step in run.steps:
             with run.sampling(step):
-                values = g2rpo_step(recipe, parts, step, log.note)
-            for warning in gap_warnings(recipe, values):
+                metrics = g2rpo_step(recipe, components, step, log.note)
+            for warning in gap_warnings(recipe.policy.generation.gap_warning, tuple(recipe.env.tasks), metrics):
                 log.note(warning)
-            run.complete(step, log, values)
+            metrics |= run.validation(step, log, metrics)
+            log.log(StepMetrics(step=step, values=metrics))
+            run.save(step)
         return run.finish()
 
 
 def g2rpo_step(
-    recipe: TrainRecipe, parts: Components, step: int, note: Callable[[str], None] = print
+    recipe: TrainRecipe, components: Components, step: int, note: Callable[[str], None] = print
 ) -> dict[str, float]:
-    """One step: sample, score, and update the policy on the advantages; its metrics.
+    """Take one step: sample, score, and update the policy on the advantages. A collective of all ranks.
 
     Args:
-        step: of the run.
+        recipe: the run's recipe.
+        components: what the loop works with.
+        step: number of the step, from 1.
         note: shows the user a line.
+
+    Returns:
+        The metrics of the step.
     """
-    timers, skipped = Timers(parts), parts.stream.num_skipped
-    collected = collect(recipe, parts, step, timers)
+    policy, reference, timers = components.policy, components.reference, Timers(components.device)
+    loss_fn, data_parallel, skipped = recipe.loss_fn, policy.groups.data, components.stream.num_skipped
+
+    collected = collect(recipe, components, step, timers)
     rollouts, rewards = collected.rollouts, collected.rewards
-    for warning in answer_warnings(rollouts, recipe.env, recipe.data.response_format, parts.policy.groups.data):
+    for warning in answer_warnings(rollouts, recipe.env, recipe.data.response_format, data_parallel):
         note(warning)
+
     with timers("logprobs"):  # of every minibatch before the first update: the policy that sampled
-        batches, entropies = measured(recipe, parts, minibatches(recipe, parts, rollouts))
+        minibatches = pack_minibatches(
+            recipe.grpo, recipe.policy, components.packer, rollouts,
+            token_level_loss=loss_fn.token_level_loss, process_group=data_parallel,
+        )  # fmt: skip
+        minibatches, entropies = add_logprobs(
+            policy, reference, minibatches, loss_fn.importance_sampling,
+            temperature=recipe.policy.generation.temperature, num_tasks=len(components.tasks),
+        )  # fmt: skip
+
     with timers("rewards"):
-        options = recipe.loss_fn.reference_policy_kl
-        if parts.reference is not None and options.where == "reward":
-            rewards = rewards.plus("reference_kl_sum", reference_kl(recipe, batches), -options.penalty)
-        advantages = advantages_of(recipe, parts, rollouts, rewards)
-        batches = [minibatch.with_advantages(advantages.values) for minibatch in batches]
+        divergence = loss_fn.reference_policy_kl
+        if reference is not None and divergence.where == "reward":
+            rewards = rewards.plus("reference_kl_sum", reference_kl(loss_fn, minibatches), -divergence.penalty)
+        advantages = advantages_of(
+            recipe.grpo.adv_estimator, rollouts, rewards, history=components.history, process_group=data_parallel
+        )
+        minibatches = [minibatch.with_advantages(advantages.values) for minibatch in minibatches]
+
     updates = [
-        update(recipe, parts, step, number, minibatch, entropy, timers)
-        for number, (minibatch, entropy) in enumerate(zip(batches, entropies, strict=True))
+        update(recipe, components, step, number, minibatch, entropies[number], timers)
+        for number, minibatch in enumerate(minibatches)
     ]
-    rows = [row for minibatch in batches for row in minibatch.micro_batches]
-    return {
-        **rollout_metrics(parts, rollouts, rewards),
-        **length_metrics(recipe, parts, rollouts),
-        **group_metrics(parts, rollouts, advantages.statistics),
-        **advantage_metrics(parts, advantages.diagnostics),
-        **mean_over(updates),
-        **gap_metrics(parts, rows),
-        **importance_metrics(recipe, rows, parts.policy.groups.data),
-        **packing_metrics(rows, parts.policy.groups.data),
-        **collected.metrics,
-        **skipped_metrics(parts, skipped),
-        **timers.metrics(),
-    }
+    metrics = step_metrics(
+        components.tasks, rollouts, rewards, advantages, minibatches, updates,
+        env=recipe.env, truncated_ratio=loss_fn.importance_sampling.truncated_ratio, process_group=data_parallel,
+    )  # fmt: skip
+    metrics |= collected.metrics
+    metrics |= skipped_metrics(components.stream.num_skipped - skipped, data_parallel)
+    return {**metrics, **timers.metrics()}
 
 
 def update(
     recipe: TrainRecipe,
-    parts: Components,
+    components: Components,
     step: int,
     number: int,
     minibatch: Minibatch,
     entropies: TaskEntropies,
     timers: Timers,
 ) -> dict[str, float]:
-    """One optimizer step; its metrics.
+    """Take one optimizer step. A collective of all ranks.
 
     Args:
-        step: of the run.
-        number: of the update in the step, from 0.
-        minibatch: with advantages.
-        entropies: of the minibatch under the policy that sampled it.
+        recipe: the run's recipe.
+        components: what the loop works with.
+        step: number of the step, from 1.
+        number: number of the update in the step, from 0.
+        minibatch: the rollouts of the update, with advantages.
+        entropies: task entropies of the minibatch under the policy that sampled it.
+        timers: the step's stopwatch.
+
+    Returns:
+        The metrics of the update.
     """
-    policy, temperature = parts.policy, recipe.policy.generation.temperature
-    shaping, metrics = recipe.loss_fn.entropy_shaping, {}
+    policy, tasks, temperature = components.policy, components.tasks, recipe.policy.generation.temperature
+    shaping, period, gradients = recipe.loss_fn.entropy_shaping, recipe.grpo.task_gradient_period, {}
     with timers("logprobs"):
         if number > 0 and shaping.enabled and shaping.sides == "fresh":
-            entropies = entropies_of(recipe, parts, minibatch)
-    loss = G2RPOLoss(recipe, parts.tasks, entropies, policy.groups.context)
-    period = recipe.grpo.task_gradient_period
+            entropies = entropies_of(policy, minibatch, temperature=temperature, num_tasks=len(tasks))
+    loss = G2RPOLoss(recipe.loss_fn, entropy_bounds(recipe.env, tasks), tasks, entropies, policy.groups.context)
     if number == 0 and period > 0 and step % period == 0:
         with timers("task_gradients"):
-            metrics = task_gradient_metrics(parts, minibatch.micro_batches, loss, entropies, temperature)
+            gradients = task_gradient_metrics(
+                policy, tasks, minibatch.micro_batches, loss, entropies, temperature=temperature
+            )
     with timers("update"):
-        means = loss.metrics(policy.update(minibatch.micro_batches, loss, temperature))
-    return {
-        **{f"train/{name}": value for name, value in means.items()},
-        **entropy_metrics(parts, entropies, loss),
-        **metrics,
-    }
+        means = policy.update(minibatch.micro_batches, loss, temperature)
+    return {**update_metrics(tasks, means, entropies, loss), **gradients}

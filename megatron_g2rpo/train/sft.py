@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Supervised training of the policy on the responses of the shards: the warm start of reinforcement learning."""
+"""Supervised training of the policy on the responses of the shards: the warm start of reinforcement learning.
+
+Start it with ``megatron-g2rpo sft RECIPE``. ``sft_step`` is one optimizer step; around the steps, ``run/`` validates,
+logs, saves and resumes.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_g2rpo.data.errors import SampleError
 from megatron_g2rpo.data.packing import PackSequence
+from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.recipe import SftRecipe
 from megatron_g2rpo.tasks.prompts import continuation
 from megatron_g2rpo.train.assembly import Components, assemble
@@ -29,7 +34,7 @@ COLUMNS = (
     Column("s/step", "time/step", ".2f"),
     Column("val", "val/mean_greedy_accuracy"),
 )
-LOG_PERIOD = 10
+LOG_PERIOD = 10  # steps; the first, the last and every validated step are logged too
 
 
 def sft(recipe: SftRecipe) -> Path | None:
@@ -38,41 +43,50 @@ def sft(recipe: SftRecipe) -> Path | None:
     Returns:
         The exported Hugging Face directory, if the recipe asks for one.
     """
-    parts = assemble(recipe)
-    run = Run(recipe, parts)
-    with MetricsLog(recipe, COLUMNS, run.last_step, run.first_step, enabled=dist.get_rank() == 0) as log:
-        start = run.starting_validation(log)
-        if start:
-            log.log(StepMetrics(step=0, values=start))
+    components = assemble(recipe)
+    run = Run(recipe, components)
+    with MetricsLog(recipe.logger, COLUMNS, run.last_step, run.first_step, enabled=dist.get_rank() == 0) as log:
+        run.validate_at_start(log)
         for step in run.steps:
-            logged = step % LOG_PERIOD == 0 or step in (1, run.last_step)
-            run.complete(step, log, sft_step(recipe, parts), logged=logged)
+            metrics = sft_step(recipe, components)
+            validation = run.validation(step, log, metrics)
+            if validation or step % LOG_PERIOD == 0 or step in (1, run.last_step):
+                log.log(StepMetrics(step=step, values={**metrics, **validation}))
+            run.save(step)
         return run.finish()
 
 
-def sft_step(recipe: SftRecipe, parts: Components) -> dict[str, float]:
-    """One optimizer step on ``train_global_batch_size`` samples; its metrics."""
-    timers, groups, skipped = Timers(parts), parts.policy.groups, parts.stream.num_skipped
-    size = recipe.policy.train_global_batch_size
+def sft_step(recipe: SftRecipe, components: Components) -> dict[str, float]:
+    """Take one optimizer step on ``train_global_batch_size`` samples. A collective of all ranks.
+
+    Returns:
+        The metrics of the step.
+
+    Raises:
+        SampleError: a sample's prompt and response are longer than ``policy.max_total_sequence_length``.
+    """
+    policy, stream, groups = components.policy, components.stream, components.policy.groups
+    timers, skipped = Timers(components.device), stream.num_skipped
+    size, limit = recipe.policy.train_global_batch_size, recipe.policy.max_total_sequence_length
     with timers("data"):
-        prompts = parts.stream.next_batch(size, owned_prompts(size, groups))
-        limit = recipe.policy.max_total_sequence_length
-        sequences = [_sequence(parts, prompt, limit) for prompt in prompts]
-        batches = pack_evenly(parts, sequences, recipe.policy.sequence_packing.train_mb_tokens)
+        prompts = stream.next_batch(size, owned_prompts(size, groups.data_rank, groups.data_size))
+        sequences = [_sequence(components.processor, prompt, limit) for prompt in prompts]
+        budget = recipe.policy.sequence_packing.train_mb_tokens
+        micro_batches = pack_evenly(components.packer, sequences, budget, groups.data)
     with timers("update"):
-        metrics = parts.policy.update(batches, sft_loss)
+        metrics = policy.update(micro_batches, sft_loss)
     named = {f"train/{name}": value for name, value in metrics.items()}
-    return {**named, **skipped_metrics(parts, skipped), **timers.metrics()}
+    return {**named, **skipped_metrics(stream.num_skipped - skipped, groups.data), **timers.metrics()}
 
 
-def _sequence(parts: Components, prompt: Prompt, limit: int) -> PackSequence:
+def _sequence(processor: ChatProcessor, prompt: Prompt, limit: int) -> PackSequence:
     assert prompt.sample.response is not None  # the stream was asked for samples with one
     sequence = PackSequence(
         inputs=prompt.inputs,
-        response_ids=parts.processor.encode_response(
+        response_ids=processor.encode_response(
             continuation(prompt.sample.response, prompt.response_prefix), name=f"sample {prompt.key}"
         ),
-        task_id=parts.task_id(prompt.task),
+        task_id=prompt.task_id,
     )
     if sequence.length > limit:
         raise SampleError(

@@ -25,7 +25,7 @@ from megatron_g2rpo.data.packing import PackSequence
 from megatron_g2rpo.policy import optimizer as policy_optimizer
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.recipe import TrainRecipe
-from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies
+from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies, entropy_bounds
 from megatron_g2rpo.train.step.old_logprobs import importance_weights
 from megatron_g2rpo.types import PackedBatch
 from tests.common.compare import largest_distance as distance  # noqa: F401 (tests/unit/train takes it from here)
@@ -176,7 +176,7 @@ def with_fixed(batch: PackedBatch, fixed: Sequence[Fixed], recipe: TrainRecipe) 
     return replace(
         row,
         old_logprobs=fields["behaviour"],
-        importance_weights=importance_weights(recipe, row, fields["behaviour"]),
+        importance_weights=importance_weights(recipe.loss_fn.importance_sampling, row, fields["behaviour"]),
         reference_logprobs=fields["reference"],
     )
 
@@ -185,7 +185,8 @@ def loss_on(policy: MegatronPolicy, batches: Sequence[PackedBatch], recipe: Trai
     """The objective of these rows, with the policy's entropies. A collective."""
     stats = policy.logprobs(batches, TEMPERATURE)
     entropies = TaskEntropies.of(list(batches), stats, TASKS, policy.groups.data)
-    return G2RPOLoss(recipe, TASK_NAMES, entropies, policy.groups.context)
+    bounds = entropy_bounds(recipe.env, TASK_NAMES)
+    return G2RPOLoss(recipe.loss_fn, bounds, TASK_NAMES, entropies, policy.groups.context)
 
 
 def gradients(policy: MegatronPolicy, batches: Sequence[PackedBatch], loss: Any) -> dict[str, Tensor]:

@@ -191,7 +191,7 @@ def random_inputs(
 def as_prompt(inputs: ModelInputs, key: str, task: str = "toy") -> Prompt:
     """Wrap model inputs as the prompt of a sample that has no more than a name."""
     sample = Sample(key=key, task=task, question="", answer="", answer_format="exact")
-    return Prompt(sample=sample, inputs=inputs)
+    return Prompt(sample=sample, inputs=inputs, task_id=0)
 
 
 def hf_logits(

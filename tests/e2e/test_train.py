@@ -18,7 +18,7 @@ from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.train.assembly import assemble
 from megatron_g2rpo.train.g2rpo import g2rpo_step
 from megatron_g2rpo.train.run.loop import Run
-from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies
+from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies, entropy_bounds
 from megatron_g2rpo.types import PackedBatch
 from tests.common.tiny_model import hf_greedy
 from tests.e2e.toy import TASKS, Toy, call, metrics, numbers, succeed
@@ -116,12 +116,12 @@ def test_the_export_answers_as_the_policy_does(toy: Toy, straight: Path) -> None
 
     # The policy comes from the Megatron checkpoint, not from the directory under test.
     recipe = recipes.load(straight / "recipe.yaml", ["grpo.max_val_samples=12"], "train")
-    parts = assemble(recipe)
-    assert Run(recipe, parts).first_step == 4
-    parts.engine.load_weights(parts.policy.stream())
-    prompts = parts.validation
+    components = assemble(recipe)
+    assert Run(recipe, components).first_step == 4
+    components.engine.load_weights(components.policy.stream())
+    prompts = components.validation
     assert len(prompts) == 36
-    rollouts = parts.engine.generate(prompts, 1, temperature=0.0, seed=0, group_ids=list(range(36)))
+    rollouts = components.engine.generate(prompts, 1, temperature=0.0, seed=0, group_ids=list(range(36)))
     assert len({rollout.text for rollout in rollouts}) > 3, "answers that are all alike prove little"
     chat = ChatProcessor(exported)
     for rollout in rollouts:
@@ -213,13 +213,15 @@ def test_every_update_of_a_step_is_measured_against_the_policy_that_sampled(
 ) -> None:
     path = toy.recipe(tmp_path / "recipe.yaml", policy={"train_global_batch_size": 12})
     recipe = recipes.load(path, [f"logger.log_dir={tmp_path / 'run'}"], "train")
-    parts = assemble(recipe)
-    update, distances, hinges = parts.policy.update, [], []
+    components = assemble(recipe)
+    update, distances, hinges = components.policy.update, [], []
 
     def measured_update(batches: list[PackedBatch], loss: G2RPOLoss, *args: Any) -> dict[str, float]:
-        now = parts.policy.logprobs(batches)
-        entropies = TaskEntropies.of(batches, now, len(parts.tasks), parts.policy.groups.data)
-        hinges.append((loss.hinge, G2RPOLoss(recipe, parts.tasks, entropies, parts.policy.groups.context).hinge))
+        now = components.policy.logprobs(batches)
+        entropies = TaskEntropies.of(batches, now, len(components.tasks), components.policy.groups.data)
+        bounds = entropy_bounds(recipe.env, components.tasks)
+        fresh = G2RPOLoss(recipe.loss_fn, bounds, components.tasks, entropies, components.policy.groups.context)
+        hinges.append((loss.hinge, fresh.hinge))
         for batch, stats in zip(batches, now, strict=True):
             assert batch.old_logprobs is not None
             response = batch.task_ids >= 0
@@ -229,8 +231,8 @@ def test_every_update_of_a_step_is_measured_against_the_policy_that_sampled(
             distances.append(float((stats.logprobs - batch.old_logprobs)[response].abs().max()))
         return update(batches, loss, *args)
 
-    monkeypatch.setattr(parts.policy, "update", measured_update)
-    line = g2rpo_step(recipe, parts, 1)
+    monkeypatch.setattr(components.policy, "update", measured_update)
+    line = g2rpo_step(recipe, components, 1)
     assert all(used == fresh != 0.0 for used, fresh in hinges), "entropies are those of the weights of the update"
     first, second = distances
     assert first == 0.0  # the same weights and the same rows: the same bits

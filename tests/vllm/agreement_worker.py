@@ -32,31 +32,37 @@ ATOL = 1e-4
 def main() -> None:
     settings = recipes.load(Path(sys.argv[1]), sys.argv[3:], "train")
     directory = Path(sys.argv[2])
-    parts = assemble(settings)
-    start = {name: tensor.clone() for name, tensor in parts.policy.stream()}
+    components = assemble(settings)
+    engine, policy, groups = components.engine, components.policy, components.policy.groups
+    start = {name: tensor.clone() for name, tensor in policy.stream()}
     for step in range(1, STEPS + 1):
-        values = g2rpo_step(settings, parts, step)
+        values = g2rpo_step(settings, components, step)
         # The engine has had each step's weights, or this would grow with the steps.
         assert values["train/rollout_gap_max"] < ATOL, f"step {step}: {values['train/rollout_gap_max']}"
-    moved = [name for name, tensor in parts.policy.stream() if not torch.equal(tensor, start[name])]
+    moved = [name for name, tensor in policy.stream() if not torch.equal(tensor, start[name])]
     assert len(moved) > len(start) // 2, "the steps must change the weights, or the comparison is empty"
-    parts.engine.load_weights(parts.policy.source())
-    owned = owned_prompts(PROMPTS, parts.policy.groups)
-    prompts = parts.stream.next_batch(PROMPTS, owned)
+    engine.load_weights(policy.source())
+    owned = owned_prompts(PROMPTS, groups.data_rank, groups.data_size)
+    prompts = components.stream.next_batch(PROMPTS, owned)
+    budget = settings.policy.sequence_packing.train_mb_tokens
     for temperature in (1.0, 0.7):
-        rollouts = generate(parts, prompts, 4, temperature=temperature, seed=7, group_ids=list(owned))
-        own = trainer_logprobs(settings, parts, rollouts, temperature)
+        rollouts = generate(engine, policy, prompts, 4, temperature=temperature, seed=7, group_ids=list(owned))
+        own = trainer_logprobs(policy, components.packer, rollouts, budget, temperature)
         for rollout, expected in zip(rollouts, own, strict=True):
             torch.testing.assert_close(rollout.logprobs, expected, rtol=0, atol=ATOL)
     # Validation's prompts, whose images the engine has seen under older weights.
-    mine = parts.validation
+    mine = components.validation
     for _ in range(2):
-        greedy = answers(parts, mine, 1, temperature=0.0, seed=0, group_ids=list(range(len(mine))))
+        greedy = answers(engine, policy, mine, 1, temperature=0.0, seed=0, group_ids=list(range(len(mine))))
     found: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, {r.prompt.key: r.response_ids.tolist() for r in greedy})
     first = dist.get_rank() == 0
     weights.export_hf(
-        parts.policy.stream(), parts.policy.specs(), directory / "hf", source=settings.policy.model_name, write=first
+        policy.stream(),
+        policy.specs(),
+        directory / "hf",
+        source=settings.policy.model_name,
+        write=first,
     )
     if first:
         everyone = {key: ids for part in found for key, ids in part.items()}

@@ -64,7 +64,8 @@ def make_prompts(count: int, seed: int = 0) -> list[Prompt]:
             key=f"shard/{number}", task="toy", question=text, answer="", answer_format="exact", images=images
         )
         content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
-        prompts.append(Prompt(sample=sample, inputs=processor.encode([{"role": "user", "content": content}], images)))
+        inputs = processor.encode([{"role": "user", "content": content}], images)
+        prompts.append(Prompt(sample=sample, inputs=inputs, task_id=0))
     return prompts
 
 

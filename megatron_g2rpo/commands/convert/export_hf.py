@@ -51,8 +51,8 @@ def export(checkpoint: MegatronCheckpoint, target: Path, *, source: Path, dtype:
         checkpoint: what to write.
         target: a directory that does not exist.
         source: Hugging Face directory of config and tokenizer; see ``companions``.
-        dtype: of the exported weights.
-        max_shard_size: see ``weights.export_hf``.
+        dtype: dtype of the exported weights.
+        max_shard_size: largest file of weights, see ``weights.export_hf``.
 
     Raises:
         CheckpointError: its weights do not fit the config; all that does not is listed.

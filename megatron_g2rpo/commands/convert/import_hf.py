@@ -21,7 +21,7 @@ def import_hf(recipe: Recipe, target: Path) -> None:
     """Write ``policy.model_name`` as a Megatron checkpoint, which any layout can load. A collective of all ranks.
 
     Args:
-        recipe: its ``policy`` and ``cluster`` sections are read.
+        recipe: the recipe, of which ``policy`` and ``cluster`` are read.
         target: a directory that does not exist.
 
     Raises:

@@ -28,10 +28,10 @@ filesystem_async._results_queue = queue.Queue()
 def write_checkpoint(directory: Path, policy: MegatronPolicy, state: dict[str, Any]) -> None:
     """Write a state in megatron-core's distributed format, with what its model directory holds beside weights.
 
-    A collective. The directory appears whole: it is written beside its place and renamed.
+    A collective of all ranks. The directory appears whole: it is written beside its place and renamed.
 
     Args:
-        directory: where to; replaced if it exists.
+        directory: the directory to write; replaced if it exists.
         policy: whose state it is.
         state: a sharded state dict, and plain values that are equal on every rank.
     """
@@ -58,8 +58,8 @@ class Checkpoints:
     leaves the previous one untouched.
 
     Args:
-        directory: where they lie.
-        keep_latest_k: how many to keep; None for all.
+        directory: the directory that holds the checkpoints.
+        keep_latest_k: how many checkpoints to keep; None for all.
     """
 
     def __init__(self, directory: str | Path, keep_latest_k: int | None) -> None:
@@ -74,8 +74,8 @@ class Checkpoints:
         """Write weights, optimizer, schedule and ``state``. A collective.
 
         Args:
-            step: loop steps completed.
-            policy: what to save.
+            step: number of steps that were completed.
+            policy: the policy whose state is saved.
             state: plain values that are equal on every rank, such as the position in the data.
         """
         if dist.get_rank() == 0:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run directory: which recipe it belongs to."""
+"""The run directory belongs to one recipe: it is claimed, continued or refused before the loop starts."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megatron_g2rpo.recipe import Recipe
+from megatron_g2rpo.recipe.run_sections import Logger
 from megatron_g2rpo.types import Rollout
 
 METRICS_FILE = "metrics.jsonl"
@@ -25,7 +25,7 @@ class StepMetrics:
     """Numbers of one step.
 
     Attributes:
-        step: optimizer-loop step, 0 before the first.
+        step: number of the step; 0 for what was measured before the first.
         values: flat names -> numbers; a quantity that does not exist this step is left out.
     """
 
@@ -35,7 +35,13 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the console table: heading, metric, format."""
+    """A column of the console table.
+
+    Attributes:
+        heading: what stands above it.
+        metric: name of the metric that it shows.
+        spec: format specification of the number.
+    """
 
     heading: str
     metric: str
@@ -48,26 +54,26 @@ class MetricsLog:
     A resumed run continues the files: lines of steps after the checkpoint, written by the interrupted run, are dropped.
 
     Args:
-        recipe: names the run directory.
-        columns: of the console table.
-        max_num_steps: steps of the run, for the progress bar.
+        section: the recipe's ``logger``, which names the run directory.
+        columns: columns of the console table.
+        max_num_steps: number of steps that the run takes, for the progress bar.
         first_step: the step that the run continues after.
         enabled: whether this rank writes.
     """
 
     def __init__(
-        self, recipe: Recipe, columns: Sequence[Column], max_num_steps: int, first_step: int, *, enabled: bool
+        self, section: Logger, columns: Sequence[Column], max_num_steps: int, first_step: int, *, enabled: bool
     ) -> None:
         self.enabled = enabled
         self.console = Console(quiet=not enabled)
         self._columns, self._rows = columns, 0
         if not enabled:
             return
-        directory = Path(recipe.logger.log_dir)
+        directory = Path(section.log_dir)
         self._path = directory / METRICS_FILE
         _keep_steps(self._path, first_step)
         self._writer = None
-        if recipe.logger.tensorboard_enabled:
+        if section.tensorboard_enabled:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
@@ -90,7 +96,7 @@ class MetricsLog:
                 self._writer.close()
 
     def log(self, metrics: StepMetrics) -> None:
-        """Write one step everywhere."""
+        """Write the metrics of one step everywhere: file, TensorBoard, console."""
         if not self.enabled:
             return
         values = metrics.values
@@ -104,7 +110,7 @@ class MetricsLog:
         self._progress.update(self._task, completed=metrics.step)
 
     def examples(self, rollouts: Sequence[Rollout]) -> None:
-        """Print a few question, answer and response triples."""
+        """Print question, response and reference answer of a few rollouts."""
         for rollout in rollouts:
             sample = rollout.prompt.sample
             self.note(f"  {sample.task}: {sample.question!r} -> {rollout.text!r} (reference {sample.answer!r})")

@@ -23,22 +23,28 @@ from megatron_g2rpo.train.run.validation import validate
 class Run:
     """The state around a loop: which step comes next, when to validate and save.
 
+    A loop does, for each step: train, ``validation``, log, ``save``. A step is saved after it was logged, so that none
+    is missing in the log of a resumed run.
+
     Args:
-        recipe: of the run.
-        parts: as assembled; restored from the newest checkpoint if there is one.
+        recipe: the run's recipe.
+        components: what the loop works with; restored from the newest checkpoint if there is one.
+
+    Attributes:
+        first_step: the step that the run continues after; 0 for a new run.
     """
 
-    def __init__(self, recipe: Recipe, parts: Components) -> None:
-        self.recipe, self.parts = recipe, parts
+    def __init__(self, recipe: Recipe, components: Components) -> None:
+        self._recipe, self._components = recipe, components
         self._loop = recipe.grpo if isinstance(recipe, TrainRecipe) else recipe.sft
         self._checkpoints = Checkpoints(recipe.checkpointing.checkpoint_dir, recipe.checkpointing.keep_latest_k)
         self.first_step = 0
         self._validated = False
         latest = self._checkpoints.latest() if recipe.checkpointing.enabled else None
         if latest is not None:
-            state = self._checkpoints.load(latest, parts.policy)
-            parts.stream.load_state_dict(state["stream"])
-            parts.history.load_state_dict(state["history"])
+            state = self._checkpoints.load(latest, components.policy)
+            components.stream.load_state_dict(state["stream"])
+            components.history.load_state_dict(state["history"])
             self.first_step = state["step"]
 
     @property
@@ -48,52 +54,56 @@ class Run:
 
     @property
     def steps(self) -> range:
-        """Steps to do, counted from 1."""
+        """Steps that are still to do, counted from 1."""
         return range(self.first_step + 1, self.last_step + 1)
 
-    def starting_validation(self, log: MetricsLog) -> dict[str, float]:
-        """Metrics of the policy before the first step; empty when not asked for or when the run is resumed."""
-        if self.first_step > 0 or not self._loop.val_at_start:
-            return {}
-        return self._validate(log)
+    def validate_at_start(self, log: MetricsLog) -> None:
+        """Validate the policy before the first step and log it as step 0, if the recipe asks for it.
 
-    def validation(self, step: int, log: MetricsLog) -> dict[str, float]:
-        """Metrics of the policy after a step, when it is time to validate; else empty."""
-        period = self._loop.val_period
-        due = self._loop.val_at_end if step == self.last_step else period > 0 and step % period == 0
-        return self._validate(log) if due else {}
+        A run that is resumed does nothing.
+        """
+        if self.first_step == 0 and self._loop.val_at_start:
+            log.log(StepMetrics(step=0, values=self._validate(log)))
 
-    def complete(self, step: int, log: MetricsLog, values: Mapping[str, float], *, logged: bool = True) -> None:
-        """Validate, log and save a step that was taken, each when it is time.
-
-        Saved after it was logged, so that no step is missing on resumption.
+    def validation(self, step: int, log: MetricsLog, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Validate the policy after a step, when it is time to. A collective of all ranks.
 
         Args:
-            step: of the run.
-            log: of the run.
-            values: metrics of the step.
-            logged: whether its metrics are logged also where it was not validated.
+            step: number of the step, from 1.
+            log: the log that shows examples and warnings.
+            metrics: the metrics of the step, which are logged here if the engine is lost.
+
+        Returns:
+            ``val/...`` and ``time/validation``; empty when it is not time to validate.
 
         Raises:
-            EngineUnavailable: while validating; the step is logged and saved all the same.
+            EngineUnavailable: the engine was lost; the step is logged and saved all the same.
         """
+        period = self._loop.val_period
+        due = self._loop.val_at_end if step == self.last_step else period > 0 and step % period == 0
+        if not due:
+            return {}
         try:
-            validation = self.validation(step, log)
+            return self._validate(log)
         except EngineUnavailable as error:
-            log.log(StepMetrics(step=step, values=values))
+            log.log(StepMetrics(step=step, values=metrics))
             raise self._saved(step, self._state(), error) from error
-        if validation or logged:
-            log.log(StepMetrics(step=step, values={**values, **validation}))
-        options = self.recipe.checkpointing
+
+    def save(self, step: int) -> None:
+        """Save a step that was taken, when it is time to: every ``save_period`` steps and at the end. A collective."""
+        options = self._recipe.checkpointing
         if options.enabled and (step == self.last_step or step % options.save_period == 0):
-            self._checkpoints.save(step, self.parts.policy, self._state())
+            self._checkpoints.save(step, self._components.policy, self._state())
 
     @contextmanager
     def sampling(self, step: int) -> Iterator[None]:
-        """Around a step: one that could not sample leaves a checkpoint of what was before it.
+        """Guard a step: one that could not sample leaves a checkpoint of what was before it.
+
+        Args:
+            step: number of the step, from 1.
 
         Raises:
-            EngineUnavailable: as the step did; its message says where the checkpoint is.
+            EngineUnavailable: the step lost its engine; the message says where the checkpoint is.
         """
         before = self._state()
         try:
@@ -103,29 +113,33 @@ class Run:
 
     def _state(self) -> dict[str, Any]:
         """Plain values that a checkpoint keeps beside the policy."""
-        return {"stream": self.parts.stream.state_dict(), "history": self.parts.history.state_dict()}
+        return {"stream": self._components.stream.state_dict(), "history": self._components.history.state_dict()}
 
     def _saved(self, step: int, state: dict[str, Any], error: EngineUnavailable) -> EngineUnavailable:
-        """The error, after the policy as it is was saved as that of ``step``, unless it was before."""
-        options = self.recipe.checkpointing
+        """Save the policy as it is as that of ``step``, unless it is saved already, and add to the error where."""
+        options = self._recipe.checkpointing
         if not options.enabled:
             return EngineUnavailable(f"{error}\ncheckpointing.enabled is false: the steps since the start are lost")
         if self._checkpoints.latest() != step:
-            self._checkpoints.save(step, self.parts.policy, state)
+            self._checkpoints.save(step, self._components.policy, state)
         return EngineUnavailable(
             f"{error}\n{step} steps are saved in {options.checkpoint_dir}/step_{step}; the same command goes on there"
         )
 
     def finish(self) -> Path | None:
-        """Export the policy as a Hugging Face directory, if the recipe asks for it; where it is."""
-        if not self.recipe.checkpointing.export_hf:
+        """Export the policy as a Hugging Face directory, if the recipe asks for it. A collective of all ranks.
+
+        Returns:
+            The directory, or None.
+        """
+        if not self._recipe.checkpointing.export_hf:
             return None
-        directory = Path(self.recipe.logger.log_dir) / "hf"
+        directory = Path(self._recipe.logger.log_dir) / "hf"
         weights.export_hf(
-            self.parts.policy.stream(),
-            self.parts.policy.specs(),
+            self._components.policy.stream(),
+            self._components.policy.specs(),
             directory,
-            source=self.recipe.policy.model_name,
+            source=self._recipe.policy.model_name,
             write=dist.get_rank() == 0,
         )
         dist.barrier()
@@ -133,10 +147,10 @@ class Run:
 
     def _validate(self, log: MetricsLog) -> dict[str, float]:
         start = time.perf_counter()
-        self.parts.engine.load_weights(self.parts.policy.source())
-        result = validate(self.recipe, self.parts)
-        self.parts.engine.release()
-        log.examples(result.examples[: self.recipe.logger.num_val_samples_to_print])
+        self._components.engine.load_weights(self._components.policy.source())
+        result = validate(self._recipe, self._components)
+        self._components.engine.release()
+        log.examples(result.examples[: self._recipe.logger.num_val_samples_to_print])
         shown = ("val/mean_reward", "val/mean_greedy_reward", "val/mean_greedy_accuracy")
         means = [f"{name[4:]} {result.metrics[name]:.4f}" for name in shown if name in result.metrics]
         log.note("validation  " + "  ".join(means))

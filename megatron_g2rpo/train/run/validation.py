@@ -12,8 +12,8 @@ from megatron_g2rpo.recipe import Recipe, TrainRecipe
 from megatron_g2rpo.tasks.scoring import score
 from megatron_g2rpo.train.assembly import Components
 from megatron_g2rpo.train.step.generation import answers
-from megatron_g2rpo.train.step.metrics import answer_warnings
-from megatron_g2rpo.types import Rollout
+from megatron_g2rpo.train.step.warnings import answer_warnings
+from megatron_g2rpo.types import Rewards, Rollout, task_ids_of
 
 # The same draws at every validation of a run and in every run: what changes between two is the policy.
 VALIDATION_SEED = 0
@@ -24,9 +24,9 @@ class Validation:
     """Result of one validation.
 
     Attributes:
-        metrics: ``val/<task>/{reward,accuracy,format,response_tokens}``, the same with ``greedy_`` before the name, and
-            ``val/mean_reward``, ``val/mean_greedy_reward``, ``val/mean_accuracy``...: means over tasks of equal weight.
-            ``accuracy`` and ``format`` are there where the recipe weighs them.
+        metrics: ``val/<task>/{reward,accuracy,format,response_tokens}``, of greedy responses with ``greedy_`` before
+            the name, and ``val/mean_reward``, ``val/mean_greedy_reward``, ``val/mean_accuracy``...: means over tasks of
+            equal weight. ``accuracy`` and ``format`` are there where the recipe weighs them.
         examples: greedy rollouts of this rank, the first of each task.
         warnings: lines about greedy responses without an answer.
     """
@@ -36,15 +36,34 @@ class Validation:
     warnings: list[str]
 
 
-def validate(recipe: Recipe, parts: Components) -> Validation:
-    """Validate the engine's current weights. A collective of all ranks, each of which answers its share."""
+def validate(recipe: Recipe, components: Components) -> Validation:
+    """Validate the engine's current weights. A collective of all ranks, each of which answers its share.
+
+    Raises:
+        EngineUnavailable: the engine was lost, see ``answers``.
+    """
     metrics: dict[str, float] = {}
     examples: list[Rollout] = []
     warnings: list[str] = []
-    ids = list(range(len(parts.validation)))
+    prompts = components.validation
     for prefix, temperature in (("", recipe.policy.generation.val_temperature), ("greedy_", 0.0)):
-        rollouts = answers(parts, parts.validation, 1, temperature=temperature, seed=VALIDATION_SEED, group_ids=ids)
-        metrics.update(_task_means(recipe, parts, rollouts, prefix))
+        rollouts = answers(
+            components.engine,
+            components.policy,
+            prompts,
+            1,
+            temperature=temperature,
+            seed=VALIDATION_SEED,
+            group_ids=list(range(len(prompts))),
+        )
+        rewards = score(
+            rollouts,
+            recipe.env,
+            response_format=recipe.data.response_format,
+            max_response_tokens=recipe.policy.generation.max_new_tokens,
+            overlong_buffer=recipe.grpo.overlong_penalty.buffer if isinstance(recipe, TrainRecipe) else None,
+        )
+        metrics.update(_task_means(components.tasks, rollouts, rewards, prefix))
         if prefix:
             warnings = answer_warnings(rollouts, recipe.env, recipe.data.response_format, None)
             seen: set[str] = set()
@@ -52,30 +71,23 @@ def validate(recipe: Recipe, parts: Components) -> Validation:
     return Validation(metrics=metrics, examples=examples, warnings=warnings)
 
 
-def _task_means(recipe: Recipe, parts: Components, rollouts: list[Rollout], prefix: str) -> dict[str, float]:
-    scored = score(
-        rollouts,
-        recipe.env,
-        response_format=recipe.data.response_format,
-        max_response_tokens=recipe.policy.generation.max_new_tokens,
-        overlong_buffer=recipe.grpo.overlong_penalty.buffer if isinstance(recipe, TrainRecipe) else None,
-    )
+def _task_means(tasks: tuple[str, ...], rollouts: list[Rollout], rewards: Rewards, prefix: str) -> dict[str, float]:
+    """Means over the rollouts of all ranks, by task and over tasks. A collective of all ranks."""
     lengths = torch.tensor([len(rollout.response_ids) for rollout in rollouts], dtype=torch.float64)
     truncated = torch.tensor([rollout.truncated for rollout in rollouts], dtype=torch.float64)
     columns = {
-        "reward": scored.total,
-        **{name: scored.parts[name] for name in ("accuracy", "format") if name in scored.parts},
+        "reward": rewards.total,
+        **{name: rewards.parts[name] for name in ("accuracy", "format") if name in rewards.parts},
         "response_tokens": lengths,
         "truncated": truncated,
     }
-    task_ids = torch.tensor([parts.task_id(rollout.prompt.task) for rollout in rollouts], dtype=torch.int64)
     table = torch.stack([torch.ones_like(lengths), *columns.values()], dim=1)
-    sums = torch.zeros(len(parts.tasks), table.shape[1], dtype=torch.float64).index_add_(0, task_ids, table)
+    sums = torch.zeros(len(tasks), table.shape[1], dtype=torch.float64).index_add_(0, task_ids_of(rollouts), table)
     dist.all_reduce(sums)
     metrics: dict[str, float] = {}
-    present = [index for index in range(len(parts.tasks)) if sums[index, 0] > 0]
+    present = [index for index in range(len(tasks)) if sums[index, 0] > 0]
     for column, name in enumerate(columns, start=1):
-        means = {parts.tasks[index]: float(sums[index, column] / sums[index, 0]) for index in present}
+        means = {tasks[index]: float(sums[index, column] / sums[index, 0]) for index in present}
         metrics.update({f"val/{task}/{prefix}{name}": mean for task, mean in means.items()})
         metrics[f"val/mean_{prefix}{name}"] = sum(means.values()) / len(means)
     return metrics

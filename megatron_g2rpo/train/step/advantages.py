@@ -7,19 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_g2rpo.objective import (
     AdvantageDiagnostics,
     GroupStatistics,
+    History,
     advantage_diagnostics,
     estimators,
     sharded_advantages,
 )
 from megatron_g2rpo.objective.advantages import TIE_TOLERANCE
-from megatron_g2rpo.recipe import TrainRecipe
-from megatron_g2rpo.train.assembly import Components
-from megatron_g2rpo.types import Rewards, Rollout
+from megatron_g2rpo.recipe.grpo_section import AdvEstimator
+from megatron_g2rpo.types import Rewards, Rollout, task_ids_of
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class Advantages:
     """Advantages of a step.
 
     Attributes:
-        values: float64 ``[N]``, of this data-parallel rank's rollouts.
-        diagnostics: how those of the global batch are distributed, by task.
-        statistics: of the rewards of the global batch.
+        values: float64 ``[N]``, one for each of this data-parallel rank's rollouts.
+        diagnostics: how the advantages of the global batch are distributed, by task.
+        statistics: mean and spread of the rewards of the global batch, by group and by task.
     """
 
     values: Tensor
@@ -37,25 +38,39 @@ class Advantages:
     statistics: GroupStatistics
 
 
-def tie_tolerance(recipe: TrainRecipe) -> float:
-    """Rewards closer than this are equal: what the estimator says of it, if it does."""
-    return recipe.grpo.adv_estimator.options.get("tie_tolerance", TIE_TOLERANCE)
+def tie_tolerance(section: AdvEstimator) -> float:
+    """Rewards closer than this are equal: the estimator's option of that name, or the objective's default."""
+    return section.options.get("tie_tolerance", TIE_TOLERANCE)
 
 
-def advantages_of(recipe: TrainRecipe, parts: Components, rollouts: Sequence[Rollout], rewards: Rewards) -> Advantages:
-    """Advantages of this data-parallel rank's rollouts. A collective over the data-parallel group; once a step."""
-    section = recipe.grpo.adv_estimator
+def advantages_of(
+    section: AdvEstimator,
+    rollouts: Sequence[Rollout],
+    rewards: Rewards,
+    *,
+    history: History,
+    process_group: dist.ProcessGroup,
+) -> Advantages:
+    """Advantages of this data-parallel rank's rollouts. A collective of the data-parallel ranks, once a step.
+
+    Args:
+        section: the recipe's ``grpo.adv_estimator``.
+        rollouts: this rank's rollouts of the step, whole groups of them.
+        rewards: the rewards of these rollouts.
+        history: what the estimator remembers of earlier steps; it is updated.
+        process_group: the data-parallel ranks, over which the global batch is spread.
+    """
     uses_parts = estimators.uses_parts(section.name)
     shared = sharded_advantages(
         rewards.total,
         torch.tensor([rollout.group_id for rollout in rollouts], dtype=torch.int64),
-        torch.tensor([parts.task_id(rollout.prompt.task) for rollout in rollouts], dtype=torch.int64),
+        task_ids_of(rollouts),
         estimator=section.bound(),
-        process_group=parts.policy.groups.data,
-        history=parts.history,
+        process_group=process_group,
+        history=history,
         parts=rewards.parts if uses_parts else None,
         part_weights=rewards.weights if uses_parts else None,
-        tie_tolerance=tie_tolerance(recipe),
+        tie_tolerance=tie_tolerance(section),
     )
     return Advantages(
         values=shared.advantages,

@@ -9,13 +9,14 @@ from dataclasses import replace
 import torch.distributed as dist
 
 from megatron_g2rpo.collectives import together
-from megatron_g2rpo.rollout.base import EngineUnavailable
-from megatron_g2rpo.train.assembly import Components
+from megatron_g2rpo.policy.megatron import MegatronPolicy
+from megatron_g2rpo.rollout.base import Engine, EngineUnavailable
 from megatron_g2rpo.types import Prompt, Rollout
 
 
 def generate(
-    parts: Components,
+    engine: Engine,
+    policy: MegatronPolicy,
     prompts: Sequence[Prompt],
     n: int,
     *,
@@ -23,16 +24,19 @@ def generate(
     seed: int,
     group_ids: Sequence[int],
 ) -> list[Rollout]:
-    """Responses to the prompts of this data-parallel rank, the same list on each of its model-parallel peers.
+    """Responses to the prompts of this data-parallel rank, the same list on each of its model-parallel ranks.
 
-    Each peer runs the engine on every ``model_size``-th prompt, and only tokens travel: prompts are known to all.
-    What is sampled depends neither on the number of peers nor on the number of ranks (see ``Engine.generate``).
+    Each model-parallel rank runs the engine on every ``model_size``-th prompt, and only tokens travel: prompts are
+    known to all. What is sampled depends neither on the number of ranks of a replica nor on the number of replicas
+    (see ``Engine.generate``). A collective of all ranks.
 
     Args:
-        parts: with an engine that has the policy's current weights.
+        engine: the rollout engine, which has the policy's current weights.
+        policy: whose layout says which prompts are this rank's, and whose weights a lost engine is given again.
         prompts: the prompts of this data-parallel rank.
         n: responses per prompt.
-        temperature, seed: as ``Engine.generate``.
+        temperature: temperature of the sampling distribution; 0 is greedy.
+        seed: seed of every random draw.
         group_ids: one per prompt, unique over all ranks.
 
     Returns:
@@ -41,10 +45,11 @@ def generate(
     Raises:
         EngineUnavailable: see ``answers``.
     """
-    groups = parts.policy.groups
+    groups = policy.groups
     share = range(groups.model_rank, len(prompts), groups.model_size)
     mine = answers(
-        parts,
+        engine,
+        policy,
         [prompts[index] for index in share],
         n,
         temperature=temperature,
@@ -58,18 +63,25 @@ def generate(
     gathered: list[list[Rollout]] = [[] for _ in range(groups.model_size)]
     dist.all_gather_object(gathered, light, group=groups.model)
     prompt_of = dict(zip(group_ids, prompts, strict=True))
-    everything = [replace(rollout, prompt=prompt_of[rollout.group_id]) for part in gathered for rollout in part]
+    everything = [replace(rollout, prompt=prompt_of[rollout.group_id]) for share in gathered for rollout in share]
     place = {group_id: position for position, group_id in enumerate(group_ids)}
     return sorted(everything, key=lambda rollout: (place[rollout.group_id], rollout.sample_index))
 
 
 def answers(
-    parts: Components, prompts: Sequence[Prompt], n: int, *, temperature: float, seed: int, group_ids: Sequence[int]
+    engine: Engine,
+    policy: MegatronPolicy,
+    prompts: Sequence[Prompt],
+    n: int,
+    *,
+    temperature: float,
+    seed: int,
+    group_ids: Sequence[int],
 ) -> list[Rollout]:
     """What the engine answers to this process's prompts; see ``Engine.generate``. A collective of all ranks.
 
-    Where an engine that may be waited for was lost, the weights are loaded again, which waits for it, and all ranks
-    ask anew: what is sampled is the same.
+    Where an engine that may be waited for was lost, it is given the policy's weights again, which waits for it, and all
+    ranks ask anew: what is sampled is the same.
 
     Raises:
         EngineUnavailable: on every rank, if the engine was lost on any, so that none waits for another in a collective.
@@ -77,10 +89,10 @@ def answers(
     while True:
         try:
             return together(
-                lambda: parts.engine.generate(prompts, n, temperature=temperature, seed=seed, group_ids=group_ids),
+                lambda: engine.generate(prompts, n, temperature=temperature, seed=seed, group_ids=group_ids),
                 errors=(EngineUnavailable,),
             )
         except EngineUnavailable as error:
             if not error.wait:
                 raise
-        parts.engine.load_weights(parts.policy.source())
+        engine.load_weights(policy.source())

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from megatron_g2rpo.objective import PolicyLoss, Sequences, entropy, kl
 from megatron_g2rpo.policy.megatron import Loss, LossTerms
-from megatron_g2rpo.recipe import TrainRecipe
+from megatron_g2rpo.recipe import Env
+from megatron_g2rpo.recipe.loss_section import LossFn
 from megatron_g2rpo.types import PackedBatch, TokenStats
 
 
 def sft_loss(batch: PackedBatch, stats: TokenStats) -> LossTerms:
-    """Negative log-likelihood of the response tokens."""
+    """Negative log-likelihood of the response tokens of a micro-batch; see ``policy.megatron.Loss``."""
     nll = -(stats.logprobs * batch.token_weights).sum()
     return LossTerms(
         loss=nll,
@@ -43,7 +44,14 @@ class TaskEntropies:
     def of(
         cls, batches: list[PackedBatch], stats: list[TokenStats], num_tasks: int, group: dist.ProcessGroup
     ) -> TaskEntropies:
-        """Sum over micro-batches and data-parallel ranks. A collective."""
+        """Sum the entropies of a minibatch over micro-batches and data-parallel ranks. A collective.
+
+        Args:
+            batches: this rank's micro-batches.
+            stats: the statistics of each under the policy.
+            num_tasks: number of tasks that the recipe lists.
+            group: process group of the data-parallel ranks.
+        """
         totals = torch.zeros(2, num_tasks, dtype=torch.float64)
         for batch, stat in zip(batches, stats, strict=True):
             sums, counts = entropy.task_entropy_sums(stat.entropy, batch.task_ids, batch.loss_mask, num_tasks)
@@ -53,7 +61,7 @@ class TaskEntropies:
 
     @property
     def mean(self) -> Tensor:
-        """``[T]``; NaN for a task without tokens."""
+        """Mean token entropy of each task, float64 ``[T]``, nats; NaN for a task without tokens."""
         return self.sums / self.counts
 
 
@@ -64,20 +72,26 @@ class G2RPOLoss:
     the whole minibatch, so the gradient does not depend on micro-batches or layout (``objective.entropy``).
 
     Args:
-        recipe: reads ``loss_fn`` and the entropy bounds of ``env.tasks``.
+        options: the recipe's ``loss_fn``.
+        bounds: lower and upper entropy bound of each task, float64 ``[T]`` in nats, see ``entropy_bounds``; they are
+            read where ``loss_fn.entropy_shaping`` is enabled.
         tasks: task names in the order of their ids.
-        entropies: of this minibatch.
-        context: the ranks that hold other tokens of the same sequences.
+        entropies: task entropies of this minibatch.
+        context: process group of the ranks that hold other tokens of the same sequences.
 
     Attributes:
-        hinge: value of the entropy term.
+        hinge: value of the entropy term, in units of the loss.
         sides: int64 ``[T]``, +1 for a task above its entropy bounds, -1 below, 0 between.
     """
 
     def __init__(
-        self, recipe: TrainRecipe, tasks: tuple[str, ...], entropies: TaskEntropies, context: dist.ProcessGroup
+        self,
+        options: LossFn,
+        bounds: tuple[Tensor, Tensor],
+        tasks: tuple[str, ...],
+        entropies: TaskEntropies,
+        context: dist.ProcessGroup,
     ) -> None:
-        options, shaping = recipe.loss_fn, recipe.loss_fn.entropy_shaping
         self._surrogate = options.bound()
         self._clamp = options.log_ratio_clamp
         # In the reward it is part of the advantages.
@@ -86,30 +100,35 @@ class G2RPOLoss:
         self._tasks, self._context = tasks, context
         self._counts = entropies.counts
         self._total = float(entropies.counts.sum())
+        shaping = options.entropy_shaping
         self._weight = shaping.weight
-        low, high = entropy_bounds(recipe, tasks)
+        low, high = bounds if shaping.enabled else _no_bounds(len(tasks))
         self.sides = entropy.hinge_sides(entropies.sums, entropies.counts, low, high)
         self.hinge = float(entropy.hinge_loss(entropies.sums, entropies.counts, low, high, shaping.weight))
 
     def of_task(self, task: int) -> Loss:
-        """What one task contributes: these losses of all tasks add up to the whole, and so do their gradients."""
-        part = copy(self)
-        part.sides = torch.where(torch.arange(len(self.sides)) == task, self.sides, 0)
+        """What one task contributes: these losses of all tasks add up to the whole, and so do their gradients.
+
+        Args:
+            task: id of the task.
+        """
+        share = copy(self)
+        share.sides = torch.where(torch.arange(len(self.sides)) == task, self.sides, 0)
 
         def loss(batch: PackedBatch, stats: TokenStats) -> LossTerms:
             mine = batch.task_ids == task
-            return part(replace(batch, token_weights=batch.token_weights * mine), stats)
+            return share(replace(batch, token_weights=batch.token_weights * mine), stats)
 
         return loss
 
     def __call__(self, batch: PackedBatch, stats: TokenStats) -> LossTerms:
-        """See ``policy.megatron.Loss``."""
+        """Loss and metrics of one micro-batch; see ``policy.megatron.Loss``."""
         assert batch.old_logprobs is not None
         sequences = sequences_of(batch, self._context)
         result = self._surrogate(stats.logprobs, batch.old_logprobs, batch.advantages, sequences)
         importance = 1.0 if batch.importance_weights is None else batch.importance_weights
         policy_loss = (result.loss * batch.token_weights * importance).sum()
-        # The tokens are samples of the behaviour policy: KL(behaviour || policy).
+        # The tokens are samples of the old policy: KL(old || current).
         moved = kl.penalty("k3", batch.old_logprobs, stats.logprobs.detach(), log_ratio_clamp=self._clamp)
         loss, sums = policy_loss + self._entropy_term(batch, stats), {}
         if self._kl is not None:
@@ -133,7 +152,11 @@ class G2RPOLoss:
         )
 
     def metrics(self, means: Mapping[str, float]) -> dict[str, float]:
-        """The metrics that ``policy.update`` returned, those of single tasks as means over the task's tokens."""
+        """Turn the metrics of single tasks into means over the task's tokens.
+
+        Args:
+            means: what ``policy.update`` returned: means over the tokens of all tasks.
+        """
         metrics = dict(means)
         for task, count in zip(self._tasks, self._counts.tolist(), strict=True):
             clipped = metrics.pop(f"{task}/clipped")
@@ -154,11 +177,11 @@ class G2RPOLoss:
 
 
 def sequences_of(batch: PackedBatch, context: dist.ProcessGroup | None = None) -> Sequences:
-    """Which sequence each token of a row counts for.
+    """Which sequence each token of a micro-batch counts for.
 
     Args:
-        batch: a row, or a context-parallel rank's share of one.
-        context: the ranks with the other shares; None for a whole row.
+        batch: a micro-batch, or a context-parallel rank's share of one.
+        context: process group of the ranks with the other shares; None for a whole micro-batch.
     """
     ids = torch.where(batch.loss_mask != 0, batch.segment_ids, -1)
     size = len(batch.cu_seqlens) - 1
@@ -172,13 +195,21 @@ def sequences_of(batch: PackedBatch, context: dist.ProcessGroup | None = None) -
     return Sequences(ids=ids, size=size, reduce=reduce)
 
 
-def entropy_bounds(recipe: TrainRecipe, tasks: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """Lower and upper entropy bound of each task, float64 ``[T]``; infinite where nothing is shaped."""
-    low = torch.full((len(tasks),), -torch.inf, dtype=torch.float64)
-    high = torch.full((len(tasks),), torch.inf, dtype=torch.float64)
-    if recipe.loss_fn.entropy_shaping.enabled:
-        for index, task in enumerate(tasks):
-            bounds = recipe.env.tasks[task].entropy
-            if bounds is not None:
-                low[index], high[index] = bounds.low, bounds.high
+def entropy_bounds(env: Env, tasks: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """Lower and upper entropy bound of each task, float64 ``[T]``, nats; infinite for a task without bounds.
+
+    Args:
+        env: the recipe's section, whose tasks may have bounds.
+        tasks: task names in the order of their ids.
+    """
+    low, high = _no_bounds(len(tasks))
+    for index, task in enumerate(tasks):
+        bounds = env.tasks[task].entropy
+        if bounds is not None:
+            low[index], high[index] = bounds.low, bounds.high
     return low, high
+
+
+def _no_bounds(num_tasks: int) -> tuple[Tensor, Tensor]:
+    infinity = torch.full((num_tasks,), torch.inf, dtype=torch.float64)
+    return -infinity, infinity

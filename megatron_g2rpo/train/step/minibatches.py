@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows each data-parallel rank owns, and the step's rollouts as packed minibatches."""
+"""Which prompts each data-parallel rank owns, and the step's rollouts as packed minibatches."""
 
 from __future__ import annotations
 
@@ -11,25 +11,34 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_g2rpo.data.errors import SampleError
-from megatron_g2rpo.data.packing import PackSequence, with_advantages
-from megatron_g2rpo.policy.process_groups import ParallelGroups
-from megatron_g2rpo.recipe import Recipe, TrainRecipe
-from megatron_g2rpo.train.assembly import Components
+from megatron_g2rpo.data.packing import Packer, PackSequence, with_advantages
+from megatron_g2rpo.recipe import Policy
+from megatron_g2rpo.recipe.grpo_section import Grpo
 from megatron_g2rpo.types import PackedBatch, Prompt, Rollout
 
 
-def owned_prompts(size: int, groups: ParallelGroups) -> range:
-    """Rows of a global batch that this data-parallel rank owns: every data_size-th, so that tasks spread evenly."""
-    return range(groups.data_rank, size, groups.data_size)
+def owned_prompts(size: int, data_rank: int, data_size: int) -> range:
+    """Prompts of a global batch that a data-parallel rank owns: every data_size-th, so that tasks spread evenly.
+
+    Args:
+        size: prompts in the global batch.
+        data_rank: the rank's place among the data-parallel ranks.
+        data_size: number of data-parallel ranks.
+    """
+    return range(data_rank, size, data_size)
 
 
-def check_lengths(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
+def check_lengths(policy: Policy, prompts: Sequence[Prompt]) -> None:
     """Refuse a prompt that leaves no room for a response.
 
+    Args:
+        policy: the recipe's section, which bounds the tokens of a sequence and of its response.
+        prompts: the prompts to check.
+
     Raises:
-        SampleError: naming the sample.
+        SampleError: a prompt is too long; names its sample.
     """
-    room = recipe.policy.max_total_sequence_length - recipe.policy.generation.max_new_tokens
+    room = policy.max_total_sequence_length - policy.generation.max_new_tokens
     for prompt in prompts:
         if len(prompt.inputs.token_ids) > room:
             raise SampleError(
@@ -41,54 +50,82 @@ def check_lengths(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
 
 @dataclass(frozen=True)
 class Minibatch:
-    """This rank's part of the sequences of one optimizer step.
+    """This rank's part of the rollouts of one update.
 
     Attributes:
-        rollouts: which of this rank's rollouts of the step it holds, in the order in which they were packed.
-        micro_batches: the rollouts, packed; as many as on every other data-parallel rank.
+        rollouts: int64 ``[M]``, which of this rank's rollouts of the step it holds, in the order in which they were
+            packed.
+        micro_batches: the rollouts, packed; as many micro-batches as on every other data-parallel rank.
     """
 
     rollouts: Tensor
     micro_batches: list[PackedBatch]
 
     def with_advantages(self, advantages: Tensor) -> Minibatch:
-        """With the advantages ``[N]`` of all of this rank's rollouts of the step."""
-        return replace(
-            self, micro_batches=[with_advantages(row, advantages[self.rollouts]) for row in self.micro_batches]
-        )
+        """The minibatch with the advantages of its rollouts on their tokens.
+
+        Args:
+            advantages: float64 ``[N]``, one for each of this rank's rollouts of the step.
+        """
+        mine = advantages[self.rollouts]
+        return replace(self, micro_batches=[with_advantages(batch, mine) for batch in self.micro_batches])
 
 
-def minibatches(recipe: TrainRecipe, parts: Components, rollouts: Sequence[Rollout]) -> list[Minibatch]:
-    """The step's minibatches, without advantages. A collective over the data-parallel group.
+def pack_minibatches(
+    grpo: Grpo,
+    policy: Policy,
+    packer: Packer,
+    rollouts: Sequence[Rollout],
+    *,
+    token_level_loss: bool,
+    process_group: dist.ProcessGroup,
+) -> list[Minibatch]:
+    """Pack the step's rollouts into its minibatches, without advantages. A collective of the data-parallel ranks.
 
     A minibatch is ``train_global_batch_size`` consecutive rollouts of the global batch, in the order of (prompt,
     sample): which rollouts it holds does not depend on the number of ranks.
+
+    Args:
+        grpo: the recipe's section: prompts and responses of a step, and what becomes of truncated responses.
+        policy: the recipe's section: rollouts of a minibatch, and tokens of a micro-batch.
+        packer: packs sequences into micro-batches.
+        rollouts: this data-parallel rank's rollouts of the step.
+        token_level_loss: whether the loss is a mean over tokens, or over sequences of each one's token mean.
+        process_group: the data-parallel ranks, over which the global batch is spread.
     """
-    samples = recipe.grpo.num_generations_per_prompt
-    members: list[list[int]] = [[] for _ in range(recipe.num_updates_per_step)]
+    samples, size = grpo.num_generations_per_prompt, policy.train_global_batch_size
+    members: list[list[int]] = [[] for _ in range(grpo.num_prompts_per_step * samples // size)]
     for index, rollout in enumerate(rollouts):
-        row = rollout.group_id * samples + rollout.sample_index
-        members[row // recipe.policy.train_global_batch_size].append(index)
-    budget = recipe.policy.sequence_packing.train_mb_tokens
-    return [
-        Minibatch(
-            rollouts=torch.tensor(chosen, dtype=torch.int64),
-            micro_batches=pack_evenly(parts, _sequences(recipe, parts, [rollouts[i] for i in chosen]), budget),
+        members[(rollout.group_id * samples + rollout.sample_index) // size].append(index)
+    complete: list[Minibatch] = []
+    for chosen in members:
+        sequences = _sequences(
+            [rollouts[index] for index in chosen],
+            mask_truncated=grpo.overlong == "mask",
+            token_level_loss=token_level_loss,
+            process_group=process_group,
         )
-        for chosen in members
-    ]
+        complete.append(
+            Minibatch(
+                rollouts=torch.tensor(chosen, dtype=torch.int64),
+                micro_batches=pack_evenly(packer, sequences, policy.sequence_packing.train_mb_tokens, process_group),
+            )
+        )
+    return complete
 
 
-def _sequences(recipe: TrainRecipe, parts: Components, rollouts: Sequence[Rollout]) -> list[PackSequence]:
-    in_loss = [not (rollout.truncated and recipe.grpo.overlong == "mask") for rollout in rollouts]
+def _sequences(
+    rollouts: Sequence[Rollout], *, mask_truncated: bool, token_level_loss: bool, process_group: dist.ProcessGroup
+) -> list[PackSequence]:
+    in_loss = [not (rollout.truncated and mask_truncated) for rollout in rollouts]
     weights = [1.0] * len(rollouts)
-    if not recipe.loss_fn.token_level_loss:
-        weights = _sequence_weights(parts, rollouts, in_loss)
+    if not token_level_loss:
+        weights = _sequence_weights(rollouts, in_loss, process_group)
     return [
         PackSequence(
             inputs=rollout.prompt.inputs,
             response_ids=rollout.response_ids,
-            task_id=parts.task_id(rollout.prompt.task),
+            task_id=rollout.prompt.task_id,
             behaviour_logprobs=rollout.logprobs,
             token_weight=weight,
             in_loss=kept,
@@ -97,19 +134,30 @@ def _sequences(recipe: TrainRecipe, parts: Components, rollouts: Sequence[Rollou
     ]
 
 
-def _sequence_weights(parts: Components, rollouts: Sequence[Rollout], in_loss: Sequence[bool]) -> list[float]:
+def _sequence_weights(
+    rollouts: Sequence[Rollout], in_loss: Sequence[bool], process_group: dist.ProcessGroup
+) -> list[float]:
     """Token weights that turn "sum over tokens / global token count" into a mean over sequences of token means."""
     lengths = [len(rollout.response_ids) for rollout in rollouts]
     totals = torch.tensor(
         [sum(length for length, kept in zip(lengths, in_loss, strict=True) if kept), sum(in_loss)], dtype=torch.float64
     )
-    dist.all_reduce(totals, group=parts.policy.groups.data)
+    dist.all_reduce(totals, group=process_group)
     tokens, sequences = totals.tolist()
     return [tokens / (max(sequences, 1.0) * length) for length in lengths]
 
 
-def pack_evenly(parts: Components, sequences: list[PackSequence], budget: int) -> list[PackedBatch]:
-    """Micro-batches of this rank, as many as the data-parallel rank with the most needs. A collective."""
-    needed = torch.tensor([parts.packer.num_rows(sequences, budget)])
-    dist.all_reduce(needed, op=dist.ReduceOp.MAX, group=parts.policy.groups.data)
-    return parts.packer.pack(sequences, budget, num_bins=max(int(needed), 1))
+def pack_evenly(
+    packer: Packer, sequences: list[PackSequence], budget: int, process_group: dist.ProcessGroup
+) -> list[PackedBatch]:
+    """Micro-batches of this rank, as many as the data-parallel rank with the most needs. A collective.
+
+    Args:
+        packer: packs sequences into micro-batches.
+        sequences: this data-parallel rank's sequences.
+        budget: tokens that a micro-batch holds at most.
+        process_group: the data-parallel ranks.
+    """
+    needed = torch.tensor([packer.num_rows(sequences, budget)])
+    dist.all_reduce(needed, op=dist.ReduceOp.MAX, group=process_group)
+    return packer.pack(sequences, budget, num_bins=max(int(needed), 1))

@@ -13,17 +13,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_g2rpo.objective import GroupStatistics, sharded_statistics
 from megatron_g2rpo.recipe import TrainRecipe
+from megatron_g2rpo.recipe.grpo_section import Grpo
 from megatron_g2rpo.tasks.scoring import score
 from megatron_g2rpo.train.assembly import Components
 from megatron_g2rpo.train.step.advantages import tie_tolerance
 from megatron_g2rpo.train.step.generation import generate
 from megatron_g2rpo.train.step.minibatches import check_lengths, owned_prompts
 from megatron_g2rpo.train.step.timers import Timers
-from megatron_g2rpo.types import Rewards, Rollout
+from megatron_g2rpo.types import Rewards, Rollout, task_ids_of
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Collected:
     """This data-parallel rank's part of a step's batch.
 
     Attributes:
-        rollouts: with ``group_id`` from 0 to ``num_prompts_per_step`` - 1 over all ranks.
-        rewards: of them.
+        rollouts: this rank's rollouts, with ``group_id`` from 0 to ``num_prompts_per_step`` - 1 over all ranks.
+        rewards: the rewards of these rollouts.
         metrics: ``train/sampling/...``; empty without dynamic sampling.
     """
 
@@ -41,19 +43,29 @@ class Collected:
     metrics: dict[str, float]
 
 
-def collect(recipe: TrainRecipe, parts: Components, step: int, timers: Timers) -> Collected:
-    """Sample and score the step's batch with the policy's current weights. A collective of all ranks."""
+def collect(recipe: TrainRecipe, components: Components, step: int, timers: Timers) -> Collected:
+    """Sample and score the step's batch with the policy's current weights. A collective of all ranks.
+
+    Args:
+        recipe: the run's recipe.
+        components: what the loop works with; prompts are drawn from its stream.
+        step: number of the step, from 1; it seeds the draws.
+        timers: the step's stopwatch.
+
+    Raises:
+        EngineUnavailable: the engine was lost, see ``answers``.
+    """
     with timers("generation"):
-        parts.engine.load_weights(parts.policy.source())
-    collected = _collected(recipe, parts, step, timers)
-    parts.engine.release()
+        components.engine.load_weights(components.policy.source())
+    collected = _collected(recipe, components, step, timers)
+    components.engine.release()
     return collected
 
 
-def _collected(recipe: TrainRecipe, parts: Components, step: int, timers: Timers) -> Collected:
+def _collected(recipe: TrainRecipe, components: Components, step: int, timers: Timers) -> Collected:
     size, options = recipe.grpo.num_prompts_per_step, recipe.grpo.dynamic_sampling
     if not options.enabled:
-        rollouts, rewards = _round(recipe, parts, step, timers, 0, size, 0)
+        rollouts, rewards = _round(recipe, components, step, timers, 0, size, 0)
         return Collected(rollouts, rewards, {})
 
     everything: list[tuple[list[Rollout], Rewards]] = []
@@ -62,10 +74,10 @@ def _collected(recipe: TrainRecipe, parts: Components, step: int, timers: Timers
     drawn = rounds = 0
     while len(kept) < size and rounds < options.max_rounds:
         asked = math.ceil((size - len(kept)) * options.oversampling)
-        rollouts, rewards = _round(recipe, parts, step, timers, rounds, asked, drawn)
+        rollouts, rewards = _round(recipe, components, step, timers, rounds, asked, drawn)
         everything.append((rollouts, rewards))
         with timers("rewards"):
-            signal = _with_signal(recipe, parts, rollouts, rewards)
+            signal = _with_signal(recipe.grpo, rollouts, rewards, components.policy.groups.data)
         for group in range(drawn, drawn + asked):
             (kept if group in signal else dropped).append(group)
         drawn += asked
@@ -85,51 +97,58 @@ def _collected(recipe: TrainRecipe, parts: Components, step: int, timers: Timers
 
 
 def sampling_seed(seed: int, step: int, round_: int = 0) -> int:
-    """Seed of a round's draws; the engine tells prompts and samples apart itself."""
+    """Seed of the draws of one round of a step; the engine tells prompts and samples apart itself."""
     return seed * 1_000_003 + step + (round_ << 40)
 
 
 def _round(
-    recipe: TrainRecipe, parts: Components, step: int, timers: Timers, round_: int, size: int, first_group: int
+    recipe: TrainRecipe,
+    components: Components,
+    step: int,
+    timers: Timers,
+    round_: int,
+    size: int,
+    first_group: int,
 ) -> tuple[list[Rollout], Rewards]:
     """Answer the next ``size`` prompts of the stream; this rank's rollouts, with groups from ``first_group``."""
-    owned = owned_prompts(size, parts.policy.groups)
+    groups = components.policy.groups
+    owned = owned_prompts(size, groups.data_rank, groups.data_size)
     with timers("data"):
-        prompts = parts.stream.next_batch(size, owned)
-        check_lengths(recipe, prompts)
+        prompts = components.stream.next_batch(size, owned)
+        check_lengths(recipe.policy, prompts)
     with timers("generation"):
         rollouts = generate(
-            parts,
+            components.engine,
+            components.policy,
             prompts,
             recipe.grpo.num_generations_per_prompt,
             temperature=recipe.policy.generation.temperature,
             seed=sampling_seed(recipe.grpo.seed, step, round_),
-            group_ids=[first_group + row for row in owned],
+            group_ids=[first_group + number for number in owned],
         )
     with timers("rewards"):
-        return rollouts, _score(recipe, rollouts)
+        penalty = recipe.grpo.overlong_penalty
+        rewards = score(
+            rollouts,
+            recipe.env,
+            response_format=recipe.data.response_format,
+            max_response_tokens=recipe.policy.generation.max_new_tokens,
+            overlong_buffer=penalty.buffer,
+            overlong_weight=penalty.weight if recipe.grpo.overlong == "penalise" else None,
+        )
+    return rollouts, rewards
 
 
-def _score(recipe: TrainRecipe, rollouts: Sequence[Rollout]) -> Rewards:
-    penalty = recipe.grpo.overlong_penalty
-    return score(
-        rollouts,
-        recipe.env,
-        response_format=recipe.data.response_format,
-        max_response_tokens=recipe.policy.generation.max_new_tokens,
-        overlong_buffer=penalty.buffer,
-        overlong_weight=penalty.weight if recipe.grpo.overlong == "penalise" else None,
-    )
-
-
-def _with_signal(recipe: TrainRecipe, parts: Components, rollouts: Sequence[Rollout], rewards: Rewards) -> set[int]:
+def _with_signal(
+    grpo: Grpo, rollouts: Sequence[Rollout], rewards: Rewards, process_group: dist.ProcessGroup
+) -> set[int]:
     """Groups, of all ranks, whose rewards differ and whose mean accuracy lies between the bounds."""
-    options = recipe.grpo.dynamic_sampling
-    total = _statistics(recipe, parts, rollouts, rewards.total).groups
+    options, tolerance = grpo.dynamic_sampling, tie_tolerance(grpo.adv_estimator)
+    total = _statistics(rollouts, rewards.total, tolerance, process_group).groups
     signal = ~total.zero_variance
     if options.filter_low is None and options.filter_high is None:
         return set(total.id[signal].tolist())
-    accuracy = _statistics(recipe, parts, rollouts, rewards.parts["accuracy"]).groups
+    accuracy = _statistics(rollouts, rewards.parts["accuracy"], tolerance, process_group).groups
     if options.filter_low is not None:
         signal &= accuracy.mean > options.filter_low
     if options.filter_high is not None:
@@ -137,13 +156,15 @@ def _with_signal(recipe: TrainRecipe, parts: Components, rollouts: Sequence[Roll
     return set(total.id[signal].tolist())
 
 
-def _statistics(recipe: TrainRecipe, parts: Components, rollouts: Sequence[Rollout], values: Tensor) -> GroupStatistics:
+def _statistics(
+    rollouts: Sequence[Rollout], values: Tensor, tolerance: float, process_group: dist.ProcessGroup
+) -> GroupStatistics:
     return sharded_statistics(
         values,
         torch.tensor([rollout.group_id for rollout in rollouts], dtype=torch.int64),
-        torch.tensor([parts.task_id(rollout.prompt.task) for rollout in rollouts], dtype=torch.int64),
-        process_group=parts.policy.groups.data,
-        tie_tolerance=tie_tolerance(recipe),
+        task_ids_of(rollouts),
+        process_group=process_group,
+        tie_tolerance=tolerance,
     )
 
 
@@ -153,7 +174,7 @@ def _select(rounds: Sequence[tuple[list[Rollout], Rewards]], chosen: Sequence[in
     rollouts: list[Rollout] = []
     rewards: list[Rewards] = []
     for mine, scored in rounds:
-        rows = [row for row, rollout in enumerate(mine) if rollout.group_id in number]
-        rollouts += [replace(mine[row], group_id=number[mine[row].group_id]) for row in rows]
-        rewards.append(scored[torch.tensor(rows, dtype=torch.int64)])
+        places = [place for place, rollout in enumerate(mine) if rollout.group_id in number]
+        rollouts += [replace(mine[place], group_id=number[mine[place].group_id]) for place in places]
+        rewards.append(scored[torch.tensor(places, dtype=torch.int64)])
     return rollouts, Rewards.concatenate(rewards)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds of the phases of a step."""
+"""Seconds that each phase of a step takes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_g2rpo.train.assembly import Components
+from megatron_g2rpo.policy.device import Device
 
 
 class Timers:
-    """Seconds of the phases of a step."""
+    """Stopwatch of one step, by phase.
 
-    def __init__(self, parts: Components) -> None:
-        self._device = parts.device
+    Args:
+        device: this rank's device; a phase ends when it has finished what was launched on it.
+
+    Attributes:
+        seconds: phase -> seconds so far.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -26,7 +33,7 @@ class Timers:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:
-        """``time/<phase>`` and ``time/step``, their sum, in seconds."""
+        """Return ``time/<phase>`` and ``time/step``, their sum, in seconds."""
         return {
             **{f"time/{phase}": value for phase, value in self.seconds.items()},
             "time/step": sum(self.seconds.values()),

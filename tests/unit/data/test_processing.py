@@ -77,7 +77,7 @@ def test_a_sample_becomes_a_prompt_with_the_system_prompt_first(model_dir):
         key="s/1", task="vqa", question="What?", answer="blue", answer_format="exact", images=(make_image(32, 32),)
     )
     processor = ChatProcessor(model_dir, system_prompt="Be brief.")
-    prompt = processor.encode_sample(sample)
+    prompt = processor.encode_sample(sample, 0)
     assert prompt.sample is sample
     text = processor.tokenizer.decode(prompt.inputs.token_ids)
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<|vision_start|>")
@@ -90,7 +90,7 @@ def test_a_prompt_carries_the_instruction_of_its_task_s_format(model_dir):
     for task, instruction in [*((task, f"\n\n{tasks[task].instruction}") for task in tasks), ("ocr", "")]:
         sample = Sample(key="s/1", task=task, question="What?", answer="blue", answer_format="exact")
         expected = f"<|im_start|>user\nWhat?{instruction}<|im_end|>\n<|im_start|>assistant\n"
-        text = processor.tokenizer.decode(processor.encode_sample(sample).inputs.token_ids)
+        text = processor.tokenizer.decode(processor.encode_sample(sample, 0).inputs.token_ids)
         assert text == f"<|im_start|>system\nBe brief.<|im_end|>\n{expected}"
 
 
@@ -132,7 +132,7 @@ def test_what_the_template_says_of_the_response_travels_with_the_prompt(copied, 
     assert processor.response_prefix == prefix
     if template.startswith(LOOP):
         sample = Sample(key="s/1", task="vqa", question="What?", answer="blue", answer_format="exact")
-        prompt = processor.encode_sample(sample)
+        prompt = processor.encode_sample(sample, 0)
         assert prompt.response_prefix == prefix
         assert processor.tokenizer.decode(prompt.inputs.token_ids).endswith(HEADER + prefix)
 
@@ -306,7 +306,7 @@ def test_templates_of_models_of_text_receive_strings(text_alone, turn):
     processor = ChatProcessor(text_alone, system_prompt="Be brief.")
     sample = Sample(key="s/1", task="sum", question="1 + 2?", answer="3", answer_format="numeric", images=())
     expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1 + 2?<|im_end|>\n<|im_start|>assistant\n"
-    assert processor.tokenizer.decode(processor.encode_sample(sample).inputs.token_ids) == expected
+    assert processor.tokenizer.decode(processor.encode_sample(sample, 0).inputs.token_ids) == expected
     parts = processor.encode(ask("1 +", " 2?"), [])
     assert torch.equal(parts.token_ids, processor.encode([{"role": "user", "content": "1 + 2?"}], []).token_ids)
 

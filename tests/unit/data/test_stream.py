@@ -8,7 +8,7 @@ import pytest
 from megatron_g2rpo.data.errors import DataError, SampleError
 from megatron_g2rpo.data.shard_index import ShardIndex
 from megatron_g2rpo.data.shard_writer import ShardWriter
-from megatron_g2rpo.data.stream import PromptStream, validation_prompts
+from megatron_g2rpo.data.stream import PromptStream, number_tasks, validation_prompts
 from tests.unit.data.conftest import TASK_SIZES, break_image, make_fields, make_png, write_dataset
 
 
@@ -165,6 +165,22 @@ def test_validation_takes_the_first_of_every_task(dataset, processor):
     counts = Counter(prompt.task for prompt in prompts)
     assert counts == {"math": 5, "ocr": 6, "vqa": 6}
     assert [p.key.split("/")[1] for p in prompts if p.task == "vqa"] == [f"vqa-{n}" for n in range(6)]
+
+
+def test_a_prompt_carries_its_task_s_place_among_the_recipe_s_sorted_tasks(dataset, processor, make_stream):
+    """A task that a split lacks keeps its number, so that training and validation number alike."""
+    numbers = number_tasks(["vqa", "ocr", "math", "chart"])
+    assert numbers == {"chart": 0, "math": 1, "ocr": 2, "vqa": 3}
+    drawn = make_stream(task_ids=numbers).next_batch(6)
+    held_out = validation_prompts(ShardIndex(dataset), 1, processor, task_ids=numbers)
+    for prompts in (drawn, held_out):
+        assert {prompt.task for prompt in prompts} == {"math", "ocr", "vqa"}
+        assert all(prompt.task_id == numbers[prompt.task] for prompt in prompts)
+
+
+def test_without_a_recipe_the_data_s_own_tasks_are_numbered(dataset, processor, make_stream):
+    for prompts in (make_stream().next_batch(6), validation_prompts(ShardIndex(dataset), 1, processor)):
+        assert {prompt.task: prompt.task_id for prompt in prompts} == {"math": 0, "ocr": 1, "vqa": 2}
 
 
 def test_validation_shared_over_ranks_is_the_whole(dataset, processor):

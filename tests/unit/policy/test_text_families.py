@@ -92,7 +92,9 @@ def test_the_engine_answers_as_transformers_generates(tmp_path: Path, name: str)
     engine.load_weights((key, tensor) for key, tensor in model.state_dict().items())
     prompts = [
         Prompt(
-            sample=Sample(key=str(index), task="t", question="", answer="", answer_format="exact"), inputs=item.inputs
+            sample=Sample(key=str(index), task="t", question="", answer="", answer_format="exact"),
+            inputs=item.inputs,
+            task_id=0,
         )
         for index, item in enumerate(sequences(model.config.vocab_size))
     ]
@@ -122,4 +124,4 @@ def test_an_image_for_a_model_of_text_is_an_error(tmp_path: Path) -> None:
     )
     sample = Sample(key="s/1", task="t", question="", answer="", answer_format="exact")
     with pytest.raises(ValueError, match="prompt 's/1' has images, but Qwen3ForCausalLM reads text alone"):
-        engine.generate([Prompt(sample=sample, inputs=inputs)], 1, temperature=0.0, seed=0, group_ids=[0])
+        engine.generate([Prompt(sample=sample, inputs=inputs, task_id=0)], 1, temperature=0.0, seed=0, group_ids=[0])

@@ -29,7 +29,7 @@ from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import LossTerms, MegatronPolicy
 from megatron_g2rpo.policy.model import PolicyModel
 from megatron_g2rpo.policy.optimizer import check_normalisation
-from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies
+from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies, entropy_bounds
 from megatron_g2rpo.types import NO_LABEL, PackedBatch, TokenStats
 from tests.common.compare import largest_distance
 from tests.common.parity import TASKS, TEMPERATURE, random_sequences, toy_loss
@@ -280,7 +280,10 @@ def test_the_entropy_hinge_is_taken_in_every_micro_batch(policy: MegatronPolicy,
     recipe = recipes.load(G2RPO, overrides, "train")
 
     def run(batches: Sequence[PackedBatch], entropies: Sequence[TaskEntropies]) -> dict[str, Tensor]:
-        losses = iter([G2RPOLoss(recipe, tuple(tasks), entropy, policy.groups.context) for entropy in entropies])
+        bounds = entropy_bounds(recipe.env, tuple(tasks))
+        losses = iter(
+            [G2RPOLoss(recipe.loss_fn, bounds, tuple(tasks), each, policy.groups.context) for each in entropies]
+        )
         policy.gradients(batches, lambda batch, stats: next(losses)(batch, stats), TEMPERATURE)
         return gradients(policy)
 

@@ -33,7 +33,7 @@ def make_rollout(
         image_grid_thw=torch.zeros(0, 3, dtype=torch.int64),
     )
     return Rollout(
-        prompt=Prompt(sample=make_sample(**sample), inputs=nothing, response_prefix=prefix),
+        prompt=Prompt(sample=make_sample(**sample), inputs=nothing, task_id=0, response_prefix=prefix),
         group_id=0,
         sample_index=3,
         response_ids=torch.zeros(num_tokens, dtype=torch.int64),

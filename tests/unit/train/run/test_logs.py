@@ -20,7 +20,7 @@ COLUMNS = (Column("loss", "train/loss", ".4f"), Column("val", "val/mean_reward")
 
 def log(recipe: TrainRecipe, steps: range, *, enabled: bool = True) -> str:
     """Log the given steps as a run that continues before the first of them; what the console shows."""
-    with MetricsLog(recipe, COLUMNS, 9, max(steps.start - 1, 0), enabled=enabled) as metrics:
+    with MetricsLog(recipe.logger, COLUMNS, 9, max(steps.start - 1, 0), enabled=enabled) as metrics:
         metrics.console = Console(file=io.StringIO(), width=40, quiet=not enabled)
         for step in steps:
             metrics.log(StepMetrics(step=step, values={"train/loss": step / 7}))

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -14,23 +12,44 @@ import torch.distributed as dist
 from megatron_g2rpo.objective import History, Sequences, estimators, surrogates
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.recipe import TrainRecipe
-from megatron_g2rpo.train.step.advantages import advantages_of, estimator_of
-from megatron_g2rpo.train.step.losses import surrogate_of
-from megatron_g2rpo.types import Rewards
+from megatron_g2rpo.train.step.advantages import Advantages, advantages_of
+from megatron_g2rpo.types import ModelInputs, Prompt, Rewards, Rollout, Sample
 
 MakeRecipe = Callable[..., TrainRecipe]
 
 
-@pytest.fixture
-def parts() -> Any:
+@pytest.fixture(autouse=True)
+def _world() -> None:
+    """A world of one."""
     init_process_group(select("cpu"))
-    groups = SimpleNamespace(data=dist.group.WORLD)
-    return SimpleNamespace(policy=SimpleNamespace(groups=groups), history=History(), task_id=("a", "b").index)
 
 
-def rollouts() -> list[Any]:
+def rollouts() -> list[Rollout]:
     """Four groups of three, of two tasks."""
-    return [SimpleNamespace(group_id=row // 3, prompt=SimpleNamespace(task="ab"[row // 3 % 2])) for row in range(12)]
+    prompts = [
+        Prompt(
+            sample=Sample(key=f"s/{group}", task="ab"[group % 2], question="", answer="", answer_format="exact"),
+            inputs=ModelInputs(
+                token_ids=torch.arange(3),
+                pixel_values=torch.zeros(0, 6),
+                image_grid_thw=torch.zeros(0, 3, dtype=torch.int64),
+            ),
+            task_id=group % 2,
+        )
+        for group in range(4)
+    ]
+    return [
+        Rollout(
+            prompt=prompts[number // 3],
+            group_id=number // 3,
+            sample_index=number % 3,
+            response_ids=torch.zeros(1, dtype=torch.int64),
+            logprobs=torch.zeros(1),
+            text="",
+            truncated=False,
+        )
+        for number in range(12)
+    ]
 
 
 def rewards() -> Rewards:
@@ -41,24 +60,35 @@ def rewards() -> Rewards:
     return result
 
 
+def advantages(recipe: TrainRecipe, rewards: Rewards, history: History | None = None) -> Advantages:
+    """The advantages of ``rollouts()`` with these rewards."""
+    return advantages_of(
+        recipe.grpo.adv_estimator,
+        rollouts(),
+        rewards,
+        history=History() if history is None else history,
+        process_group=dist.group.WORLD,  # type: ignore[arg-type]
+    )
+
+
 @pytest.mark.parametrize("name", estimators.names())
-def test_every_estimator_runs_from_a_recipe(parts: Any, make_recipe: MakeRecipe, name: str) -> None:
-    advantages = advantages_of(make_recipe(f"grpo.adv_estimator.name={name}"), parts, rollouts(), rewards())
-    assert advantages.values.shape == (12,)
-    assert float(advantages.values.abs().max()) > 0.1
-    assert advantages.diagnostics.task.tolist() == [0, 1]
-    by_task = [advantages.values[[i for i in range(12) if i // 3 % 2 == task]] for task in (0, 1)]
+def test_every_estimator_runs_from_a_recipe(make_recipe: MakeRecipe, name: str) -> None:
+    history = History()
+    found = advantages(make_recipe(f"grpo.adv_estimator.name={name}"), rewards(), history)
+    assert found.values.shape == (12,)
+    assert float(found.values.abs().max()) > 0.1
+    assert found.diagnostics.task.tolist() == [0, 1]
+    by_task = [found.values[[i for i in range(12) if i // 3 % 2 == task]] for task in (0, 1)]
     expected = torch.stack([values.std(correction=0) for values in by_task])
-    torch.testing.assert_close(advantages.diagnostics.std, expected, rtol=1e-12, atol=0)
-    assert len(advantages.statistics.groups.id) == 4
-    assert bool(parts.history.moments) == (name == "ema_grpo")
+    torch.testing.assert_close(found.diagnostics.std, expected, rtol=1e-12, atol=0)
+    assert len(found.statistics.groups.id) == 4
+    assert bool(history.moments) == (name == "ema_grpo")
 
 
-def test_options_reach_the_estimator(parts: Any, make_recipe: MakeRecipe) -> None:
+def test_options_reach_the_estimator(make_recipe: MakeRecipe) -> None:
     def values(*options: str) -> torch.Tensor:
-        parts.history = History()
         overrides = [f"grpo.adv_estimator.{option}" for option in options]
-        return advantages_of(make_recipe(*overrides), parts, rollouts(), rewards()).values
+        return advantages(make_recipe(*overrides), rewards()).values
 
     unit = values("variance=unit")
     assert float(unit[[0, 1, 2, 6, 7, 8]].std(correction=0)) == pytest.approx(1.0, rel=1e-12)
@@ -69,30 +99,30 @@ def test_options_reach_the_estimator(parts: Any, make_recipe: MakeRecipe) -> Non
     assert not torch.equal(batch, group)
 
 
-def test_parts_are_weighed_as_in_the_reward(parts: Any, make_recipe: MakeRecipe) -> None:
+def test_parts_are_weighed_as_in_the_reward(make_recipe: MakeRecipe) -> None:
     """A part of weight 0 has no say; the weights of the others do."""
     recipe = make_recipe("grpo.adv_estimator.name=gdpo")
     plain = rewards()
     other = Rewards(
         parts={**plain.parts, "length": torch.arange(12, dtype=torch.float64)}, weights=plain.weights, total=plain.total
     )
-    values = advantages_of(recipe, parts, rollouts(), plain).values
-    assert torch.equal(advantages_of(recipe, parts, rollouts(), other).values, values)
+    values = advantages(recipe, plain).values
+    assert torch.equal(advantages(recipe, other).values, values)
     weights = {**plain.weights, "accuracy": plain.weights["format"], "format": plain.weights["accuracy"]}
     swapped = Rewards(parts=plain.parts, weights=weights, total=plain.total)
-    assert not torch.allclose(advantages_of(recipe, parts, rollouts(), swapped).values, values)
+    assert not torch.allclose(advantages(recipe, swapped).values, values)
 
 
 def test_unknown_names_are_errors(make_recipe: MakeRecipe) -> None:
     with pytest.raises(ValueError, match="unknown advantage estimator 'g2rop'"):
-        estimator_of(make_recipe("grpo.adv_estimator.name=g2rop"))
+        make_recipe("grpo.adv_estimator.name=g2rop")
     with pytest.raises(ValueError, match="unknown surrogate 'pop'"):
-        surrogate_of(make_recipe("loss_fn.name=pop"))
+        make_recipe("loss_fn.name=pop")
 
 
 @pytest.mark.parametrize("name", surrogates.names())
 def test_every_surrogate_runs_from_a_recipe(make_recipe: MakeRecipe, name: str) -> None:
-    surrogate = surrogate_of(make_recipe(f"loss_fn.name={name}"))
+    surrogate = make_recipe(f"loss_fn.name={name}").loss_fn.bound()
     logprobs = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
     result = surrogate(
         logprobs,

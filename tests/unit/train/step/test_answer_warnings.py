@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_g2rpo.policy.device import init_process_group, select
-from megatron_g2rpo.train.step.metrics import answer_warnings
+from megatron_g2rpo.train.step.warnings import answer_warnings
 from megatron_g2rpo.types import Rollout
 from tests.unit.tasks.common import make_env, make_rollout, make_task
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from megatron_g2rpo.data.errors import SampleError
 from megatron_g2rpo.data.packing import Packer, response_values
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.recipe import TrainRecipe
-from megatron_g2rpo.train.step.minibatches import check_lengths, minibatches, owned_prompts
+from megatron_g2rpo.train.step.minibatches import check_lengths, owned_prompts, pack_minibatches
 from megatron_g2rpo.types import ModelInputs, PackedBatch, Prompt, Rollout, Sample
 
 MakeRecipe = Callable[..., TrainRecipe]
@@ -26,16 +25,13 @@ LENGTHS = (1, 5, 3, 8, 2, 4, 7, 6)  # of the responses of four groups of two
 TRUNCATED = (3, 6)  # rollouts that the token limit ended
 
 
-@pytest.fixture
-def parts() -> Any:
-    """What `minibatches` reads of an assembly, in a world of one."""
+PACKER = Packer(image_token_id=90, spatial_merge_size=2, pad_token_id=99)
+
+
+@pytest.fixture(autouse=True)
+def _world() -> None:
+    """A world of one."""
     init_process_group(select("cpu"))
-    groups = SimpleNamespace(data=dist.group.WORLD)
-    return SimpleNamespace(
-        policy=SimpleNamespace(groups=groups),
-        packer=Packer(image_token_id=90, spatial_merge_size=2, pad_token_id=99),
-        task_id=("a", "b").index,
-    )
 
 
 @pytest.fixture
@@ -61,7 +57,7 @@ def prompt(number: int, tokens: int = 5) -> Prompt:
         image_grid_thw=torch.zeros(0, 3, dtype=torch.int64),
     )
     sample = Sample(key=f"s/{number}", task="ab"[number % 2], question="", answer="", answer_format="exact")
-    return Prompt(sample=sample, inputs=inputs)
+    return Prompt(sample=sample, inputs=inputs, task_id=number % 2)
 
 
 def rollouts() -> list[Rollout]:
@@ -84,10 +80,18 @@ def advantages(count: int = len(LENGTHS)) -> Tensor:
     return torch.arange(count, dtype=torch.float64) - 3.5
 
 
-def packed(recipe: TrainRecipe, parts: Any, rollouts: list[Rollout]) -> list[list[PackedBatch]]:
-    """The rows of every minibatch, with advantages."""
+def packed(recipe: TrainRecipe, rollouts: list[Rollout]) -> list[list[PackedBatch]]:
+    """The micro-batches of every minibatch, with advantages."""
     values = advantages(len(rollouts))
-    return [minibatch.with_advantages(values).micro_batches for minibatch in minibatches(recipe, parts, rollouts)]
+    found = pack_minibatches(
+        recipe.grpo,
+        recipe.policy,
+        PACKER,
+        rollouts,
+        token_level_loss=recipe.loss_fn.token_level_loss,
+        process_group=dist.group.WORLD,  # type: ignore[arg-type]
+    )
+    return [minibatch.with_advantages(values).micro_batches for minibatch in found]
 
 
 def responses(batches: list[PackedBatch], field: str) -> list[Tensor]:
@@ -122,8 +126,8 @@ def token_losses(rows: list[int]) -> list[Tensor]:
     return [10.0 * row + torch.arange(LENGTHS[row], dtype=torch.float64) for row in rows]
 
 
-def test_every_field_of_a_rollout_reaches_its_response_tokens(parts: Any, recipe: MakeRecipe) -> None:
-    (batches,) = packed(recipe(), parts, rollouts())
+def test_every_field_of_a_rollout_reaches_its_response_tokens(recipe: MakeRecipe) -> None:
+    (batches,) = packed(recipe(), rollouts())
     assert len(batches) > 1, "one row would not show that rows are told apart"
     assert all(len(batch.tokens) <= 24 for batch in batches)
     for row, length in enumerate(LENGTHS):
@@ -134,38 +138,38 @@ def test_every_field_of_a_rollout_reaches_its_response_tokens(parts: Any, recipe
     assert sum(batch.num_tokens for batch in batches) == sum(LENGTHS)
 
 
-def test_a_minibatch_is_consecutive_rollouts_of_the_global_batch(parts: Any, recipe: MakeRecipe) -> None:
+def test_a_minibatch_is_consecutive_rollouts_of_the_global_batch(recipe: MakeRecipe) -> None:
     small = recipe("policy.train_global_batch_size=4")
-    whole = [members(batches) for batches in packed(small, parts, rollouts())]
+    whole = [members(batches) for batches in packed(small, rollouts())]
     assert whole == [{0, 1, 2, 3}, {4, 5, 6, 7}]
     # A data-parallel rank that owns groups 1 and 3 contributes its rows to the same minibatches.
     own = [rollout for rollout in rollouts() if rollout.group_id in (1, 3)]
-    part = [members(batches) for batches in packed(small, parts, own)]
+    part = [members(batches) for batches in packed(small, own)]
     assert part == [{2, 3}, {6, 7}]
     # One that owns group 0 alone has an empty row in the second.
-    alone = packed(small, parts, rollouts()[:2])
+    alone = packed(small, rollouts()[:2])
     assert [members(batches) for batches in alone] == [{0, 1}, set()]
     assert [sum(batch.num_tokens for batch in batches) for batches in alone] == [6, 0]
 
 
-def test_token_level_loss_is_the_mean_over_all_tokens(parts: Any, recipe: MakeRecipe) -> None:
-    (batches,) = packed(recipe(), parts, rollouts())
+def test_token_level_loss_is_the_mean_over_all_tokens(recipe: MakeRecipe) -> None:
+    (batches,) = packed(recipe(), rollouts())
     expected = torch.cat(token_losses(list(range(8)))).mean()
     # Weights of 1: float64 sums of small integers.
     assert loss_of(batches) == pytest.approx(float(expected), rel=1e-12)
 
 
-def test_sequence_weights_give_the_mean_over_sequences_of_token_means(parts: Any, recipe: MakeRecipe) -> None:
-    (batches,) = packed(recipe("loss_fn.token_level_loss=false"), parts, rollouts())
+def test_sequence_weights_give_the_mean_over_sequences_of_token_means(recipe: MakeRecipe) -> None:
+    (batches,) = packed(recipe("loss_fn.token_level_loss=false"), rollouts())
     expected = torch.stack([losses.mean() for losses in token_losses(list(range(8)))]).mean()
     # The weights are float32.
     assert loss_of(batches) == pytest.approx(float(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize("token_level", [True, False])
-def test_a_masked_overlong_response_is_in_no_mean(parts: Any, recipe: MakeRecipe, token_level: bool) -> None:
+def test_a_masked_overlong_response_is_in_no_mean(recipe: MakeRecipe, token_level: bool) -> None:
     options = ["grpo.overlong=mask", f"loss_fn.token_level_loss={str(token_level).lower()}"]
-    (batches,) = packed(recipe(*options), parts, rollouts())
+    (batches,) = packed(recipe(*options), rollouts())
     losses = token_losses([row for row in range(8) if row not in TRUNCATED])
     means = torch.stack([values.mean() for values in losses])
     assert loss_of(batches) == pytest.approx(float(torch.cat(losses).mean() if token_level else means.mean()), rel=1e-6)
@@ -174,12 +178,12 @@ def test_a_masked_overlong_response_is_in_no_mean(parts: Any, recipe: MakeRecipe
         counted = 0.0 if row in TRUNCATED else 1.0
         assert responses(batches, "loss_mask")[row].tolist() == [counted] * LENGTHS[row]
 
-    (kept,) = packed(recipe(), parts, rollouts())
+    (kept,) = packed(recipe(), rollouts())
     assert sum(batch.num_tokens for batch in kept) == sum(LENGTHS)
 
 
 def test_sequence_weights_count_the_sequences_of_every_rank(
-    parts: Any, recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+    recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two ranks, one after the other: the mean over sequences is of the global minibatch, not of a rank's part."""
     everything, elsewhere = rollouts(), list[int]()
@@ -193,18 +197,18 @@ def test_sequence_weights_count_the_sequences_of_every_rank(
     for mine in ([0, 1, 4, 5], [2, 3, 6, 7]):
         own = [everything[row] for row in mine]
         elsewhere[:] = [row for row in range(8) if row not in mine]
-        batches += packed(recipe("loss_fn.token_level_loss=false"), parts, own)[0]
+        batches += packed(recipe("loss_fn.token_level_loss=false"), own)[0]
     expected = torch.stack([losses.mean() for losses in token_losses(list(range(8)))]).mean()
     assert loss_of(batches) == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_ranks_own_every_row_once() -> None:
+def test_ranks_own_every_prompt_once() -> None:
     for size, ranks in ((6, 1), (6, 4), (2, 3)):
-        owned = [owned_prompts(size, SimpleNamespace(data_rank=rank, data_size=ranks)) for rank in range(ranks)]  # type: ignore[arg-type]
-        assert sorted(row for rows in owned for row in rows) == list(range(size))
+        owned = [owned_prompts(size, rank, ranks) for rank in range(ranks)]
+        assert sorted(number for numbers in owned for number in numbers) == list(range(size))
 
 
 def test_a_prompt_that_leaves_no_room_is_named(recipe: MakeRecipe) -> None:
-    check_lengths(recipe(), [prompt(0, tokens=16)])
+    check_lengths(recipe().policy, [prompt(0, tokens=16)])
     with pytest.raises(SampleError, match="sample s/3: its prompt has 17 tokens, more than the 16"):
-        check_lengths(recipe(), [prompt(0, tokens=16), prompt(3, tokens=17)])
+        check_lengths(recipe().policy, [prompt(0, tokens=16), prompt(3, tokens=17)])

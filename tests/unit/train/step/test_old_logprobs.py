@@ -47,7 +47,7 @@ def test_the_divergence_of_a_response_is_the_sum_over_its_tokens(make_recipe: Ma
     (first, given), (second, more) = rows([3, 0]), rows([2, 1])
     assert len(first + second) > 2, "one row would not show that rows are told apart"
     minibatches = [Minibatch(torch.tensor([3, 0]), first), Minibatch(torch.tensor([2, 1]), second)]
-    actual = reference_kl(recipe, minibatches)
+    actual = reference_kl(recipe.loss_fn, minibatches)
     for number, (behaviour, reference) in {**given, **more}.items():
         difference = (behaviour - reference).double()
         kinds = {"k1": difference, "k2": difference**2 / 2, "k3": (-difference).exp() - 1 + difference}
@@ -68,7 +68,7 @@ def test_importance_weights_are_those_that_are_asked_for(make_recipe: MakeRecipe
 
     def weights(**options: Any) -> Tensor | None:
         overrides = [f"loss_fn.importance_sampling.{name}={value}" for name, value in options.items()]
-        return importance_weights(make_recipe(*overrides), row, behaviour)
+        return importance_weights(make_recipe(*overrides).loss_fn.importance_sampling, row, behaviour)
 
     assert weights() is None
     ratio = (behaviour - row.behaviour_logprobs).exp()

@@ -85,21 +85,16 @@ def prompt(number: int) -> Prompt:
         token_ids=torch.arange(3), pixel_values=torch.zeros(0, 6), image_grid_thw=torch.zeros(0, 3, dtype=torch.int64)
     )
     sample = Sample(key=str(number), task="ab"[number % 2], question="", answer="1", answer_format="exact")
-    return Prompt(sample=sample, inputs=inputs)
+    return Prompt(sample=sample, inputs=inputs, task_id=number % 2)
 
 
 @pytest.fixture
-def parts() -> Any:
-    """What `collect` uses of an assembly, in a world of one."""
+def components() -> Any:
+    """What ``collect`` reads of the components, in a world of one: a whole one has a model."""
     init_process_group(select("cpu"))
     groups = SimpleNamespace(data=dist.group.WORLD, data_rank=0, data_size=1, model_rank=0, model_size=1)
-    return SimpleNamespace(
-        device=select("cpu"),
-        policy=SimpleNamespace(groups=groups, source=lambda: iter(())),
-        stream=Stream(),
-        engine=Engine(),
-        task_id=("a", "b").index,
-    )
+    policy = SimpleNamespace(groups=groups, source=lambda: iter(()))
+    return SimpleNamespace(policy=policy, stream=Stream(), engine=Engine())
 
 
 @pytest.fixture
@@ -120,8 +115,8 @@ def recipe(make_recipe: MakeRecipe) -> MakeRecipe:
 DYNAMIC = "grpo.dynamic_sampling.enabled=true"
 
 
-def run(recipe: TrainRecipe, parts: Any, step: int = 1) -> Collected:
-    return collect(recipe, parts, step, Timers(parts))
+def run(recipe: TrainRecipe, components: Any, step: int = 1) -> Collected:
+    return collect(recipe, components, step, Timers(select("cpu")))
 
 
 def groups(collected: Collected) -> list[int]:
@@ -139,75 +134,75 @@ def counts(collected: Collected) -> dict[str, float]:
     return {name.removeprefix("train/sampling/"): value for name, value in collected.metrics.items()}
 
 
-def test_without_dynamic_sampling_a_step_is_the_next_prompts(parts: Any, recipe: MakeRecipe) -> None:
-    collected = run(recipe(), parts)
+def test_without_dynamic_sampling_a_step_is_the_next_prompts(components: Any, recipe: MakeRecipe) -> None:
+    collected = run(recipe(), components)
     assert groups(collected) == [0, 1, 2, 3]
     assert collected.metrics == {}
-    assert parts.engine.asked == [[0, 1, 2, 3]]
+    assert components.engine.asked == [[0, 1, 2, 3]]
 
 
-def test_groups_without_signal_are_replaced_round_by_round(parts: Any, recipe: MakeRecipe) -> None:
-    collected = run(recipe(DYNAMIC), parts)
+def test_groups_without_signal_are_replaced_round_by_round(components: Any, recipe: MakeRecipe) -> None:
+    collected = run(recipe(DYNAMIC), components)
     assert groups(collected) == [1, 4, 5, 7]
     # 0, 2 and 3 are dropped, then 6: three prompts are asked in their place, then one.
-    assert parts.engine.asked == [[0, 1, 2, 3], [4, 5, 6], [7]]
+    assert components.engine.asked == [[0, 1, 2, 3], [4, 5, 6], [7]]
     assert counts(collected) == {
         "rounds": 3.0, "groups_drawn": 8.0, "groups_dropped": 4.0, "groups_surplus": 0.0, "groups_unfilled": 0.0,
     }  # fmt: skip
-    assert parts.engine.loads == 1, "the weights do not change within a step"
-    assert parts.engine.releases == 1, "no round may come after the engine's memory is given back"
-    assert len(set(parts.engine.seeds)) == 3, "a prompt that comes again is to be answered differently"
-    assert parts.stream.position == 8, "the next step draws what comes then"
+    assert components.engine.loads == 1, "the weights do not change within a step"
+    assert components.engine.releases == 1, "no round may come after the engine's memory is given back"
+    assert len(set(components.engine.seeds)) == 3, "a prompt that comes again is to be answered differently"
+    assert components.stream.position == 8, "the next step draws what comes then"
 
 
-def test_oversampling_asks_for_more_and_keeps_the_first(parts: Any, recipe: MakeRecipe) -> None:
-    collected = run(recipe(DYNAMIC, "grpo.dynamic_sampling.oversampling=2.5"), parts)
-    assert parts.engine.asked == [list(range(10))]
+def test_oversampling_asks_for_more_and_keeps_the_first(components: Any, recipe: MakeRecipe) -> None:
+    collected = run(recipe(DYNAMIC, "grpo.dynamic_sampling.oversampling=2.5"), components)
+    assert components.engine.asked == [list(range(10))]
     assert groups(collected) == [1, 4, 5, 7]
     assert counts(collected) == {
         "rounds": 1.0, "groups_drawn": 10.0, "groups_dropped": 4.0, "groups_surplus": 2.0, "groups_unfilled": 0.0,
     }  # fmt: skip
 
 
-def test_what_the_budget_leaves_unfilled_keeps_its_dropped_groups(parts: Any, recipe: MakeRecipe) -> None:
-    collected = run(recipe(DYNAMIC, "grpo.dynamic_sampling.max_rounds=2"), parts)
+def test_what_the_budget_leaves_unfilled_keeps_its_dropped_groups(components: Any, recipe: MakeRecipe) -> None:
+    collected = run(recipe(DYNAMIC, "grpo.dynamic_sampling.max_rounds=2"), components)
     assert groups(collected) == [0, 1, 4, 5], "the first that was dropped, in the order of the stream"
     assert counts(collected)["groups_unfilled"] == 1.0
     assert counts(collected)["rounds"] == 2.0
 
 
-def test_mean_accuracy_is_filtered_with_its_bounds_excluded(parts: Any, recipe: MakeRecipe) -> None:
+def test_mean_accuracy_is_filtered_with_its_bounds_excluded(components: Any, recipe: MakeRecipe) -> None:
     bounds = ("grpo.dynamic_sampling.filter_low=0.25", "grpo.dynamic_sampling.filter_high=0.75")
-    collected = run(recipe(DYNAMIC, *bounds, "grpo.dynamic_sampling.max_rounds=9"), parts)
+    collected = run(recipe(DYNAMIC, *bounds, "grpo.dynamic_sampling.max_rounds=9"), components)
     assert groups(collected) == [1, 7, 11, 13], "those with half of the answers right"
 
 
-def test_a_filter_looks_at_accuracy_not_at_the_reward(parts: Any, recipe: MakeRecipe) -> None:
+def test_a_filter_looks_at_accuracy_not_at_the_reward(components: Any, recipe: MakeRecipe) -> None:
     """Rewards of prompt 0 differ by their length alone, and its mean accuracy is 0."""
     length = "env.tasks.a={length: {start: 0, peak_start: 4, peak_end: 9, end: 9}, entropy: null}"
     weights = "env.reward_weights={accuracy: 1, format: 0, structure: 0, length: 0.1}"
-    collected = run(recipe(DYNAMIC, length, weights), parts)
+    collected = run(recipe(DYNAMIC, length, weights), components)
     assert int(collected.rollouts[0].prompt.key) == 0, "without bounds, a difference in length is signal"
-    parts.stream, parts.engine = Stream(), Engine()
-    collected = run(recipe(DYNAMIC, length, weights, "grpo.dynamic_sampling.filter_low=0.01"), parts)
+    components.stream, components.engine = Stream(), Engine()
+    collected = run(recipe(DYNAMIC, length, weights, "grpo.dynamic_sampling.filter_low=0.01"), components)
     assert int(collected.rollouts[0].prompt.key) == 1
 
 
-def test_a_resumed_run_draws_what_the_whole_run_would_have(parts: Any, recipe: MakeRecipe) -> None:
+def test_a_resumed_run_draws_what_the_whole_run_would_have(components: Any, recipe: MakeRecipe) -> None:
     short = recipe(DYNAMIC, "grpo.num_prompts_per_step=2", "policy.train_global_batch_size=8")
-    run(short, parts, 1)
-    position = parts.stream.position
-    whole = run(short, parts, 2)
-    parts.stream, parts.engine = Stream(position), Engine()
-    resumed = run(short, parts, 2)
+    run(short, components, 1)
+    position = components.stream.position
+    whole = run(short, components, 2)
+    components.stream, components.engine = Stream(position), Engine()
+    resumed = run(short, components, 2)
     assert [rollout.prompt.key for rollout in resumed.rollouts] == [rollout.prompt.key for rollout in whole.rollouts]
     assert torch.equal(resumed.rewards.total, whole.rewards.total)
     assert resumed.metrics == whole.metrics
 
 
-def test_penalised_responses_lose_reward_near_the_limit(parts: Any, recipe: MakeRecipe) -> None:
+def test_penalised_responses_lose_reward_near_the_limit(components: Any, recipe: MakeRecipe) -> None:
     options = ("grpo.overlong=penalise", "grpo.overlong_penalty={buffer: 2, weight: 0.5}")
-    collected = run(recipe(*options, "policy.generation.max_new_tokens=4"), parts)
+    collected = run(recipe(*options, "policy.generation.max_new_tokens=4"), components)
     # Responses of 1 to 4 tokens: the penalty begins after 2, and is whole at 4.
     assert collected.rewards.parts["overlong"].tolist() == [0.0, 0.0, -0.5, -1.0] * 4
     accuracy = collected.rewards.parts["accuracy"]
@@ -224,18 +219,18 @@ def test_rewards_of_some_rollouts() -> None:
 
 
 def test_an_engine_that_may_be_waited_for_is_given_the_weights_again_and_asked_anew(
-    parts: Any, recipe: MakeRecipe
+    components: Any, recipe: MakeRecipe
 ) -> None:
-    expected = collect(recipe(), parts, 1, Timers(parts))
-    parts.stream, parts.engine = Stream(), Engine()
-    parts.engine.losses = [EngineUnavailable("gone", wait=True), EngineUnavailable("gone again", wait=True)]
-    collected = collect(recipe(), parts, 1, Timers(parts))
-    assert parts.engine.loads == 3
-    assert parts.engine.asked == [[0, 1, 2, 3]]
+    expected = run(recipe(), components)
+    components.stream, components.engine = Stream(), Engine()
+    components.engine.losses = [EngineUnavailable("gone", wait=True), EngineUnavailable("gone again", wait=True)]
+    collected = run(recipe(), components)
+    assert components.engine.loads == 3
+    assert components.engine.asked == [[0, 1, 2, 3]]
     assert [r.prompt.key for r in collected.rollouts] == [r.prompt.key for r in expected.rollouts]
 
 
-def test_an_engine_that_is_lost_ends_the_step(parts: Any, recipe: MakeRecipe) -> None:
-    parts.engine.losses = [EngineUnavailable("no server is left")]
+def test_an_engine_that_is_lost_ends_the_step(components: Any, recipe: MakeRecipe) -> None:
+    components.engine.losses = [EngineUnavailable("no server is left")]
     with pytest.raises(EngineUnavailable, match="no server is left"):
-        collect(recipe(), parts, 1, Timers(parts))
+        run(recipe(), components)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lines for the console where a step's rollouts say that a run is set up wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_g2rpo.recipe import Env
+from megatron_g2rpo.tasks.scoring import read
+from megatron_g2rpo.types import Rollout
+
+# Share of responses with an answer below which there is hardly a reward to learn from.
+FEW_ANSWERS = 0.05
+# Characters of the response that is shown; of a longer one, both ends.
+SHOWN_CHARACTERS = 600
+
+
+def gap_warnings(limit: float, tasks: Sequence[str], metrics: Mapping[str, float]) -> Iterator[str]:
+    """A line for each task whose mean gap between engine and trainer is above a limit.
+
+    Args:
+        limit: the recipe's ``policy.generation.gap_warning``, nats.
+        tasks: task names.
+        metrics: metrics of a step.
+    """
+    for task in tasks:
+        gap = metrics.get(f"train/{task}/rollout_gap_mean", 0.0)
+        if not gap <= limit:
+            yield (
+                f"warning: {task}: the rollout engine's log-probabilities are {gap:.3g} nats from the trainer's in the "
+                f"mean (policy.generation.gap_warning: {limit:g}); `megatron-g2rpo doctor --rollout RECIPE` shows where"
+            )
+
+
+def answer_warnings(
+    rollouts: Sequence[Rollout], env: Env, response_format: str, process_group: dist.ProcessGroup | None
+) -> list[str]:
+    """A line, with one response, where fewer than ``FEW_ANSWERS`` of the responses hold an answer. A collective.
+
+    Args:
+        rollouts: this rank's rollouts.
+        env: the recipe's section, whose tasks may name a response format.
+        response_format: response format of the tasks that name none.
+        process_group: the ranks over which the responses are spread; None for all.
+    """
+    without = [rollout for rollout in rollouts if read(rollout, env, response_format).answer is None]
+    counts = torch.tensor([len(rollouts) - len(without), len(rollouts)])
+    dist.all_reduce(counts, group=process_group)
+    answered, count = counts.tolist()
+    if answered >= FEW_ANSWERS * count:
+        return []
+    examples: list[tuple[str, str] | None] = [None] * dist.get_world_size(process_group)
+    mine = [(rollout.prompt.task, rollout.prompt.response_prefix + rollout.text) for rollout in without[:1]]
+    dist.all_gather_object(examples, mine[0] if mine else None, group=process_group)
+    task, text = next(example for example in examples if example is not None)
+    name = env.tasks[task].response_format or response_format
+    if len(text) > SHOWN_CHARACTERS:
+        text = f"{text[: SHOWN_CHARACTERS // 2]} [...] {text[-SHOWN_CHARACTERS // 2 :]}"
+    return [
+        f"warning: {answered} of {count} responses hold an answer where the response format {name!r} has it; one of "
+        f"{task} without: {text!r}. Let the prompts ask for the format (data.format_instruction: true), choose the one "
+        "that the model writes (data.response_format), or teach it with `megatron-g2rpo sft`"
+    ]
