@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What autograd keeps of the language layers between a micro-batch's forward and backward pass, byte by byte.
 
-The module follows the local layers (``policy.layer_spec``, ``policy.norm``, ``policy.attention``, megatron-core's parallel
-linears, rotary embedding and gated MLP): which tensors each operation saves for its gradient, each storage once.
+The module follows the local layers (``policy.layer_spec``, ``policy.norm``, ``policy.attention``, and megatron-core's
+parallel linears, rotary embedding and gated MLP): which tensors each operation saves for its gradient, each storage
+once.
 docs/plan.md derives every line. Transformer Engine's fused layers save less; they are not modelled.
 
 Shape letters: S tokens of a rank (its context-parallel share), s the same divided by the tensor-parallel ranks where

@@ -146,7 +146,7 @@ class PolicyModel(MegatronModule):
         return self.language_model.output_layer(hidden, batch.labels, weight=weight, temperature=temperature)
 
     def _embed(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
-        """Return embeddings ``[S, 1, h]`` with image features in place, and deepstack features ``[K, S, 1, h]`` or None.
+        """Return embeddings ``[S, 1, h]`` with image features in place, and deepstack ``[K, S, 1, h]`` or None.
 
         Under sequence parallelism S is this tensor-parallel rank's share of the tokens.
         """

@@ -72,8 +72,8 @@ def load_weights(model: MegatronModule, directory: str | Path, dtype: torch.dtyp
 def _keep_what_is_in_place(template: Any) -> None:
     """Avoid the copies that megatron-core makes of gate and up projections after loading: a third of a model.
 
-    megatron-core saves a gate and up projection as two tensors, loads them as two views of the parameter, and would then
-    concatenate the views.
+    megatron-core saves a gate and up projection as two tensors, loads them as two views of the parameter, and would
+    then concatenate the views.
     """
     for entry in nested_values(x=template):
         if isinstance(entry, ShardedTensorFactory):
