@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What autograd keeps of the language layers between a micro-batch's forward and backward pass, byte by byte.
+"""Counts the bytes that autograd keeps of the language layers between a micro-batch's forward and backward pass.
 
 The module follows the local layers (``policy.layer_spec``, ``policy.norm``, ``policy.attention``, and megatron-core's
 parallel linears, rotary embedding and gated MLP): which tensors each operation saves for its gradient, each storage
@@ -147,7 +147,7 @@ def mlp(size: Sizes) -> int:
 
 @dataclass(frozen=True)
 class Recompute:
-    """What is recomputed in the backward pass: ``policy.megatron_cfg.recompute_*``.
+    """The parts of the model that the backward pass recomputes: ``policy.megatron_cfg.recompute_*``.
 
     Attributes:
         granularity: None, ``selective`` (the core attention) or ``full`` (whole layers).

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan reads of a model: its config.json, from which every parameter of every pipeline stage follows exactly.
+"""Reads a model's config.json and derives from it every parameter of every pipeline stage, exactly.
 
 No weight is read: transformers builds the model on torch's meta device, where tensors have shapes and no memory, and
 the weight table's own shard rules cut them as they would cut a checkpoint.

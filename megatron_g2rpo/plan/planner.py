@@ -19,7 +19,7 @@ from megatron_g2rpo.recipe.layers import load_layers
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe needs of a cluster.
+    """The memory and traffic that a recipe needs on a cluster.
 
     Attributes:
         recipe: the recipe that is planned.

@@ -20,7 +20,7 @@ from megatron_g2rpo.recipe import Recipe, TrainRecipe
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a plan assumes about the data.
+    """The assumptions that a plan makes about the data.
 
     Attributes:
         sequence_tokens: number of tokens of every sequence, prompt and response.

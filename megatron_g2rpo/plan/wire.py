@@ -27,7 +27,7 @@ ROLLOUT_STEP = "rollout step"
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one rank sends for one purpose, by one collective.
+    """The bytes that one rank sends for one purpose, by one collective.
 
     Attributes:
         what: what is sent.
@@ -142,7 +142,7 @@ class _Account:
         yield self._line("gradient of the tied embedding", "all-reduce", "first and last stage (2)", shared)
 
     def vision(self) -> Iterator[Traffic]:
-        """Iterate over what image features send: each tensor- and context-parallel peer encodes a share of the images."""
+        """Iterate over what image features send: tensor- and context-parallel peers each encode a share of them."""
         peers, images = self.layout.tensor * self.layout.context, self.batches.row.images
         if not self.first or peers == 1 or not images:
             return

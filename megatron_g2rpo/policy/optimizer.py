@@ -52,7 +52,7 @@ def schedule_functions(config: TransformerConfig, ddp: DistributedDataParallel, 
     Args:
         config: the model's configuration, which the schedules read; it is changed.
         ddp: the wrapped model.
-        optimizer: its optimizer.
+        optimizer: the optimizer, whose loss scale is used.
     """
     overlap = ddp.ddp_config.overlap_grad_reduce
     config.finalize_model_grads_func = finalize_model_grads

@@ -36,8 +36,8 @@ class MegatronCheckpoint(Mapping[str, Tensor]):
 
     Names and tensors are those of a model on a single rank. megatron-core's ``dist_checkpointing`` writes the format of
     ``torch.distributed.checkpoint``: tensors are global, in pieces as the ranks held them, and a parameter of a
-    decoder's layers is one tensor, its first axis the layers, unless the layers differ. Here it is one tensor per layer.
-    Optimizer state and entries that are not tensors are left out.
+    decoder's layers is one tensor, its first axis the layers, unless the layers differ. Here it is one tensor per
+    layer. Optimizer state and entries that are not tensors are left out.
 
     That format's list of tensors is a pickle: open only checkpoints that you trust.
 

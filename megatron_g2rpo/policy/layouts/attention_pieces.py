@@ -2,7 +2,7 @@
 """The arithmetic of the local core attention: the pieces of a packed row's sequences on one rank, and their buckets.
 
 Under context parallelism a rank's queries are chunks of sequences (``layouts.context_parallel``), and each chunk sees
-all keys of its sequence up to its own end. Pieces of similar size are padded to one batch: a bucket.
+all keys of its sequence up to its own end. Pieces of similar size are padded to one batch, called a bucket.
 """
 
 from __future__ import annotations

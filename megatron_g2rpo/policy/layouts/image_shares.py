@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rank encodes which image of a row: tensor- and context-parallel peers share them."""
+"""Distributes the images of a packed row over the tensor- and context-parallel ranks that encode them."""
 
 from __future__ import annotations
 
