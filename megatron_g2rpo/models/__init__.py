@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model family is, in one file each; ``base.Family`` says what such a file holds.
+"""Model families, in one file each; ``base.Family`` says what such a file holds.
 
-Importing this package registers the families that it has. It imports no megatron-core (``plan`` reads it), and the
-modelling code of transformers only when a vision tower is built.
+Importing this package registers its families. It imports no megatron-core (``plan`` imports it), and transformers'
+modelling code only when a vision tower is built.
 """
 
 from megatron_g2rpo.models import llama, qwen3, qwen3_vl

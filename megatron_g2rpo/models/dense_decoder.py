@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What dense decoders share: pre-norm layers with grouped-query attention, rotary positions and a gated silu MLP."""
+"""The base of dense decoders: pre-norm layers, grouped-query attention, rotary positions and a gated silu MLP."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class DenseDecoder:
 
     Attributes:
         head_norms: whether queries and keys are normalised.
-        prefix: what stands before the language model's tensors in a Hugging Face checkpoint.
-        vision: see ``Family``.
+        prefix: prefix of the names of the language model's tensors in a Hugging Face checkpoint.
+        vision: the family's vision, see ``Family``; None for a text-only family.
     """
 
     head_norms: ClassVar[bool] = False
@@ -29,7 +29,7 @@ class DenseDecoder:
     vision: Vision | None = None
 
     def check(self, hf_config: Any) -> None:
-        """Refuse what the layers would compute wrongly; see ``Family.check``."""
+        """Refuse a model that these layers would compute wrongly; see ``Family.check``."""
         text = hf_config.get_text_config()
         if text.rope_parameters["rope_type"] not in ROPE_TYPES:
             raise ValueError(f"rope_type {text.rope_parameters['rope_type']!r} is not supported; known: {ROPE_TYPES}")
@@ -39,7 +39,7 @@ class DenseDecoder:
             raise ValueError("sliding-window attention is not supported")
 
     def config(self, hf_config: Any) -> dict[str, Any]:
-        """Fields of ``TransformerConfig``; see ``Family.config``."""
+        """Return the fields of ``TransformerConfig`` that follow from the model; see ``Family.config``."""
         text = hf_config.get_text_config()
         return {
             "num_layers": text.num_hidden_layers,
@@ -58,12 +58,16 @@ class DenseDecoder:
         }
 
     def weights(self, hf_config: Any) -> WeightTable:
-        """The table of ``rows``; see ``Family.weights``."""
+        """Return the weight table of ``rows``; see ``Family.weights``."""
         # A tied checkpoint may store the embedding twice.
         return WeightTable(self.rows(hf_config), ignored=["lm_head.weight"] if hf_config.tie_word_embeddings else [])
 
     def rows(self, hf_config: Any) -> list[Row]:
-        """The language model's rows. Hugging Face names are written as a text-only model's, with ``model.`` first."""
+        """Return the rows of the weight table for the language model.
+
+        The code writes Hugging Face names as those of a text-only model, which begin with ``model.``; ``prefix`` takes
+        that place.
+        """
         text = hf_config.get_text_config()
         tied = bool(hf_config.tie_word_embeddings)
         vocabulary = Vocabulary(text.vocab_size)
@@ -137,14 +141,14 @@ class DenseDecoder:
         return Row(megatron, tuple(names), rule, copy)
 
     def angles(self, hf_config: Any) -> nn.Module:
-        """Angles of the first position row; see ``Family.angles``."""
+        """Return the rotary angles of the first position axis; see ``Family.angles``."""
         frequencies = inverse_frequencies(hf_config.get_text_config())
         return RotaryAngles(frequencies, [0] * len(frequencies))
 
     def positions(
         self, token_ids: Tensor, image_grid_thw: Tensor, *, image_token_id: int, spatial_merge_size: int
     ) -> Tensor:
-        """Count the tokens; see ``Positions``."""
+        """Return positions that count the tokens; see ``Positions``."""
         if len(image_grid_thw):
             raise ValueError(f"{len(image_grid_thw)} images for a text-only model")
         return text_positions(len(token_ids))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where ``policy.model_name`` lies on this machine."""
+"""Finds the directory of ``policy.model_name`` on this machine."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 
 def local_model_dir(name: str, only: str | None = None) -> Path:
-    """The directory of a model: the path itself, or the hub's snapshot, downloaded if need be.
+    """Return the directory of a model: the path itself, or the hub's snapshot, downloaded if it is not cached.
 
     Args:
         name: a directory, or the name of a model on the Hugging Face hub.
         only: the one file to download; None for all of them.
 
     Raises:
-        FileNotFoundError: neither; names what was looked for.
+        FileNotFoundError: ``name`` is neither a directory nor a model that the hub gives.
     """
     if Path(name).is_dir():
         return Path(name)

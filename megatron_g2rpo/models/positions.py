@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def text_positions(length: int, first: int = 0) -> Tensor:
-    """Positions of text, which counts up all three rows alike: int64 ``[3, length]``.
+    """Return the positions of text, equal on all three axes: int64 ``[3, length]``.
 
     Args:
-        length: tokens.
+        length: number of tokens.
         first: position of the first token.
     """
     return (torch.arange(length) + first).expand(3, -1)
@@ -20,10 +20,10 @@ def text_positions(length: int, first: int = 0) -> Tensor:
 def mrope_positions(
     token_ids: Tensor, image_grid_thw: Tensor, *, image_token_id: int, spatial_merge_size: int
 ) -> Tensor:
-    """Time, height and width position of every token of one sequence of the Qwen-VL lineage.
+    """Return the time, height and width position of every token of one sequence, as Qwen-VL models count them.
 
-    Text advances all three rows by one a token. An image of t x h x w patches spreads its merged grid over the rows,
-    all starting at the position reached, and text goes on at the largest side after it.
+    Text advances all three axes by one a token. An image of t x h x w patches spreads its merged grid over the axes,
+    all starting at the position reached; the text after it continues at that position plus the grid's largest side.
     Source: ``Qwen3VLModel.get_rope_index`` of transformers.
 
     Args:

@@ -7,6 +7,6 @@ from megatron_g2rpo.models.dense_decoder import DenseDecoder
 
 @registry.model_families.register("qwen3")
 class Qwen3(DenseDecoder):
-    """A dense decoder with norms of queries and keys."""
+    """Qwen3: a dense decoder that normalises queries and keys."""
 
     head_norms = True

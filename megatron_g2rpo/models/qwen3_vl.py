@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen3-VL, dense: a Qwen3 decoder with three position rows, behind a vision tower with deepstack.
+"""Qwen3-VL, dense: a Qwen3 decoder with three position axes, behind a vision tower with deepstack.
 
 Shape letters: V patches (four of them make a merged token), v hidden size of the tower, e bytes of an element.
 """
@@ -25,12 +25,12 @@ _FP32, _INT64 = torch.float32.itemsize, torch.int64.itemsize
 
 
 class Qwen3VLVision:
-    """transformers' ``Qwen3VLVisionModel`` with ``sdpa`` attention, and its PIL image processor."""
+    """The vision of Qwen3-VL: transformers' ``Qwen3VLVisionModel`` with ``sdpa`` attention, and its PIL processor."""
 
     tokens = VisionTokens(image="<|image_pad|>", video="<|video_pad|>", start="<|vision_start|>", end="<|vision_end|>")
 
     def geometry(self, hf_config: Any) -> VisionGeometry:
-        """See ``Vision.geometry``."""
+        """Return the sizes of the tower's input and output; see ``Vision.geometry``."""
         vision = hf_config.vision_config
         return VisionGeometry(
             merge=vision.spatial_merge_size,
@@ -40,28 +40,29 @@ class Qwen3VLVision:
         )
 
     def tower(self, hf_config: Any, dtype: torch.dtype) -> nn.Module:
-        """See ``Vision.tower``."""
+        """Build the vision tower; see ``Vision.tower``."""
         from transformers.initialization import no_init_weights
         from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
         # The dtype goes to the constructor: `.to(bfloat16)` would round the rotary frequencies as well, and turn by
         # 0.1 rad at position 60.
-        with no_init_weights():  # they come from a checkpoint, as the language model's do
+        with no_init_weights():  # weights come from a checkpoint, as the language model's do
             tower = Qwen3VLVisionModel._from_config(hf_config.vision_config, dtype=dtype, attn_implementation="sdpa")
         # Else transformers looks for an embedding of tokens when blocks are recomputed, and warns.
         tower.main_input_name = "hidden_states"
         return tower
 
     def features(self, tower: nn.Module, pixels: Tensor, grids: Tensor) -> Tensor:
-        """See ``Vision.features``."""
+        """Run the tower on images; see ``Vision.features``."""
         output = tower(pixels, grid_thw=grids, return_dict=True)
         return torch.stack([output.pooler_output, *output.deepstack_features], dim=1)
 
     def image_processor(self, model_dir: Path, min_pixels: int | None, max_pixels: int | None) -> Any:
-        """See ``Vision.image_processor``.
+        """Load the PIL image processor; see ``Vision.image_processor``.
 
-        Not ``AutoImageProcessor``: it picks the torchvision implementation where torchvision imports and the PIL one
-        elsewhere, whose resized pixels differ. Named here, one recipe sees the same pixels on every machine.
+        ``AutoImageProcessor`` would pick the torchvision implementation where torchvision can be imported and the PIL
+        one elsewhere, and their resized pixels differ. The class is named here so that one recipe reads the same pixels
+        on every machine.
         """
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -84,24 +85,25 @@ class Qwen3VLVision:
     # -- memory, for plan; docs/plan.md derives the lines -------------------------------------------------------------
 
     def block_bytes(self, hf_config: Any, patches: int, nbytes: int) -> int:
-        """See ``Vision.block_bytes``.
+        """Return the bytes that autograd keeps of one block; see ``Vision.block_bytes``.
 
-        Widths: norm inputs and outputs (4), rotated queries and keys (2), the projection whose view the values are (3),
-        the attention's output and, joined over images, the output projection's input (2); the MLP's two linears (2).
+        It keeps, in hidden widths, norm inputs and outputs (4), rotated queries and keys (2), the projection of which
+        the values are a view (3), the attention's output and, joined over images, the output projection's input (2);
+        and in MLP widths the MLP's two linears (2).
         """
         vision = hf_config.vision_config
         wide = nbytes * patches * (11 * vision.hidden_size + 2 * vision.intermediate_size)
         return wide + patches * (2 * _statistics(nbytes) + _FP32 * vision.num_heads)
 
     def tower_bytes(self, hf_config: Any, patches: int, nbytes: int, *, recompute: bool) -> int:
-        """See ``Vision.tower_bytes``."""
+        """Return the bytes that autograd keeps of the whole tower; see ``Vision.tower_bytes``."""
         if not patches:
             return 0
         vision, geometry = hf_config.vision_config, self.geometry(hf_config)
         e, width, levels, statistics = nbytes, vision.hidden_size, geometry.levels, _statistics(nbytes)
         merged = patches // geometry.merge**2
-        # Norm's output, the first linear's output, the second's input; merged, four patches are one row of fourfold
-        # width.
+        # The norm's output, the first linear's output, the second's input; merged, four patches are one vector of
+        # fourfold width.
         merger = 3 * e * patches * width
         of_block = e * patches * width if recompute else self.block_bytes(hf_config, patches, nbytes)
         kept = vision.depth * of_block + (levels + 1) * merger + levels * merged * statistics
@@ -112,36 +114,36 @@ class Qwen3VLVision:
 
 
 def _statistics(nbytes: int) -> int:
-    """Bytes of mean and reciprocal deviation of a row of a layer norm."""
+    """Return the bytes of the mean and reciprocal deviation that a layer norm keeps of one vector."""
     return 2 * nbytes
 
 
 @registry.model_families.register("qwen3_vl")
 class Qwen3VL(DenseDecoder):
-    """The decoder of Qwen3, fed by a vision tower whose weights are kept as they are."""
+    """Qwen3-VL: the decoder of Qwen3 behind a vision tower, whose weights are not sharded."""
 
     head_norms = True
     prefix = "model.language_model."
     vision = Qwen3VLVision()
 
     def config(self, hf_config: Any) -> dict[str, Any]:
-        """See ``Family.config``."""
+        """Return the fields of ``TransformerConfig`` that follow from the model; see ``Family.config``."""
         section = hf_config.get_text_config().rope_parameters["mrope_section"]
         return {**super().config(hf_config), "mrope_section": list(section)}
 
     def rows(self, hf_config: Any) -> list[Row]:
-        """The tower's, before the language model's."""
+        """Return the rows of the weight table: the vision tower's, then the language model's."""
         return [Row("vision_model.{path}", ("model.visual.{path}",), Replicated()), *super().rows(hf_config)]
 
     def angles(self, hf_config: Any) -> nn.Module:
-        """See ``Family.angles``."""
+        """Return the rotary angles of three interleaved position axes; see ``Family.angles``."""
         text = hf_config.get_text_config()
         return RotaryAngles(inverse_frequencies(text), interleaved_axes(text.rope_parameters["mrope_section"]))
 
     def positions(
         self, token_ids: Tensor, image_grid_thw: Tensor, *, image_token_id: int, spatial_merge_size: int
     ) -> Tensor:
-        """See ``Positions``."""
+        """Return the multimodal positions (mRoPE) of one sequence; see ``Positions``."""
         return mrope_positions(
             token_ids, image_grid_thw, image_token_id=image_token_id, spatial_merge_size=spatial_merge_size
         )

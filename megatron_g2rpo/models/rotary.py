@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary angles from three rows of positions, of which the angles of text are a special case.
+"""Rotary angles from positions on three axes, of which the angles of text are a special case.
 
 megatron-core's ``MultimodalRotaryEmbedding`` lays the (time, height, width) frequencies out in chunks, as Qwen2-VL
 does; Qwen3-VL interleaves them (t h w t h w ... t t). The two agree wherever t = h = w, so a text-only test cannot tell
-them apart. Here a family says for each frequency which row drives it.
+them apart. Here a family states for each frequency the axis whose position drives it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROPE_TYPES = ("default", *SCALED_ROPE_TYPES)
 
 
 def interleaved_axes(mrope_section: Sequence[int]) -> list[int]:
-    """Which position row (0 time, 1 height, 2 width) drives each rotary frequency.
+    """Return the position axis (0 time, 1 height, 2 width) that drives each rotary frequency.
 
     Source: ``Qwen3VLTextRotaryEmbedding.recomposition_frequencies`` of transformers.
 
@@ -38,7 +38,7 @@ def interleaved_axes(mrope_section: Sequence[int]) -> list[int]:
 
 
 def head_dim(text_config: Any) -> int:
-    """Numbers of one attention head; the hidden size's share where the configuration does not name it.
+    """Return the dimension of one attention head; the hidden size's share where the configuration does not name it.
 
     Args:
         text_config: transformers' configuration of the language model.
@@ -47,7 +47,7 @@ def head_dim(text_config: Any) -> int:
 
 
 def inverse_frequencies(text_config: Any) -> Tensor:
-    """Angle per position of each rotary frequency, float32 ``[head_dim / 2]``.
+    """Return the angle per position of each rotary frequency, float32 ``[head_dim / 2]``.
 
     Args:
         text_config: transformers' configuration of the language model.
@@ -63,14 +63,14 @@ def inverse_frequencies(text_config: Any) -> Tensor:
 
 
 class RotaryAngles(nn.Module):
-    """Rotary angles from three rows of positions; takes the place of ``GPTModel.rotary_pos_emb``.
+    """The module that computes rotary angles from positions on three axes, in place of ``GPTModel.rotary_pos_emb``.
 
     Args:
         inv_freq: float32 ``[head_dim / 2]``, see ``inverse_frequencies``; all of a head is rotated.
-        axes: for each frequency the position row that drives it: 0 time, 1 height, 2 width.
+        axes: for each frequency the position axis that drives it: 0 time, 1 height, 2 width.
 
     Raises:
-        ValueError: they are not equal in number.
+        ValueError: the numbers of frequencies and of axes differ.
     """
 
     def __init__(self, inv_freq: Tensor, axes: Sequence[int]) -> None:
@@ -82,10 +82,10 @@ class RotaryAngles(nn.Module):
         self.axes = torch.tensor(axes)
 
     def forward(self, position_ids: Tensor, mrope_section: Any = None, cp_group: Any = None) -> Tensor:
-        """Angles of the given tokens (already this rank's share under context parallelism).
+        """Return the angles of the given tokens, which under context parallelism are this rank's share.
 
         Args:
-            position_ids: int64 ``[3, b, s]``.
+            position_ids: int64 ``[3, b, s]`` time, height and width positions.
             mrope_section: ignored; megatron-core passes its config's.
             cp_group: ignored, for the same reason.
 

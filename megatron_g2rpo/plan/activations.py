@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What autograd keeps of the language layers between a micro-batch's forward and backward pass, byte by byte.
+"""Counts the bytes that autograd keeps of the language layers between a micro-batch's forward and backward pass.
 
-It follows the local layers (``policy.layer_spec``, ``policy.norm``, ``policy.attention`` and megatron-core's parallel
-linears, rotary embedding and gated MLP): which tensors each operation saves for its gradient, each storage once.
+The module follows the local layers (``policy.layer_spec``, ``policy.norm``, ``policy.attention``, and megatron-core's
+parallel linears, rotary embedding and gated MLP): which tensors each operation saves for its gradient, each storage
+once.
 docs/plan.md derives every line. Transformer Engine's fused layers save less; they are not modelled.
 
 Shape letters: S tokens of a rank (its context-parallel share), s the same divided by the tensor-parallel ranks where
@@ -28,17 +29,21 @@ FP32, INT64 = torch.float32.itemsize, torch.int64.itemsize
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the language model on one rank; see the module's shape letters.
+    """Sizes of the language model on one rank, by the module's shape letters.
 
     Attributes:
-        tokens: S.
-        shared: s.
-        hidden: h.
-        heads, groups, head_dim, features: H, G, D, F.
-        projected: heads of the query/key/value projection's output as it is held; more than ``heads + 2 * groups``
-            where ranks share a key/value head, because megatron-core then gathers the whole projection.
-        columns: of the vocabulary, on the rank with the most.
-        nbytes: e.
+        tokens: S, tokens that the rank holds of a packed row.
+        shared: s, tokens that the rank holds between tensor-parallel regions.
+        hidden: h, the hidden size.
+        heads: H, query heads of the rank.
+        groups: G, key/value heads of the rank.
+        head_dim: D, numbers of one head.
+        features: F, MLP features of the rank.
+        projected: heads of the query/key/value projection's output that the rank holds; more than
+            ``heads + 2 * groups`` where ranks share a key/value head, because megatron-core then gathers the whole
+            projection.
+        columns: columns of the vocabulary on the rank that has the most.
+        nbytes: e, bytes of an activation's element.
     """
 
     tokens: int
@@ -54,13 +59,13 @@ class Sizes:
 
 
 def sizes(text: Any, layout: Layout, row_tokens: int, nbytes: int) -> Sizes:
-    """Sizes on one rank.
+    """Return the language model's sizes on one rank.
 
     Args:
         text: the model's ``text_config``.
-        layout: parallel sizes.
-        row_tokens: of the whole row.
-        nbytes: of an activation's element.
+        layout: the parallel sizes.
+        row_tokens: number of tokens of the whole packed row.
+        nbytes: bytes of an activation's element.
     """
     tokens = row_tokens // layout.context
     kv, tensor = text.num_key_value_heads, layout.tensor
@@ -80,26 +85,27 @@ def sizes(text: Any, layout: Layout, row_tokens: int, nbytes: int) -> Sizes:
 
 
 def norm(rows: int, width: int, nbytes: int) -> int:
-    """``policy.norm.RMSNorm``: its input in float32, the reciprocal root of each row, and the normalised rows.
+    """Return the bytes that ``policy.norm.RMSNorm`` keeps of a ``[rows, width]`` matrix.
 
-    In float32 the first is the layer's own input, kept alive for this; in bfloat16 it is a copy.
+    It keeps its input in float32, the reciprocal root of each matrix row, and the normalised rows. In float32 the first
+    is the layer's own input, kept alive for this; in bfloat16 it is a copy.
     """
     return rows * (width * (FP32 + nbytes) + FP32)
 
 
 def layer(size: Sizes, slots: Slots, *, selective: bool) -> int:
-    """Bytes that one layer keeps.
+    """Return the bytes that autograd keeps of one layer.
 
     Args:
-        size: of this rank.
-        slots: of the core attention.
-        selective: the core attention is recomputed.
+        size: the rank's sizes of the language model.
+        slots: sizes of the core attention's padded batches.
+        selective: whether the core attention is recomputed.
     """
     return attention(size, slots, selective=selective) + mlp(size)
 
 
 def attention(size: Sizes, slots: Slots, *, selective: bool) -> int:
-    """Input norm, projections, query and key norms, rotary embedding, core attention."""
+    """Return the bytes kept of input norm, projections, query and key norms, rotary embedding and core attention."""
     e, head = size.nbytes, size.head_dim
     kept = norm(size.shared, size.hidden, e)
     kept += e * size.shared * size.hidden  # input of the query/key/value projection
@@ -120,9 +126,10 @@ def attention(size: Sizes, slots: Slots, *, selective: bool) -> int:
 
 
 def core_attention(size: Sizes, slots: Slots) -> int:
-    """Of ``scaled_dot_product_attention``: padded queries, keys, values and outputs, log-sum-exps, masks.
+    """Return the bytes kept of the local core attention.
 
-    Then of ``index_copy``, which puts the outputs back into the row: the outputs once more, and their places.
+    ``scaled_dot_product_attention`` keeps padded queries, keys, values and outputs, log-sum-exps and masks.
+    ``index_copy``, which puts the outputs back into the packed row, keeps the outputs once more, and their places.
     """
     e, width = size.nbytes, size.heads * size.head_dim
     kept = e * width * 2 * (slots.queries + slots.keys) + FP32 * size.heads * slots.queries + e * slots.mask
@@ -130,19 +137,22 @@ def core_attention(size: Sizes, slots: Slots) -> int:
 
 
 def mlp(size: Sizes) -> int:
-    """Norm, gated MLP: gate and up projection, activated gate, the sum ``up + 0``, their product."""
+    """Return the bytes kept of the MLP and the norm before it.
+
+    The gated MLP keeps gate and up projection, activated gate, the sum ``up + 0``, and their product.
+    """
     kept = norm(size.shared, size.hidden, size.nbytes) + size.nbytes * size.shared * size.hidden
     return kept + size.nbytes * size.tokens * 5 * size.features
 
 
 @dataclass(frozen=True)
 class Recompute:
-    """``policy.megatron_cfg.recompute_*``.
+    """The parts of the model that the backward pass recomputes: ``policy.megatron_cfg.recompute_*``.
 
     Attributes:
-        granularity: None, ``selective`` (core attention) or ``full`` (layers).
-        method: of full: ``uniform`` (chunks of layers) or ``block`` (only the first layers).
-        layers: of a chunk, or how many.
+        granularity: None, ``selective`` (the core attention) or ``full`` (whole layers).
+        method: under ``full``, ``uniform`` (all layers, in chunks) or ``block`` (only the first layers of a stage).
+        layers: number of layers of a chunk under ``uniform``, number of recomputed layers under ``block``.
     """
 
     granularity: str | None
@@ -150,7 +160,11 @@ class Recompute:
     layers: int
 
     def chunks(self, layers: int) -> tuple[list[int], int]:
-        """Of a stage's layers: sizes of the chunks whose inputs alone are kept, and how many layers are kept whole."""
+        """Return how a stage of so many layers is recomputed.
+
+        Returns:
+            Number of layers of each chunk of which only the input is kept; number of layers that are not recomputed.
+        """
         if self.granularity != "full":
             return [], layers
         if self.method == "block":
@@ -160,7 +174,10 @@ class Recompute:
 
 
 def indices(slots: Slots, recompute: Recompute) -> int:
-    """Index tensors of the packed row, which all layers share; what is recomputed needs each token's place again."""
+    """Return the bytes of the packed row's index tensors, which all layers share.
+
+    What is recomputed needs each token's place a second time.
+    """
     places = 1 if recompute.granularity is None else 2
     return INT64 * (slots.queries + slots.keys + places * slots.tokens)
 
@@ -168,17 +185,17 @@ def indices(slots: Slots, recompute: Recompute) -> int:
 def stage_layers(
     size: Sizes, slots: Slots, recompute: Recompute, layers: int, context_levels: int, *, first: bool
 ) -> int:
-    """Bytes that a stage's layers keep of one micro-batch.
+    """Return the bytes that autograd keeps of a stage's layers for one micro-batch.
 
     Args:
-        size: of this rank.
-        slots: of the core attention.
+        size: the rank's sizes of the language model.
+        slots: sizes of the core attention's padded batches.
         recompute: what is recomputed.
-        layers: of the stage.
-        context_levels: deepstack levels that travel through the stage's layers (0 without images or on later stages);
-            a checkpointed layer keeps them with its input.
-        first: the stage embeds. Under sequence parallelism a rank's share of the embeddings (and of the deepstack
-            levels) is a view of all tokens', so that what keeps the share keeps all.
+        layers: number of layers of the stage.
+        context_levels: number of deepstack levels that travel through the stage's layers (0 without images or on later
+            stages); a checkpointed layer keeps them with its input.
+        first: whether the stage has the embedding. Under sequence parallelism a rank's share of the embeddings (and of
+            the deepstack levels) is a view of those of all tokens, so that keeping the share keeps all.
     """
     chunks, whole = recompute.chunks(layers)
     kept = whole * layer(size, slots, selective=recompute.granularity == "selective")
@@ -193,7 +210,7 @@ def stage_layers(
 
 
 def recomputed(size: Sizes, slots: Slots, recompute: Recompute, layers: int) -> int:
-    """Bytes that come to life again in the backward pass: the largest recomputed part."""
+    """Return the bytes of the largest part that the backward pass recomputes and holds at once."""
     if recompute.granularity == "selective":
         return core_attention(size, slots)
     chunks, _ = recompute.chunks(layers)
@@ -201,7 +218,10 @@ def recomputed(size: Sizes, slots: Slots, recompute: Recompute, layers: int) -> 
 
 
 def output_layer(size: Sizes, chunks: LogitChunks) -> int:
-    """Final norm and ``linear_logprobs``: hidden states, labels, four statistics of each, the last chunk's logits."""
+    """Return the bytes kept of the final norm and of ``linear_logprobs``.
+
+    The latter keeps hidden states, labels, four statistics of each, and the logits of the last chunk.
+    """
     kept = norm(size.shared, size.hidden, size.nbytes) + size.nbytes * size.tokens * size.hidden
     logits = FP32 * chunks.forward * size.columns if chunks.kept else 0
     # The labels come with the micro-batch; the last two numbers of a token are the results.

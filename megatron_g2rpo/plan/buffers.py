@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights, gradients and optimizer state of one rank, to the byte.
+"""Weights, gradients and optimizer state of one rank, exact to the byte.
 
 megatron-core's DDP keeps the gradients of all trained parameters in one contiguous buffer, last parameter first. Under
 the distributed optimizer a second such buffer takes the weights, parameters begin at multiples of 64 elements, buckets
@@ -23,14 +23,14 @@ _BUCKET_ALIGNMENT = 128
 
 @dataclass(frozen=True)
 class DataParallelism:
-    """What ``policy.megatron_cfg.distributed_data_parallel_config`` says, and how many ranks it concerns.
+    """Data-parallel sizes, and the options of ``policy.megatron_cfg.distributed_data_parallel_config``.
 
     Attributes:
-        size: data x context parallel ranks, over which gradients are summed and optimizer state is sharded.
-        data: data-parallel ranks alone; megatron-core sizes its buckets by them.
-        distributed_optimizer: ``use_distributed_optimizer``.
-        overlap_grad_reduce: gradients are reduced bucket by bucket (on the first pipeline stage).
-        grad_bytes: of one gradient element in the buffer.
+        size: number of data x context parallel ranks; gradients are summed and optimizer state is sharded over them.
+        data: number of data-parallel ranks alone; megatron-core sizes its buckets by it.
+        distributed_optimizer: the recipe's ``use_distributed_optimizer``.
+        overlap_grad_reduce: whether gradients are reduced bucket by bucket (on the first pipeline stage).
+        grad_bytes: bytes of one gradient element in the buffer.
     """
 
     size: int
@@ -40,7 +40,10 @@ class DataParallelism:
     grad_bytes: int
 
     def bucket_size(self, stage: int) -> int | None:
-        """Elements that fill a bucket; None puts all into one. Only the first stage's reduction is worth splitting."""
+        """Return the number of elements that fill a bucket; None puts all elements into one bucket.
+
+        Only the first stage's reduction is worth splitting.
+        """
         if not self.overlap_grad_reduce or stage > 0:
             return None
         return max(40_000_000, 1_000_000 * self.data)
@@ -52,8 +55,8 @@ class Buffer:
 
     Attributes:
         spans: ``(start, end)`` of each parameter, in elements; in the order of the buffer, which is the reverse of the
-            parameters'.
-        buckets: ``(start, end)`` of each bucket, padding included.
+            model's.
+        buckets: ``(start, end)`` of each bucket, in elements, padding included.
     """
 
     spans: tuple[tuple[int, int], ...]
@@ -61,10 +64,16 @@ class Buffer:
 
     @property
     def numel(self) -> int:
+        """Number of elements of the buffer, padding included."""
         return self.buckets[-1][1] if self.buckets else 0
 
     def owned(self, rank: int, size: int) -> list[int]:
-        """Elements of each parameter that a data-parallel rank updates; parameters without any are left out."""
+        """Return how many elements of each parameter a rank updates; parameters without any are left out.
+
+        Args:
+            rank: the rank in the data x context parallel group.
+            size: number of ranks of that group.
+        """
         counts = []
         for start, end in self.spans:
             count = 0
@@ -78,12 +87,12 @@ class Buffer:
 
 
 def ddp_buffer(parameters: Sequence[Parameter], parallelism: DataParallelism, stage: int) -> Buffer:
-    """The buffer of a rank's trained parameters.
+    """Lay out the DDP buffer of a rank's trained parameters.
 
     Args:
-        parameters: of the rank, in the model's order.
-        parallelism: of the run.
-        stage: pipeline stage.
+        parameters: the rank's parameters, in the model's order.
+        parallelism: data-parallel sizes and buffer options.
+        stage: the rank's pipeline stage.
     """
     padded, limit = parallelism.distributed_optimizer, parallelism.bucket_size(stage)
     alignment = math.lcm(parallelism.size, _BUCKET_ALIGNMENT) if padded else 1
@@ -109,16 +118,16 @@ def ddp_buffer(parameters: Sequence[Parameter], parallelism: DataParallelism, st
 
 @dataclass(frozen=True)
 class ModelState:
-    """Bytes of one rank that stay for the whole run.
+    """Bytes that one rank holds for the whole run.
 
     Attributes:
-        weights: the model's, frozen ones included.
-        gradients: the DDP buffer; where that is not float32, also the float32 copies that the optimizer makes of this
-            rank's part of it and keeps until the next step begins.
-        optimizer: Adam's two moments and, under bfloat16, float32 master copies (torch's step counters, one number a
-            parameter, are not counted: they live on the host).
-        updated: parameters that this rank's optimizer updates, elements.
-        parameters: elements of the model on this rank, as weights.
+        weights: bytes of the model's weights, frozen ones included.
+        gradients: bytes of the DDP buffer; where that is not float32, also of the float32 copies that the optimizer
+            makes of this rank's part of it and keeps until the next step begins.
+        optimizer: bytes of Adam's two moments and, under bfloat16, of float32 master copies (torch's step counters, one
+            number a parameter, are not counted: they live on the host).
+        updated: number of parameter elements that this rank's optimizer updates.
+        parameters: number of elements of the model's weights on this rank, without padding.
     """
 
     weights: int
@@ -131,14 +140,14 @@ class ModelState:
 def model_state(
     parameters: Sequence[Parameter], parallelism: DataParallelism, stage: int, *, nbytes: int, rank: int | None = None
 ) -> ModelState:
-    """What one rank of a stage holds.
+    """Return the bytes of weights, gradients and optimizer state that one rank of a stage holds.
 
     Args:
-        parameters: of the rank, in the model's order.
-        parallelism: of the run.
-        stage: pipeline stage.
-        nbytes: of one weight: 4 (float32) or 2 (bfloat16).
-        rank: in the data x context parallel group; None takes the rank that holds most.
+        parameters: the rank's parameters, in the model's order.
+        parallelism: data-parallel sizes and buffer options.
+        stage: the rank's pipeline stage.
+        nbytes: bytes of one weight: 4 (float32) or 2 (bfloat16).
+        rank: the rank in the data x context parallel group; None takes the rank that holds the most.
     """
     buffer = ddp_buffer(parameters, parallelism, stage)
     total, frozen = sum(p.numel for p in parameters), sum(p.numel for p in parameters if not p.trains)

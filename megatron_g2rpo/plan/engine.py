@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of the embedded rollout engine (``rollout.transformers.engine``), which every process runs whole."""
+"""Memory of the embedded rollout engine (``rollout.transformers.engine``), of which every process runs a whole one."""
 
 from __future__ import annotations
 
@@ -13,21 +13,30 @@ _FLOAT64 = 8
 
 
 def cache(text: Any, sequences: int, tokens: int, nbytes: int) -> int:
-    """Keys and values of all layers for a full batch; one layer's are held twice while the cache grows."""
+    """Return the bytes of the key/value cache of a full batch.
+
+    It holds keys and values of all layers, and those of one layer twice while it grows.
+
+    Args:
+        text: the model's ``text_config``.
+        sequences: number of sequences of a batch.
+        tokens: number of tokens of each sequence.
+        nbytes: bytes of an element.
+    """
     layer = 2 * text.num_key_value_heads * head_dim(text) * nbytes * sequences * tokens
     return (text.num_hidden_layers + 1) * layer
 
 
 def working(hf_config: Any, prompts: int, prompt_tokens: int, image_tokens: int, sequences: int, nbytes: int) -> int:
-    """The largest of prefill and decoding, beyond the cache; nothing is kept for a gradient.
+    """Return the bytes that prefill or decoding needs beside the cache, whichever needs more; no gradient is kept.
 
     Args:
-        hf_config: of the model.
-        prompts: distinct ones of a batch, prefilled together.
-        prompt_tokens: of each.
-        image_tokens: of each, after merging.
-        sequences: of a batch.
-        nbytes: of an activation's element.
+        hf_config: transformers' configuration of the model.
+        prompts: number of distinct prompts of a batch, which are prefilled together.
+        prompt_tokens: number of tokens of each prompt.
+        image_tokens: number of image tokens of each prompt, after merging.
+        sequences: number of sequences of a batch.
+        nbytes: bytes of an activation's element.
     """
     text, tower, geometry = hf_config.text_config, hf_config.vision_config, vision.geometry_of(hf_config)
     tokens = prompts * prompt_tokens

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of each pipeline stage's rank: what stays, what each phase of a step adds, and the peak."""
+"""Memory of each pipeline stage's rank: what it holds throughout, what each phase of a step adds, and the peak."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ from megatron_g2rpo.policy.layouts.logit_chunks import TILE_BYTES, LogitChunks
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
 from megatron_g2rpo.types import DTYPES
 
-# Not derived: the CUDA context, its libraries' workspaces and the buffers of NCCL's communicators; and what a caching
-# allocator loses to fragmentation, as a share of what a phase allocates and frees.
+# Assumed, not derived: the CUDA context, its libraries' workspaces and the buffers of NCCL's communicators; and what a
+# caching allocator loses to fragmentation, as a share of what a phase allocates and frees.
 FIXED_ALLOWANCE = 3_000_000_000
 FRAGMENTATION = 0.05
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes of one rank of a pipeline stage.
+    """Memory of one rank of a pipeline stage, in bytes.
 
     Attributes:
-        stage: from 0.
-        layers: of the stage.
-        state: weights, gradients and optimizer state.
-        engine_weights: the rollout engine's copy of the model.
-        in_flight: micro-batches whose activations are held at once.
-        layer_activations, vision_activations, output_activations: of one micro-batch.
-        boundary: inputs from the stage before and outputs for the next, of one micro-batch.
-        update_working: what a forward or backward pass holds beside the kept activations, at its worst.
-        optimizer_working: of the optimizer step.
-        cache: keys and values in generation.
-        generation_working: of prefill and decoding.
-        stream_working: of the weights on their way to the engine.
+        stage: number of the pipeline stage, from 0.
+        layers: number of layers on the stage.
+        state: bytes of weights, gradients and optimizer state.
+        engine_weights: bytes of the rollout engine's copy of the model.
+        in_flight: number of micro-batches whose activations are held at once.
+        layer_activations: bytes that one micro-batch keeps of the language layers.
+        vision_activations: bytes that one micro-batch keeps of the embedding and the vision tower.
+        output_activations: bytes that one micro-batch keeps of the output layer.
+        boundary: bytes of one micro-batch's input from the previous stage and output for the next stage.
+        update_working: bytes that a forward or backward pass holds beside the kept activations, at most.
+        optimizer_working: bytes that the optimizer step holds beside its state.
+        cache: bytes of the key/value cache in generation.
+        generation_working: bytes that prefill or decoding holds beside the cache.
+        stream_working: bytes of the weights on their way to the rollout engine.
     """
 
     stage: int
@@ -59,18 +61,18 @@ class StageMemory:
 
     @property
     def persistent(self) -> int:
-        """Held through the whole run."""
+        """Bytes that are held through the whole run."""
         return self.state.weights + self.state.gradients + self.state.optimizer + self.engine_weights
 
     @property
     def activations(self) -> int:
-        """Of all micro-batches in flight."""
+        """Bytes that are kept of all micro-batches in flight."""
         one = self.layer_activations + self.vision_activations + self.output_activations + self.boundary
         return self.in_flight * one
 
     @property
     def phases(self) -> dict[str, int]:
-        """What each phase of a step adds; they follow each other."""
+        """Bytes that each phase of a step adds to the persistent ones, by name; phases follow each other."""
         return {
             "generation": self.cache + self.generation_working,
             "weight stream": self.stream_working,
@@ -80,33 +82,42 @@ class StageMemory:
 
     @property
     def phase(self) -> str:
-        """The phase with the peak."""
+        """Name of the phase that adds the most."""
         return max(self.phases, key=lambda name: self.phases[name])
 
     @property
     def allowance(self) -> int:
-        """Stated, not derived."""
+        """Bytes added for what is not derived: a fixed part, and fragmentation."""
         return FIXED_ALLOWANCE + round(FRAGMENTATION * self.phases[self.phase])
 
     @property
     def peak(self) -> int:
+        """Bytes at the peak of a step, allowance included."""
         return self.persistent + self.phases[self.phase] + self.allowance
 
 
 def stage_memory(
     recipe: Recipe, model: Model, layout: Layout, assumptions: Assumptions, batches: MicroBatches
 ) -> list[StageMemory]:
-    """Of every stage, first to last."""
+    """Return the memory of a rank of every pipeline stage, first to last.
+
+    Args:
+        recipe: the recipe.
+        model: the model's parameters.
+        layout: the parallel sizes.
+        assumptions: what stands for the data.
+        batches: the micro-batches of an optimizer step.
+    """
     return [_stage(recipe, model, layout, assumptions, batches, stage) for stage in range(layout.pipeline)]
 
 
 def element_bytes(recipe: Recipe) -> int:
-    """Bytes of one element of a weight or an activation."""
+    """Return the bytes of one element of a weight or an activation."""
     return DTYPES[recipe.policy.precision].itemsize
 
 
 def data_parallelism(recipe: Recipe, layout: Layout) -> DataParallelism:
-    """Data-parallel sizes and buffer options that the recipe sets."""
+    """Return the data-parallel sizes and buffer options that the recipe sets."""
     options, nbytes = recipe.policy.megatron_cfg.distributed_data_parallel_config, element_bytes(recipe)
     return DataParallelism(
         size=recipe.data_parallel_size * layout.context,
@@ -118,7 +129,7 @@ def data_parallelism(recipe: Recipe, layout: Layout) -> DataParallelism:
 
 
 def recompute_of(recipe: Recipe) -> Recompute:
-    """What the recipe recomputes."""
+    """Return what the recipe recomputes in the backward pass."""
     options = recipe.policy.megatron_cfg
     return Recompute(options.recompute_granularity, options.recompute_method, options.recompute_num_layers)
 
@@ -128,9 +139,9 @@ class Kept:
     """Bytes that autograd keeps of one micro-batch, on one rank of a stage.
 
     Attributes:
-        layers: of the language layers.
-        vision: of the embedding, the merged features and this peer's share of the tower.
-        output: of the output layer.
+        layers: bytes kept of the language layers.
+        vision: bytes kept of the embedding, the merged features and the rank's share of the vision tower.
+        output: bytes kept of the output layer.
     """
 
     layers: int
@@ -139,18 +150,19 @@ class Kept:
 
     @property
     def total(self) -> int:
+        """Bytes kept of the whole stage."""
         return self.layers + self.vision + self.output
 
 
 def kept_of_row(recipe: Recipe, hf_config: Any, layout: Layout, row: Row, stage: int) -> Kept:
-    """Of the rank that keeps most.
+    """Return the bytes that autograd keeps of a packed row, on the rank of a stage that keeps the most.
 
     Args:
-        recipe: its precision, recomputation and frozen parts are read.
-        hf_config: of the model.
-        layout: parallel sizes.
-        row: the whole row.
-        stage: pipeline stage.
+        recipe: the recipe, of which precision, recomputation and frozen parts are read.
+        hf_config: transformers' configuration of the model.
+        layout: the parallel sizes.
+        row: the whole packed row.
+        stage: number of the pipeline stage.
     """
     nbytes, text = element_bytes(recipe), hf_config.text_config
     size, slots = activations.sizes(text, layout, row.tokens, nbytes), widest_slots(row, layout.context)
@@ -166,7 +178,10 @@ def kept_of_row(recipe: Recipe, hf_config: Any, layout: Layout, row: Row, stage:
 
 
 def update_working(recipe: Recipe, hf_config: Any, layout: Layout, row: Row, stage: int) -> int:
-    """What a forward or backward pass holds beside what is kept, at its worst; an upper bound."""
+    """Return an upper bound of the bytes that a forward or backward pass holds beside what autograd keeps.
+
+    The arguments are those of ``kept_of_row``.
+    """
     nbytes, text = element_bytes(recipe), hf_config.text_config
     size, slots = activations.sizes(text, layout, row.tokens, nbytes), widest_slots(row, layout.context)
     layers = layout.stage_layers(text.num_hidden_layers)[stage]
@@ -186,7 +201,7 @@ def _logit_chunks(recipe: Recipe, layout: Layout, row: Row) -> LogitChunks:
 
 
 def context_levels(hf_config: Any, row: Row, stage: int) -> int:
-    """Deepstack levels that travel through a stage's layers."""
+    """Return the number of deepstack levels that travel through a stage's layers."""
     return vision.geometry_of(hf_config).levels if stage == 0 and row.images else 0
 
 
@@ -203,7 +218,7 @@ def _stage(
     generation = policy.generation
     samples = recipe.grpo.num_generations_per_prompt if isinstance(recipe, TrainRecipe) else 1
     prompt_tokens = policy.max_total_sequence_length - generation.max_new_tokens
-    embedded = generation.backend == "transformers"  # else servers have it on devices of their own
+    embedded = generation.backend == "transformers"  # a server holds the model on devices of its own
     return StageMemory(
         stage=stage,
         layers=layout.stage_layers(text.num_hidden_layers)[stage],
@@ -233,16 +248,20 @@ def _stage(
 
 
 def _boundary(hidden: int, recompute: Recompute, nbytes: int, *, first: bool, last: bool) -> int:
-    """Hidden states that the schedule holds for a micro-batch's backward pass.
+    """Return the bytes of hidden states that the schedule holds for a micro-batch's backward pass.
 
-    The output always; the input where no layer keeps that very tensor (a checkpointed layer does, and a float32 norm).
+    It always holds the output. It holds the input where no layer keeps that very tensor (a checkpointed layer does, and
+    so does a float32 norm).
     """
     received = 0 if first or recompute.granularity == "full" or nbytes == FP32 else hidden
     return received + (0 if last else hidden)
 
 
 def _kept_of_images(recipe: Recipe, hf_config: Any, layout: Layout, row: Row) -> int:
-    """What the first stage keeps before its layers: indices, merged features, this peer's share of the tower."""
+    """Return the bytes that the first stage keeps before its layers.
+
+    These are indices, merged features and the rank's share of the vision tower.
+    """
     options, nbytes = recipe.policy.megatron_cfg, element_bytes(recipe)
     kept = activations.INT64 * (row.tokens // layout.context)
     if not row.images:
@@ -257,13 +276,13 @@ def _kept_of_images(recipe: Recipe, hf_config: Any, layout: Layout, row: Row) ->
 
 
 def _patches(hf_config: Any, layout: Layout, row: Row) -> int:
-    """Of the peer that encodes the most."""
+    """Return the number of patches that the peer with the most encodes."""
     tokens = largest_share(row.images, layout.tensor * layout.context)
     return tokens * vision.geometry_of(hf_config).merge ** 2
 
 
 def _layer_working(size: Sizes, slots: Slots) -> int:
-    """The largest moment of a layer's backward pass (norm, MLP or attention), and a weight's gradient."""
+    """Return the most bytes that a layer's backward pass holds (norm, MLP or attention), and a weight's gradient."""
     e, heads = size.nbytes, size.heads * size.head_dim
     norm = size.shared * size.hidden * (3 * FP32 if e == FP32 else 4 * FP32)
     mlp = 2 * e * size.tokens * size.features + e * size.shared * size.hidden
@@ -272,7 +291,10 @@ def _layer_working(size: Sizes, slots: Slots) -> int:
 
 
 def _output_working(size: Sizes, chunks: LogitChunks) -> int:
-    """``linear_logprobs``: logits of a chunk, also as the model's dtype gives them; gradients of hidden and weight."""
+    """Return the bytes that ``linear_logprobs`` holds at most.
+
+    They are a chunk's logits, in float32 and in the model's dtype, and the gradients of hidden states and weight.
+    """
     e, copies = size.nbytes, 0 if size.nbytes == FP32 else 2
     logits = chunks.forward * size.columns
     forward = logits * ((0 if chunks.kept else FP32) + (e if copies else 0)) + min(TILE_BYTES, FP32 * logits)
@@ -283,7 +305,7 @@ def _output_working(size: Sizes, chunks: LogitChunks) -> int:
 
 
 def _vision_working(recipe: Recipe, hf_config: Any, layout: Layout, row: Row) -> int:
-    """The tower's largest moment, or the gathered features before tokens choose theirs."""
+    """Return the most bytes that the vision tower holds, or the gathered features before tokens choose theirs."""
     if not row.images:
         return 0
     options, nbytes = recipe.policy.megatron_cfg, element_bytes(recipe)
@@ -298,9 +320,10 @@ def _vision_working(recipe: Recipe, hf_config: Any, layout: Layout, row: Row) ->
 def _optimizer_working(
     parameters: list[Parameter], state: ModelState, parallelism: DataParallelism, layout: Layout
 ) -> int:
-    """Adam on lists of tensors makes a float32 tensor for each.
+    """Return the bytes that an optimizer step holds beside its state.
 
-    Before it, gradients of the vision tower are averaged over tensor-parallel ranks, in one flat copy.
+    Adam on lists of tensors makes a float32 tensor for each. Before it, gradients of the vision tower are averaged over
+    tensor-parallel ranks, in one flat copy.
     """
     averaged = sum(p.numel for p in parameters if p.is_vision and p.trains) if layout.tensor > 1 else 0
     return max(FP32 * state.updated, parallelism.grad_bytes * averaged)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan reads of a model: its config.json, and from that every parameter of every pipeline stage, exactly.
+"""Reads a model's config.json and derives from it every parameter of every pipeline stage, exactly.
 
 No weight is read: transformers builds the model on torch's meta device, where tensors have shapes and no memory, and
 the weight table's own shard rules cut them as they would cut a checkpoint.
@@ -27,20 +27,21 @@ _OUTPUT = "language_model.output_layer.weight"
 
 
 class ModelConfigError(ValueError):
-    """There is no config.json to plan with."""
+    """The model has no config.json, or one that ``plan`` does not support."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of one rank.
+    """One parameter, as one rank holds it.
 
     Attributes:
-        name: Megatron's; layers are numbered over all pipeline stages.
-        numel: elements of this rank's shard.
-        replicated: tensor-parallel ranks all hold the whole of it.
-        trains: False when it is frozen: it then has neither gradient nor optimizer state.
-        shared: a tied embedding that another pipeline stage holds as well; DDP gives it a bucket of its own.
-        sequence_parallel: ``finalize_model_grads`` sums its gradient over tensor-parallel ranks.
+        name: the parameter's Megatron name; layers are numbered over all pipeline stages.
+        numel: number of elements of the rank's shard.
+        replicated: whether every tensor-parallel rank holds the whole parameter.
+        trains: whether it is trained; a frozen parameter has neither gradient nor optimizer state.
+        shared: whether it is a tied embedding that another pipeline stage holds as well; DDP gives it a bucket of its
+            own.
+        sequence_parallel: whether ``finalize_model_grads`` sums its gradient over tensor-parallel ranks.
     """
 
     name: str
@@ -52,17 +53,18 @@ class Parameter:
 
     @property
     def is_vision(self) -> bool:
+        """Whether it belongs to the vision tower."""
         return self.name.startswith("vision_model.")
 
 
 def read_config(name: str) -> Any:
-    """The transformers configuration of ``policy.model_name``; nothing else of the model is read or downloaded.
+    """Return transformers' configuration of ``policy.model_name``; nothing else of the model is read or downloaded.
 
     Args:
         name: a directory with a config.json, or the name of a model on the Hugging Face hub.
 
     Raises:
-        ModelConfigError: neither is to be had, or the model's family is unknown or text-only; says what to do.
+        ModelConfigError: there is no such directory or model, or its family is unknown or text-only; says what to do.
     """
     try:
         directory = local_model_dir(name, only=CONFIG)
@@ -82,10 +84,15 @@ def read_config(name: str) -> Any:
 
 
 class Model:
-    """A model's parameters, by rank.
+    """A model's parameters, as each rank holds them.
 
     Args:
-        hf_config: its transformers configuration.
+        hf_config: transformers' configuration of the model.
+
+    Attributes:
+        config: transformers' configuration of the model.
+        tied: whether the output matrix is the embedding.
+        tensors: all parameters by Hugging Face name, on the meta device.
     """
 
     def __init__(self, hf_config: Any) -> None:
@@ -96,11 +103,11 @@ class Model:
 
     @property
     def numel(self) -> int:
-        """Parameters of the whole model; a tied output matrix is the embedding and counts once."""
+        """Number of elements of the whole model's parameters; a tied output matrix counts once, as the embedding."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
     def stage_parameters(self, layout: Layout, stage: int, *, freeze_vision: bool) -> list[Parameter]:
-        """The parameters of one rank of a pipeline stage, in the order of the policy's ``named_parameters()``.
+        """Return the parameters of one rank of a pipeline stage, in the order of the policy's ``named_parameters()``.
 
         Tensor-parallel ranks hold shards of equal size, so which of them it is makes no difference.
         """
@@ -130,7 +137,7 @@ class Model:
 
 
 def _stage_of(name: str, stages: int) -> int | None:
-    """The stage of a parameter that belongs to no layer."""
+    """Return the pipeline stage of a parameter that belongs to no layer."""
     if name == _OUTPUT or "final_layernorm" in name:
         return stages - 1
     return 0
@@ -168,7 +175,7 @@ _LAYER_MODULES = (
 
 
 def _order(name: str) -> tuple[int, int, int]:
-    """Sorting key; parameters of the vision tower keep the order that transformers gives them."""
+    """Return the key to sort by; parameters of the vision tower keep the order that transformers gives them."""
     parts = name.split(".")
     module = next(index for index, part in enumerate(_MODULES) if part in parts)
     layer = _layer(name)

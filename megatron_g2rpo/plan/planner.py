@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One plan: a recipe's layout checked, its memory, its micro-batches and its traffic."""
+"""Makes a plan: checks a recipe's layout, and computes its memory, micro-batches and traffic."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from megatron_g2rpo.recipe.layers import load_layers
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe asks of a cluster.
+    """The memory and traffic that a recipe needs on a cluster.
 
     Attributes:
-        recipe: it.
-        layout: its parallel sizes.
-        model: its model.
+        recipe: the recipe that is planned.
+        layout: the recipe's parallel sizes.
+        model: the recipe's model.
         assumptions: what stands for the data.
         batches: the micro-batches of an optimizer step.
-        stages: memory of each pipeline stage's rank.
-        traffic: of each pipeline stage's rank.
+        stages: memory of a rank of each pipeline stage.
+        traffic: what a rank of each pipeline stage sends.
     """
 
     recipe: Recipe
@@ -41,37 +41,37 @@ class Plan:
 
     @property
     def worst(self) -> StageMemory:
-        """The stage whose rank needs most memory."""
+        """The stage whose rank needs the most memory."""
         return max(self.stages, key=lambda stage: stage.peak)
 
     @property
     def bubble(self) -> float:
-        """Share of a stage's time that 1F1B leaves idle, with stages of equal time: (p - 1) / (m + p - 1)."""
+        """Share of a stage's time that 1F1B leaves idle, for stages of equal time: (p - 1) / (m + p - 1)."""
         stages = self.layout.pipeline
         return (stages - 1) / (self.batches.count + stages - 1)
 
     @property
     def local_tokens(self) -> int:
-        """Of a full row, on one context-parallel rank."""
+        """Number of tokens of a full packed row on one context-parallel rank."""
         return self.batches.row.tokens // self.layout.context
 
     @property
     def multiples(self) -> tuple[int, int]:
-        """What sequences and rows are padded to, tokens."""
+        """Numbers of tokens to whose multiples sequences and packed rows are padded."""
         return token_multiples(self.layout)
 
     @property
     def updates(self) -> int:
-        """Optimizer steps of a rollout step."""
+        """Number of optimizer steps of a rollout step."""
         return self.recipe.num_updates_per_step if isinstance(self.recipe, TrainRecipe) else 1
 
     def fits(self, memory: float) -> bool:
-        """Whether every rank's peak is within so many bytes."""
+        """Return whether every rank's peak is within ``memory`` bytes."""
         return self.worst.peak <= memory
 
 
 def load_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
-    """A recipe of either kind: ``train``, or ``sft`` where it has that section alone.
+    """Load a recipe of either kind: ``sft`` where it has that section and no ``grpo`` section, otherwise ``train``.
 
     Raises:
         RecipeError: see ``recipe.load``.
@@ -83,15 +83,15 @@ def load_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
 
 
 def make_plan(recipe: Recipe, model: Model, mean_tokens: int | None = None, image_tokens: int | None = None) -> Plan:
-    """Plan a recipe.
+    """Make the plan of a recipe.
 
     Args:
-        recipe: validated.
-        model: of its ``policy.model_name``.
-        mean_tokens, image_tokens: see ``rows.assume``.
+        recipe: the validated recipe.
+        model: the model of the recipe's ``policy.model_name``.
+        mean_tokens, image_tokens: assumptions about the data, see ``rows.assume``.
 
     Raises:
-        LayoutError: the model cannot be split so; names the key.
+        LayoutError: the model cannot be split as the recipe asks; names the recipe key.
         ValueError: an assumption is out of range, or a sequence does not fit into a row.
     """
     layout = layout_of(recipe.policy.megatron_cfg)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows: how many tokens, sequences and images a micro-batch holds, and how many micro-batches an optimizer step takes.
+"""Packed rows: tokens, sequences and images of a micro-batch, and how many micro-batches an optimizer step takes.
 
-What a run samples is not known beforehand, so a plan assumes that all sequences have one length and every prompt one
-image; the packing is then the packer's own. Memory is planned for a row that is full to its budget.
+What a run samples is not known beforehand, so a plan assumes that all sequences have one length and every prompt has
+one image; the packing is then the packer's own. Memory is planned for a row that is full to its budget.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from megatron_g2rpo.recipe import Recipe, TrainRecipe
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What stands for the data.
+    """The assumptions that a plan makes about the data.
 
     Attributes:
-        sequence_tokens: prompt and response of every sequence.
-        image_tokens: of the one image of every prompt, after merging; 0 for text.
+        sequence_tokens: number of tokens of every sequence, prompt and response.
+        image_tokens: number of tokens of the one image of every prompt, after merging; 0 for text-only prompts.
     """
 
     sequence_tokens: int
@@ -34,41 +34,43 @@ class Assumptions:
 def assume(
     recipe: Recipe, hf_config: Any, mean_tokens: int | None = None, image_tokens: int | None = None
 ) -> Assumptions:
-    """The worst case, where it is not said otherwise.
+    """Return the assumptions about the data: the worst case, unless the caller gives numbers.
 
     Args:
         recipe: the recipe.
-        hf_config: of the model.
-        mean_tokens: of a sequence, prompt and response; None for ``policy.max_total_sequence_length``.
-        image_tokens: of a prompt; None for an image of ``data.max_pixels``, or, where the recipe leaves that to the
-            image processor, for a prompt that is all image.
+        hf_config: transformers' configuration of the model.
+        mean_tokens: number of tokens of a sequence, prompt and response; None for
+            ``policy.max_total_sequence_length``.
+        image_tokens: number of image tokens of a prompt; None for an image of ``data.max_pixels``, or, where the recipe
+            leaves that to the image processor, for a prompt that is all image.
 
     Raises:
-        ValueError: more tokens than the recipe allows.
+        ValueError: a number is out of the range that the recipe allows.
     """
     longest = recipe.policy.max_total_sequence_length
     tokens = longest if mean_tokens is None else mean_tokens
     if not 1 <= tokens <= longest:
         raise ValueError(f"--mean-tokens {tokens} is not in 1..policy.max_total_sequence_length ({longest})")
-    room = min(longest - recipe.policy.generation.max_new_tokens, tokens)
+    limit = min(longest - recipe.policy.generation.max_new_tokens, tokens)
     if image_tokens is None:
         side = hf_config.vision_config.patch_size * geometry_of(hf_config).merge
-        image_tokens = room if recipe.data.max_pixels is None else min(room, max(recipe.data.max_pixels // side**2, 1))
-    if not 0 <= image_tokens <= room:
-        raise ValueError(f"--image-tokens {image_tokens} does not fit into a prompt: it has room for {room} tokens")
+        pixels = recipe.data.max_pixels
+        image_tokens = limit if pixels is None else min(limit, max(pixels // side**2, 1))
+    if not 0 <= image_tokens <= limit:
+        raise ValueError(f"--image-tokens {image_tokens} does not fit into a prompt: it has room for {limit} tokens")
     return Assumptions(sequence_tokens=tokens, image_tokens=image_tokens)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One packed row, as memory and traffic see it.
+    """The sizes of one packed row on which memory and traffic depend.
 
     Attributes:
-        lengths: tokens of each sequence.
-        padded: the same with the padding that follows them in the row.
-        images: tokens of each distinct image, after merging.
-        placeholders: tokens of the row that an image feature replaces; samples of a group have them each.
-        labels: tokens of the row that predict a token of a response.
+        lengths: number of tokens of each sequence, without padding.
+        padded: number of tokens of each sequence, with the padding that follows it in the row.
+        images: number of tokens of each distinct image, after merging.
+        placeholders: number of the row's tokens that an image feature replaces; each rollout of a group has its own.
+        labels: number of the row's tokens that predict a token of a response.
     """
 
     lengths: tuple[int, ...]
@@ -79,7 +81,7 @@ class Row:
 
     @property
     def tokens(self) -> int:
-        """Of the whole row, padding included."""
+        """Number of tokens of the whole row, padding included."""
         return sum(self.padded)
 
 
@@ -88,11 +90,11 @@ class MicroBatches:
     """The micro-batches of one optimizer step.
 
     Attributes:
-        row: a full one.
-        count: of a data-parallel rank.
-        tokens: of all of them together, padding included.
-        images: distinct images of all of them together.
-        sequences: of a data-parallel rank.
+        row: a packed row that is full to its budget.
+        count: number of micro-batches of a data-parallel rank.
+        tokens: number of tokens of a data-parallel rank's micro-batches together, padding included.
+        images: number of distinct images in each of a data-parallel rank's micro-batches, summed.
+        sequences: number of sequences of a data-parallel rank.
     """
 
     row: Row
@@ -103,7 +105,7 @@ class MicroBatches:
 
 
 def micro_batches(recipe: Recipe, layout: Layout, assumptions: Assumptions) -> MicroBatches:
-    """Pack what the data-parallel rank with the most prompts packs for one optimizer step."""
+    """Pack the sequences of one optimizer step, on the data-parallel rank that has the most prompts."""
     sequence_multiple, row_multiple = token_multiples(layout)
     budget = round_up(recipe.policy.sequence_packing.train_mb_tokens, row_multiple)
     length = round_up(assumptions.sequence_tokens, sequence_multiple)
@@ -137,9 +139,9 @@ class Slots:
     """Sizes of the local core attention's padded batches on one context-parallel rank, summed over buckets.
 
     Attributes:
-        queries, keys: tokens, padding of the buckets included.
-        mask: elements of the masks (none without context parallelism, where causality says it all).
-        tokens: real ones, without padding.
+        tokens: number of real queries, without padding.
+        queries, keys: number of query slots and of key slots, padding of the buckets included.
+        mask: number of elements of the masks (0 without context parallelism, where ``is_causal`` suffices).
     """
 
     tokens: int
@@ -149,12 +151,12 @@ class Slots:
 
 
 def attention_slots(row: Row, size: int, rank: int) -> Slots:
-    """Sizes of what ``policy.attention`` lays out for a row, see ``layouts.attention_pieces``.
+    """Return the sizes of the padded batches that ``policy.attention`` makes of a packed row.
 
     Args:
-        row: the whole row.
-        size: context-parallel ranks.
-        rank: one of them.
+        row: the whole packed row.
+        size: number of context-parallel ranks.
+        rank: the context-parallel rank, from 0 to ``size - 1``.
     """
     pieces = pieces_of_row(row.lengths, [0, *accumulate(row.padded)], size, rank)
     total = Slots(sum(piece.length for piece in pieces), 0, 0, 0)
@@ -171,5 +173,5 @@ def attention_slots(row: Row, size: int, rank: int) -> Slots:
 
 
 def widest_slots(row: Row, size: int) -> Slots:
-    """Of the context-parallel rank that holds the most."""
+    """Return the sizes of the padded batches on the context-parallel rank that has the most query and key slots."""
     return max((attention_slots(row, size, rank) for rank in range(size)), key=lambda s: (s.queries + s.keys, s.mask))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan for people (tables) and for programs (JSON). GB is 10^9 bytes throughout."""
+"""Shows a plan to people (tables) and to programs (JSON). GB is 10^9 bytes throughout."""
 
 from __future__ import annotations
 
@@ -22,14 +22,20 @@ GB = 1e9
 
 
 def tables(plan: Plan, verdict: Verdict, memory: float) -> RenderableType:
-    """Everything, for a terminal."""
+    """Return the whole plan as tables and text, for a terminal.
+
+    Args:
+        plan: the plan.
+        verdict: whether it fits, and what to change otherwise.
+        memory: bytes of one GPU.
+    """
     return Group(
         Text(_layout(plan)),
         Text(),
         _memory(plan),
         Text(_phases(plan)),
         Text(),
-        _rows(plan),
+        _micro_batches(plan),
         Text(),
         *_wires(plan),
         Text(),
@@ -38,7 +44,7 @@ def tables(plan: Plan, verdict: Verdict, memory: float) -> RenderableType:
 
 
 def as_json(plan: Plan, verdict: Verdict, memory: float) -> str:
-    """Everything, for a program; bytes and tokens."""
+    """Return the whole plan as JSON, in bytes and tokens; the arguments are those of ``tables``."""
     return json.dumps(_tree(plan, verdict, memory), indent=2)
 
 
@@ -54,7 +60,7 @@ def _layout(plan: Plan) -> str:
     )
 
 
-_MEMORY_ROWS: tuple[tuple[str, str], ...] = (
+_MEMORY_LINES: tuple[tuple[str, str], ...] = (
     ("weights", "weights"),
     ("gradients", "gradients"),
     ("optimizer", "optimizer state"),
@@ -73,7 +79,7 @@ _MEMORY_ROWS: tuple[tuple[str, str], ...] = (
 
 
 def _lines(stage: StageMemory) -> dict[str, int]:
-    """Bytes by line of the table; activations are those of all micro-batches in flight."""
+    """Return the bytes by line of the table; activations are those of all micro-batches in flight."""
     return {
         "weights": stage.state.weights,
         "gradients": stage.state.gradients,
@@ -93,7 +99,7 @@ def _lines(stage: StageMemory) -> dict[str, int]:
 
 
 def _shown(plan: Plan) -> list[StageMemory]:
-    """First, last and worst stage, and the first of those between."""
+    """Return the stages to show: the first, the second, the worst and the last."""
     numbers = {0, len(plan.stages) - 1, plan.worst.stage, min(1, len(plan.stages) - 1)}
     return [plan.stages[number] for number in sorted(numbers)]
 
@@ -108,7 +114,7 @@ def _memory(plan: Plan) -> Table:
         title = f"stage {stage.stage}{' (the most)' if worst else ''}\n{count}"
         table.add_column(title, justify="right", style="bold red" if worst else "")
     lines = [_lines(stage) for stage in stages]
-    for key, name in _MEMORY_ROWS:
+    for key, name in _MEMORY_LINES:
         if any(line[key] for line in lines):
             table.add_row(name, *(_gb(line[key]) for line in lines), end_section=key in {"engine", "stream"})
     table.add_row("peak", *(_gb(stage.peak) for stage in stages), end_section=True)
@@ -122,7 +128,7 @@ def _phases(plan: Plan) -> str:
     return f"Stage {worst.stage} holds {_gb(worst.persistent)} throughout; a phase adds its own: {phases}."
 
 
-def _rows(plan: Plan) -> Table:
+def _micro_batches(plan: Plan) -> Table:
     row, (sequence, multiple) = plan.batches.row, plan.multiples
     table = Table(title="Micro-batches", title_justify="left", title_style="bold", show_header=False)
     split = f" (over {plan.layout.tensor} ranks between their regions)" if plan.layout.sequence_parallel else ""

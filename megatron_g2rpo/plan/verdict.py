@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a plan fit, and if not, which change makes it fit: tried, not guessed."""
+"""Decides whether a plan fits and, if not, which change makes it fit: changes are planned, not guessed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ _BATCH = "policy.generation.batch_size"
 
 @dataclass(frozen=True)
 class Change:
-    """Overrides of a recipe, and the plan with them."""
+    """A change of a recipe.
+
+    Attributes:
+        overrides: the overrides ``key=value`` that make the change.
+        plan: the plan of the changed recipe.
+    """
 
     overrides: tuple[str, ...]
     plan: Plan
@@ -24,12 +29,12 @@ class Change:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer.
+    """Whether a recipe fits, and what to change if it does not.
 
     Attributes:
-        fits: the recipe as it is.
-        change: the first change that fits, if it does not; None if none does.
-        tried: how many changes were planned.
+        fits: whether the recipe fits as it is.
+        change: the first change that fits; None if none does, or if the recipe fits as it is.
+        tried: number of changes that were planned.
     """
 
     fits: bool
@@ -38,12 +43,13 @@ class Verdict:
 
 
 def judge(plan: Plan, memory: float, again: Callable[[tuple[str, ...]], Plan]) -> Verdict:
-    """Try changes until one fits.
+    """Decide whether a plan fits; if it does not, try changes until one fits.
 
     Args:
-        plan: of the recipe as it is.
-        memory: of one GPU, bytes.
-        again: plans the recipe with further overrides; raises ValueError where they do not go together.
+        plan: the plan of the recipe as it is.
+        memory: bytes of one GPU.
+        again: function that plans the recipe with further overrides; it raises ValueError where they contradict each
+            other or the recipe.
     """
     if plan.fits(memory):
         return Verdict(fits=True, change=None, tried=0)
@@ -60,7 +66,10 @@ def judge(plan: Plan, memory: float, again: Callable[[tuple[str, ...]], Plan]) -
 
 
 def changes(plan: Plan) -> Iterator[tuple[str, ...]]:
-    """Changes, cheapest first: one switch, all switches, then more model parallelism with all switches.
+    """Iterate over changes, as overrides, cheapest first.
+
+    First come single switches, then smaller batches and rows, then all switches together, then larger model-parallel
+    layouts, alone and with everything before.
 
     Every change of layout is a whole number of model copies over the same processes.
     """
@@ -83,7 +92,7 @@ def changes(plan: Plan) -> Iterator[tuple[str, ...]]:
 
 
 def _switches(recipe: Recipe) -> Iterator[str]:
-    """What costs little or nothing: sharded optimizer state, recomputation, sequence parallelism."""
+    """Iterate over changes that cost little: sharded optimizer state, recomputation, sequence parallelism."""
     options = recipe.policy.megatron_cfg
     if not options.distributed_data_parallel_config.use_distributed_optimizer:
         yield f"{_MEGATRON}distributed_data_parallel_config.use_distributed_optimizer=true"
@@ -94,7 +103,7 @@ def _switches(recipe: Recipe) -> Iterator[str]:
 
 
 def _halves(recipe: Recipe) -> Iterator[list[str]]:
-    """Fewer sequences decoded together, then a shorter row, down to one sequence."""
+    """Iterate over smaller decoding batches, down to one sequence, then shorter packed rows, down to one sequence."""
     size = recipe.policy.generation.batch_size
     while size > 1:
         size //= 2
@@ -106,7 +115,10 @@ def _halves(recipe: Recipe) -> Iterator[list[str]]:
 
 
 def _layouts(plan: Plan) -> Iterator[tuple[str, ...]]:
-    """Larger model-parallel layouts, the smallest first; of one size tensor before context before pipeline."""
+    """Iterate over larger model-parallel layouts, the smallest first.
+
+    Among layouts of one size, tensor parallelism comes before context and context before pipeline parallelism.
+    """
     world, layout = plan.recipe.world_size, plan.layout
     heads = plan.model.config.text_config.num_attention_heads
     sizes = [size for size in range(1, world + 1) if world % size == 0]
@@ -136,5 +148,5 @@ def _joined(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _last_of_each(overrides: list[str]) -> tuple[str, ...]:
-    """One override a key, the last."""
+    """Keep one override of each key, the last."""
     return tuple({override.split("=")[0]: override for override in overrides}.values())

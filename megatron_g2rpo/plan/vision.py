@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan asks of a model's vision: its features; what the tower keeps is the family's to say (``models``).
+"""Memory of a model's image features; what the vision tower keeps is derived by the model family (``models``).
 
 Shape letters: h hidden size of the language model, K deepstack levels, e bytes of an element.
 """
@@ -14,27 +14,32 @@ from megatron_g2rpo import models
 
 
 def vision_of(hf_config: Any) -> models.Vision:
-    """The vision of a model that sees.
+    """Return the vision of a vision-language model.
 
     Raises:
-        ValueError: the model is of an unknown family, or of a text-only one.
+        ValueError: the model's family is unknown or text-only.
     """
     vision = models.family(hf_config.model_type).vision
     if vision is None:
-        raise ValueError(f"model type {hf_config.model_type!r} is text-only; a plan knows models that see")
+        raise ValueError(
+            f"plan supports vision-language models only; model type {hf_config.model_type!r} is a text-only model"
+        )
     return vision
 
 
 def geometry_of(hf_config: Any) -> models.VisionGeometry:
-    """Sizes of the tower's input and output; raises as ``vision_of`` does."""
+    """Return the sizes of the vision tower's input and output; raises what ``vision_of`` raises."""
     return vision_of(hf_config).geometry(hf_config)
 
 
 def merge(geometry: models.VisionGeometry, placeholders: int, nbytes: int) -> int:
-    """Bytes kept of choosing features for tokens: ``index_copy`` keeps what it copies, ``index_select`` which."""
+    """Return the bytes that autograd keeps of copying image features to their placeholders.
+
+    ``index_copy`` keeps the features that it copies, ``index_select`` keeps their indices.
+    """
     return features(geometry, placeholders, nbytes) + torch.int64.itemsize * placeholders
 
 
 def features(geometry: models.VisionGeometry, tokens: int, nbytes: int) -> int:
-    """Bytes of the features of merged tokens, deepstack levels included: e (1 + K) h each."""
+    """Return the bytes of the features of ``tokens`` merged tokens, deepstack levels included: e (1 + K) h each."""
     return nbytes * tokens * (1 + geometry.levels) * geometry.hidden

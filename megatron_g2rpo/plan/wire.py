@@ -27,14 +27,14 @@ ROLLOUT_STEP = "rollout step"
 
 @dataclass(frozen=True)
 class Traffic:
-    """One line of the account.
+    """The bytes that one rank sends for one purpose, by one collective.
 
     Attributes:
-        what: what travels.
-        collective: how.
-        group: whose ranks, and how many.
-        per: how often: every optimizer step, or every rollout step (which may hold several).
-        sent: bytes that one rank sends.
+        what: what is sent.
+        collective: name of the collective.
+        group: the group of ranks that take part, and their number.
+        per: how often it is sent: every optimizer step, or every rollout step (which may have several).
+        sent: number of bytes that one rank sends.
     """
 
     what: str
@@ -45,17 +45,17 @@ class Traffic:
 
 
 def ring_gather(ranks: int, whole: float) -> float:
-    """Bytes a rank sends in a ring all-gather (or reduce-scatter) of ``whole`` bytes."""
+    """Return the bytes that a rank sends in a ring all-gather (or reduce-scatter) of ``whole`` bytes."""
     return whole * (ranks - 1) / ranks
 
 
 def ring_reduce(ranks: int, whole: float) -> float:
-    """Bytes a rank sends in a ring all-reduce."""
+    """Return the bytes that a rank sends in a ring all-reduce of ``whole`` bytes."""
     return 2 * ring_gather(ranks, whole)
 
 
 def stage_traffic(recipe: Recipe, model: Model, layout: Layout, batches: MicroBatches, stage: int) -> list[Traffic]:
-    """What a rank of a pipeline stage sends; lines that send nothing are left out."""
+    """Return what a rank of a pipeline stage sends; entries that send nothing are left out."""
     account = _Account(recipe, model, layout, batches, stage)
     lines = [*account.tensor(), *account.context(), *account.pipeline(), *account.vision(), *account.gradients()]
     return [line for line in [*lines, *account.weights()] if line.sent]
@@ -70,7 +70,7 @@ class _Account:
         self.layers = layout.stage_layers(text.num_hidden_layers)[stage]
         # All micro-batches of an optimizer step as one long row: volumes are linear in tokens.
         self.size: Sizes = activations.sizes(text, layout, batches.tokens, self.nbytes)
-        # G2RPO computes the behaviour policy's log-probabilities in a forward pass of their own.
+        # G2RPO computes the old policy's log-probabilities in a forward pass of their own.
         self.forwards = 2 if isinstance(recipe, TrainRecipe) else 1
         self.parameters = model.stage_parameters(layout, stage, freeze_vision=recipe.policy.megatron_cfg.freeze_vision)
         self.parallelism = data_parallelism(recipe, layout)
@@ -84,7 +84,7 @@ class _Account:
         return sum(chunks)
 
     def tensor(self) -> Iterator[Traffic]:
-        """Tensor parallelism, and sequence parallelism in its place."""
+        """Iterate over what tensor parallelism sends, or sequence parallelism in its place."""
         ranks, size = self.layout.tensor, self.size
         if ranks == 1:
             return
@@ -119,7 +119,7 @@ class _Account:
         yield self._line("gradients of replicated weights", "all-reduce", group, sent)
 
     def context(self) -> Iterator[Traffic]:
-        """Keys and values of every layer, gathered by the local core attention."""
+        """Iterate over what context parallelism sends: keys and values, which the local core attention gathers."""
         ranks, size = self.layout.context, self.size
         if ranks == 1:
             return
@@ -132,7 +132,7 @@ class _Account:
         yield self._line("keys and values", "reduce-scatter", group, self.layers * ring_gather(ranks, whole))
 
     def pipeline(self) -> Iterator[Traffic]:
-        """Hidden states to the next stage, their gradients to the one before."""
+        """Iterate over what pipeline parallelism sends: hidden states forward, their gradients backward."""
         hidden, group = self.nbytes * self.size.shared * self.size.hidden, f"pipeline ({self.layout.pipeline})"
         if not self.last:
             yield self._line("hidden states", "send", group, self.forwards * hidden)
@@ -142,7 +142,7 @@ class _Account:
         yield self._line("gradient of the tied embedding", "all-reduce", "first and last stage (2)", shared)
 
     def vision(self) -> Iterator[Traffic]:
-        """Features of the images, which tensor- and context-parallel peers encode a share of each."""
+        """Iterate over what image features send: tensor- and context-parallel peers each encode a share of them."""
         peers, images = self.layout.tensor * self.layout.context, self.batches.row.images
         if not self.first or peers == 1 or not images:
             return
@@ -155,7 +155,7 @@ class _Account:
             yield self._line("image features", "reduce-scatter", group, ring_gather(peers, whole))
 
     def gradients(self) -> Iterator[Traffic]:
-        """Over data- and context-parallel ranks, once a step."""
+        """Iterate over what data parallelism sends over data- and context-parallel ranks, once an optimizer step."""
         ranks, buffer = self.parallelism.size, ddp_buffer(self.parameters, self.parallelism, self.stage)
         if ranks == 1:
             return
@@ -167,7 +167,7 @@ class _Account:
         yield self._line("updated weights", "all-gather", group, ring_gather(ranks, self.nbytes * buffer.numel))
 
     def weights(self) -> Iterator[Traffic]:
-        """To the rollout engines: every rank receives every tensor."""
+        """Iterate over what the weights for the rollout engines send: every rank receives every tensor."""
         if not isinstance(self.recipe, TrainRecipe):
             return
         tensor, pipeline = self.layout.tensor, self.layout.pipeline
@@ -190,5 +190,5 @@ class _Account:
 
 
 def total(lines: list[Traffic], per: str) -> int:
-    """Bytes that a rank sends every optimizer step, or every rollout step beside those."""
+    """Return the bytes that a rank sends every optimizer step, or in addition every rollout step, as ``per`` says."""
     return sum(line.sent for line in lines if line.per == per)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Megatron policy: device, process groups, model, precision, log-probabilities, update step.
+"""The Megatron policy: device, process groups, model, layer spec, log-probabilities, update step.
 
-Importing it silences a few warnings that say nothing of a user's run, each by its message and by the module that gives
-it: what megatron-core would use if it were installed (``megatron-g2rpo doctor`` says that better), and deprecations
-inside of megatron-core and torch that are theirs to mend. pyproject.toml lists the same for pytest.
+Importing it silences a few warnings that say nothing about a user's run, each by its message and by the module that
+emits it: packages that megatron-core would use if they were installed (``megatron-g2rpo doctor`` reports them better),
+and deprecations inside megatron-core and torch that only those projects can fix. pyproject.toml lists the same for
+pytest.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The core attention seam, for packed rows: every sequence of the row attends causally to itself alone.
+"""The core attention seam, for packed rows: every sequence of the row attends causally to itself only.
 
 megatron-core's local ``DotProductAttention`` refuses packed sequences and context parallelism, so the local layers have
 one of their own: sequences of similar length are laid out as one padded batch and go through torch's
@@ -9,8 +9,9 @@ are gathered from all ranks; the gradient is scattered back by the gather's own 
 
 On a GPU Transformer Engine's attention takes the same place.
 
-Shape letters: S this rank's tokens of the row, C context-parallel ranks, N pieces of a bucket, Q / K longest queries /
-keys of them, H query heads, G key/value heads, D head dimension (H and G are this tensor-parallel rank's).
+Shape letters: S this rank's tokens of the row, C context-parallel ranks, N pieces of a bucket, Q / K the largest number
+of queries / keys of its pieces, T real queries of a bucket, H query heads, G key/value heads, D head dimension (H and G
+count this tensor-parallel rank's heads).
 """
 
 from __future__ import annotations
@@ -32,15 +33,17 @@ from megatron_g2rpo.types import PackedBatch
 
 @dataclass(frozen=True)
 class Bucket:
-    """Pieces of sequences, similar in length, as a padded batch. A piece is a run of queries with all keys up to it.
+    """Pieces of sequences, similar in length, as a padded batch.
+
+    A piece is consecutive queries of a sequence, with all keys up to the last of them.
 
     Attributes:
-        queries: int64 ``[N, Q]``, this rank's token in every slot; padding repeats the piece's last one.
-        keys: int64 ``[N, K]``, places in the gathered keys; padding repeats the last one.
-        mask: bool ``[N, 1, Q, K]``, who sees whom; None where pieces are whole sequences and plain causality says it
-            (padded keys then follow every real query).
-        slots: int64 ``[T]``, which flattened query slots are real.
-        tokens: int64 ``[T]``, this rank's token of each of them.
+        queries: int64 ``[N, Q]``, index of this rank's token in every query slot; padding repeats the piece's last one.
+        keys: int64 ``[N, K]``, index into the gathered keys; padding repeats the piece's last one.
+        mask: bool ``[N, 1, Q, K]``, True where query q may attend to key k; None when every piece is a whole sequence
+            and ``is_causal`` suffices (padded keys then follow every real query).
+        slots: int64 ``[T]``, index of the real queries among the flattened query slots.
+        tokens: int64 ``[T]``, index of this rank's token in each of these slots.
     """
 
     queries: Tensor
@@ -52,23 +55,26 @@ class Bucket:
 
 @dataclass
 class PackedRowParams(PackedSeqParams):
-    """What megatron-core hands through to the core attention: the layout of one packed row.
+    """The layout of one packed row, which megatron-core passes through to the core attention.
 
-    ``qkv_format`` stays ``sbhd``: rotary angles come per token (three position rows), and the ``thd`` path of
+    ``qkv_format`` stays ``sbhd``: rotary angles come per token (from three position axes), and the ``thd`` path of
     megatron-core's RoPE would slice them by sequence.
+
+    Attributes:
+        buckets: the row's pieces for the local core attention; empty for Transformer Engine's.
     """
 
     buckets: tuple[Bucket, ...] = ()
 
 
 def packed_row_params(batch: PackedBatch, size: int = 1, rank: int = 0, *, buckets: bool = True) -> PackedRowParams:
-    """Lay a row's sequences out for the core attention, once per micro-batch.
+    """Lay a packed row's sequences out for the core attention, once per micro-batch.
 
     Args:
-        batch: the row (or a rank's share of it: only ``cu_seqlens*`` are read).
-        size: C.
-        rank: this rank, below C.
-        buckets: lay out the local core attention's buckets; Transformer Engine needs offsets only.
+        batch: the row, or a rank's share of it: only ``cu_seqlens*`` are read.
+        size: C, the number of context-parallel ranks.
+        rank: the context-parallel rank, from 0 to ``size - 1``.
+        buckets: whether to make the buckets of the local core attention; Transformer Engine needs offsets only.
     """
     device = batch.tokens.device
     # One wait for the GPU here; every size below would be one more.
@@ -145,12 +151,12 @@ class PackedCoreAttention(nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attend.
+        """Let every query attend to the keys of its own sequence up to its own position.
 
         Args:
             query: ``[S, 1, H, D]``.
             key, value: ``[S, 1, G, D]``.
-            attention_mask, attention_bias: must be None; the row's layout says who sees whom.
+            attention_mask, attention_bias: must be None; the row's layout says which keys a query attends to.
             packed_seq_params: the row's layout, a ``PackedRowParams``.
 
         Returns:
@@ -167,8 +173,8 @@ class PackedCoreAttention(nn.Module):
             repeats = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         context = torch.zeros_like(q)
-        # A rank whose tokens are all padding attends to nothing, but stays in the graph: its peers wait for its part of
-        # the gathered keys' gradient.
+        # A rank that holds only padding attends to nothing, but stays in the graph: its peers wait for its part of the
+        # gathered keys' gradient.
         if row.buckets:
             parts = torch.cat([self._attend(bucket, q, k, v) for bucket in row.buckets])
             context = context.index_copy(0, torch.cat([bucket.tokens for bucket in row.buckets]), parts)
@@ -191,10 +197,11 @@ class PackedCoreAttention(nn.Module):
 
 
 class TransformerEngineCoreAttention(nn.Module):
-    """The same, by Transformer Engine's attention through megatron-core's wrapper: GPUs only.
+    """Causal attention within each sequence of a packed row, computed by Transformer Engine on GPUs.
 
-    Thin on purpose: it cannot run on a CPU, and what it passes is held against megatron-core's signatures by a contract
-    test. Context-parallel communication is Transformer Engine's own (``cp_comm_type``).
+    It calls megatron-core's wrapper and is thin on purpose: it cannot run on a CPU, and a contract test holds what it
+    passes against megatron-core's signatures. Context-parallel communication is Transformer Engine's own
+    (``cp_comm_type``).
     """
 
     def __init__(self, **arguments: Any) -> None:
@@ -213,7 +220,7 @@ class TransformerEngineCoreAttention(nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Shapes as in ``PackedCoreAttention``."""
+        """Let every query attend within its own sequence; shapes are those of ``PackedCoreAttention.forward``."""
         row = _checked(packed_seq_params, attention_mask, attention_bias)
         context = self.attention(
             query=query.squeeze(1),

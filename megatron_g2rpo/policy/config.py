@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a Hugging Face config and a layout to megatron-core's TransformerConfig."""
+"""Translates a Hugging Face config and a layout into megatron-core's TransformerConfig."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from megatron_g2rpo.recipe import MegatronConfig
 def transformer_config(
     hf_config: Any, layout: Layout, dtype: torch.dtype, megatron_cfg: MegatronConfig
 ) -> TransformerConfig:
-    """The language model's TransformerConfig.
+    """Return the language model's TransformerConfig.
 
     Args:
-        hf_config: transformers' configuration of a registered family; what follows from it is ``Family.config``'s.
-        layout: parallel sizes.
-        dtype: parameter and activation dtype, float32 or bfloat16.
-        megatron_cfg: the recipe's ``policy.megatron_cfg``; what it says of recomputation and attention is read here.
+        hf_config: transformers' configuration of a registered family; ``Family.config`` translates the model's fields.
+        layout: the parallel sizes.
+        dtype: dtype of parameters and activations, float32 or bfloat16.
+        megatron_cfg: the recipe's ``policy.megatron_cfg``; its recomputation and attention keys are read here.
 
     Raises:
-        LayoutError: a stage's layers cannot be dealt out as asked, over stages or over chunks to recompute.
+        LayoutError: the layers cannot be distributed over the stages, or a stage's layers over chunks to recompute.
     """
     family = models.family(hf_config.model_type)
     full = megatron_cfg.recompute_granularity == "full"
@@ -52,7 +52,7 @@ def transformer_config(
         num_layers_in_last_pipeline_stage=layout.last_stage_layers,
         cp_comm_type=megatron_cfg.cp_comm_type,
         recompute_granularity=megatron_cfg.recompute_granularity,
-        # Of full recomputation alone; selective recomputes the core attention, megatron-core's default choice.
+        # Only full recomputation has these; selective recomputes the core attention, megatron-core's default choice.
         recompute_method=megatron_cfg.recompute_method if full else None,
         recompute_num_layers=megatron_cfg.recompute_num_layers if full else None,
         # Sums divided once, by the global token count, in finalize_model_grads.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deepstack: vision features of several depths, added after the first language layers.
+"""Deepstack: vision features of several depths are added after the first language layers.
 
 The features travel as ``context``, an argument that megatron-core's block already hands to every layer and treats as a
 checkpoint input, so that activation recomputation stays right (features kept aside in a hook would be lost there).
@@ -21,7 +21,7 @@ class DeepstackLayer(TransformerLayer):
     """
 
     def forward(self, *args: Any, context: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Run the layer, then add. Shapes as in ``TransformerLayer.forward``."""
+        """Run the layer, then add its deepstack feature; other shapes are those of ``TransformerLayer.forward``."""
         # megatron-core leaves the result without annotation.
         hidden, _ = cast(tuple[Tensor, Any], super().forward(*args, context=None, **kwargs))
         if context is not None and self.layer_number <= context.shape[0]:

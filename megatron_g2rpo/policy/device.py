@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device seam: the one place that knows what hardware this is.
+"""The device seam: the one module that knows what hardware the process runs on.
 
 ``select()`` gives everything else the torch device, the collective backend, and ``megatron()``, the context in which
 megatron-core code runs. On a GPU that context does nothing. On a CPU it stands in for the few CUDA calls that
@@ -30,7 +30,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 class DeviceError(RuntimeError):
-    """The hardware that the recipe asks for is not there."""
+    """The hardware that the recipe asks for is not available."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Device:
 
     Attributes:
         kind: ``cpu`` or ``gpu``, the values of the recipe's ``cluster.device``.
-        torch_device: where tensors of this rank live.
-        backend: the torch.distributed backend for collectives on that device.
+        torch_device: the device of this rank's tensors.
+        backend: the torch.distributed backend of collectives on that device.
     """
 
     kind: str
@@ -53,17 +53,17 @@ class Device:
         return "nccl" in self.backend
 
     def megatron(self) -> contextlib.AbstractContextManager[None]:
-        """The context in which megatron-core is called; reentrant."""
+        """Return the context manager in which megatron-core is called; it is reentrant."""
         return _cpu_stands_in_for_cuda() if self.kind == "cpu" else contextlib.nullcontext()
 
     def synchronize(self) -> None:
-        """Wait for queued kernels, so that a wall clock read afterwards is true."""
+        """Wait for queued kernels, so that a wall clock that is read afterwards counts them."""
         if self.kind == "gpu":
             torch.cuda.synchronize()
 
 
 def select(kind: str = "auto") -> Device:
-    """The device that this rank uses.
+    """Return the device that this rank uses.
 
     Args:
         kind: ``auto`` (a GPU where there is one), ``cpu`` or ``gpu``.
@@ -91,7 +91,7 @@ def select(kind: str = "auto") -> Device:
 
 
 def init_process_group(device: Device) -> None:
-    """Join the job's process group: torchrun's when its environment is set, else a group of one."""
+    """Join the job's process group: torchrun's when its environment is set, otherwise a group of one process."""
     if dist.is_initialized():
         return
     if "RANK" in os.environ:
@@ -103,13 +103,16 @@ def init_process_group(device: Device) -> None:
 
 
 def set_cpu_threads(processes_per_node: int) -> None:
-    """Share the node's cores among its processes; torchrun's default of one thread would idle the others."""
+    """Share the node's cores among its processes; torchrun's default of one thread would leave most cores idle.
+
+    A user's ``OMP_NUM_THREADS`` is kept, except under torchrun, which sets it itself.
+    """
     if "OMP_NUM_THREADS" not in os.environ or os.environ.get("TORCHELASTIC_RUN_ID"):
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_per_node))
 
 
 def optional_packages() -> dict[str, bool]:
-    """Which optional packages are installed, found without importing them.
+    """Return which optional packages are installed, without importing them.
 
     ``apex`` counts only when it is NVIDIA's (PyPI's package of that name is an unrelated project).
     """

@@ -25,14 +25,15 @@ from megatron_g2rpo.policy.norm import RMSNorm
 
 
 def core_attention(name: str, device: Device) -> type[torch.nn.Module]:
-    """The core attention of the recipe's ``policy.megatron_cfg.core_attention``.
+    """Return the module class that the recipe's ``policy.megatron_cfg.core_attention`` names.
 
     Args:
         name: ``local``, ``transformer_engine``, or ``auto``: Transformer Engine's on a GPU, the local one on a CPU.
         device: this rank's device.
 
     Raises:
-        DeviceError: Transformer Engine's was asked for (by ``auto`` too: there is no silent fallback) and cannot run.
+        DeviceError: Transformer Engine's attention was asked for and cannot run; ``auto`` on a GPU asks for it too,
+            because there is no silent fallback.
     """
     if name == "local" or (name == "auto" and device.kind == "cpu"):
         return PackedCoreAttention
@@ -47,11 +48,11 @@ def core_attention(name: str, device: Device) -> type[torch.nn.Module]:
 
 
 def local_block_spec(num_layers: int, attention: type[torch.nn.Module], *, qk_norm: bool) -> TransformerBlockSubmodules:
-    """Spec of the decoder block of this pipeline stage.
+    """Return the spec of this pipeline stage's decoder block.
 
     Args:
-        num_layers: layers on this stage.
-        attention: the core attention, see ``core_attention``.
+        num_layers: number of layers on this stage.
+        attention: the core attention's class, see ``core_attention``.
         qk_norm: whether queries and keys are normalised.
     """
     head_norm = RMSNorm if qk_norm else IdentityOp

@@ -43,24 +43,24 @@ def linear_logprobs(
     group: dist.ProcessGroup | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Log-probability of each label and entropy of each distribution (nats), differentiable in hidden and weight.
+    """Return each label's log-probability and each distribution's entropy (nats), differentiable in hidden and weight.
 
-    Logits are rounded to the dtype of the model, as its output layer would; the rest is float32 (float64 for float64
-    inputs). Tokens without a label cost nothing.
+    Logits are rounded to the dtype of the model, as its output layer would do; the rest is computed in float32 (float64
+    for float64 inputs). Tokens without a label cost nothing.
 
     Args:
-        hidden: ``[S, h]``, the same on every rank of the group. Its gradient is this rank's part of a sum over the
-            group; the sum is the caller's to take.
+        hidden: ``[S, h]`` hidden states, the same on every rank of the group. Their gradient is this rank's part of a
+            sum over the group, which the caller has to take.
         weight: ``[P, h]``, this rank's rows of the output matrix, in the dtype of ``hidden``.
-        labels: int64 ``[S]``, the same on every rank of the group: global vocabulary ids, or ``NO_LABEL``: both outputs
-            are 0 there and send no gradient.
-        vocab_size: V; rows of the matrix beyond it are padding and take no probability.
-        temperature: divides the logits; > 0.
+        labels: int64 ``[S]`` global vocabulary ids, the same on every rank of the group; where they are ``NO_LABEL``,
+            both outputs are 0 and send no gradient.
+        vocab_size: V; rows of the output matrix beyond it are padding and take no probability.
+        temperature: number > 0 that divides the logits.
         banned_token_ids: int64 ``[E]``, the same on every rank: ids that the policy never samples. They take no
             probability, and no gradient reaches their rows: the distribution is that of the tokens that can be sampled.
         group: tensor-parallel process group; None when the vocabulary is whole.
-        chunk_size: tokens whose float32 logits are held at once. Seven eighths of them are kept from the forward to the
-            backward pass, which takes an eighth to compute the others again. None: all are kept.
+        chunk_size: number of tokens whose float32 logits are held at once. Seven eighths of them are kept from the
+            forward to the backward pass, which takes an eighth to compute the others again. None keeps all logits.
 
     Returns:
         float32 ``[2, S]``, the same on every rank of the group: log-probabilities, entropies.
@@ -99,14 +99,14 @@ def linear_logprobs(
 
 @dataclass(frozen=True)
 class _Share:
-    """This rank's share of the vocabulary, and what becomes of its logits.
+    """This rank's share of the vocabulary, and what is applied to its logits.
 
     Attributes:
-        first: vocabulary id of its first column of logits.
-        width: C, its columns without padding; 0 where all are padding.
-        banned_token_ids: int64, those of its columns that take no probability.
-        temperature: divides the logits.
-        group: the ranks that hold the others; None without others.
+        first: vocabulary id of this rank's first column of logits.
+        width: C, number of this rank's columns without padding; 0 where all are padding.
+        banned_token_ids: int64, numbers of this rank's columns that take no probability.
+        temperature: number that divides the logits.
+        group: tensor-parallel process group; None when this rank holds the whole vocabulary.
     """
 
     first: int
@@ -116,7 +116,7 @@ class _Share:
     group: dist.ProcessGroup | None
 
     def exclude(self, logits: Tensor, columns: slice) -> None:
-        """Take all probability from the banned ones of these columns: logits ``[tokens, columns]``, in place."""
+        """Set the logits ``[tokens, columns]`` of banned tokens so that they take no probability, in place."""
         if len(self.banned_token_ids):
             among = (
                 self.banned_token_ids[(self.banned_token_ids >= columns.start) & (self.banned_token_ids < columns.stop)]
@@ -125,14 +125,17 @@ class _Share:
             logits.index_fill_(1, among, _NEVER)
 
     def place(self, labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-        """Index of each label in these columns (of any, where it is not among them), and whether it is."""
+        """Return each label's index in these columns (any index where it is not among them), and whether it is."""
         index = labels - (self.first + columns.start)
         width = columns.stop - columns.start
         return index.clamp(0, max(width - 1, 0)), (index >= 0) & (index < width)
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Saves the inputs, four numbers a token, and the logits of the last chunk."""
+    """The autograd function of ``linear_logprobs``.
+
+    It saves its inputs, four numbers a token, and the logits of the last chunk.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -167,7 +170,11 @@ class _LinearLogprobs(torch.autograd.Function):
 def _forward(
     hidden: Tensor, weight: Tensor, labels: Tensor, share: _Share, chunks: LogitChunks
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``[2, L]`` log-probabilities and entropies; ``[4, L]`` max z, s, m, this rank's max z less that; kept y."""
+    """Return the outputs, the statistics and the kept y.
+
+    The outputs ``[2, L]`` are log-probabilities and entropies. The statistics ``[4, L]`` are max z, s, m, and this
+    rank's own max z minus max z.
+    """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     # A rank that holds padding only has the lowest maximum and weightless sums.
     peak = hidden.new_full((len(hidden),), torch.finfo(dtype).min, dtype=dtype)
@@ -206,7 +213,10 @@ def _backward(
     chunks: LogitChunks,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of hidden ``[L, h]`` (this rank's part, in the dtype of ``grad``) and weight ``[P, h]``, if needed."""
+    """Return the gradients of hidden ``[L, h]`` and weight ``[P, h]``, None where not needed.
+
+    That of hidden is this rank's part of a sum, in the dtype of ``grad``.
+    """
     grad_hidden = torch.zeros_like(hidden, dtype=grad.dtype) if needs[0] else None
     grad_weight = torch.empty_like(weight) if needs[1] else None
     if grad_weight is not None:
@@ -243,12 +253,12 @@ def _backward(
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """``a @ b`` in ``out``, which may be of a wider dtype."""
+    """Compute ``a @ b`` into ``out``, which may have a wider dtype, and return it."""
     return torch.mm(a, b, out=out) if out.dtype == a.dtype else out.copy_(torch.mm(a, b))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``; total may be of a wider dtype."""
+    """Add ``a @ b`` to ``total``, which may have a wider dtype."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
@@ -256,7 +266,11 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _tiles(logits: Tensor, first: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Tiles of rows: their place, where the first row of all is number ``first``; the rows; memory of their shape."""
+    """Iterate over tiles of consecutive rows of the logits matrix.
+
+    Yields for each tile the slice of its rows, counted from ``first``; the rows themselves; and scratch memory of their
+    shape.
+    """
     height = max(TILE_BYTES // (logits.shape[1] * logits.itemsize), 1)
     memory = torch.empty_like(logits[:height])
     for rows in slices(len(logits), height):
@@ -264,7 +278,7 @@ def _tiles(logits: Tensor, first: int) -> Iterator[tuple[slice, Tensor, Tensor]]
 
 
 def _view(memory: Tensor, rows: int, columns: int) -> Tensor:
-    """A matrix in memory that all chunks use in turn: fresh pages cost more than the arithmetic on them."""
+    """Return a matrix in memory that all chunks use in turn: fresh pages cost more than the arithmetic on them."""
     return memory[: rows * columns].view(rows, columns)
 
 

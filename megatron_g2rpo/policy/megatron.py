@@ -43,13 +43,14 @@ from megatron_g2rpo.weights.hf_model import model_class
 
 @dataclass(frozen=True)
 class LossTerms:
-    """What a loss says of its tokens in one micro-batch. Sums, so that micro-batches and ranks add up.
+    """The result of a loss on one micro-batch. All values are sums, so that micro-batches and ranks add up.
 
     Attributes:
-        loss: scalar, sum over tokens, with gradient: also where no token counts (0 times something), because the other
+        loss: scalar sum over tokens, with gradient; also where no token counts (0 times something), because the other
             ranks of the layout wait for this rank's part of the backward pass.
-        num_tokens: tokens that the loss counts; the gradient is divided by their global number.
-        sums: metrics, name -> scalar sum over those tokens; the same names in every micro-batch and on every rank.
+        num_tokens: number of tokens that the loss counts; the gradient is divided by their global number.
+        sums: metrics by name, each a scalar sum over those tokens; the same names in every micro-batch and on every
+            rank.
     """
 
     loss: Tensor
@@ -57,24 +58,25 @@ class LossTerms:
     sums: Mapping[str, Tensor]
 
 
-# Takes this context-parallel rank's share of a row, and its statistics. Called on the last pipeline stage.
+# loss(share, stats): this context-parallel rank's share of a micro-batch, and its log-probabilities and entropies.
+# It is called on the last pipeline stage.
 Loss = Callable[[PackedBatch, TokenStats], LossTerms]
 
 
 class MegatronPolicy:
-    """A vision-language policy on megatron-core, at any layout.
+    """A policy on megatron-core, vision-language or text-only, at any layout.
 
     Args:
         settings: the recipe's ``policy`` section.
         device: this rank's device.
-        seed: of random initialisation and of megatron-core's random state.
-        max_steps: optimizer steps of the run; None builds no optimizer (inference only).
+        seed: seed of random initialisation and of megatron-core's random state.
+        max_steps: number of optimizer steps of the whole run; None builds no optimizer (inference only).
         banned_token_ids: ids that the rollout engine never samples: the policy is the distribution over the others.
-        on_loaded: told the bytes of each parameter that was loaded from a Hugging Face directory.
+        on_loaded: callback(num_bytes), called after each parameter that was loaded from a Hugging Face directory.
 
     Raises:
-        LayoutError: the model cannot be split as asked.
-        CheckpointError: the directory's weights do not fit its config.
+        LayoutError: the model cannot be split as the recipe asks.
+        CheckpointError: the weights of ``policy.model_name`` do not fit its config.
     """
 
     def __init__(
@@ -144,7 +146,7 @@ class MegatronPolicy:
     # -- weights ------------------------------------------------------------------------------------------------
 
     def load(self, tensors: Mapping[str, Tensor], source: str, on_loaded: sharded_state.Advance | None = None) -> None:
-        """Take full tensors by Hugging Face name; see ``weights.load``."""
+        """Load full tensors by Hugging Face name; see ``weights.load``."""
         weights.load(
             self.model,
             self.table,
@@ -161,9 +163,12 @@ class MegatronPolicy:
                 self.optimizer.reload_model_params()  # fp32 main copies under bf16
 
     def stream(self, tensor_of: Callable[[torch.nn.Parameter], Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Weights (or ``tensor_of`` each parameter) as ``(hf_name, full_tensor)``; a collective of the replica.
+        """Iterate over the weights as ``(hf_name, full_tensor)``. A collective of the replica.
 
-        Every rank of it receives every tensor.
+        Every rank of the replica receives every tensor; see ``weights.stream``.
+
+        Args:
+            tensor_of: what to stream of each parameter in place of its value, for example its gradient.
         """
         self._wait_for_parameters()
         keywords = {} if tensor_of is None else {"tensor_of": tensor_of}
@@ -177,7 +182,7 @@ class MegatronPolicy:
         )
 
     def specs(self) -> dict[str, Tensor]:
-        """What ``stream`` yields, on the meta device. A collective of the replica."""
+        """Return what ``stream`` yields, on the meta device. A collective of the replica."""
         return weights.specs(
             self.model,
             self.table,
@@ -187,11 +192,11 @@ class MegatronPolicy:
         )
 
     def source(self) -> weights.WeightSource:
-        """What a rollout engine loads."""
+        """Return the weights in the form that a rollout engine loads."""
         return weights.WeightSource(self.specs, self.stream)
 
     def local_weights(self) -> list[Tensor]:
-        """This rank's shards of all parameters, current ones; writing to them changes the model.
+        """Return this rank's current shards of all parameters; writing to them changes the model.
 
         A collective of the data- and context-parallel ranks. The optimizer's own copies are not touched: weights that
         were written must be put back before the next update.
@@ -201,7 +206,7 @@ class MegatronPolicy:
 
     @property
     def _layer_offset(self) -> int:
-        """Layers on earlier pipeline stages."""
+        """Number of layers on earlier pipeline stages."""
         return sum(self.layout.stage_layers(self.config.num_layers)[: self.groups.pipeline_rank])
 
     def _wait_for_parameters(self) -> None:
@@ -210,29 +215,29 @@ class MegatronPolicy:
                 wait_for_parameters(self._ddp)
 
     def sharded_state_dict(self, *, is_loading: bool = False) -> dict[str, Any]:
-        """Weights, optimizer and schedule as megatron-core's sharded state, layout-independent.
+        """Return weights, optimizer and schedule as megatron-core's sharded state, which no layout is tied to.
 
         Args:
-            is_loading: the result is a template to load into.
+            is_loading: whether the result is a template to load into.
         """
         self._wait_for_parameters()
         return sharded_state.sharded_state_dict(self.model, self.optimizer, self.scheduler, is_loading=is_loading)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what ``dist_checkpointing.load`` returned for ``sharded_state_dict(is_loading=True)``."""
+        """Restore what ``dist_checkpointing.load`` returned for ``sharded_state_dict(is_loading=True)``."""
         sharded_state.load_state_dict(self.model, self.optimizer, self.scheduler, state)
 
     # -- computation --------------------------------------------------------------------------------------------
 
     def logprobs(self, batches: Sequence[PackedBatch], temperature: float = 1.0) -> list[TokenStats]:
-        """Per-token log-probabilities and entropies, without gradient. A collective of the replica.
+        """Compute per-token log-probabilities and entropies, without gradient. A collective of the replica.
 
         Args:
             batches: packed rows; every rank of a replica passes the same.
-            temperature: of the distribution.
+            temperature: temperature of the policy's distribution.
 
         Returns:
-            One ``TokenStats`` a (whole) row, on the CPU, on every rank of the replica.
+            One ``TokenStats`` per row, for the whole row, on the CPU, on every rank of the replica.
         """
         self.model.eval()
         with torch.no_grad():
@@ -241,12 +246,12 @@ class MegatronPolicy:
         return self._whole_rows(batches, shares)
 
     def _whole_rows(self, batches: Sequence[PackedBatch], shares: Sequence[Tensor]) -> list[TokenStats]:
-        """Put the context-parallel shares together, which the last stage has, and tell the other stages."""
+        """Join the context-parallel shares, which the last stage has, and send the result to the other stages."""
         groups = self.groups
         sizes = [len(batch.tokens) for batch in batches]
-        rows = torch.empty(2, sum(sizes), dtype=torch.float32)
+        stats = torch.empty(2, sum(sizes), dtype=torch.float32)
         if groups.is_last_stage and batches:
-            parts = [torch.empty(2, rows.shape[1] // groups.context_size) for _ in range(groups.context_size)]
+            parts = [torch.empty(2, stats.shape[1] // groups.context_size) for _ in range(groups.context_size)]
             dist.all_gather(parts, torch.cat(list(shares), dim=1), group=groups.context)
             by_row = [part.split([size // groups.context_size for size in sizes], dim=1) for part in parts]
             whole = [
@@ -255,18 +260,18 @@ class MegatronPolicy:
                 ]
                 for index, batch in enumerate(batches)
             ]
-            rows = torch.cat(whole, dim=1)
+            stats = torch.cat(whole, dim=1)
         if groups.pipeline_size > 1:
-            dist.broadcast(rows, group=groups.pipeline, group_src=groups.pipeline_size - 1)
-        return [TokenStats(logprobs=row[0], entropy=row[1]) for row in rows.split(sizes, dim=1)]
+            dist.broadcast(stats, group=groups.pipeline, group_src=groups.pipeline_size - 1)
+        return [TokenStats(logprobs=row[0], entropy=row[1]) for row in stats.split(sizes, dim=1)]
 
     def update(self, batches: Sequence[PackedBatch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:
-        """One optimizer step on the global minibatch.
+        """Take one optimizer step on the global minibatch. A collective of all ranks.
 
         Args:
             batches: this data-parallel rank's micro-batches; every rank passes the same number of them.
             loss: see ``Loss``. The gradient is that of (global sum of losses) / (global sum of token counts).
-            temperature: of the distribution that the loss sees.
+            temperature: temperature of the distribution whose log-probabilities the loss gets.
 
         Returns:
             ``loss``, ``grad_norm`` (before clipping), ``lr``, ``num_tokens``, and the loss's metrics, each a global sum
@@ -285,7 +290,9 @@ class MegatronPolicy:
         return {**metrics, "lr": float(lr)}
 
     def gradient_norm(self, batches: Sequence[PackedBatch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:
-        """What ``update`` would report, without its step (and without ``lr``).
+        """Return what ``update`` would return, except ``lr``, without taking the step.
+
+        Gradients are left as ``update`` would use them; the arguments are those of ``update``.
 
         Raises:
             FloatingPointError: the gradient norm is not finite.
@@ -304,10 +311,11 @@ class MegatronPolicy:
     def gradients(self, batches: Sequence[PackedBatch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:
         """Fill ``main_grad`` of every parameter with the gradient of the global minibatch.
 
-        With the distributed optimizer a rank has only its share of it; ``optimizer.gather_gradients`` completes it.
+        With the distributed optimizer a rank has only its share of the gradient; ``optimizer.gather_gradients``
+        completes it. The arguments are those of ``update``.
 
         Returns:
-            ``loss``, ``num_tokens`` and the loss's metrics, as ``update`` does.
+            ``loss``, ``num_tokens`` and the loss's metrics, as ``update`` returns them.
         """
         ddp, optimizer, _ = self._training()
         with self.device.megatron():
@@ -319,7 +327,11 @@ class MegatronPolicy:
     def _run(
         self, batches: Sequence[PackedBatch], consume: Callable[..., Any], temperature: float, *, forward_only: bool
     ) -> list[Any]:
-        """What ``consume(share, output)`` gives for each micro-batch on the last stage; empty on other stages."""
+        """Run all micro-batches through the pipeline.
+
+        Returns the results of ``consume(share, output)`` for each micro-batch on the last stage, and an empty list on
+        other stages.
+        """
         size, rank = self.groups.context_size, self.groups.context_rank
 
         def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
@@ -353,7 +365,7 @@ class MegatronPolicy:
         return terms.loss, tokens, sums
 
     def _reduce(self, terms: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Global sums over micro-batches and data- and context-parallel ranks, divided by the global token count."""
+        """Sum over micro-batches and data- and context-parallel ranks, and divide by the global token count."""
         groups = self.groups
         sums: dict[str, float] = {}
         if groups.is_last_stage:
@@ -369,10 +381,13 @@ class MegatronPolicy:
         return {**{name: value / max(tokens, 1.0) for name, value in sums.items()}, "num_tokens": tokens}
 
     def _metric_names(self, terms: Sequence[Mapping[str, Tensor]]) -> list[str]:
-        """Names that every micro-batch of every rank has: sums of other tensors would abort, or say nonsense."""
+        """Return the metric names, which must agree between all micro-batches of all ranks.
+
+        Otherwise the sum over ranks would abort, or add up unrelated metrics.
+        """
         differing = {name for term in terms for name in term.keys() ^ terms[0].keys()}
         names = sorted(terms[0])
-        # A number of 31 bits for the names, and 0 where this rank's micro-batches do not agree among themselves.
+        # A 31-bit checksum of the names, and 0 where this rank's micro-batches do not agree among themselves.
         number = 0 if differing else zlib.crc32("\n".join(names).encode()) >> 1
         range_ = torch.tensor([number, -number])
         dist.all_reduce(range_, op=dist.ReduceOp.MAX, group=self.groups.data_context)
@@ -385,7 +400,7 @@ class MegatronPolicy:
 
 
 def _to(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    """The batch on the device, but for its images, of which the vision encoder moves its share."""
+    """Move the batch to the device, except its images, of which the vision encoder moves this rank's share."""
     names = {field.name for field in fields(batch)} - {"pixel_values", "image_grid_thw"}
     tensors = {name: value for name in names if isinstance(value := getattr(batch, name), Tensor)}
     return replace(batch, **{name: value.to(device) for name, value in tensors.items()})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A policy as a megatron-core model: a ``GPTModel`` and, for a family that sees, transformers' vision tower before it.
+"""A policy as a megatron-core model: a ``GPTModel``, in vision-language families with transformers' vision tower.
 
 The features of the tower replace the placeholder embeddings and, deepstack, are added after the first language layers.
 Which feature belongs at which token is known on the whole row before any split; embeddings are merged on this rank's
@@ -34,13 +34,13 @@ class PolicyModel(MegatronModule):
 
     Args:
         config: the language model's configuration.
-        hf_config: transformers' configuration that it was made from.
+        hf_config: transformers' configuration from which ``config`` was made.
         pg_collection: megatron-core's process groups.
-        device: where the model will live.
-        core_attention: see ``policy.layer_spec``.
+        device: the device that the model will be moved to.
+        core_attention: class of the core attention, see ``policy.layer_spec.core_attention``.
         banned_token_ids: ids that the policy never samples; they take no probability.
-        chunk_size: tokens whose float32 logits are held at once; None for all.
-        vision_every_row: see ``VisionEncoder``.
+        chunk_size: number of tokens whose float32 logits are held at once; None for all.
+        vision_every_row: run the vision tower on rows without images too; see ``VisionEncoder``.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class PolicyModel(MegatronModule):
             )
 
     def _prepared(self, tower: Any) -> nn.Module:
-        """The vision tower, recomputed as the recipe says, and marked for the average of its gradients."""
+        """Set the vision tower's recomputation as the recipe says, and mark its gradients to be averaged."""
         if self.config.recompute_granularity == "full":
             tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for parameter in tower.parameters():
@@ -113,7 +113,7 @@ class PolicyModel(MegatronModule):
         return tower
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The tied weight, which megatron-core keeps in step over pipeline stages."""
+        """Return the tied weight, which megatron-core keeps equal on all pipeline stages that hold it."""
         return self.language_model.shared_embedding_or_output_weight()
 
     def set_input_tensor(self, input_tensor: list[Tensor]) -> None:
@@ -121,11 +121,11 @@ class PolicyModel(MegatronModule):
         self.language_model.set_input_tensor(input_tensor=input_tensor[0])
 
     def forward(self, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
-        """Log-probabilities and entropies of this rank's share of a packed row.
+        """Compute log-probabilities and entropies of this rank's share of a packed row.
 
         Args:
-            batch: the share, on this rank's device (its images may be elsewhere), S tokens.
-            temperature: of the distribution.
+            batch: the share, S tokens, on this rank's device (its images may be elsewhere).
+            temperature: temperature of the policy's distribution.
 
         Returns:
             On the last stage float32 ``[2, S]``, the log-probability of ``labels`` and the entropy, equal on
@@ -146,7 +146,10 @@ class PolicyModel(MegatronModule):
         return self.language_model.output_layer(hidden, batch.labels, weight=weight, temperature=temperature)
 
     def _embed(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
-        """Embeddings with image features in place ``[S, 1, h]``, and deepstack features ``[K, S, 1, h]`` or None."""
+        """Return embeddings ``[S, 1, h]`` with image features in place, and deepstack ``[K, S, 1, h]`` or None.
+
+        Under sequence parallelism S is this tensor-parallel rank's share of the tokens.
+        """
         features = None
         if self._encode_images is not None:
             # The tower first, in the order of registration: that in which overlap_param_gather fetches weights.
@@ -164,7 +167,7 @@ class PolicyModel(MegatronModule):
                 f"the row has an image placeholder for feature {int(index.max())}, but its images give only "
                 f"{len(features.places)}"
             )
-        # Also where there are none: a rank without image tokens stays in the graph, its peers wait in the backward.
+        # Done without image tokens too: the rank must stay in the graph, because its peers wait in the backward pass.
         chosen = features[index].to(embeddings.dtype)
         merged = embeddings.index_copy(0, where, chosen[:, 0])
         if chosen.shape[1] == 1:
@@ -173,7 +176,7 @@ class PolicyModel(MegatronModule):
         return self._scatter(merged).unsqueeze(1), self._scatter(deepstack).transpose(0, 1).unsqueeze(2)
 
     def _scatter(self, x: Tensor) -> Tensor:
-        """This tensor-parallel rank's share of the tokens (first axis), under sequence parallelism."""
+        """Under sequence parallelism, return this tensor-parallel rank's share of the tokens, the first axis."""
         if not self.config.sequence_parallel:
             return x
         share = scatter_to_sequence_parallel_region(input_=x, group=self.pg_collection.tp)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation over the last axis, in the operation order of transformers' Qwen3-VL.
 
-    Normalise in fp32, cast to the input's dtype, then multiply: in bf16 another order gives other bits.
+    It normalises in fp32, casts to the input's dtype, then multiplies: in bf16 another order gives other bits.
 
     Args:
-        config: megatron-core TransformerConfig; only ``sequence_parallel`` is read.
+        config: megatron-core's TransformerConfig; ``sequence_parallel`` and ``params_dtype`` are read.
         hidden_size: length of the last axis.
-        eps: added to the mean square.
+        eps: number added to the mean square.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., hidden_size]`` to the same shape and dtype."""
+        """Normalise ``[..., hidden_size]``; shape and dtype stay the same."""
         x32 = x.float()
         normalised = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * normalised.to(x.dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""megatron-core's data parallelism, optimizer and learning-rate schedule from the recipe.
+"""Builds megatron-core's data parallelism, optimizer and learning-rate schedule from the recipe.
 
 Gradients are normalised once: every rank's loss is a sum over its tokens, data- and context-parallel ranks are summed,
 and ``finalize_model_grads`` divides by the global token count.
@@ -28,10 +28,13 @@ def wrap_ddp(
     settings: recipe.DistributedDataParallelConfig,
     pg_collection: ProcessGroupCollection,
 ) -> DistributedDataParallel:
-    """megatron-core's data parallelism: contiguous gradient buffers, summed over data- and context-parallel ranks.
+    """Wrap a model in megatron-core's DDP: contiguous gradient buffers, summed over data- and context-parallel ranks.
 
     Args:
+        model: this rank's pipeline stage.
+        config: the model's configuration.
         settings: the recipe's ``policy.megatron_cfg.distributed_data_parallel_config``.
+        pg_collection: megatron-core's process groups.
     """
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=settings.grad_reduce_in_fp32,
@@ -44,10 +47,12 @@ def wrap_ddp(
 
 
 def schedule_functions(config: TransformerConfig, ddp: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
-    """Tell megatron-core's schedules how to reduce gradients, as its own training does for the same flags.
+    """Set the functions by which megatron-core's schedules reduce gradients, as its own training does.
 
     Args:
-        config: the model's, which the schedules read.
+        config: the model's configuration, which the schedules read; it is changed.
+        ddp: the wrapped model.
+        optimizer: the optimizer, whose loss scale is used.
     """
     overlap = ddp.ddp_config.overlap_grad_reduce
     config.finalize_model_grads_func = finalize_model_grads
@@ -61,7 +66,7 @@ def schedule_functions(config: TransformerConfig, ddp: DistributedDataParallel, 
 
 
 def check_normalisation(config: TransformerConfig, ddp: DistributedDataParallel) -> None:
-    """Make sure that nothing but ``finalize_model_grads`` scales gradients, and that it divides by tokens.
+    """Check that only ``finalize_model_grads`` scales gradients, and that it divides them by the number of tokens.
 
     Raises:
         RuntimeError: the gradient would be scaled twice, or by a number of ranks.
@@ -76,7 +81,7 @@ def check_normalisation(config: TransformerConfig, ddp: DistributedDataParallel)
 
 
 def wait_for_parameters(ddp: DistributedDataParallel) -> None:
-    """Make every weight current on every rank; a collective of the data- and context-parallel ranks.
+    """Make every weight current on every rank. A collective of the data- and context-parallel ranks.
 
     Under ``overlap_param_gather`` an optimizer step leaves each rank with its own share of the new weights, and hooks
     gather the others just before a module of the next forward pass. Whoever reads weights otherwise calls this first.
@@ -86,7 +91,7 @@ def wait_for_parameters(ddp: DistributedDataParallel) -> None:
 
 
 def gather_gradients(ddp: DistributedDataParallel) -> None:
-    """Complete every ``main_grad``; a collective of the data- and context-parallel ranks.
+    """Complete every ``main_grad``. A collective of the data- and context-parallel ranks.
 
     With the distributed optimizer, the reduction leaves each rank with its own share of the summed gradient, which is
     all that its update needs; the rest of ``main_grad`` is a partial sum. Whoever reads gradients calls this first.
@@ -107,11 +112,12 @@ def _buffers(ddp: DistributedDataParallel) -> list[Any]:
 def build_optimizer(
     model: DistributedDataParallel, dtype: torch.dtype, settings: recipe.Optimizer
 ) -> MegatronOptimizer:
-    """AdamW with global-norm clipping; no weight decay on biases and norms (megatron-core's standard).
+    """Build AdamW with global-norm clipping; biases and norms have no weight decay (megatron-core's standard).
 
     Args:
-        model: whether the optimizer's state is sharded, and updated weights gathered late, is read from its ddp_config.
-        dtype: of the weights.
+        model: the wrapped model; its ``ddp_config`` says whether the optimizer's state is sharded and whether updated
+            weights are gathered late.
+        dtype: dtype of the weights.
         settings: the recipe's ``policy.megatron_cfg.optimizer``.
     """
     config = OptimizerConfig(
@@ -139,12 +145,13 @@ def build_optimizer(
 def build_scheduler(
     optimizer: MegatronOptimizer, settings: recipe.Optimizer, schedule: recipe.Scheduler, max_steps: int
 ) -> OptimizerParamScheduler:
-    """Learning rate by optimizer step.
+    """Build the schedule of the learning rate, counted in optimizer steps.
 
     Args:
+        optimizer: the optimizer whose learning rate it sets.
         settings: the recipe's ``policy.megatron_cfg.optimizer``: peak and final learning rate, weight decay.
         schedule: the recipe's ``policy.megatron_cfg.scheduler``.
-        max_steps: optimizer steps of the whole run; the decay's length where the recipe leaves it open.
+        max_steps: number of optimizer steps of the whole run; the length of the decay unless the recipe sets one.
     """
     decay_steps = schedule.lr_decay_steps if schedule.lr_decay_steps is not None else max_steps
     return OptimizerParamScheduler(

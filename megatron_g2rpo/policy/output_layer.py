@@ -19,10 +19,15 @@ from megatron_g2rpo.policy.logprobs import linear_logprobs
 
 
 class LogprobOutputLayer(ColumnParallelLinear):
-    """Takes the place of ``GPTModel.output_layer``; the logits stay inside of ``linear_logprobs``.
+    """The layer that takes the place of ``GPTModel.output_layer``; the logits stay inside ``linear_logprobs``.
 
-    It is the module that holds the output matrix, as megatron-core's DDP wants it: under ``overlap_param_gather`` the
+    It is the module that holds the output matrix, as megatron-core's DDP requires: under ``overlap_param_gather`` the
     weights of a module are awaited when the module is called. Its names in a state dict are those of its base class.
+
+    Attributes:
+        vocab_size: number of tokens of the vocabulary, without padding.
+        banned_token_ids: int64 ids that take no probability.
+        chunk_size: number of tokens whose float32 logits are held at once; None for all.
     """
 
     vocab_size: int
@@ -39,13 +44,15 @@ class LogprobOutputLayer(ColumnParallelLinear):
         chunk_size: int | None = None,
         tp_group: dist.ProcessGroup,
     ) -> LogprobOutputLayer:
-        """A layer with the Parameter of the given one, the same object; without, if that has none (tied embeddings).
+        """Build the layer from a ``GPTModel``'s output layer, whose Parameter it takes over.
+
+        The Parameter is the same object; with tied embeddings neither layer has one.
 
         Args:
-            output_layer: of a ``GPTModel``; not to be used any more.
-            vocab_size: of the model, without padding.
+            output_layer: the ``GPTModel``'s output layer, which must not be used any more.
+            vocab_size: number of tokens of the model's vocabulary, without padding.
             banned_token_ids: ids that take no probability.
-            chunk_size: tokens whose float32 logits are held at once; None for all.
+            chunk_size: number of tokens whose float32 logits are held at once; None for all.
             tp_group: tensor-parallel process group.
 
         Raises:
@@ -76,19 +83,20 @@ class LogprobOutputLayer(ColumnParallelLinear):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, hidden: Tensor, labels: Tensor, weight: Tensor | None = None, temperature: float = 1.0
     ) -> Tensor:
-        """Log-probabilities and entropies, see ``linear_logprobs``.
+        """Compute the labels' log-probabilities and the entropies; see ``linear_logprobs``.
 
         Args:
-            hidden: ``[S, 1, h]``; under sequence parallelism this tensor-parallel rank's ``[S / T, 1, h]``.
-            labels: int64 ``[S]``, the same on every tensor-parallel rank.
+            hidden: ``[S, 1, h]`` hidden states; under sequence parallelism this tensor-parallel rank's
+                ``[S / T, 1, h]``.
+            labels: int64 ``[S]`` vocabulary ids, the same on every tensor-parallel rank.
             weight: the output matrix, where this layer has none of its own.
-            temperature: of the distribution.
+            temperature: temperature of the policy's distribution.
 
         Returns:
-            float32 ``[2, S]``, the same on every tensor-parallel rank.
+            float32 ``[2, S]`` log-probabilities and entropies, the same on every tensor-parallel rank.
 
         Raises:
-            ValueError: there is no output matrix, or two, or it is not of this layer's shape.
+            ValueError: there is no output matrix, or it does not have this layer's shape.
         """
         matrix: Any = self.weight if weight is None else weight
         if matrix is None:

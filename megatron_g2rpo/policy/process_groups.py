@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Process groups of the policy, as megatron-core's ``parallel_state`` makes them."""
+"""The policy's process groups, as megatron-core's ``parallel_state`` makes them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ class ParallelGroups:
 
     Attributes:
         collection: megatron-core's process groups.
-        data: the data-parallel group: its ranks hold different rows.
-        data_rank, data_size: place in it.
-        data_context: data x context parallel: its ranks hold different tokens.
+        data: the data-parallel group; its ranks hold the same weights and different rollouts.
+        data_rank, data_size: this rank's position in the data-parallel group, and the group's size.
+        data_context: the data x context parallel group; its ranks hold the same weights and different tokens.
         tensor: the tensor-parallel group.
-        tensor_rank, tensor_size: place in it.
-        context: the context-parallel group: its ranks hold shares of the same rows.
-        context_rank, context_size: place in it.
-        pipeline: the pipeline-parallel group.
-        pipeline_rank, pipeline_size: place in it.
-        row: tensor x context parallel: the ranks of one stage that work on the same row.
-        model: the ranks that share this rank's rows (tensor x pipeline x context).
-        model_rank, model_size: place in it.
+        tensor_rank, tensor_size: this rank's position in the tensor-parallel group, and the group's size.
+        context: the context-parallel group; its ranks hold shares of the same packed rows.
+        context_rank, context_size: this rank's position in the context-parallel group, and the group's size.
+        pipeline: the pipeline-parallel group, in the order of the stages.
+        pipeline_rank, pipeline_size: this rank's pipeline stage, and the number of stages.
+        row: the tensor x context parallel group; its ranks are those of one stage that work on the same packed row.
+        model: the model-parallel group (tensor x pipeline x context); its ranks share one replica and its rollouts.
+        model_rank, model_size: this rank's position in the model-parallel group, and the group's size.
     """
 
     collection: ProcessGroupCollection
@@ -55,25 +55,28 @@ class ParallelGroups:
 
     @property
     def is_first_stage(self) -> bool:
-        """This rank has the embedding and the vision tower."""
+        """Whether this rank has the embedding and the vision tower."""
         return self.pipeline_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """This rank has the output layer, and computes the loss."""
+        """Whether this rank has the output layer and computes the loss."""
         return self.pipeline_rank == self.pipeline_size - 1
 
 
 def initialize(device: Device, layout: Layout, seed: int) -> ParallelGroups:
-    """Join the job and build the groups; without ``reset`` in between, a second call must ask for the same layout.
+    """Join the job and build the process groups. A collective of all ranks.
+
+    Without ``reset`` in between, a second call must ask for the same layout.
 
     Args:
         device: this rank's device.
-        layout: parallel sizes.
-        seed: of megatron-core's random state tracker.
+        layout: the parallel sizes.
+        seed: seed of megatron-core's random state tracker.
 
     Raises:
-        LayoutError: the world cannot be split so.
+        LayoutError: the number of processes is not a multiple of the layout's model-parallel size.
+        RuntimeError: process groups of another layout exist in this process.
     """
     init_process_group(device)
     layout.data(dist.get_world_size())
@@ -118,10 +121,10 @@ def initialize(device: Device, layout: Layout, seed: int) -> ParallelGroups:
 
 
 def reset() -> None:
-    """Destroy the groups, so that ``initialize`` can build another layout in these processes. A collective of all.
+    """Destroy the process groups, so that ``initialize`` can build another layout. A collective of all ranks.
 
-    All ranks at once, and for certain: a layout has some twenty groups with threads and sockets of their own, and the
-    threads of a gloo group spin as long as its other end is closed. Policies that used them must be gone.
+    All ranks destroy them together: a layout has some twenty groups with threads and sockets of their own, and the
+    threads of a gloo group spin as long as its other end is closed. Policies that used the groups must be gone.
     """
     parallel_state.destroy_model_parallel()
     _model_groups.clear()
@@ -137,7 +140,7 @@ _model_groups: dict[Layout, dist.ProcessGroup] = {}
 
 
 def _model_group(layout: Layout) -> dist.ProcessGroup:
-    """The ranks of one replica, context-parallel peers included (megatron-core's own group leaves them out)."""
+    """Return the group of one replica's ranks, context-parallel peers included (megatron-core's leaves them out)."""
     if layout not in _model_groups:
         mine = parallel_state.get_data_parallel_rank()
         replica_of_rank: list[int] = [0] * dist.get_world_size()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A frozen copy of the policy, in the same layout: what a KL term measures the distance from."""
+"""The reference policy: a frozen copy of the policy, in the same layout, from which a KL term measures the distance."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from megatron_g2rpo.types import PackedBatch, TokenStats
 
 
 class ReferencePolicy:
-    """The weights that a policy has now, kept in host memory.
+    """A frozen copy of a policy's weights, kept in host memory.
 
-    Each rank keeps its own shards, so that the copy has the policy's layout, whatever it is. To be used, they take the
-    place of the policy's weights: a GPU never holds both.
+    Each rank keeps its own shards, so that the copy has the policy's layout, whatever that is. While the copy is used,
+    it takes the place of the policy's weights: a GPU never holds both.
 
     Args:
-        policy: the policy; the copy is taken at once.
+        policy: the policy; its weights are copied when the reference policy is constructed.
     """
 
     def __init__(self, policy: MegatronPolicy) -> None:
@@ -28,7 +28,10 @@ class ReferencePolicy:
         self._weights = [weight.detach().to("cpu", copy=True) for weight in policy.local_weights()]
 
     def logprobs(self, batches: Sequence[PackedBatch], temperature: float = 1.0) -> list[TokenStats]:
-        """As ``MegatronPolicy.logprobs``, under the frozen weights. A collective of the replica."""
+        """Compute per-token log-probabilities and entropies under the frozen weights.
+
+        A collective of the replica; arguments and result are those of ``MegatronPolicy.logprobs``.
+        """
         with self._in_place():
             return self._policy.logprobs(batches, temperature)
 

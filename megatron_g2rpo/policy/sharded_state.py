@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policy's state for megatron-core's distributed checkpoints: one format for every layout and either optimizer.
+"""The policy's state in megatron-core's distributed checkpoints: one format for every layout and either optimizer.
 
-Beside the weights, a checkpoint has Adam's moments ``exp_avg`` and ``exp_avg_sq`` of every parameter, under bf16 its
-float32 copy ``fp32_param`` (all in the parameter's shape, sharded as it is), and once the number of steps. What else an
-optimizer knows (learning rate, betas, weight decay) comes from the recipe and the schedule.
+Beside the weights, a checkpoint has Adam's moments ``exp_avg`` and ``exp_avg_sq`` of every parameter and under bf16 its
+float32 copy ``fp32_param`` (all in the parameter's shape, sharded as it is), and the number of steps once. The rest of
+an optimizer's state (learning rate, betas, weight decay) comes from the recipe and the schedule.
 
 megatron-core's own state dicts would do neither: its two optimizers name their parts differently; its distributed one
 (0.16 to 0.19, ``fully_reshardable``) saves moments from the wrong places as soon as a bucket of gradients has padding,
@@ -41,20 +41,20 @@ Sharded = ShardedTensor | ShardedTensorFactory
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "fp32_param"
 
-# Told of bytes that have been moved.
+# callback(num_bytes), called after each parameter with the bytes that were moved.
 Advance = Callable[[int], None]
 
 
 def load_weights(model: MegatronModule, directory: str | Path, dtype: torch.dtype) -> None:
-    """Take the weights of a checkpoint of any layout, with or without an optimizer's state. A collective of all ranks.
+    """Load the weights of a checkpoint of any layout, with or without an optimizer's state. A collective of all ranks.
 
     Args:
-        model: this rank's part, without wrapper.
-        directory: the checkpoint.
-        dtype: of the model.
+        model: this rank's part of the model, without wrapper.
+        directory: directory of the checkpoint.
+        dtype: dtype of the model.
 
     Raises:
-        CheckpointError: its weights have another dtype, lack some of the model's, or have other shapes.
+        CheckpointError: the checkpoint's weights have another dtype, lack some of the model's, or have other shapes.
     """
     found = MegatronCheckpoint(directory).dtypes
     if found != {dtype}:
@@ -70,9 +70,10 @@ def load_weights(model: MegatronModule, directory: str | Path, dtype: torch.dtyp
 
 
 def _keep_what_is_in_place(template: Any) -> None:
-    """Spare the copies of gate and up projections that megatron-core makes when it has loaded both: a third of a model.
+    """Avoid the copies that megatron-core makes of gate and up projections after loading: a third of a model.
 
-    It saves them as two tensors, loads them as two views of the parameter, and would join what it loaded.
+    megatron-core saves a gate and up projection as two tensors, loads them as two views of the parameter, and would
+    then concatenate the views.
     """
     for entry in nested_values(x=template):
         if isinstance(entry, ShardedTensorFactory):
@@ -92,12 +93,12 @@ def sharded_state_dict(
     *,
     is_loading: bool,
 ) -> dict[str, Any]:
-    """What ``dist_checkpointing`` saves, or fills. A collective of the data-parallel ranks.
+    """Return the state dict that ``dist_checkpointing`` saves or fills. A collective of the data-parallel ranks.
 
     Args:
-        model: this rank's part, without wrapper; its weights are current on every rank.
-        optimizer, scheduler: None for a policy that does not learn.
-        is_loading: the result is a template to load into.
+        model: this rank's part of the model, without wrapper; its weights must be current on every rank.
+        optimizer, scheduler: the policy's optimizer and schedule; None for a policy that does not learn.
+        is_loading: whether the result is a template to load into.
     """
     state: dict[str, Any] = {"model": model.sharded_state_dict()}
     if optimizer is not None and scheduler is not None:
@@ -120,7 +121,13 @@ def load_state_dict(
     scheduler: OptimizerParamScheduler | None,
     state: Mapping[str, Any],
 ) -> None:
-    """Take what ``dist_checkpointing.load`` returned for ``sharded_state_dict(is_loading=True)``."""
+    """Restore what ``dist_checkpointing.load`` returned for ``sharded_state_dict(is_loading=True)``.
+
+    Args:
+        model: this rank's part of the model, without wrapper.
+        optimizer, scheduler: the policy's optimizer and schedule; None for a policy that does not learn.
+        state: the loaded state.
+    """
     model.load_state_dict(state["model"])
     if optimizer is None or scheduler is None:
         return
@@ -152,7 +159,7 @@ def _load_replicated(optimizer: Any, loaded: Mapping[Any, Mapping[str, Tensor]])
 
 
 def _parameters(optimizer: Any) -> list[nn.Parameter]:
-    """The model's parameters that the optimizer moves."""
+    """Return the model's parameters that the optimizer updates."""
     if _keeps_main_copies(optimizer):
         return [parameter for group in optimizer.float16_groups for parameter in group]
     return optimizer.get_parameters()
@@ -167,9 +174,13 @@ def _main(optimizer: Any, parameter: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class _Spread:
-    """How a parameter's state is spread over data-parallel ranks: rank -> the elements of the flat parameter it has.
+    """How a parameter's optimizer state is spread over data-parallel ranks.
 
-    The first of them saves it, and gets what it lacks from the others.
+    The owner saves the state, and gets the elements that it lacks from the other ranks.
+
+    Attributes:
+        parameter: the parameter.
+        pieces: the elements of the flattened parameter whose state a rank holds, by data-parallel rank.
     """
 
     parameter: nn.Parameter
@@ -177,11 +188,12 @@ class _Spread:
 
     @property
     def owner(self) -> int:
+        """The first data-parallel rank that holds a piece."""
         return min(self.pieces)
 
 
 def _spreads(optimizer: DistributedOptimizer) -> list[_Spread]:
-    """Of every parameter, in the order of the buffers, which is the same on all ranks of the group.
+    """Return the spread of every parameter, in the order of the buffers, which is the same on all ranks of the group.
 
     Each rank has an equal share of every bucket; parameters lie in buckets one after the other, with padding between.
     """
@@ -202,7 +214,10 @@ def _spreads(optimizer: DistributedOptimizer) -> list[_Spread]:
 def _distributed(
     optimizer: DistributedOptimizer, entries: Mapping[int, Sharded], is_loading: bool
 ) -> Iterator[tuple[int, dict[str, Sharded]]]:
-    """To save, parameters that this rank owns; to load, all that it has a piece of."""
+    """Iterate over the sharded state of parameters by number.
+
+    To save, these are the parameters that this rank owns; to load, all of which it has a piece.
+    """
     rank = optimizer.data_parallel_group.rank()
     for number, spread in enumerate(_spreads(optimizer)):
         if rank not in spread.pieces:
@@ -220,7 +235,7 @@ def _distributed(
 
 
 def _collect(optimizer: DistributedOptimizer, spread: _Spread, piece: Tensor) -> Tensor:
-    """The whole tensor, on the CPU, on its owner (elsewhere of no use). Pieces travel through host memory."""
+    """Return the whole tensor, on the CPU; it is complete on the owner only. Pieces travel through host memory."""
     group: Any = optimizer.data_parallel_group_gloo
     whole = torch.empty(spread.parameter.numel(), dtype=piece.dtype)
     whole[spread.pieces[group.rank()]] = piece.detach().cpu()
@@ -245,7 +260,7 @@ def _load_distributed(optimizer: DistributedOptimizer, loaded: Mapping[Any, Mapp
 
 
 def _piece(optimizer: DistributedOptimizer, parameter: nn.Parameter) -> Tensor:
-    """This rank's flat piece of a parameter (under bf16, of its float32 copy)."""
+    """Return this rank's flat piece of a parameter (under bf16, of its float32 copy)."""
     group, order = optimizer.model_param_group_index_map[parameter]
     return optimizer.param_groups[group]["params"][order]
 
@@ -270,7 +285,7 @@ def _entries(model_state: Any) -> dict[int, Sharded]:
 
 
 def _sharded(entry: Sharded, tensors: Mapping[str, Tensor]) -> dict[str, Sharded]:
-    """Tensors in the shape of a parameter, sharded as it is."""
+    """Return tensors of a parameter's shape as sharded tensors, sharded like the parameter's ``entry``."""
     return {
         name: make_sharded_optimizer_tensor(model_param=entry, optim_param=tensor, prefix=f"optimizer.state.{name}")
         for name, tensor in tensors.items()
@@ -278,13 +293,16 @@ def _sharded(entry: Sharded, tensors: Mapping[str, Tensor]) -> dict[str, Sharded
 
 
 def _state(optimizer: Any, main: Tensor) -> dict[str, Tensor]:
-    """What a checkpoint keeps of what the optimizer knows of ``main``, the tensor that it moves."""
+    """Return the part of the optimizer's state of ``main``, the tensor that it updates, that a checkpoint keeps."""
     tensors = {name: optimizer.state[main][name] for name in MOMENTS}
     return {**tensors, MAIN: main.detach()} if _keeps_main_copies(optimizer) else tensors
 
 
 def _prefill(optimizer: Any) -> None:
-    """Moments of zero where no step was taken yet; torch's Adam makes its own only where there is no state at all."""
+    """Make moments of zero where no step was taken yet.
+
+    torch's Adam makes its own only where there is no state at all.
+    """
     optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
     if _counts_per_parameter(optimizer):
         for state in optimizer.state.values():
@@ -292,7 +310,10 @@ def _prefill(optimizer: Any) -> None:
 
 
 def _counts_per_parameter(optimizer: Any) -> bool:
-    """Torch's Adam counts steps beside the moments, fused ones (Transformer Engine, apex) in the parameter group."""
+    """Return whether the optimizer counts steps for each parameter.
+
+    torch's Adam counts beside the moments, fused ones (Transformer Engine, apex) in the parameter group.
+    """
     return isinstance(optimizer.optimizer, (torch.optim.Adam, torch.optim.AdamW))
 
 

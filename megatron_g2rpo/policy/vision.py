@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoding a row's images once: each distinct image by one of the ranks that need it.
+"""Encodes each distinct image of a row once, on one of the ranks that need it.
 
-Tensor- and context-parallel peers work on the same row. Each runs the (replicated) vision tower on a share of its
-images; the features are then gathered by all of them.
+Tensor- and context-parallel peers work on the same row. Each runs the (replicated) vision tower on a share of the row's
+images; all of them then gather the features.
 
 The gradient: every peer has a gradient for every feature. Over context-parallel peers these are parts of a sum (each
-saw its own tokens); over tensor-parallel peers they are equal, T times the same. The gather's backward, a
+saw its own tokens); over the T tensor-parallel peers they are equal. The gather's backward, a
 reduce-scatter over all of them, thus gives the owner T times the whole gradient, and the tower's parameter gradients
 come out T times too large *on the one peer that encoded the image* and zero on the others: their average over
 tensor-parallel peers (``average_gradients_across_tp_domain``) and their sum over context- and data-parallel ranks
 (megatron-core's DDP) are exact.
 
-Shape letters: I images, F merged features of them, K deepstack levels, h hidden size.
+Shape letters: I images, V patches of them, D numbers of a patch, F merged features, K deepstack levels, h hidden size.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ from megatron_g2rpo.policy.layouts.image_shares import assign_images
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the tower says of a row's images, equal on all peers.
+    """The vision tower's features of a row's images, equal on all peers.
 
     Attributes:
-        values: ``[*, 1 + K, h]``, the merged feature and its deepstack levels; in the order of the gather.
-        places: int64 ``[F]``, which of ``values`` is the row's f-th feature.
+        values: ``[*, 1 + K, h]``, the merged features and their deepstack levels, in the order of the gather.
+        places: int64 ``[F]``, index in ``values`` of the row's f-th feature.
     """
 
     values: Tensor
     places: Tensor
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        """The features of the given numbers: ``[len(index), 1 + K, h]``."""
+        """Return the row's features with the given numbers: ``[len(index), 1 + K, h]``."""
         return self.values.index_select(0, self.places[index])
 
 
 class VisionEncoder:
-    """Runs the vision tower on this rank's share of a row's images. Holds no parameters: the tower is the model's.
+    """Runs the vision tower on this rank's share of a row's images. It has no parameters: the tower is the model's.
 
     Args:
-        vision: the family's side of it, which runs the tower.
-        tower: its vision tower.
-        geometry: the tower's sizes.
-        dtype: of pixels and features.
-        device: where the tower is.
-        group: the peers that share a row: tensor x context parallel.
-        every_row: run the tower on a row without images as well (a small dummy whose features count 0 times), so that
-            each of its parameters has a gradient: megatron-core's overlapped gradient reduction waits for all of them.
+        vision: the model family's vision, which knows how to run the tower.
+        tower: the vision tower.
+        geometry: sizes of the tower's input and output.
+        dtype: dtype of pixels and features.
+        device: the tower's device.
+        group: process group of the peers that share a row (tensor x context parallel).
+        every_row: run the tower on a row without images as well (on a small dummy image whose features count 0 times),
+            so that each of its parameters has a gradient: megatron-core's overlapped gradient reduction waits for all.
     """
 
     def __init__(
@@ -74,11 +74,14 @@ class VisionEncoder:
         self._dtype, self._device, self._group, self._every_row = dtype, device, group, every_row
 
     def __call__(self, pixel_values: Tensor, image_grid_thw: Tensor) -> ImageFeatures | None:
-        """Features of all images of the row; None for a row without images. A collective of the peers.
+        """Encode all images of the row. A collective of the peers.
 
         Args:
-            pixel_values: float32 ``[V, D]`` of all images, wherever they are: only this rank's share is moved.
-            image_grid_thw: int64 ``[I, 3]``.
+            pixel_values: float32 ``[V, D]`` patches of all images, on any device: only this rank's share is moved.
+            image_grid_thw: int64 ``[I, 3]``, patches of each image along time, height and width.
+
+        Returns:
+            The features of all images; None for a row without images unless ``every_row``.
         """
         if not len(image_grid_thw) and not self._every_row:
             return None
@@ -109,7 +112,7 @@ class VisionEncoder:
         return self._vision.features(self._tower, pixels, grids.to(self._device)).to(self._dtype)
 
     def _nothing(self) -> Tensor:
-        """No features, but in the graph if the tower learns: its peers wait in the gather's backward."""
+        """Return zero features that are in the graph if the tower learns: its peers wait in the gather's backward."""
         if self._every_row:
             side = self._geometry.merge
             dummy = torch.zeros(side * side, self._geometry.patch_values, dtype=self._dtype, device=self._device)
@@ -120,7 +123,7 @@ class VisionEncoder:
 
 
 def _places(sizes: list[int], shares: list[list[int]], longest: int) -> Tensor:
-    """Where the gather puts each feature of the row, image by image."""
+    """Return where the gather puts each feature of the row, image by image."""
     first = {}
     for peer, share in enumerate(shares):
         used = peer * longest

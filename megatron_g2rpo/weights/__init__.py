@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of names and shard rules, which model families fill; everything that reads or writes weights goes through it.
+"""Weight tables, loading, streaming and export: all that reads or writes a model's weights.
 
-``megatron_checkpoint`` and ``hf_model`` are imported by name: what they need takes seconds to import.
+Weight tables list parameter names and shard rules, and model families fill them. ``megatron_checkpoint`` and
+``hf_model`` are not imported here: what they need takes seconds to import.
 """
 
 from megatron_g2rpo.weights.export import ShardedWriter, copy_model_files, export_hf, hf_directory, partial_path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing a Hugging Face model directory from a weight stream, one tensor at a time."""
+"""Writes a Hugging Face model directory from a weight stream, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from megatron_g2rpo.weights.safetensors_directory import INDEX_NAME
 
-# What travels beside the weights: configuration, tokenizer, processors, chat template, licence.
+# Files that are copied beside the weights: configuration, tokenizer, processors, chat template, licence.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md")
 _NAMES = "model{suffix}.safetensors"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
 def copy_model_files(source: str | Path, target: str | Path) -> None:
-    """Copy what a Hugging Face directory holds beside its weights."""
+    """Copy the files that a Hugging Face directory holds beside its weights."""
     for pattern in _COPIED:
         for file in Path(source).glob(pattern):
             if file.name != INDEX_NAME:
@@ -39,22 +39,23 @@ def export_hf(
     write: bool,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write a directory that ``from_pretrained`` loads.
+    """Write a Hugging Face directory that ``from_pretrained`` loads.
 
-    A collective like the stream it reads: every rank calls it, and ranks with ``write=False`` only drain the stream.
-    The directory appears whole or not at all: it is written beside its place and renamed. Its config.json names the
-    dtype of the weights, which ``from_pretrained`` would otherwise round to the source's.
+    It is a collective like the stream that it reads: every rank calls it, and ranks with ``write=False`` only drain the
+    stream. The directory appears whole or not at all: it is written beside its place and renamed. Its config.json names
+    the dtype of the weights, which ``from_pretrained`` would otherwise round to the source's.
 
     Args:
-        tensors: ``(hf_name, full_tensor)``; each is written before the next is asked for.
-        specs: every tensor that will come, on the meta device.
-        directory: where to; replaced if it exists.
+        tensors: stream of ``(hf_name, full_tensor)``; each tensor is written before the next is asked for.
+        specs: every tensor that the stream will yield, by name, on the meta device.
+        directory: the directory to write; it is replaced if it exists.
         source: the model directory that training started from; its other files are copied.
         write: whether this rank writes.
-        max_shard_size: of one safetensors file, bytes or such as ``"5GB"``; a larger tensor has a file of its own.
+        max_shard_size: largest size of one safetensors file, a number of bytes or a string such as ``"5GB"``; a larger
+            tensor has a file of its own.
 
     Raises:
-        ValueError: a tensor that was not announced, came twice, has another shape or dtype, or did not come.
+        ValueError: a tensor is not in ``specs``, came twice, has another shape or dtype, or did not come.
     """
     if not write:
         for _ in tensors:
@@ -69,18 +70,20 @@ def export_hf(
 
 
 def partial_path(directory: str | Path) -> Path:
-    """Where a directory is written before it is renamed to its place."""
+    """Return the path at which a directory is written before it is renamed to its place."""
     return Path(directory).with_name(Path(directory).name + ".partial")
 
 
 @contextmanager
 def hf_directory(directory: str | Path, specs: Mapping[str, Tensor], *, source: str | Path) -> Iterator[Path]:
-    """A directory to write weights into, ``partial_path``; at the end it gets the other files, and its name.
+    """Open a directory to write weights into; on leaving the context it gets its other files and its final name.
 
-    Nothing of it stays when what is done in it fails.
+    The path that the context yields is ``partial_path(directory)``. The directory is removed if the body raises.
 
     Args:
-        directory, specs, source: as of ``export_hf``.
+        directory: the final directory; it is replaced if it exists.
+        specs: every tensor that will be written, by name, on the meta device.
+        source: the model directory whose other files are copied.
     """
     directory, partial = Path(directory), partial_path(directory)
     shutil.rmtree(partial, ignore_errors=True)
@@ -103,20 +106,22 @@ def hf_directory(directory: str | Path, specs: Mapping[str, Tensor], *, source: 
 
 
 class ShardedWriter:
-    """Safetensors files in one directory, with an index where they are several, written tensor by tensor.
+    """Writes safetensors files into one directory, tensor by tensor, and an index if there are several files.
 
     Args:
-        directory: of the files.
-        specs: every tensor of the directory, on the meta device.
-        max_shard_size: of one file, bytes or such as ``"5GB"``; a larger tensor has a file of its own.
-        rank, size: of several processes that share the files between them; the first writes the index.
+        directory: the directory of the files.
+        specs: every tensor of the directory, by name, on the meta device.
+        max_shard_size: largest size of one file, a number of bytes or a string such as ``"5GB"``; a larger tensor has a
+            file of its own.
+        rank, size: number of this process and number of processes that divide the files among them; process 0 writes
+            the index.
     """
 
     def __init__(
         self, directory: Path, specs: Mapping[str, Tensor], *, max_shard_size: int | str, rank: int = 0, size: int = 1
     ) -> None:
         self._directory, self._specs, self._rank = directory, specs, rank
-        # Tensors of their own: of a view, the size of its whole storage would count.
+        # New tensors without views: the size of a view's whole storage would count.
         own = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
         self._split = split_torch_state_dict_into_shards(own, max_shard_size=max_shard_size, filename_pattern=_NAMES)
         self._mine = list(self._split.filename_to_tensors)[rank::size]
@@ -125,7 +130,7 @@ class ShardedWriter:
 
     @property
     def expects(self) -> set[str]:
-        """The tensors that this process writes."""
+        """Names of the tensors that this process writes."""
         return {name for file in self._mine for name in self._split.filename_to_tensors[file]}
 
     def __enter__(self) -> ShardedWriter:
@@ -135,10 +140,10 @@ class ShardedWriter:
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one of the tensors.
+        """Write one of this process's tensors.
 
         Raises:
-            ValueError: it was not announced, was written before, or has another shape or dtype.
+            ValueError: the tensor is not in ``specs``, was written before, or has another shape or dtype.
         """
         if name not in self._split.tensor_to_filename:
             raise ValueError(f"{self._directory}: the stream has a tensor that was not announced: {name}")
@@ -152,17 +157,17 @@ class ShardedWriter:
 
 
 class SafetensorsWriter:
-    """A safetensors file whose tensors are written one at a time, in any order.
+    """Writes one safetensors file, tensor by tensor, in any order.
 
-    The library writes a file from tensors that are all in memory. The format is a length (8 bytes, little-endian), a
-    header of JSON, and the tensors' bytes.
+    The safetensors library can only write a file whose tensors are all in memory. The format is a length (8 bytes,
+    little-endian), a header of JSON, and the tensors' bytes.
 
     Args:
-        path: of the file.
-        specs: its tensors, on the meta device.
+        path: path of the file.
+        specs: every tensor of the file, by name, on the meta device.
 
     Raises:
-        ValueError: a dtype that is no floating-point type.
+        ValueError: a tensor's dtype is none of float32, bfloat16, float16, float64.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, Tensor]) -> None:
@@ -187,7 +192,7 @@ class SafetensorsWriter:
         """Write one of the tensors.
 
         Raises:
-            ValueError: it was written before, or has another shape or dtype.
+            ValueError: the tensor was written before, or has another shape or dtype than its spec.
         """
         spec = self._specs[name]
         if name not in self._missing:
@@ -211,7 +216,7 @@ class SafetensorsWriter:
 
 
 def _name_dtype(config: Path, dtype: str) -> None:
-    """Set the dtype that the configuration and its sections state, where they state one."""
+    """Set the dtype in a config.json and its sections, where they state one."""
     tree = json.loads(config.read_text())
     sections = [tree, *(value for value in tree.values() if isinstance(value, dict))]
     stated = [(section, key) for section in sections for key in ("dtype", "torch_dtype") if key in section]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' own model of a configuration: what a family's tensors are called, and their shapes."""
+"""Names and shapes of a model's Hugging Face tensors, from the model that transformers builds of a configuration."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from transformers.initialization import no_init_weights
 
 
 def model_class(hf_config: Any) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
-    """The class whose ``from_config`` builds the model: one that sees, or one of text."""
+    """Return the class whose ``from_config`` builds the model, vision-language or text-only."""
     return AutoModelForCausalLM if getattr(hf_config, "vision_config", None) is None else AutoModelForImageTextToText
 
 
 def published_tensors(hf_config: Any) -> dict[str, Tensor]:
-    """All parameters of the model by Hugging Face name, on the meta device; a tied output matrix is not among them."""
+    """Return all parameters of the model by Hugging Face name, on the meta device, without a tied output matrix."""
     with torch.device("meta"), no_init_weights():
         model = model_class(hf_config).from_config(hf_config)
     model.tie_weights()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Full Hugging Face tensors into the parallel policy."""
+"""Loads full Hugging Face tensors into the parallel policy."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ def load(
     """Copy full Hugging Face tensors into this rank's shards. A collective of the pipeline group.
 
     Args:
-        model: the unwrapped model of this rank: its pipeline stage.
-        table: its weight table.
-        tensors: full tensors by name; may be lazy (``SafetensorsDirectory``), each is sliced before it is copied.
-        tensor_rank, tensor_size: position in the tensor-parallel group.
-        source: where the tensors come from, for messages.
+        model: this rank's pipeline stage of the model, without wrapper.
+        table: the weight table of the model's family.
+        tensors: full tensors by Hugging Face name; they may be lazy (``SafetensorsDirectory``), because each is sliced
+            before it is copied.
+        tensor_rank, tensor_size: this rank's position in the tensor-parallel group, and the group's size.
+        source: where the tensors come from, for error messages.
         pipeline_group: pipeline-parallel process group, in the order of the stages; None when there is one stage.
-        layer_offset: layers on earlier stages.
-        on_loaded: told the bytes of each parameter that was copied.
+        layer_offset: number of layers on earlier stages.
+        on_loaded: callback(num_bytes), called after each parameter that was copied.
 
     Raises:
         CheckpointError: tensors are missing, have other shapes, or fit no parameter on any stage: all are listed.
@@ -69,7 +70,7 @@ def load(
 def _problems(
     tensors: Mapping[str, Tensor], name: str, entry: Entry, shape: torch.Size, tensor_size: int
 ) -> dict[str, str]:
-    """What keeps the tensors of one parameter from being those that shards of this shape make, by their names."""
+    """Return what is wrong with the tensors of one parameter whose shards have ``shape``, by Hugging Face name."""
     expected = entry.rule.merge([torch.empty(shape, device="meta")] * tensor_size)
     problems = {}
     for hf_name, like in zip(entry.hf_names, expected, strict=True):

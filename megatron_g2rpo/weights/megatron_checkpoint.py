@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights of a megatron-core checkpoint, whole and one at a time, without a model and without process groups."""
+"""Reads the weights of a megatron-core checkpoint, whole and one at a time, without a model or process groups."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_g2rpo.weights.rules import Vocabulary, padded_rows
 from megatron_g2rpo.weights.safetensors_directory import CheckpointError
 from megatron_g2rpo.weights.table import Entry, UnmappedParameter, WeightTable
 
-# Where a checkpoint keeps the model's config, tokenizer and processor.
+# Folder of a checkpoint that holds the model's config, tokenizer and processor.
 MODEL_FILES = "huggingface"
 METADATA = "metadata.json"
 _BACKEND = "torch_dist"
@@ -32,19 +32,20 @@ _STACKED = re.compile(r"(.*\bdecoder\.layers\.)(?!\d)(.*)")
 
 
 class MegatronCheckpoint(Mapping[str, Tensor]):
-    """Full tensors by Megatron name, as a model of one rank would name and hold them, read when they are asked for.
+    """The full tensors of a checkpoint by Megatron name, each read when it is asked for.
 
-    megatron-core's ``dist_checkpointing`` writes the format of ``torch.distributed.checkpoint``: tensors are global, in
-    pieces as the ranks held them, and a parameter of a decoder's layers is one tensor, its first axis the layers,
-    unless the layers differ. Here it is one tensor a layer. Optimizer state and what is no tensor is left out.
+    Names and tensors are those of a model on a single rank. megatron-core's ``dist_checkpointing`` writes the format of
+    ``torch.distributed.checkpoint``: tensors are global, in pieces as the ranks held them, and a parameter of a
+    decoder's layers is one tensor, its first axis the layers, unless the layers differ. Here it is one tensor per
+    layer. Optimizer state and entries that are not tensors are left out.
 
-    As anywhere in that format, the list of tensors is unpickled: open what you trust.
+    That format's list of tensors is a pickle: open only checkpoints that you trust.
 
     Attributes:
-        directory: of the checkpoint.
+        directory: the checkpoint's directory.
 
     Raises:
-        CheckpointError: it is no such checkpoint, or of another format of megatron-core's.
+        CheckpointError: the directory is no megatron-core checkpoint, or one of another format.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -65,7 +66,7 @@ class MegatronCheckpoint(Mapping[str, Tensor]):
         self._places = dict(self._places_of_parameters())
 
     def _places_of_parameters(self) -> Iterator[tuple[str, tuple[str, int | None]]]:
-        """Megatron name, and the stored tensor and the layer of it that hold the parameter."""
+        """Iterate over Megatron names, each with the stored tensor and the layer of it that hold the parameter."""
         for key, entry in self._stored.items():
             stacked = _STACKED.fullmatch(key)
             if stacked is None:
@@ -76,17 +77,17 @@ class MegatronCheckpoint(Mapping[str, Tensor]):
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """Of its weights."""
+        """Dtypes of the checkpoint's weights."""
         return {entry.properties.dtype for entry in self._stored.values()}
 
     def spec(self, name: str) -> Tensor:
-        """A parameter's shape and dtype, on the meta device."""
+        """Return a tensor on the meta device that has the parameter's shape and dtype."""
         key, layer = self._places[name]
         entry = self._stored[key]
         return torch.empty(entry.size if layer is None else entry.size[1:], dtype=entry.properties.dtype, device="meta")
 
     def row_pieces(self, name: str) -> int:
-        """How many ranks shared the rows of a parameter that is stored as one tensor."""
+        """Return over how many ranks the rows of a parameter, which is stored as one tensor, were split."""
         return len({chunk.offsets[0] for chunk in self._stored[self._places[name][0]].chunks})
 
     def __getitem__(self, name: str) -> Tensor:
@@ -102,7 +103,7 @@ class MegatronCheckpoint(Mapping[str, Tensor]):
             raise CheckpointError(f"{self.directory}: it does not have all of {name}")
         try:
             self._reader.read_data(LoadPlan(items), _Into(target)).wait()
-        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:  # of a file that was cut short
+        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:  # a truncated file
             what = f"{type(error).__name__}: {error}".rstrip(": ")  # not every error has a text
             raise CheckpointError(
                 f"{self.directory}: {name} cannot be read, a file of it is damaged ({what})"
@@ -110,7 +111,10 @@ class MegatronCheckpoint(Mapping[str, Tensor]):
         return target if layer is None else target[0]
 
     def read_ahead(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Parameters in this order; while one is in use the next are read, together no more than the largest."""
+        """Iterate over parameters in the order of ``names``.
+
+        While one is in use, the next are read; together they take no more memory than the largest parameter.
+        """
         sizes = {name: self.spec(name).nbytes for name in names}
         largest = max(sizes.values(), default=0)
         ahead: deque[tuple[str, Future[Tensor]]] = deque()
@@ -138,7 +142,7 @@ def _taken(ahead: deque[tuple[str, Future[Tensor]]]) -> tuple[str, Tensor]:
 
 
 class _Into(DefaultLoadPlanner):
-    """Pieces of one stored tensor into a tensor."""
+    """A load plan that reads the pieces of one stored tensor into a given tensor."""
 
     def __init__(self, target: Tensor) -> None:
         super().__init__()
@@ -155,19 +159,19 @@ class _Into(DefaultLoadPlanner):
 def hf_contents(
     checkpoint: MegatronCheckpoint, table: WeightTable, published: Mapping[str, Tensor]
 ) -> tuple[dict[str, Entry], dict[str, Tensor]]:
-    """What Hugging Face tensors a checkpoint holds, after a look at whether they are the model's.
+    """Check that a checkpoint holds exactly the model's tensors, and return them by Hugging Face name.
 
     Args:
-        checkpoint: with either naming of the norms.
-        table: of the model's family.
-        published: the tensors that the model has; see ``published_tensors``.
+        checkpoint: the checkpoint, with the local layer spec's names of norms or Transformer Engine's.
+        table: the weight table of the model's family.
+        published: the model's tensors by Hugging Face name; see ``published_tensors``.
 
     Returns:
-        Entry of every Megatron name, and every Hugging Face tensor on the meta device, with the dtype it has in the
-        checkpoint; both in the order of ``published``.
+        The table's entry of every Megatron name; every Hugging Face tensor on the meta device, with the dtype that it
+        has in the checkpoint. Both are in the order of ``published``.
 
     Raises:
-        CheckpointError: tensors are missing, have other shapes, or are none of the model's; all are listed.
+        CheckpointError: tensors are missing, have other shapes, or do not belong to the model; all are listed.
     """
     entries: dict[str, Entry] = {}
     found: dict[str, Tensor] = {}

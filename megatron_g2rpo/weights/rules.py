@@ -17,25 +17,28 @@ from torch import Tensor
 
 
 def padded_rows(rows: int, size: int) -> int:
-    """Rows of a vocabulary matrix that ``size`` ranks hold together: the next multiple of their number."""
+    """Return the rows of a vocabulary matrix that ``size`` ranks hold together: ``rows`` rounded up to a multiple."""
     return -(-rows // size) * size
 
 
 class ShardRule(Protocol):
-    """One way to shard. ``size`` is the tensor-parallel size, ``rank`` the rank in it."""
+    """One way to shard a parameter. ``size`` is the tensor-parallel size, ``rank`` the rank in that group."""
 
     def shard(self, full: Sequence[Tensor], rank: int, size: int) -> Tensor:
-        """This rank's Megatron tensor from the full Hugging Face tensors."""
+        """Return this rank's Megatron tensor, made from the full Hugging Face tensors."""
         ...
 
     def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """The full Hugging Face tensors from all ranks' Megatron tensors, in rank order; may be views of them."""
+        """Return the full Hugging Face tensors, made from all ranks' Megatron tensors in rank order.
+
+        They may be views of the Megatron tensors.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Replicated:
-    """The same tensor on every rank."""
+    """Every rank holds the whole tensor."""
 
     def shard(self, full: Sequence[Tensor], rank: int, size: int) -> Tensor:
         return full[0]
@@ -46,7 +49,11 @@ class Replicated:
 
 @dataclass(frozen=True)
 class Split:
-    """Contiguous chunks along one axis: 0 for column-parallel weights, 1 for row-parallel ones."""
+    """Each rank holds a contiguous chunk along one axis.
+
+    Attributes:
+        axis: 0 for column-parallel weights, 1 for row-parallel ones.
+    """
 
     axis: int
 
@@ -59,10 +66,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Rows of an embedding or output matrix, padded with zero rows to a multiple of the group size.
+    """Each rank holds rows of an embedding or output matrix, padded with zero rows to a multiple of the group size.
 
     Attributes:
-        size: real rows.
+        size: number of rows without padding, which is the vocabulary's size.
     """
 
     size: int
@@ -85,9 +92,9 @@ class GroupedQKV:
     (``SelfAttention.get_query_key_value_tensors``).
 
     Attributes:
-        heads: query heads H.
-        groups: key/value heads G.
-        head_dim: rows of one head.
+        heads: H, number of query heads.
+        groups: G, number of key/value heads.
+        head_dim: number of rows of one head.
     """
 
     heads: int

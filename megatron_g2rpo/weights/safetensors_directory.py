@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors of a Hugging Face model directory."""
+"""Reads the tensors of a Hugging Face model directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class CheckpointError(ValueError):
 
     @classmethod
     def misfit(cls, source: object, problems: Collection[str]) -> CheckpointError:
-        """All that keeps the weights of ``source`` from being those of its config.json."""
+        """Return the error that lists all problems by which the weights of ``source`` do not fit its config.json."""
         lines = "\n  ".join(problems)
         return cls(f"{source}: the weights do not fit config.json in {len(problems)} places:\n  {lines}")
 
@@ -26,13 +26,13 @@ class CheckpointError(ValueError):
 class SafetensorsDirectory(Mapping[str, Tensor]):
     """The tensors of a Hugging Face directory, mapped from its files: a slice of one reads only its own pages.
 
-    Each is mapped anew, so that its pages leave this process's memory with it, and not with the directory.
+    Each access maps the tensor anew, so that its pages leave this process's memory when the tensor is freed.
 
     Args:
-        directory: holds ``model.safetensors`` or its shards.
+        directory: the directory that holds ``model.safetensors`` or its shards.
 
     Raises:
-        CheckpointError: there are no safetensors in it.
+        CheckpointError: the directory holds no safetensors file.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -46,7 +46,7 @@ class SafetensorsDirectory(Mapping[str, Tensor]):
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """Of its tensors."""
+        """Dtypes of the directory's tensors."""
         return {self[name].dtype for name in self}
 
     def __getitem__(self, name: str) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Full Hugging Face tensors from the parallel policy, one parameter at a time."""
+"""Gathers full Hugging Face tensors from the parallel policy, one parameter at a time."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from megatron_g2rpo.weights.table import Entry, WeightTable
 
 @dataclass(frozen=True)
 class WeightSource:
-    """All weights of a policy: what they are, and their tensors, gathered anew at every iteration.
+    """All weights of a policy; every iteration gathers the tensors anew.
 
     Attributes:
-        specs: the tensors that an iteration yields, on the meta device, in its order. A collective of the replica.
-        tensors: see ``stream``.
+        specs: function that returns the tensors that an iteration yields, on the meta device and in its order. A
+            collective of the replica.
+        tensors: function that starts an iteration over ``(hf_name, full_tensor)``; see ``stream``.
     """
 
     specs: Callable[[], dict[str, Tensor]]
@@ -40,20 +41,21 @@ def stream(
     layer_offset: int = 0,
     tensor_of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.data,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Full tensors by Hugging Face name, gathered over pipeline stages and tensor-parallel ranks as they are asked for.
+    """Gather full tensors by Hugging Face name over pipeline stages and tensor-parallel ranks, as they are asked for.
 
-    A collective: every rank of the replica must exhaust the iterator, and all receive every tensor. What stages hold is
-    exchanged once, with the first tensor. A shard goes from its stage to the others before shards are joined, so that
-    a tensor crosses a link between stages (often one between nodes) once, not once per tensor-parallel rank.
+    It is a collective: every rank of the replica must exhaust the iterator, and all receive every tensor. Stages
+    exchange what they hold once, with the first tensor. A shard goes from its stage to the others before shards are
+    joined, so that a tensor crosses a link between stages (often one between nodes) once, not once per tensor-parallel
+    rank.
 
     Args:
-        model: the unwrapped model of this rank: its pipeline stage.
-        table: its weight table.
-        tensor_group: tensor-parallel process group; None when a stage is whole.
+        model: this rank's pipeline stage of the model, without wrapper.
+        table: the weight table of the model's family.
+        tensor_group: tensor-parallel process group; None when every rank holds a whole stage.
         pipeline_group: pipeline-parallel process group, in the order of the stages; None when there is one stage.
-        layer_offset: layers on earlier stages.
-        tensor_of: what to stream of a parameter: its data, or for example its gradient; of the parameter's shape, and
-            cheap: it is called twice.
+        layer_offset: number of layers on earlier stages.
+        tensor_of: function that returns what to stream of a parameter, its data or for example its gradient. The result
+            has the parameter's shape; the function is called twice and must be cheap.
 
     Yields:
         ``(hf_name, full_tensor)`` in the order of the stages and of their parameters; at most one parameter is gathered
@@ -86,11 +88,11 @@ def specs(
     pipeline_group: dist.ProcessGroup | None = None,
     layer_offset: int = 0,
 ) -> dict[str, Tensor]:
-    """What ``stream`` will yield, on the meta device, in its order. A collective of the pipeline group.
+    """Return what ``stream`` will yield, on the meta device, in its order. A collective of the pipeline group.
 
     Args:
-        model, table, pipeline_group, layer_offset: as ``stream``.
-        tensor_size: of the tensor-parallel group.
+        model, table, pipeline_group, layer_offset: the arguments of ``stream`` with these names.
+        tensor_size: number of ranks of the tensor-parallel group.
     """
     stages = _holdings(model, table, pipeline_group, layer_offset, lambda parameter: parameter.data)
     result: dict[str, Tensor] = {}
@@ -118,7 +120,7 @@ def _holdings(
 
 @dataclass(frozen=True)
 class _Holding:
-    """What a stage tells the others of one parameter."""
+    """What a stage tells the other stages about one parameter."""
 
     name: str
     entry: Entry
@@ -127,7 +129,7 @@ class _Holding:
 
 
 def _without_copies(stages: list[list[_Holding]]) -> Iterator[tuple[int, _Holding]]:
-    """Every parameter with its stage; a copy of what was there before is left out."""
+    """Iterate over parameters with their stages; copies of parameters of earlier stages are left out."""
     seen: dict[tuple[str, ...], str] = {}
     for stage, holdings in enumerate(stages):
         for holding in holdings:

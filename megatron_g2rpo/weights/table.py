@@ -13,12 +13,12 @@ from megatron_g2rpo.weights.rules import ShardRule
 
 @dataclass(frozen=True)
 class Entry:
-    """One Megatron parameter: the Hugging Face tensors it holds and how it is sharded.
+    """The Hugging Face tensors that one Megatron parameter holds, and how it is sharded.
 
     Attributes:
-        hf_names: the tensors, in the order in which the rule takes them.
-        rule: how it is sharded.
-        copy: another pipeline stage holds the original: it is loaded, and not streamed again.
+        hf_names: names of the Hugging Face tensors, in the order in which the rule takes them.
+        rule: rule by which the parameter is sharded.
+        copy: whether another pipeline stage holds the original; a copy is loaded, and not streamed again.
     """
 
     hf_names: tuple[str, ...]
@@ -28,13 +28,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: names with placeholders, the same on both sides.
+    """A row of a weight table: the names of a parameter, with the same placeholders on both sides.
 
     Attributes:
-        megatron: name of the parameter; ``{layer}`` stands for a layer number, ``{path}`` for any name.
-        hf: names of the Hugging Face tensors it holds.
-        rule: how it is sharded.
-        copy: see ``Entry``.
+        megatron: Megatron name of the parameter; ``{layer}`` stands for a layer number, ``{path}`` for any name.
+        hf: names of the Hugging Face tensors that the parameter holds.
+        rule: rule by which the parameter is sharded.
+        copy: whether another pipeline stage holds the original, see ``Entry``.
     """
 
     megatron: str
@@ -48,11 +48,11 @@ class UnmappedParameter(KeyError):
 
 
 class WeightTable:
-    """Looks up parameters of one model family, by either name.
+    """Looks up the parameters of one model family, by Megatron or Hugging Face name.
 
     Args:
-        rows: the table; the first row that matches the whole name is taken, so an original stands above its copy, and
-            the local layer spec's names above Transformer Engine's.
+        rows: the rows of the table; the first row that matches the whole name is taken, so an original stands above its
+            copy, and the local layer spec's names above Transformer Engine's.
         ignored: Hugging Face tensors that a checkpoint may hold and no parameter needs.
     """
 
@@ -61,12 +61,12 @@ class WeightTable:
         self.ignored = frozenset(ignored)
 
     def entry(self, megatron_name: str, layer_offset: int = 0) -> Entry:
-        """The entry of one parameter.
+        """Return the entry of one parameter.
 
         Args:
-            megatron_name: as in ``named_parameters()`` of the unwrapped model; layer numbers count from this pipeline
-                stage's first layer.
-            layer_offset: layers on earlier stages.
+            megatron_name: the parameter's name in ``named_parameters()`` of the unwrapped model; layer numbers count
+                from this pipeline stage's first layer.
+            layer_offset: number of layers on earlier stages.
 
         Raises:
             UnmappedParameter: no row matches.
@@ -81,7 +81,7 @@ class WeightTable:
         raise UnmappedParameter(f"no row of the weight table matches the Megatron parameter {megatron_name!r}")
 
     def parameters(self, hf_names: Iterable[str]) -> list[tuple[str, Entry]]:
-        """The Megatron parameters of a checkpoint, from its names alone.
+        """Return the Megatron parameters of a checkpoint, from its tensors' names alone.
 
         Args:
             hf_names: all Hugging Face tensors of the model, in any order.

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arithmetic of parallel layouts: pure functions that ``policy`` computes by and ``plan`` predicts with."""
+"""The arithmetic of parallel layouts: pure functions that ``policy`` uses to compute and ``plan`` to predict."""

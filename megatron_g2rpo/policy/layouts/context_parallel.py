@@ -25,15 +25,15 @@ _PER_ROW = frozenset({"cu_seqlens", "cu_seqlens_padded", "pixel_values", "image_
 
 
 def local_tokens(cu_seqlens_padded: Tensor, size: int, rank: int) -> Tensor:
-    """Row positions of a rank's tokens, in the order in which it holds them.
+    """Return the positions in the row of the tokens that a rank holds, in the order in which it holds them.
 
     Args:
         cu_seqlens_padded: int32 ``[N + 1]``, see ``PackedBatch``.
-        size: C.
-        rank: this rank, below C.
+        size: C, the number of context-parallel ranks.
+        rank: the context-parallel rank, from 0 to ``size - 1``.
 
     Returns:
-        int64 ``[S / C]``.
+        int64 ``[S / C]`` positions.
 
     Raises:
         ValueError: a sequence cannot be cut into ``2 * C`` chunks.
@@ -55,7 +55,7 @@ def local_tokens(cu_seqlens_padded: Tensor, size: int, rank: int) -> Tensor:
 
 
 def gathered_places(cu_seqlens_padded: Tensor, size: int) -> Tensor:
-    """Where each token of the row lies in the concatenation of all ranks' shares: int64 ``[S]``."""
+    """Return where each token of the row lies in the concatenation of all ranks' shares: int64 ``[S]``."""
     shares = torch.cat([local_tokens(cu_seqlens_padded, size, rank) for rank in range(size)])
     places = torch.empty_like(shares)
     places[shares] = torch.arange(len(shares))
@@ -63,7 +63,10 @@ def gathered_places(cu_seqlens_padded: Tensor, size: int) -> Tensor:
 
 
 def split(batch: PackedBatch, size: int, rank: int) -> PackedBatch:
-    """A rank's share of a row: per-token fields are cut; ``cu_seqlens*``, images, ``sequence_ids`` are the row's."""
+    """Return a rank's share of a row.
+
+    Fields with one value per token are cut; ``cu_seqlens*``, the images and ``sequence_ids`` stay those of the row.
+    """
     if size == 1:
         return batch
     tokens = local_tokens(batch.cu_seqlens_padded, size, rank)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rank encodes which image of a row: tensor- and context-parallel peers share them."""
+"""Distributes the images of a packed row over the tensor- and context-parallel ranks that encode them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 
 def assign_images(sizes: Sequence[int], peers: int) -> list[list[int]]:
-    """Which images each peer encodes: the largest first, each to the peer with the least work so far.
+    """Decide which images each peer encodes: the largest image first, each to the peer with the least work so far.
 
     Args:
-        sizes: work of each image: its patches, or its merged tokens. It is linear in them, because the tower's
+        sizes: work of each image, in patches or in merged tokens. Work is linear in them, because the vision tower's
             attention stays within an image, and its linear layers dominate at the sizes in use.
-        peers: ranks that share the row.
+        peers: number of ranks that share the row.
 
     Returns:
-        Image numbers of each peer, ascending.
+        One list of image indices per peer, ascending.
     """
     shares: list[list[int]] = [[] for _ in range(peers)]
     load = [0] * peers
@@ -27,5 +27,5 @@ def assign_images(sizes: Sequence[int], peers: int) -> list[list[int]]:
 
 
 def largest_share(sizes: Sequence[int], peers: int) -> int:
-    """Work of the peer that has the most, in the unit of ``sizes``; arguments as in ``assign_images``."""
+    """Return the work of the peer with the most, in the unit of ``sizes``; the arguments are ``assign_images``'s."""
     return max(sum(sizes[image] for image in share) for share in assign_images(sizes, peers))

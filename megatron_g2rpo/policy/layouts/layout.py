@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parallel sizes, and what a model can be split into; without megatron-core, so that a launcher can ask."""
+"""Parallel sizes, and what a model can be split into; imports no megatron-core, so that a launcher can ask."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel groups; data parallelism takes what is left of the world.
+    """Sizes of the model-parallel groups; data parallelism takes what is left of the world.
 
-    Experts would be one axis more: a field here (ranks that hold different experts of one layer), a factor of
-    ``model_parallel``, and a group in ``policy.process_groups``; ``models.base`` says what else they touch.
+    Expert parallelism would be one axis more: a field here (ranks that hold different experts of one layer), a factor
+    of ``model_parallel``, and a group in ``policy.process_groups``; ``models.base`` says what else would change.
 
     Attributes:
-        tensor, pipeline, context: ranks of each group.
-        sequence_parallel: tensor-parallel ranks also share the activations between their regions.
-        first_stage_layers, last_stage_layers: layers of the outer pipeline stages; None for an equal share.
+        tensor, pipeline, context: number of ranks in a group of each kind.
+        sequence_parallel: whether tensor-parallel ranks also split the activations between their regions by tokens.
+        first_stage_layers, last_stage_layers: number of layers on the first and on the last pipeline stage; None for an
+            equal share.
     """
 
     tensor: int = 1
@@ -39,14 +40,14 @@ class Layout:
 
     @property
     def model_parallel(self) -> int:
-        """Ranks that hold one replica of the model and read the same rows."""
+        """Number of ranks that hold one replica of the model and read the same packed rows."""
         return self.tensor * self.pipeline * self.context
 
     def data(self, world_size: int) -> int:
-        """Data-parallel size of a world.
+        """Return the data-parallel size of a world of ``world_size`` processes.
 
         Raises:
-            LayoutError: the world is not a multiple of the model-parallel size.
+            LayoutError: ``world_size`` is not a multiple of the model-parallel size.
         """
         if world_size % self.model_parallel:
             raise LayoutError(
@@ -57,10 +58,10 @@ class Layout:
         return world_size // self.model_parallel
 
     def stage_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Layers of each pipeline stage, as megatron-core deals them out.
+        """Return the number of layers on each pipeline stage, as megatron-core distributes them.
 
         Raises:
-            LayoutError: they cannot be dealt out so.
+            LayoutError: the layers cannot be distributed over the stages as configured.
         """
         fixed = [count for count in (self.first_stage_layers, self.last_stage_layers) if count is not None]
         stages, layers = self.pipeline - len(fixed), num_layers - sum(fixed)
@@ -92,10 +93,10 @@ FP8_TOKEN_ALIGNMENT = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise"
 
 
 def token_multiples(layout: Layout, fp8_recipe: str | None = None) -> tuple[int, int]:
-    """What lengths must be multiples of, in tokens before any split.
+    """Return what the lengths of sequences and of rows must be multiples of, in tokens before any split.
 
     Args:
-        layout: parallel sizes.
+        layout: the parallel sizes.
         fp8_recipe: megatron-core's name of the FP8 recipe; None when no layer runs in FP8.
 
     Returns:
@@ -111,8 +112,12 @@ def token_multiples(layout: Layout, fp8_recipe: str | None = None) -> tuple[int,
 def check_layout(hf_config: Any, layout: Layout) -> None:
     """Refuse a layout that the model cannot be split into, before any process group exists.
 
+    Args:
+        hf_config: transformers' configuration of the model.
+        layout: the parallel sizes.
+
     Raises:
-        LayoutError: naming the recipe key and the number that does not divide, or what of the model is not supported.
+        LayoutError: the model does not divide, or is not supported; names the recipe key and the number or the feature.
     """
     try:
         family = models.family(hf_config.model_type)
@@ -140,14 +145,14 @@ def check_layout(hf_config: Any, layout: Layout) -> None:
 
 
 def check_recompute(stages: Sequence[int], megatron_cfg: MegatronConfig) -> None:
-    """Refuse chunks of layers that a stage does not divide into: megatron-core would run on past the stage's last.
+    """Refuse to recompute chunks of layers that do not divide a stage: megatron-core would run past its last layer.
 
     Args:
-        stages: layers of each pipeline stage.
+        stages: number of layers on each pipeline stage.
         megatron_cfg: the recipe's ``policy.megatron_cfg``.
 
     Raises:
-        LayoutError: naming the key and the stage.
+        LayoutError: the chunk size does not divide a stage's layers; names the recipe key and the stage.
     """
     chunk = megatron_cfg.recompute_num_layers
     if megatron_cfg.recompute_granularity != "full" or megatron_cfg.recompute_method != "uniform":
@@ -161,7 +166,7 @@ def check_recompute(stages: Sequence[int], megatron_cfg: MegatronConfig) -> None
 
 
 def layout_of(megatron_cfg: MegatronConfig) -> Layout:
-    """The layout that the recipe's ``policy.megatron_cfg`` names."""
+    """Return the layout that the recipe's ``policy.megatron_cfg`` names."""
     return Layout(
         tensor=megatron_cfg.tensor_model_parallel_size,
         pipeline=megatron_cfg.pipeline_model_parallel_size,
@@ -173,7 +178,7 @@ def layout_of(megatron_cfg: MegatronConfig) -> Layout:
 
 
 def check_model_dir(directory: str | Path, layout: Layout) -> None:
-    """``check_layout`` for the model of a Hugging Face directory.
+    """Run ``check_layout`` for the model in a Hugging Face directory.
 
     Raises:
         LayoutError: see ``check_layout``.
