@@ -85,7 +85,6 @@ def test_a_broken_link_is_noticed(tmp_path: Path) -> None:
 
 
 def test_an_unknown_verb_is_noticed() -> None:
-    text = "`megatron-g2rpo train R`, megatron-g2rpo convert import A B, megatron-g2rpo convert imports A"
-    text += "
-megatron-g2rpo trian R"
-    assert list(unknown_verbs(text)) == ["convert imports", "trian"]
+    right = "`megatron-g2rpo train R`, megatron-g2rpo convert import A B, `megatron-g2rpo convert`"
+    wrong = "megatron-g2rpo convert imports A, python -m megatron_g2rpo.cli trian R"
+    assert list(unknown_verbs(f"{right}, {wrong}")) == ["convert imports", "trian"]
