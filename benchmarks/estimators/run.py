@@ -52,12 +52,12 @@ def run_one(arm: Arm, seed: int) -> None:
     (directory / "metrics.jsonl").unlink(missing_ok=True)
     directory.mkdir(parents=True, exist_ok=True)
     init_process_group(select("cpu"))
-    score = sampling._score
+    score = sampling.score
 
-    def spiked(recipe: Any, rollouts: Any) -> Any:
-        return spike(score(recipe, rollouts), rollouts)
+    def spiked(rollouts: Any, *arguments: Any, **keywords: Any) -> Any:
+        return spike(score(rollouts, *arguments, **keywords), rollouts)
 
-    with patch.object(sampling, "_score", spiked if arm.heavy_tailed else score):
+    with patch.object(sampling, "score", spiked if arm.heavy_tailed else score):
         g2rpo.train(recipe)
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == recipe.grpo.max_num_steps
