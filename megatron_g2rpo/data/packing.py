@@ -82,15 +82,15 @@ def assign_bins(lengths: Sequence[int], budget: int, groups: Sequence[Hashable] 
 
 def _first_fit_decreasing(sizes: Sequence[int], budget: int) -> list[list[int]]:
     bins: list[list[int]] = []
-    room: list[int] = []
+    free: list[int] = []
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        fit = next((b for b, left in enumerate(room) if left >= sizes[index]), None)
+        fit = next((b for b, left in enumerate(free) if left >= sizes[index]), None)
         if fit is None:
             bins.append([])
-            room.append(budget)
+            free.append(budget)
             fit = len(bins) - 1
         bins[fit].append(index)
-        room[fit] -= sizes[index]
+        free[fit] -= sizes[index]
     return bins
 
 

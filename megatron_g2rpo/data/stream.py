@@ -71,13 +71,13 @@ class PromptStream:
         self._counts = np.zeros(len(self.tasks), dtype=np.int64)  # draws per task before `position`
         self._shuffles: dict[str, tuple[int, np.ndarray]] = {}  # task -> (epoch, its permutation)
 
-    def next_batch(self, n: int, rows: range | None = None) -> list[Prompt]:
+    def next_batch(self, n: int, indices: range | None = None) -> list[Prompt]:
         """The next n prompts of the stream.
 
         Args:
             n: prompts of the global batch; the position advances by n.
-            rows: rows of the global batch to decode and return, so that a rank pays for its own part only; None for
-                all.
+            indices: which of the n prompts, counted from 0, to decode and return, so that a rank pays for its own
+                part only; None for all.
 
         Raises:
             SampleError: a sample that cannot be decoded or encoded, under ``on_bad_sample: error``; names it.
@@ -85,7 +85,7 @@ class PromptStream:
         """
         drawn = [self._draw() for _ in range(n)]
         first = self.position - n
-        return [self._decode(drawn[row], first + row) for row in (range(n) if rows is None else rows)]
+        return [self._decode(drawn[i], first + i) for i in (range(n) if indices is None else indices)]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, and what it draws from; the same on every rank."""
