@@ -336,7 +336,7 @@ class TransformersEngine:
     def _forward(
         self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: PreallocatedCache, **images
     ) -> Tensor:
-        """Return hidden states ``[B, S, H]`` of tokens ``[B, S]``; positions are ``[B, S]``, or ``[3, B, S]`` (mRoPE)."""
+        """Return hidden states ``[B, S, H]`` of tokens ``[B, S]``; positions are ``[B, S]``, mRoPE's ``[3, B, S]``."""
         return self._model.model(
             input_ids=ids,
             position_ids=positions,
@@ -353,8 +353,8 @@ class TransformersEngine:
         if not finite.all():
             sequence = sequences[int(sequence_ids[~finite][0])]
             raise RuntimeError(
-                f"prompt {prompts[sequence.prompt].key!r}, sample {sequence.sample}, response token {step}: the model's "
-                "logits are not finite; the weights have diverged or overflow in this dtype"
+                f"prompt {prompts[sequence.prompt].key!r}, sample {sequence.sample}, response token {step}: the "
+                "model's logits are not finite; the weights have diverged or overflow in this dtype"
             )
 
 

@@ -191,7 +191,7 @@ class VllmServerEngine:
             )
 
     def _transfer(self) -> TrainerWeightTransferEngine[Any]:
-        """Return the trainer's half of the weight transfer; over NCCL it is made anew when the set of servers changes."""
+        """Return the trainer's half of the weight transfer; over NCCL each new set of servers needs a new one."""
         directory = Path(self._options.weights_dir)
         if self._method == FILES:
             if self._trainer is None:
@@ -269,7 +269,7 @@ class _Client:
         self._servers.each(lambda server: self._afresh(server, "/start_weight_update"))
 
     def _afresh(self, server: Server, path: str) -> None:
-        """Send a request that a server refuses during an update, and first close one that a killed trainer left open."""
+        """Send a request that servers refuse during an update; close an update that a killed trainer left open."""
         try:
             self._servers.request(server, "POST", path)
         except ServerLost as error:
