@@ -26,7 +26,7 @@ class Data(Section):
     validation: DataSource
     """Held-out shards."""
     on_bad_sample: Literal["error", "skip"]
-    """What to do with a sample that cannot be decoded: ``error`` stops and names it, ``skip`` counts and replaces it."""
+    """What to do with a sample that cannot be decoded: ``error`` stops and names it, ``skip`` counts and skips it."""
     min_pixels: PositiveInt | None
     """Smallest area of an image, pixels; smaller ones are scaled up. null: the image processor's own bound."""
     max_pixels: PositiveInt | None

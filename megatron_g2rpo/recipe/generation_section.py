@@ -14,7 +14,7 @@ Address = Annotated[str, Field(pattern=r"^https?://[^/\s]+$")]
 
 
 class VllmConfig(Section):
-    """``policy.generation.vllm_cfg``: settings of vLLM, in the training processes or in servers that ``serve`` starts."""
+    """``policy.generation.vllm_cfg``: settings of vLLM in the training processes or in servers of ``serve``."""
 
     tensor_parallel_size: PositiveInt
     """Number of ranks that share one engine (backend ``vllm``: neighbouring training processes)."""
@@ -47,7 +47,7 @@ class VllmServerConfig(Section):
     request_timeout_s: PositiveFloat
     """Longest time for one prompt's group, or one weight update, seconds; a server that takes longer counts as lost."""
     heartbeat_s: PositiveFloat
-    """Seconds between health checks while prompts are in progress; a server that fails three in a row counts as lost."""
+    """Seconds between health checks while prompts are in progress; a server that fails three in a row is lost."""
     retries: NonNegativeInt
     """Number of times that a failed request is repeated on a server that answers its health check; the pause doubles
     each time."""

@@ -27,9 +27,9 @@ class _Loop(Section):
     val_period: NonNegativeInt
     """Number of steps between validations; 0: no validation during training."""
     val_at_start: bool
-    """Validate before the first step."""
+    """Whether to validate before the first step."""
     val_at_end: bool
-    """Validate after the last step."""
+    """Whether to validate after the last step."""
     max_val_samples: PositiveInt
     """Largest number of validation prompts per task."""
     seed: NonNegativeInt
@@ -40,7 +40,7 @@ class OverlongPenalty(Section):
     """``grpo.overlong_penalty``: the penalty on long responses under ``grpo.overlong: penalise``."""
 
     buffer: PositiveInt
-    """Number of tokens before ``policy.generation.max_new_tokens`` over which the penalty grows from 0 to ``weight``."""
+    """Number of tokens before ``policy.generation.max_new_tokens`` over which the penalty grows to ``weight``."""
     weight: PositiveFloat
     """Penalty at ``policy.generation.max_new_tokens``, which is subtracted from the reward."""
 

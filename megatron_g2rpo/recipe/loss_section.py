@@ -14,7 +14,7 @@ from megatron_g2rpo.recipe.named import NamedSection
 
 
 class EntropyShaping(Section):
-    """``loss_fn.entropy_shaping``: a term that keeps each task's entropy in its bounds (``env.tasks.<task>.entropy``)."""
+    """``loss_fn.entropy_shaping``: a term that keeps each task's entropy in the bounds ``env.tasks.<task>.entropy``."""
 
     enabled: bool
     """Whether the entropy term is added to the loss."""
@@ -45,8 +45,10 @@ class ReferencePolicyKl(Section):
 
 
 class ImportanceSampling(Section):
-    """``loss_fn.importance_sampling``: correction of the gap between the rollout engine's and the trainer's
-    log-probabilities of the same tokens (training-inference mismatch)."""
+    """``loss_fn.importance_sampling``: correction of the training-inference mismatch.
+
+    That is the gap between the rollout engine's and the trainer's log-probabilities of the same tokens.
+    """
 
     truncated_ratio: Annotated[float, Field(ge=1.0)] | None
     """Largest importance weight: a token's loss is multiplied by trainer / engine probability, at most by this; null:
