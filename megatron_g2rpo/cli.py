@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs of ``megatron-g2rpo``. Thin: parse, launch, call, print."""
+"""The command line ``megatron-g2rpo``: parses arguments, launches processes, calls the commands, prints results."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ R = TypeVar("R", bound=Recipe)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-convert = typer.Typer(no_args_is_help=True, help="Weights from Hugging Face format to Megatron checkpoints, and back.")
+convert = typer.Typer(no_args_is_help=True, help="Convert weights from Hugging Face format to Megatron, and back.")
 app.add_typer(convert, name="convert")
-data = typer.Typer(no_args_is_help=True, help="Datasets: from other formats.")
+data = typer.Typer(no_args_is_help=True, help="Import datasets of other formats.")
 app.add_typer(data, name="data")
 
-RecipePath = Annotated[Path, typer.Argument(help="Recipe (YAML).", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides.", show_default=False)]
+RecipePath = Annotated[Path, typer.Argument(help="Path of the recipe (YAML).", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides of recipe keys, key=value.", show_default=False)]
 Nproc = Annotated[int | None, typer.Option("--nproc", min=1, help="Processes on this machine (cluster.gpus_per_node).")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and the layout; run nothing.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Move an earlier run directory aside instead of resuming it.")]
@@ -50,12 +50,12 @@ def sft(
 @app.command()
 def logprobs(
     model: Annotated[Path, typer.Option("--model", help="Hugging Face directory.")],
-    source: Annotated[Path, typer.Option("--input", help="JSON lines: prompt, images, response.")],
-    target: Annotated[Path, typer.Option("--output", help="JSON lines: token_ids, logprobs, entropies.")],
+    source: Annotated[Path, typer.Option("--input", help="JSON lines to read: prompt, images, response.")],
+    target: Annotated[Path, typer.Option("--output", help="JSON lines to write: token_ids, logprobs, entropies.")],
     overrides: Overrides = None,
     nproc: Nproc = None,
 ) -> None:
-    """Log-probabilities and entropies of given responses, at any layout (keys of a recipe's policy section)."""
+    """Compute log-probabilities and entropies of given responses. Overrides set the layout (keys of policy.*)."""
     _with_errors(lambda: _logprobs(model, source, target, overrides or [], nproc))
 
 
@@ -64,8 +64,10 @@ def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     gpu_memory_gb: Annotated[float, typer.Option(min=1, help="Memory of one GPU, 10^9 bytes.")] = 80.0,
-    mean_tokens: Annotated[int | None, typer.Option(help="Tokens of a sequence; default: the longest.")] = None,
-    image_tokens: Annotated[int | None, typer.Option(help="Image tokens of a prompt; default: as many as fit.")] = None,
+    mean_tokens: Annotated[
+        int | None, typer.Option(help="Mean tokens per sequence; default: the longest allowed.")
+    ] = None,
+    image_tokens: Annotated[int | None, typer.Option(help="Image tokens per prompt; default: as many as fit.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Check a layout before any GPU is asked for: memory, micro-batches, traffic. Exit code 1 if it does not fit."""
@@ -81,7 +83,8 @@ def plan(
 
 
 Dtype = Annotated[
-    Literal["float32", "bfloat16"] | None, typer.Option("--dtype", help="Of the result; default: as it is.")
+    Literal["float32", "bfloat16"] | None,
+    typer.Option("--dtype", help="Data type of the result; default: that of the source."),
 ]
 
 
@@ -105,13 +108,13 @@ def convert_export(
     overrides: Overrides = None,
     nproc: Nproc = None,
     dtype: Dtype = None,
-    max_shard_size: Annotated[str, typer.Option(help="Of one safetensors file.")] = "5GB",
-    model: Annotated[Path | None, typer.Option(help="Hugging Face directory of config and tokenizer.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of one safetensors file.")] = "5GB",
+    model: Annotated[Path | None, typer.Option(help="Hugging Face directory with config and tokenizer.")] = None,
 ) -> None:
     """Write a Megatron checkpoint, of `convert import` or a run's step_N, as a Hugging Face directory.
 
-    Whatever the layout it was saved at; no model is built. Several processes share the files of the result between
-    them. Of the overrides, which are checked as a run's are, only the cluster's size and policy.model_name count.
+    The checkpoint may have been saved at any layout; no model is built. Several processes divide the files of the
+    result among themselves. All overrides are checked; only those of the cluster's size and policy.model_name count.
     """
     _with_huge_pages()
     _with_errors(lambda: _export(source, target, overrides or [], nproc, dtype, max_shard_size, model))
@@ -119,11 +122,13 @@ def convert_export(
 
 @data.command("import")
 def data_import(
-    source: Annotated[Path, typer.Argument(help="What to read.", metavar="SOURCE", show_default=False)],
+    source: Annotated[Path, typer.Argument(help="Dataset to read.", metavar="SOURCE", show_default=False)],
     target: Annotated[Path, typer.Argument(help="Directory for the shards.", metavar="OUT", show_default=False)],
-    options: Annotated[list[str] | None, typer.Argument(help="key=value options.", show_default=False)] = None,
+    options: Annotated[
+        list[str] | None, typer.Argument(help="Options of the importer, key=value.", show_default=False)
+    ] = None,
     importer: Annotated[str, typer.Option(help="Name of the importer.")] = "jsonl",
-    imports: Annotated[list[str] | None, typer.Option(help="Module or .py file with an importer of your own.")] = None,
+    imports: Annotated[list[str] | None, typer.Option(help="Module or .py file with your importer.")] = None,
 ) -> None:
     """Write a dataset of another format as shards with an index."""
 
@@ -140,7 +145,7 @@ def data_import(
 def serve(
     recipe: RecipePath,
     overrides: Overrides = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback it needs a key.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; any but loopback needs a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
 ) -> None:
     """Start a vLLM server that gives a run its rollouts (policy.generation.backend=vllm_server)."""
@@ -149,7 +154,7 @@ def serve(
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
-    """Draw a run's rewards per task, before and after, to RUN/report."""
+    """Draw a run's rewards per task, before and after training, and write the picture to RUN/report."""
     from megatron_g2rpo.report.rewards import draw
 
     _with_errors(lambda: typer.echo(f"wrote {draw(run)}"))
@@ -160,13 +165,13 @@ def doctor(
     overrides: Overrides = None,
     rollout: Annotated[
         Path | None,
-        typer.Option(metavar="RECIPE", help="Generate a few samples; compare engine and trainer token by token."),
+        typer.Option(metavar="RECIPE", help="Sample a few responses; compare engine and trainer token by token."),
     ] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Of --rollout.")] = 4,
-    samples: Annotated[int, typer.Option(min=1, help="Of each prompt.")] = 1,
+    prompts: Annotated[int, typer.Option(min=1, help="Number of prompts for --rollout.")] = 4,
+    samples: Annotated[int, typer.Option(min=1, help="Number of responses to each prompt.")] = 1,
     nproc: Nproc = None,
 ) -> None:
-    """Say what this machine has: device, versions, optional packages, the compiled op; or check a recipe's rollouts."""
+    """Show this machine's device, versions, optional packages and compiled op; or check a recipe's rollouts."""
     if rollout is not None:
         recipe = rollout
         _with_errors(lambda: _compare(recipe, overrides or [], prompts, samples, nproc))
@@ -235,7 +240,7 @@ def _logprobs(model: Path, source: Path, target: Path, overrides: list[str], npr
 
 
 def _with_huge_pages() -> None:
-    """Have torch ask for huge pages, for what mostly moves tensors through memory. It reads this when it starts."""
+    """Let torch use huge pages, which speeds up commands that mostly move tensors. Call it before torch is imported."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
@@ -319,16 +324,20 @@ def _serve(path: Path, overrides: list[str], host: str, port: int) -> None:
 
 
 def _policy_recipe(overrides: list[str], nproc: int | None) -> Recipe:
-    """A recipe for a verb that reads its policy and cluster sections alone."""
+    """Return a recipe for a command that reads only the sections ``policy`` and ``cluster``."""
     from megatron_g2rpo import recipe as recipes
 
-    # A recipe has a task at least; these verbs look at none.
+    # A recipe must have at least one task; these commands use none.
     settings = ["env.tasks={any: {}}", *overrides, *_cluster(nproc)]
     return _with_local_model(recipes.load(recipes.EXEMPLARS / "vlm_sft.yaml", settings, "sft"))
 
 
 def _with_local_model(recipe: R) -> R:
-    """The recipe with ``policy.model_name`` as a directory whose model can be split as the recipe asks."""
+    """Return the recipe with ``policy.model_name`` as a local directory whose model fits the recipe's layout.
+
+    Raises:
+        ValueError: the model cannot be split as the layout asks.
+    """
     from megatron_g2rpo.commands.model_dir import with_local_model
     from megatron_g2rpo.policy.layouts.layout import check_model_dir, layout_of
 
@@ -342,7 +351,7 @@ def _is_first() -> bool:
 
 
 def _cluster(nproc: int | None) -> list[str]:
-    """Overrides of the cluster's size: torchrun's word first, then ``--nproc``."""
+    """Return overrides of the cluster's size: from torchrun's environment if there is one, else from ``--nproc``."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
         return [f"cluster.gpus_per_node={local}", f"cluster.num_nodes={world // local}"]
@@ -362,7 +371,7 @@ def _launch_needed(recipe: Recipe) -> bool:
 
 
 def _with_errors(run: Callable[[], None]) -> None:
-    """Run a verb. An error that a user can mend is printed without its traceback."""
+    """Run a command. An error that the user can fix is printed without its traceback."""
     from megatron_g2rpo.commands import launch
 
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every rank raises what one rank raised, so that none waits for another in a collective that it never joins."""
+"""Collective calls in which every rank raises what one rank raised, so that no rank waits for one that has failed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Errors = tuple[type[Exception], ...]
 
 @dataclass(frozen=True)
 class _Outcome(Generic[T]):
-    """What a call returned, or why it did not."""
+    """The outcome of a call: what it returned, or what it raised."""
 
     result: T | None = None
     error: Exception | None = None
@@ -29,7 +29,10 @@ class _Outcome(Generic[T]):
             return cls(error=error)
 
     def sendable(self, result: Any) -> tuple[Any, Exception | None]:
-        """The outcome as it travels; an exception that can't be pickled becomes a ``RuntimeError`` with its text."""
+        """Return the outcome in a form that can be sent.
+
+        An exception that cannot be pickled becomes a ``RuntimeError`` with its text.
+        """
         error = self.error
         if error is not None:
             try:
@@ -40,15 +43,16 @@ class _Outcome(Generic[T]):
 
 
 def together(make: Callable[[], T], group: dist.ProcessGroup | None = None, errors: Errors = (Exception,)) -> T:
-    """Call ``make`` on every rank of a group; what it returned on this one. A collective.
+    """Call ``make`` on every rank of a group, and return what it returned on this rank. A collective.
 
     Args:
-        make: called on every rank.
-        group: the ranks; None for all of them.
-        errors: what is told to the others. Anything else leaves this rank at once.
+        make: function that is called on every rank.
+        group: process group of the ranks; None for all ranks.
+        errors: exceptions that are sent to the other ranks. Any other exception is raised on this rank at once.
 
     Raises:
-        Exception: on every rank, what ``make`` raised on the first rank where it did; this rank's own comes first.
+        Exception: ``make`` raised one of ``errors`` on some rank. A rank on which it raised gets its own exception; the
+            others get the exception of the first rank where it did.
     """
     outcome = _Outcome.of(make, errors)
     _gather(outcome, None, group)
@@ -56,18 +60,18 @@ def together(make: Callable[[], T], group: dist.ProcessGroup | None = None, erro
 
 
 def gather(make: Callable[[], T], group: dist.ProcessGroup | None = None, errors: Errors = (Exception,)) -> list[T]:
-    """Call ``make`` on every rank of a group; what it returned on each, in the order of the ranks. A collective.
+    """Call ``make`` on every rank of a group, and return the results of all ranks in their order. A collective.
 
-    Args, raises: see ``together``; the results are pickled.
+    Arguments and exceptions are those of ``together``. The results must be picklable.
     """
     outcome = _Outcome.of(make, errors)
     return _gather(outcome, outcome.result, group)
 
 
 def from_first(make: Callable[[], T], errors: Errors = (Exception,)) -> T:
-    """Call ``make`` on rank 0; what it returned, or raised, on every rank of the job. A collective.
+    """Call ``make`` on rank 0, and return what it returned, or raise what it raised, on every rank. A collective.
 
-    Outside of a job of several processes this is the call alone.
+    In a job of one process, this only calls ``make``.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return make()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user may add, found by the name that a recipe gives it.
+"""Registries: functions and classes, a user's among them, that a recipe refers to by name.
 
 Each kind of thing has one registry. An entry is made by a decorator (``megatron_g2rpo.extend`` has them all), in this
 package or in a file of the user's that the recipe's ``imports:`` names. An entry's keyword-only parameters, with their
@@ -26,9 +26,9 @@ class Entry(Generic[T]):
 
     Attributes:
         name: what recipes and datasets call it.
-        value: the function or class.
+        value: the registered function or class.
         place: where it was registered, ``file.py:line``.
-        facts: what was said of it beside its name.
+        facts: further keyword arguments of its registration.
     """
 
     name: str
@@ -41,12 +41,12 @@ class Registry(Generic[T]):
     """Named functions or classes of one kind.
 
     Args:
-        kind: what they are, in singular, for messages: ``"advantage estimator"``.
-        builtin: modules of this package that register entries; imported before the first look.
+        kind: what an entry is, in the singular, for messages: ``"advantage estimator"``.
+        builtin: modules of this package that register entries; imported before the first look-up.
         on_demand: name -> module that registers it, for entries whose modules import heavy or optional packages. Such a
             module is imported when its name is asked for.
         signature: entry -> the callable whose keyword-only parameters are its options; the entry itself by default.
-        given: keyword-only parameters that the trainer fills in, and a recipe can't.
+        given: keyword-only parameters that the trainer fills in and a recipe cannot set.
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class Registry(Generic[T]):
         self._is_complete = False
 
     def register(self, name: str, **facts: Any) -> Callable[[T], T]:
-        """Decorator that files a function or class under ``name``.
+        """Return a decorator that registers a function or class under ``name``.
 
         Args:
-            name: what recipes and datasets will call it.
-            facts: what else there is to know of it before it runs; each kind names its own.
+            name: name in recipes and datasets.
+            facts: further facts that must be known of the entry before it runs; each kind documents its own.
 
         Raises:
-            ValueError: the name is taken; the message says where.
+            ValueError: the name is taken; the message says where it was registered.
         """
         caller = sys._getframe(1)
         place = f"{caller.f_code.co_filename}:{caller.f_lineno}"
@@ -94,7 +94,7 @@ class Registry(Generic[T]):
         return file
 
     def names(self) -> tuple[str, ...]:
-        """All names that are known, sorted."""
+        """Return all known names, sorted."""
         self._complete()
         return tuple(sorted(self._entries.keys() | self.on_demand.keys()))
 
@@ -102,7 +102,7 @@ class Registry(Generic[T]):
         return name in self.names()
 
     def entry(self, name: str) -> Entry[T]:
-        """The entry of a name.
+        """Return the entry of a name.
 
         Raises:
             ValueError: unknown name; the message lists the known ones and the nearest.
@@ -116,7 +116,7 @@ class Registry(Generic[T]):
         return self._entries[name]
 
     def get(self, name: str) -> T:
-        """The function or class of a name.
+        """Return the function or class of a name.
 
         Raises:
             ValueError, ModuleNotFoundError: see ``entry``.
@@ -124,11 +124,11 @@ class Registry(Generic[T]):
         return self.entry(name).value
 
     def unknown(self, name: str) -> str:
-        """What to say of a name that is not known: the known ones, and the nearest."""
+        """Return the error message for an unknown name, with the known names and the nearest one."""
         return f"unknown {self.kind} {name!r}{nearest(name, self.names())}"
 
     def callable(self, name: str) -> Callable[..., Any]:
-        """What is called with an entry's options.
+        """Return the callable of an entry that takes its options.
 
         Raises:
             ValueError, ModuleNotFoundError: see ``entry``.
@@ -137,7 +137,7 @@ class Registry(Generic[T]):
         return value if self._signature is None else self._signature(value)
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
-        """The options that a recipe may set: keyword-only parameters by name, in the order of the signature.
+        """Return the options that a recipe may set: keyword-only parameters by name, in the order of the signature.
 
         Raises:
             ValueError, ModuleNotFoundError: see ``entry``.
@@ -145,11 +145,11 @@ class Registry(Generic[T]):
         return {key: option for key, option in self._keywords(name).items() if key not in self.given}
 
     def takes(self, name: str, keyword: str) -> bool:
-        """Whether an entry has a keyword-only parameter of that name, be it an option or given."""
+        """Return whether an entry has a keyword-only parameter of this name, an option or one of ``given``."""
         return keyword in self._keywords(name)
 
     def bind(self, name: str, **keywords: Any) -> Callable[..., Any]:
-        """What is called, with keyword-only parameters filled in.
+        """Return the callable of an entry with some of its keyword-only parameters filled in.
 
         Raises:
             ValueError: unknown name, or a keyword that it does not take.
@@ -178,7 +178,7 @@ class Registry(Generic[T]):
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """`` (did you mean 'x'?); known: x, y`` for a wrong name."""
+    """Return the end of the message for a wrong name: `` (did you mean 'x'?); known: x, y``."""
     matches = difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {matches[0]!r}?)" if matches else ""
     return f"{hint}; known: {', '.join(sorted(known)) or 'none'}"

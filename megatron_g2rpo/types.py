@@ -1,11 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The nouns every room shares: what flows through a training step.
+"""The types that all packages share: what flows through a training step.
 
-A step reads ``Sample -> Prompt -> Rollout -> PackedBatch``. All are frozen: a room that wants a changed one makes a
-new one. Shape letters: ``P`` prompt tokens, ``R`` response tokens, ``S`` tokens of a packed row, ``N`` sequences of a
-packed row, ``I`` images, ``V`` vision patches, ``D`` values per vision patch.
+A step passes the data on in this order (types without a module are defined here):
 
-This file is on the lowest floor of the house: it imports torch and the standard library only.
+1. ``Sample``: one entry of the dataset, as ``data.shard_index`` reads it.
+2. ``ModelInputs`` and ``Prompt``: the sample tokenised, its images as pixels (``data.processing``).
+3. ``Rollout``: one sampled response to a prompt, from an engine (``rollout``).
+4. ``Response``: the text of a rollout, read in its response format (``tasks.response_formats``).
+5. ``Rewards``: the reward parts of all rollouts and their weighted sum (``tasks.scoring``).
+6. ``objective.reward_batch.RewardBatch``: rewards with the ids of groups and tasks, which an advantage estimator reads;
+   ``objective.sharded.ShardedAdvantages`` is its result over all ranks.
+7. ``data.packing.PackSequence``: prompt and response of one rollout, with what the loss needs to know of them.
+8. ``PackedBatch``: one micro-batch, which the packer makes of many sequences (``data.packing``).
+9. ``TokenStats``: log-probabilities and entropies of a micro-batch under the policy (``policy``).
+10. ``objective.surrogates.base.PolicyLoss``: the loss of each token of a micro-batch.
+
+All are frozen: code that needs a changed one makes a new one. Shape letters: ``P`` prompt tokens, ``R`` response
+tokens, ``S`` tokens of a packed row, ``N`` sequences of a packed row (in ``Rewards``: rollouts), ``I`` images, ``V``
+vision patches, ``D`` values per vision patch.
+
+This module is in the lowest layer of the package: it imports torch and the standard library only.
 """
 
 from __future__ import annotations
@@ -26,7 +40,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One line of a dataset, as stored: decoded, but not tokenised.
+    """One entry of a dataset: its fields, and its images decoded, but nothing tokenised.
 
     Attributes:
         key: unique name of the sample in its dataset, ``<shard>/<sample>``; every error about it names it.
@@ -36,8 +50,8 @@ class Sample:
         answer_format: name of an answer format in ``tasks`` (``exact``, ``box_iou``, ...).
         images: RGB images, in the order in which they precede the question.
         response: a full target response for supervised training; None where the dataset has none.
-        extra: all further fields of the dataset's json, as they are there: provenance, or what an answer format or a
-            reward part of one's own compares with.
+        extra: all further fields of the sample's json, unchanged, such as its provenance, or values that a user's
+            answer format or reward part needs.
     """
 
     key: str
@@ -70,12 +84,12 @@ class Prompt:
     """A sample with its model inputs, ready for generation.
 
     Attributes:
-        sample: what is asked.
-        inputs: what the model reads.
+        sample: the sample that the prompt asks.
+        inputs: token ids and pixels of the prompt.
         task_id: number of the sample's task, the same on every rank: its place among the sorted names of the recipe's
             tasks. Advantages, entropy and metrics are told apart by it.
-        response_prefix: what the chat template has written of the response already: the text that the prompt ends with
-            after the header of the assistant's turn, such as an opening ``<think>``.
+        response_prefix: beginning of the response that the chat template has already written: the text that the prompt
+            ends with after the header of the assistant's turn, such as an opening ``<think>``.
     """
 
     sample: Sample
@@ -97,7 +111,7 @@ class Rollout:
     """One sampled response.
 
     Attributes:
-        prompt: what was asked.
+        prompt: the prompt that was answered.
         group_id: id of the prompt's group, unique in the global batch (all ranks).
         sample_index: index of this response in its group, 0-based.
         response_ids: int64 ``[R]``, the end-of-turn token included when it was sampled.
@@ -123,16 +137,16 @@ def task_ids_of(rollouts: Sequence[Rollout]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """What a reward part sees of a rollout.
+    """A rollout's text, read in its response format: what a reward part sees of the rollout.
 
     Attributes:
         text: the decoded response without special tokens that end the turn.
         thinking: the reasoning in it, as the response format finds it; None if there is none.
-        answer: the final answer in it, likewise.
-        is_well_formed: whether it keeps to the response format.
-        num_tokens: its length, the end-of-turn token included when it was sampled.
-        truncated: True when the token limit ended it, not an end-of-turn token.
-        sample_index: its place in the group of its prompt, 0-based.
+        answer: the final answer in it, as the response format finds it; None if there is none.
+        is_well_formed: whether the text follows the response format in full.
+        num_tokens: response tokens, the end-of-turn token included when it was sampled.
+        truncated: True when the token limit ended the response, not an end-of-turn token.
+        sample_index: index of the response in its group, 0-based.
     """
 
     text: str
@@ -146,7 +160,7 @@ class Response:
 
 @dataclass(frozen=True, kw_only=True)
 class Rewards:
-    """Rewards of N rollouts: the parts, and their one combination.
+    """Rewards of N rollouts: each part on its own, and the weighted sum of all parts.
 
     Attributes:
         parts: name -> float64 ``[N]`` (``accuracy``, ``format``, ``structure``, ``length``...), unweighted.
@@ -160,11 +174,11 @@ class Rewards:
 
     @classmethod
     def none(cls, n: int) -> Rewards:
-        """Those of ``n`` rollouts before any part was computed."""
+        """Return the rewards of ``n`` rollouts before any part is computed: no parts, totals of 0."""
         return cls(parts={}, weights={}, total=torch.zeros(n, dtype=torch.float64))
 
     def __getitem__(self, rows: Tensor) -> Rewards:
-        """Those of some rollouts, by their numbers."""
+        """Return the rewards of some rollouts: those that ``rows``, a tensor of indices or a bool mask, selects."""
         return Rewards(
             parts={name: part[rows] for name, part in self.parts.items()},
             weights={name: weight[rows] for name, weight in self.weights.items()},
@@ -173,7 +187,7 @@ class Rewards:
 
     @classmethod
     def concatenate(cls, rewards: Sequence[Rewards]) -> Rewards:
-        """Those of several lists of rollouts (at least one), one after the other."""
+        """Return the rewards of several lists of rollouts (at least one) as those of one list, in the given order."""
         first = rewards[0]
         return cls(
             parts={name: torch.cat([each.parts[name] for each in rewards]) for name in first.parts},
@@ -182,12 +196,12 @@ class Rewards:
         )
 
     def plus(self, name: str, part: Tensor, weight: float | Tensor) -> Rewards:
-        """With one part more.
+        """Return these rewards with one more part, added to the total.
 
         Args:
-            name: of the part.
-            part: float64 ``[N]``.
-            weight: of it, one for all or float64 ``[N]``.
+            name: name of the part.
+            part: float64 ``[N]``, value of the part for each rollout.
+            weight: weight of the part in the total: one number for all rollouts, or float64 ``[N]``.
         """
         weights = weight if isinstance(weight, Tensor) else torch.full_like(self.total, weight)
         return Rewards(
@@ -199,16 +213,16 @@ class Rewards:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """One micro-batch: one row of tokens, many sequences side by side.
+    """One micro-batch: one row of tokens, in which many sequences stand side by side.
 
     Position ``t`` predicts ``labels[t]``, the next token *of the same sequence*, where that is a response token; every
     other position has label ``NO_LABEL``. All per-token fields are aligned with the predicting position.
-    A sequence may be followed by padding (tokens that nothing looks at and nothing is learned from); rows are packed
-    full, and a context-parallel rank cuts its share out of every per-token field (``policy.context_parallel``).
+    A sequence may be followed by padding: tokens that nothing attends to and nothing is learned from. A row is packed
+    whole, and each context-parallel rank cuts its share out of every per-token field (``policy.context_parallel``).
 
     Attributes:
-        tokens: int64 ``[S]``.
-        labels: int64 ``[S]``, the response tokens.
+        tokens: int64 ``[S]``, ids of all tokens of the row.
+        labels: int64 ``[S]``, the response token to predict; ``NO_LABEL`` where there is none.
         position_ids: int64 ``[3, S]``, mRoPE (time, height, width); restarts with every sequence.
         segment_ids: int64 ``[S]``, index of the sequence a token belongs to (0..N-1); -1 on padding.
         cu_seqlens: int32 ``[N + 1]``, running sum of the sequences' real lengths.
@@ -218,8 +232,8 @@ class PackedBatch:
         image_grid_thw: int64 ``[I, 3]``, of the distinct images.
         vision_index: int64 ``[S]``, which merged feature of these images belongs at a token; -1 where none does.
         sequence_ids: int64 ``[N]``, index of each sequence in the list that was packed.
-        task_ids: int64 ``[S]``, -1 where there is none.
-        advantages: float32 ``[S]``, 0 outside the loss mask.
+        task_ids: int64 ``[S]``, index of the task of each response token; -1 elsewhere.
+        advantages: float32 ``[S]``, advantage of each response token; 0 outside the loss mask.
         behaviour_logprobs: float32 ``[S]``, what the rollout engine reported; 0 outside the response.
         old_logprobs: float32 ``[S]`` or None before the policy has computed them.
         reference_logprobs: float32 ``[S]`` under the reference policy, or None where there is none.
@@ -250,7 +264,7 @@ class PackedBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the loss counts."""
+        """The number of tokens that the loss counts."""
         return int(self.loss_mask.sum().item())
 
 
@@ -260,7 +274,8 @@ class TokenStats:
 
     Attributes:
         logprobs: float32 ``[S]``, log-probability of ``labels`` at the given temperature; 0 where there is no label.
-        entropy: float32 ``[S]``, entropy (nats) of the policy's distribution at the same temperature; 0 likewise.
+        entropy: float32 ``[S]``, entropy (nats) of the policy's distribution at the same temperature; 0 where there is
+            no label.
     """
 
     logprobs: Tensor

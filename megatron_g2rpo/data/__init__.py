@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Webdataset shards to prompts, and rollouts to packed batches."""
+"""Reading of datasets: webdataset shards become prompts; and packing: rollouts become packed micro-batches."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recipe's dataset, opened: what it holds is known to the recipe before anything else is built."""
+"""Opening of a recipe's dataset, and the check that the recipe knows its tasks and answer formats."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from megatron_g2rpo.recipe import Env
 
 
 def open_dataset(path: str, env: Env) -> ShardIndex:
-    """The index of a dataset whose tasks the recipe lists, and whose answer formats are registered.
+    """Open the index of a dataset, and check its tasks and answer formats against a recipe.
 
     Args:
-        path: see ``ShardIndex``.
-        env: the recipe's section; a task's own ``answer_format`` stands for those of its samples.
+        path: a directory of shards, a glob of ``.tar`` files in one directory, or one ``.tar`` file.
+        env: the recipe's ``env`` section; a task's own ``answer_format`` replaces those of its samples.
 
     Raises:
-        DataError: see ``ShardIndex``; or a sample's answer format is not known.
+        DataError: the index or a shard cannot be used, the recipe does not list a task of the dataset, or an answer
+            format is not registered.
     """
     index = ShardIndex(path, known_tasks=set(env.tasks))
     for task, names in index.answer_formats.items():

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be wrong with a dataset: the whole of it, or one sample."""
+"""Errors of a dataset as a whole, and of one sample."""
 
 
 class DataError(ValueError):
-    """The dataset cannot be used: a shard, the index, a task or a setting. Names it and says what to do."""
+    """A dataset cannot be used, because of a shard, the index, a task or a setting; the message says what to do."""
 
 
 class SampleError(DataError):
-    """One sample cannot be used: undecodable image, broken json. Names shard and sample.
+    """One sample cannot be used, such as one with a broken image or json; the message names shard and sample.
 
-    The only data error that ``data.on_bad_sample: skip`` turns into a count.
+    It is the only data error that ``data.on_bad_sample: skip`` counts instead of raising.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sequences of different lengths, side by side in rows under a token budget."""
+"""Packing of sequences of different lengths into rows (micro-batches) under a token budget."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ class PackSequence:
     Attributes:
         inputs: the prompt's model inputs; sequences that share this very object share its images.
         response_ids: int64 ``[R]``.
-        advantage: of every response token, where it is known already; else see ``with_advantages``.
+        advantage: advantage of every response token, where it is known already; else see ``with_advantages``.
         task_id: index of the task.
-        behaviour_logprobs: float32 ``[R]`` of the rollout engine, or None (supervised training).
+        behaviour_logprobs: float32 ``[R]``, log-probabilities that the rollout engine reported; None in supervised
+            training.
         token_weight: weight of every response token in the loss sum.
         in_loss: False keeps the sequence out of the loss (an overlong response).
     """
@@ -40,24 +41,24 @@ class PackSequence:
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and response."""
+        """Number of tokens of prompt and response together."""
         return len(self.inputs.token_ids) + len(self.response_ids)
 
 
 def assign_bins(lengths: Sequence[int], budget: int, groups: Sequence[Hashable] | None = None) -> list[list[int]]:
-    """First-fit-decreasing bin packing that keeps groups together.
+    """Assign sequences to bins by first-fit-decreasing bin packing that keeps groups together.
 
-    A group stays in one bin if it fits, else in as few as first-fit-decreasing finds for it: what its members share
-    (images) is then paid for once a bin. Bins are a little emptier for it, which costs nothing where they are not
-    padded up to the budget.
+    A group stays in one bin if it fits, else in as few as first-fit-decreasing finds for it, because the images that
+    its members share are processed once per bin. Bins are slightly emptier as a result, which costs nothing where they
+    are not padded up to the budget.
 
     Args:
-        lengths: tokens of each sequence.
-        budget: most tokens in a bin.
-        groups: what each sequence belongs to; None for each to itself.
+        lengths: number of tokens of each sequence.
+        budget: largest number of tokens in a bin.
+        groups: the group of each sequence; None: each sequence is a group of its own.
 
     Returns:
-        Sequence numbers of each bin, each bin in ascending order.
+        Indices of the sequences of each bin, in ascending order.
 
     Raises:
         ValueError: a sequence does not fit into an empty bin.
@@ -82,15 +83,15 @@ def assign_bins(lengths: Sequence[int], budget: int, groups: Sequence[Hashable] 
 
 def _first_fit_decreasing(sizes: Sequence[int], budget: int) -> list[list[int]]:
     bins: list[list[int]] = []
-    room: list[int] = []
+    free: list[int] = []
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        fit = next((b for b, left in enumerate(room) if left >= sizes[index]), None)
+        fit = next((b for b, left in enumerate(free) if left >= sizes[index]), None)
         if fit is None:
             bins.append([])
-            room.append(budget)
+            free.append(budget)
             fit = len(bins) - 1
         bins[fit].append(index)
-        room[fit] -= sizes[index]
+        free[fit] -= sizes[index]
     return bins
 
 
@@ -100,12 +101,12 @@ class Packer:
 
     Attributes:
         image_token_id: placeholder whose embedding an image feature replaces.
-        spatial_merge_size: vision patches merged per side.
-        pad_token_id: the token that fills padding.
-        sequence_multiple: every sequence is padded to a multiple of it, so that context parallelism can cut it.
-        row_multiple: every row is padded to a multiple of it (``layouts.layout.token_multiples`` gives both).
-        positions: the model family's, see ``models.base.Family.positions``; without one, that of the Qwen-VL lineage,
-            which on text counts tokens as every family does.
+        spatial_merge_size: number of vision patches along one side that merge into one feature.
+        pad_token_id: token of the padding.
+        sequence_multiple: every sequence is padded to a multiple of this, so that context parallelism can cut it.
+        row_multiple: every row is padded to a multiple of this (``layouts.layout.token_multiples`` gives both).
+        positions: the model family's function for positions, see ``models.base.Family.positions``. The default is that
+            of the Qwen-VL family, which counts tokens on text, as every family does.
     """
 
     image_token_id: int
@@ -120,11 +121,11 @@ class Packer:
             raise ValueError(f"row_multiple {self.row_multiple} is not a multiple of {self.sequence_multiple}")
 
     def pack(self, sequences: Sequence[PackSequence], budget: int, num_bins: int | None = None) -> list[PackedBatch]:
-        """Rows of at most ``budget`` tokens (rounded up to ``row_multiple``).
+        """Pack sequences into rows of at most ``budget`` tokens (rounded up to ``row_multiple``).
 
         Args:
-            sequences: what to pack.
-            budget: tokens of a row.
+            sequences: the sequences to pack.
+            budget: largest number of tokens of a row.
             num_bins: pad the result with empty rows to this number, so that every data-parallel rank runs the same
                 number of micro-batches; None for no padding.
 
@@ -139,7 +140,7 @@ class Packer:
         return [self._row(sequences, members) if members else self._empty_row(sequences) for members in bins]
 
     def num_rows(self, sequences: Sequence[PackSequence], budget: int) -> int:
-        """Rows that ``pack`` needs."""
+        """Return the number of rows that ``pack`` needs."""
         return len(self._bins(sequences, budget))
 
     def _bins(self, sequences: Sequence[PackSequence], budget: int) -> list[list[int]]:
@@ -179,7 +180,7 @@ class Packer:
         return int(inputs.image_grid_thw.prod(dim=1).sum()) // self.spatial_merge_size**2
 
     def _fields(self, part: PackSequence, segment: int, size: int, first_feature: int) -> dict[str, Tensor]:
-        """Per-token fields of one sequence, aligned with the predicting position and padded to ``size`` tokens."""
+        """Return the per-token fields of one sequence, aligned with the predicting position and padded to ``size``."""
         prompt, response = part.inputs.token_ids, part.response_ids
         tokens = torch.cat([prompt, response])
         first = len(prompt) - 1  # the position that predicts the first response token
@@ -219,7 +220,7 @@ class Packer:
         }
 
     def _empty_row(self, sequences: Sequence[PackSequence]) -> PackedBatch:
-        """The shortest row, one sequence of padding that nothing is learned from."""
+        """Return the shortest possible row: one sequence of padding, from which nothing is learned."""
         size = self.row_multiple
         zero, none = torch.zeros(size), torch.full((size,), -1)
         patch_dim = sequences[0].inputs.pixel_values.shape[1] if sequences else 0
@@ -243,7 +244,7 @@ class Packer:
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The next multiple that is not below a value."""
+    """Return the smallest multiple that is not below a value."""
     return -(-value // multiple) * multiple
 
 
@@ -252,26 +253,26 @@ def _offsets(lengths: Sequence[int]) -> Tensor:
 
 
 def with_advantages(batch: PackedBatch, advantages: Tensor) -> PackedBatch:
-    """The row with these advantages.
+    """Return a packed row with the given advantages.
 
     Args:
-        batch: the row.
-        advantages: one for each of the sequences that were packed; ``PackedBatch.sequence_ids`` says which are in this
-            row.
+        batch: the packed row.
+        advantages: advantage of each sequence that was packed, those of other rows included;
+            ``PackedBatch.sequence_ids`` says which of them are in this row.
     """
     of_segment = torch.cat([advantages[batch.sequence_ids].float(), torch.zeros(1)])  # the last for segment -1, padding
     return replace(batch, advantages=torch.where(batch.task_ids >= 0, of_segment[batch.segment_ids], 0.0))
 
 
 def response_values(batch: PackedBatch, values: Tensor) -> dict[int, Tensor]:
-    """Cut per-token values of a row back into responses.
+    """Cut per-token values of a packed row back into responses.
 
     Args:
-        batch: the row.
+        batch: the packed row.
         values: ``[S]``, aligned with the predicting position.
 
     Returns:
-        index of the packed sequence -> ``[R]`` values of its response tokens.
+        Index of the packed sequence -> ``[R]``, the values of its response tokens.
     """
     response = batch.task_ids >= 0
     return {

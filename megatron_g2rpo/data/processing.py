@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chat messages and images to model inputs: the tokenizer and, for a family that sees, the image processor.
+"""Encoding of chat messages and images as model inputs, by the tokenizer and, for vision models, the image processor.
 
-Not ``AutoProcessor``: it insists on a video processor, which needs torchvision. The image processor is the model
-family's (``models.base.Vision.image_processor``).
+``AutoProcessor`` is not used, because it requires a video processor, which needs torchvision. The image processor is
+that of the model family (``models.base.Vision.image_processor``).
 """
 
 from __future__ import annotations
@@ -34,23 +34,24 @@ class ChatProcessor:
     Attributes:
         family: the model family that the directory's config.json names.
         tokenizer: the directory's tokenizer.
-        image_processor: the directory's image processor, in its PIL implementation; None for a model of text alone.
-        vision_token_ids: the placeholders and their frame: ids that a policy must never sample.
-        image_token_id: the placeholder of images; ``NO_TOKEN`` for a model of text alone.
-        spatial_merge_size: patches along one side that merge into one image token.
+        image_processor: the directory's image processor, in its PIL implementation; None for a text-only model.
+        vision_token_ids: image and video placeholders and the tokens around them, which a policy must never sample.
+        image_token_id: the placeholder of images; ``NO_TOKEN`` for a text-only model.
+        spatial_merge_size: number of patches along one side that merge into one image token.
 
     Args:
         model_dir: a Hugging Face directory; nothing is downloaded. Its config.json names the model family, which says
-            whether the model sees.
-        min_pixels: lower bound on height x width after resizing; None for the directory's own.
-        max_pixels: upper bound likewise.
+            whether the model takes images.
+        min_pixels: lower bound on height x width after resizing; None for the directory's own bound.
+        max_pixels: upper bound on height x width after resizing; None for the directory's own bound.
         system_prompt: text of the system turn that ``encode_sample`` puts first; None for no such turn.
-        instructed: task -> the response format whose instruction the prompts of its samples carry; prompts of other
-            tasks carry none.
+        instructed: task -> the response format whose instruction the task's prompts contain; prompts of other tasks
+            contain none.
 
     Raises:
-        DataError: no such directory, an unknown model family, another family's image processor, no chat template, a
-            vision token that the tokenizer lacks, no end-of-turn token, or pixel bounds in the wrong order.
+        DataError: the directory does not exist, its model family is unknown, its image processor is another family's,
+            it has no chat template or no end-of-turn token, its tokenizer lacks a vision token, or the pixel bounds
+            are in the wrong order.
     """
 
     def __init__(
@@ -94,21 +95,21 @@ class ChatProcessor:
     def encode(
         self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image], name: str = "prompt"
     ) -> ModelInputs:
-        """Model inputs of a chat that waits for the assistant's answer.
+        """Return the model inputs of a chat that waits for the assistant's answer.
 
         Args:
             messages: chat messages; ``content`` is text, or a list of ``{"type": "image"}`` and
                 ``{"type": "text", "text": ...}`` parts.
             images: the images of the messages, in their order.
-            name: what errors call this prompt.
+            name: name of the prompt in error messages.
 
         Returns:
             ``token_ids`` int64 ``[P]`` with every image placeholder repeated once per merged patch, ``pixel_values``
             float32 ``[V, D]`` and ``image_grid_thw`` int64 ``[I, 3]``.
 
         Raises:
-            SampleError: text that contains a reserved token, more or fewer image parts than images, a video part, an
-                image of a shape that the image processor refuses, or anything but text for a model of text alone.
+            SampleError: a text contains a reserved token, there are more or fewer image parts than images, a part is a
+                video, the image processor refuses the shape of an image, or a text-only model is given an image.
         """
         self._refuse_reserved(messages, name)
         pixel_values, image_grid_thw = self._encode_images(images, name)
@@ -126,14 +127,14 @@ class ChatProcessor:
         )
 
     def encode_sample(self, sample: Sample, task_id: int) -> Prompt:
-        """The prompt that asks a sample.
+        """Return the prompt that asks a sample.
 
         Args:
             sample: what is asked.
             task_id: number of its task, see ``types.Prompt``.
 
         Raises:
-            SampleError: see ``encode``; names the sample.
+            SampleError: the sample cannot be encoded (see ``encode``); the message names it.
         """
         messages = build_messages(sample, self.system_prompt, self._instructed.get(sample.task))
         inputs = self.encode(messages, sample.images, name=f"sample {sample.key}")
@@ -141,10 +142,10 @@ class ChatProcessor:
 
     @cached_property
     def response_prefix(self) -> str:
-        """What the chat template writes of every response itself, such as an opening ``<think>``; mostly ``""``.
+        """The beginning of every response that the chat template writes itself, such as ``<think>``; mostly ``""``.
 
-        It is what follows the header of the assistant's turn, which an earlier answer of a chat shows: templates put
-        nothing between header and text there.
+        It is the text after the header of the assistant's turn. The header is known from an earlier answer of a chat,
+        where templates put nothing between header and text.
         """
         ask, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "§"}
         asked = self._render([ask], "prompt")
@@ -152,11 +153,11 @@ class ChatProcessor:
         return _after(_after(asked, self._render([ask, answer, ask], "prompt")), generation)
 
     def encode_response(self, text: str, name: str = "response") -> Tensor:
-        """int64 ``[R]``: the tokens of a response and the end-of-turn token.
+        """Return int64 ``[R]``: the tokens of a response, followed by the end-of-turn token.
 
         Args:
             text: the response.
-            name: what errors call it.
+            name: name of the response in error messages.
 
         Raises:
             SampleError: the text contains a reserved token.
@@ -166,15 +167,15 @@ class ChatProcessor:
         return torch.tensor([*ids, self.eos_token_id], dtype=torch.int64)
 
     def banned_token_ids(self, vocab_size: int) -> list[int]:
-        """Ids that must never be sampled, ascending: vision tokens, and rows that the tokenizer has no token for.
+        """Return the ids that must never be sampled, ascending: vision tokens, and ids that stand for no token.
 
         Args:
-            vocab_size: rows of the model's embedding.
+            vocab_size: number of rows of the model's embedding.
         """
         return sorted({*self.vision_token_ids, *range(len(self.tokenizer), vocab_size)})
 
     def decode(self, token_ids: Tensor | Sequence[int]) -> str:
-        """Text of token ids, without special tokens."""
+        """Return the text of token ids, without special tokens."""
         ids = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -202,14 +203,14 @@ class ChatProcessor:
         )
 
     def _refuse_reserved(self, messages: Sequence[Mapping[str, Any]], name: str) -> None:
-        """A reserved token in a text would be read as a turn border or an image that is not there."""
+        """Raise if a text contains a reserved token, which would be read as the end of a turn or as an image."""
         for text in _texts(messages):
             if found := self._reserved.search(text):
                 raise SampleError(f"{name}: the text contains the reserved token {found[0]}; remove it")
 
 
 def _after(start: str, text: str) -> str:
-    """What follows the beginning that a text shares with another."""
+    """Return the rest of a text after the beginning that it shares with another text."""
     shared = next((i for i, (a, b) in enumerate(zip(start, text, strict=False)) if a != b), min(len(start), len(text)))
     return text[shared:]
 
@@ -226,7 +227,7 @@ def _texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _as_text(message: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A message with its text parts joined to one string."""
+    """Return a message with its text parts joined to one string."""
     content = message["content"]
     if not isinstance(content, str):
         other = sorted({str(part.get("type")) for part in content} - {"text"})
@@ -246,7 +247,7 @@ def _family_of(model_dir: Path) -> models.Family:
 
 
 def _load_chat_template(model_dir: Path, tokenizer: Any) -> str:
-    """The directory's template in the order ``AutoProcessor`` has: ``chat_template.jinja``, ``.json``, tokenizer."""
+    """Return the chat template, looked up as ``AutoProcessor`` does: ``chat_template.jinja``, ``.json``, tokenizer."""
     jinja, as_json = model_dir / "chat_template.jinja", model_dir / "chat_template.json"
     if jinja.exists():
         return jinja.read_text()

@@ -5,7 +5,7 @@ A shard is plain webdataset: consecutive members ``<key>.json`` and ``<key>.<i>.
 the json holds the fields of ``types.Sample``, with ``images`` naming the image members in order, and whatever else
 the maker adds (``Sample.extra``). The index records, per shard, its size in bytes, its sha256, where every member lies,
 and the tasks with their answer formats: a reader can go to any sample without scanning a tar, and notices a missing,
-truncated or exchanged shard, and a task or format that nobody knows, before the first step.
+truncated or exchanged shard, and an unknown task or answer format, before the first step.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ SAMPLE_FIELDS = (*REQUIRED_FIELDS, "response")
 
 
 def split_member_name(name: str) -> tuple[str, str]:
-    """``dir/key.0.png`` -> ``("dir/key", "0.png")``: webdataset's rule, a key ends at the file name's first dot."""
+    """Split ``dir/key.0.png`` into ``("dir/key", "0.png")``: in webdataset, a key ends at the file name's first dot."""
     folder, slash, file = name.rpartition("/")
     key, _, suffix = file.partition(".")
     return folder + slash + key, suffix
 
 
 def parse_fields(data: bytes, shard: str, key: str) -> dict[str, Any]:
-    """The json of one sample, with its required fields checked.
+    """Parse the json of one sample, and check that it has the required fields.
 
     Raises:
-        SampleError: not json, not an object, or a missing field; names shard, sample and field.
+        SampleError: the data is not json or not an object, or a field is missing; the message names shard, sample and
+            field.
     """
     where = f"shard {shard}, sample {key!r}"
     try:
@@ -51,6 +52,6 @@ def parse_fields(data: bytes, shard: str, key: str) -> dict[str, Any]:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file."""
+    """Return the sha256 of a file in hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

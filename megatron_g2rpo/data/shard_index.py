@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read webdataset shards at random: any sample by its place in the index, decoded when it is asked for."""
+"""Random access to webdataset shards: any sample is found by its entry in the index and decoded when it is read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.Decompression
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """Where one sample lies: its shard, key and task, and suffix -> (offset, length) in bytes."""
+    """The place of one sample: its shard, key and task, and member suffix -> (offset, length) in bytes."""
 
     shard: Path
     key: str
@@ -35,7 +35,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """``<shard>/<key>``, unique in the dataset; errors use it."""
+        """The sample's name, ``<shard>/<key>``, which is unique in the dataset; error messages use it."""
         return f"{self.shard.stem}/{self.key}"
 
 
@@ -43,7 +43,7 @@ class ShardIndex:
     """The samples of a dataset, by task, in the order of the shards.
 
     Attributes:
-        directory: where shards and index lie.
+        directory: directory that holds shards and index.
         shards: paths of the shards in use.
         tasks: names of the tasks that occur, sorted.
         answer_formats: task -> names of the answer formats of its samples; a task is absent where the index was written
@@ -52,11 +52,11 @@ class ShardIndex:
 
     Args:
         path: a directory of shards, a glob of ``.tar`` files in one directory, or one ``.tar`` file.
-        known_tasks: the tasks a recipe lists (``env.tasks``); None accepts any.
+        known_tasks: the tasks that a recipe lists (``env.tasks``); None accepts any.
 
     Raises:
-        DataError: no index, a shard that is missing, truncated or unknown to the index, no sample, or a task that is
-            not in ``known_tasks``. Each names the path.
+        DataError: there is no index or no sample, a shard is missing, truncated or not in the index, or a task is not
+            in ``known_tasks``. The message names the path.
     """
 
     def __init__(self, path: str | Path, known_tasks: Collection[str] | None = None) -> None:
@@ -90,7 +90,7 @@ class ShardIndex:
         return sum(len(entries) for entries in self._entries.values())
 
     def entries(self, task: str) -> Sequence[Entry]:
-        """The samples of one task, in the order of the shards.
+        """Return the entries of one task's samples, in the order of the shards.
 
         Raises:
             DataError: the task does not occur.
@@ -100,18 +100,18 @@ class ShardIndex:
         return self._entries[task]
 
     def read_fields(self, entry: Entry) -> dict[str, Any]:
-        """The json of a sample, images not decoded.
+        """Read the json of a sample without decoding its images.
 
         Raises:
-            SampleError: broken json, or a missing field.
+            SampleError: the json is broken, or lacks a field.
         """
         return parse_fields(_read(entry, "json"), entry.shard.name, entry.key)
 
     def read(self, entry: Entry) -> Sample:
-        """The sample, its images decoded to RGB.
+        """Read a sample, with its images decoded to RGB.
 
         Raises:
-            SampleError: broken json or an image that cannot be decoded; names shard, sample and member.
+            SampleError: the json is broken, or an image cannot be decoded; the message names shard, sample and member.
         """
         fields = self.read_fields(entry)
         return Sample(
@@ -126,16 +126,16 @@ class ShardIndex:
         )
 
     def iterate_fields(self) -> Iterator[dict[str, Any]]:
-        """The json of every sample, task by task."""
+        """Yield the json of every sample, task by task."""
         for task in self.tasks:
             for entry in self._entries[task]:
                 yield self.read_fields(entry)
 
     def verify(self) -> None:
-        """Compare every shard with its sha256 in the index; reads all bytes.
+        """Compare every shard with its sha256 in the index, which reads all bytes.
 
         Raises:
-            DataError: a shard's content is not what was indexed.
+            DataError: the content of a shard differs from what was indexed.
         """
         for shard in self.shards:
             if sha256_of(shard) != self._sha256[shard.name]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write webdataset shards and their index; the format is that of ``shard_format``.
+"""Writing of webdataset shards and their index, in the format that ``shard_format`` describes.
 
-Index of foreign shards: ``python -m megatron_g2rpo.data.shard_writer DIRECTORY``.
+``python -m megatron_g2rpo.data.shard_writer DIRECTORY`` writes the index of shards that another program has made.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class ShardWriter:
     The bytes written depend on the samples alone (no times, no user names), so that equal data has equal hashes.
 
     Args:
-        directory: created if need be; must not already hold shards.
-        samples_per_shard: samples after which a new shard begins.
+        directory: directory of the shards, created if necessary; it must not hold shards yet.
+        samples_per_shard: number of samples after which a new shard begins.
 
     Raises:
         DataError: the directory already holds shards.
@@ -57,10 +57,10 @@ class ShardWriter:
         """Append one sample.
 
         Args:
-            key: unique in the dataset; no dots.
-            fields: what ``nouns.Sample`` needs, but ``images``; further fields are kept as provenance.
+            key: key of the sample, unique in the dataset and without dots.
+            fields: the fields of ``types.Sample`` except ``images``; further fields are kept (``Sample.extra``).
             images: encoded image files, in order.
-            suffix: file type of the images; a list has one for each.
+            suffix: file type of all images, or a list with the type of each.
 
         Raises:
             DataError: the key contains a dot.
@@ -94,8 +94,8 @@ def write_index(directory: str | Path) -> Path:
         The path of the index.
 
     Raises:
-        DataError: no shards, an unreadable shard, or a key that occurs twice.
-        SampleError: a sample without json, with a missing field, or naming an image that is not there.
+        DataError: there are no shards, a shard cannot be read, or a key occurs twice.
+        SampleError: a sample has no json, lacks a field, or names an image that does not exist.
     """
     directory = Path(directory)
     paths = sorted(directory.glob("*.tar"))
@@ -113,7 +113,7 @@ def write_index(directory: str | Path) -> Path:
 
 
 def _scan_shard(path: Path) -> dict[str, Any]:
-    """One shard's entry in the index. ``members`` maps suffix -> [offset in bytes, length in bytes]."""
+    """Return the entry of one shard in the index; ``members`` maps suffix -> [offset in bytes, length in bytes]."""
     samples: dict[str, dict[str, Any]] = {}
     formats: dict[str, set[str]] = {}
     try:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw prompts: task-balanced, reproducible, resumable.
+"""The stream of training prompts: balanced over tasks, reproducible and resumable.
 
 The prompt at position p of the stream is a function of the dataset, the task weights, the seed and p alone. Every rank
-can therefore draw the same global batch without a word to the others, and a run resumes from one integer.
+can therefore draw the same global batch without communication, and a run resumes from one integer.
 
-- Which task: the one that lags most behind its share, so that every stretch of the stream holds each in proportion.
-- Which of its samples: the k-th draw of a task is entry k of an endless run of shuffles, one per epoch of the task.
+- The task is the one that is furthest behind its share, so that every part of the stream has each task in proportion.
+- The sample: the k-th draw of a task is entry k of an endless series of shuffles, one per epoch of the task.
 - A sample that cannot be decoded (``on_bad_sample: skip``) is replaced by another of its task that depends on p alone:
-  what one rank meets shifts nothing for the others.
+  an undecodable sample on one rank changes nothing on the others.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ class PromptStream:
 
     Attributes:
         tasks: the tasks that are drawn, sorted.
-        position: prompts drawn so far (global count).
-        num_skipped: undecodable samples that this process met and replaced since it started.
+        position: number of prompts drawn so far, over all ranks.
+        num_skipped: number of undecodable samples that this process has replaced since it started.
 
     Args:
-        index: the training shards.
-        task_weights: task -> share, relative to the others; tasks it does not name have 1, a task of weight 0 is never
+        index: index of the training shards.
+        task_weights: task -> share, relative to the others; a task that is not named has 1, a task of weight 0 is never
             drawn.
-        seed: of the shuffles.
-        processor: encodes samples.
+        seed: seed of the shuffles.
+        processor: processor that encodes samples.
         on_bad_sample: ``error`` raises on an undecodable sample, ``skip`` counts and replaces it.
         need_response: every sample must have a ``response`` (supervised training).
         task_ids: task -> ``Prompt.task_id``, for every task of the data; None numbers the data's own tasks in their
             sorted order.
 
     Raises:
-        DataError: a weight for a task that the data lacks, a negative weight, or none above 0.
+        DataError: a weight names a task that the data lacks, a weight is negative, or no weight is above 0.
     """
 
     def __init__(
@@ -75,31 +75,31 @@ class PromptStream:
         self._counts = np.zeros(len(self.tasks), dtype=np.int64)  # draws per task before `position`
         self._shuffles: dict[str, tuple[int, np.ndarray]] = {}  # task -> (epoch, its permutation)
 
-    def next_batch(self, n: int, rows: range | None = None) -> list[Prompt]:
-        """The next n prompts of the stream.
+    def next_batch(self, n: int, indices: range | None = None) -> list[Prompt]:
+        """Return the next n prompts of the stream.
 
         Args:
-            n: prompts of the global batch; the position advances by n.
-            rows: rows of the global batch to decode and return, so that a rank pays for its own part only; None for
-                all.
+            n: number of prompts of the global batch; the position advances by n.
+            indices: which of the n prompts, counted from 0, to decode and return, so that a rank pays for its own
+                part only; None for all.
 
         Raises:
-            SampleError: a sample that cannot be decoded or encoded, under ``on_bad_sample: error``; names it.
-            DataError: a sample without response where one is needed, or too many bad samples in a row.
+            SampleError: a sample cannot be decoded or encoded, under ``on_bad_sample: error``; the message names it.
+            DataError: a sample lacks a response where one is needed, or too many bad samples came in a row.
         """
         drawn = [self._draw() for _ in range(n)]
         first = self.position - n
-        return [self._decode(drawn[row], first + row) for row in (range(n) if rows is None else rows)]
+        return [self._decode(drawn[i], first + i) for i in (range(n) if indices is None else indices)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, and what it draws from; the same on every rank."""
+        """Return the position of the stream and what it draws from, for a checkpoint; equal on every rank."""
         return {"position": self.position, **self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where another stream over the same data stood.
+        """Continue at the position of another stream over the same data.
 
         Raises:
-            DataError: the state belongs to another dataset, seed or mixture of tasks; names the difference.
+            DataError: the state belongs to another dataset, seed or mixture of tasks; the message names the difference.
         """
         for key, mine in self._identity().items():
             if state[key] != mine:
@@ -116,7 +116,7 @@ class PromptStream:
         return {"seed": self._seed, "task shares": shares, "dataset fingerprint": self._index.fingerprint}
 
     def _advance(self) -> tuple[int, int]:
-        """(task, how often it was drawn before) of this position; moves to the next."""
+        """Return the task of this position and how often it was drawn before, and move to the next position."""
         lag = self._shares * (self.position + 1) - self._counts
         task = int(np.argmax(lag))  # the first of equals: tasks are sorted
         before = int(self._counts[task])
@@ -168,19 +168,19 @@ def validation_prompts(
     rows: slice = slice(None),
     task_ids: Mapping[str, int] | None = None,
 ) -> list[Prompt]:
-    """The first ``per_task`` samples of every task (all, where there are fewer), task by task.
+    """Return prompts of the first ``per_task`` samples of every task (all, where there are fewer), task by task.
 
     Args:
-        index: the held-out shards.
-        per_task: samples of each task.
-        processor: encodes samples.
-        on_bad_sample: ``skip`` leaves an undecodable sample out, without replacement: which samples are held out does
-            not depend on how they are shared over ranks.
-        rows: which of them to decode and return, so that a rank pays for its own part only.
+        index: index of the held-out shards.
+        per_task: largest number of samples of each task.
+        processor: processor that encodes samples.
+        on_bad_sample: ``skip`` leaves an undecodable sample out, without replacement, so that the selection does not
+            depend on how samples are shared over ranks.
+        rows: slice of these samples to decode and return, so that a rank pays for its own part only.
         task_ids: task -> ``Prompt.task_id``, see ``PromptStream``.
 
     Raises:
-        SampleError: an undecodable sample under ``on_bad_sample: error``.
+        SampleError: a sample cannot be decoded or encoded, under ``on_bad_sample: error``.
     """
     task_ids = number_tasks(index.tasks) if task_ids is None else task_ids
     prompts = []
@@ -200,8 +200,8 @@ def encode_entry(
     """Read, decode and encode one sample.
 
     Raises:
-        SampleError: it cannot be decoded or encoded.
-        DataError: it lacks a response where one is needed.
+        SampleError: the sample cannot be decoded or encoded.
+        DataError: the sample lacks a response where one is needed.
     """
     sample = index.read(entry)
     if need_response and sample.response is None:
@@ -210,7 +210,7 @@ def encode_entry(
 
 
 def _complete_weights(index: ShardIndex, task_weights: Mapping[str, float]) -> dict[str, float]:
-    """Task -> weight above 0, sorted by task."""
+    """Check the weights, and return task -> weight for all tasks with a weight above 0, sorted by task."""
     for task, weight in task_weights.items():
         if task not in index.tasks:
             raise DataError(f"data.task_weights names {task!r}, which the data lacks; it has {', '.join(index.tasks)}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mathematics of G2RPO: tensors in, tensors out. No Megatron, no files, no tokenizer.
+"""The mathematics of G2RPO: functions of tensors, without Megatron, files or tokenizers.
 
 ``advantages`` and ``estimators`` turn rewards into advantages (``sharded`` does so over ranks, ``diagnostics`` says how
 they are distributed); ``surrogates`` turns advantages into per-token losses; ``kl`` holds the policy near a reference;

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gaussian advantages and group statistics: the public functions over the compiled op and its torch stand-in.
+"""Gaussian advantages and group statistics: public functions on top of the compiled op or its torch replacement.
 
 Source: "OpenVLThinkerV2: A Generalist Multimodal Reasoning Model for Multi-domain Visual Tasks", arXiv 2604.08539.
 """
@@ -28,7 +28,7 @@ _EXTENSION = "megatron_g2rpo.objective._group_ops"
 
 
 def _load_extension() -> ModuleType | None:
-    """Imports the compiled op. One that was never built is reported; one that is broken is an error."""
+    """Import the compiled op; warn if it was never built, and raise if it was built but is broken."""
     try:
         return importlib.import_module(_EXTENSION)
     except ModuleNotFoundError as error:
@@ -46,22 +46,22 @@ _extension = _load_extension()
 
 
 def backend() -> Literal["cpp", "torch"]:
-    """Which implementation computes advantages and statistics: the compiled op, or torch where it is not built."""
+    """Return which implementation computes advantages and statistics: the compiled op, or torch if it is not built."""
     return "torch" if _extension is None else "cpp"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetStatistics:
-    """Reward statistics of K sets (groups or tasks), one entry a set, ids ascending.
+    """Reward statistics of K sets (groups or tasks), one entry per set, ids ascending.
 
     Attributes:
-        id: int64 ``[K]``.
-        count: int64 ``[K]``, rollouts in the set.
-        mean: float64 ``[K]``.
-        std: float64 ``[K]``, population standard deviation.
-        min: float64 ``[K]``.
-        max: float64 ``[K]``.
-        distinct: int64 ``[K]``, distinct rewards, where rewards within the tie tolerance are one.
+        id: int64 ``[K]``, id of the set.
+        count: int64 ``[K]``, number of rollouts in the set.
+        mean: float64 ``[K]``, mean reward.
+        std: float64 ``[K]``, population standard deviation of the rewards.
+        min: float64 ``[K]``, smallest reward.
+        max: float64 ``[K]``, largest reward.
+        distinct: int64 ``[K]``, number of distinct rewards; rewards within the tie tolerance count as one.
     """
 
     id: Tensor
@@ -74,7 +74,7 @@ class SetStatistics:
 
     @property
     def zero_variance(self) -> Tensor:
-        """Which sets have no spread: bool ``[K]``, True where all rewards of the set are equal."""
+        """The sets without spread: bool ``[K]``, True where all rewards of the set are equal."""
         return self.distinct == 1
 
 
@@ -96,7 +96,7 @@ def gaussian_advantages(
     zero_variance: str = "drop",
     variance: str = "as_is",
 ) -> Tensor:
-    """Maps rewards to N(0, 1) by optimal transport, within every group and then within every task.
+    """Map rewards to N(0, 1) by optimal transport, within every group and then within every task.
 
     In each stage, the k-th smallest of the n values of a set (k = 1..n) becomes ``Phi^-1((k - 1/2) / n)``, and tied
     values share the mean of theirs. A set of one value maps to 0. The result does not depend on the order of the
@@ -108,7 +108,7 @@ def gaussian_advantages(
         task_ids: int64 ``[N]``, ids of the tasks.
         stages: the sets to map within, in order: ``"group"``, ``"task"`` or both.
         tie_tolerance: values closer than this are equal, and so are chains of them (a ~ b ~ c); equal values are
-            always tied. The same in every stage.
+            always tied. It applies to every stage.
         zero_variance: what becomes of the rollouts of a set whose values are all equal. ``"drop"``: they get 0 and take
             no rank in later stages. ``"keep"``: they enter the later stages at 0.
         variance: ``"as_is"``: the midpoint quantiles, whose standard deviation is below 1 (0.923 for 8 distinct
@@ -119,8 +119,9 @@ def gaussian_advantages(
         float64 ``[N]``, in the order of the rollouts.
 
     Raises:
-        TypeError: an argument of another type or dtype.
-        ValueError: unequal lengths, an unknown option, or a reward that is not finite (its row, group and task named).
+        TypeError: an argument has another type or dtype.
+        ValueError: lengths differ, an option is unknown, or a reward is not finite (its index, group and task are
+            named).
     """
     check_options(stages=stages, tie_tolerance=tie_tolerance, zero_variance=zero_variance, variance=variance)
     batch = as_reward_batch(rewards, group_ids, task_ids)
@@ -140,7 +141,7 @@ def group_statistics(
     *,
     tie_tolerance: float = TIE_TOLERANCE,
 ) -> GroupStatistics:
-    """Counts, moments and ranges of the rewards of every group and of every task.
+    """Compute counts, moments and ranges of the rewards of every group and of every task.
 
     Args:
         rewards: float32 or float64 ``[N]``; computed in float64.
@@ -149,8 +150,9 @@ def group_statistics(
         tie_tolerance: rewards closer than this count as one distinct value.
 
     Raises:
-        TypeError: an argument of another type or dtype.
-        ValueError: unequal lengths, a bad tolerance, or a reward that is not finite (its row, group and task named).
+        TypeError: an argument has another type or dtype.
+        ValueError: lengths differ, the tolerance is invalid, or a reward is not finite (its index, group and task are
+            named).
     """
     _check_tolerance(tie_tolerance)
     batch = as_reward_batch(rewards, group_ids, task_ids)
@@ -164,10 +166,10 @@ def group_statistics(
 
 
 def check_options(*, stages: Sequence[str], tie_tolerance: float, zero_variance: str, variance: str) -> None:
-    """Refuse options of ``gaussian_advantages`` that it does not know.
+    """Check the options of ``gaussian_advantages``.
 
     Raises:
-        ValueError: naming the option.
+        ValueError: an option is unknown; the message names it.
     """
     _check_tolerance(tie_tolerance)
     unknown = isinstance(stages, str) or any(stage not in STAGES for stage in stages)

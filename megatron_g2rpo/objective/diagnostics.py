@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the advantages of every task are distributed, and how far that is from N(0, 1). For metrics: no gradients."""
+"""Metrics of how the advantages of every task are distributed, and how far from N(0, 1); they carry no gradient."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _QUANTILES = torch.tensor([0.05, 0.50, 0.95], dtype=torch.float64)
 
 @dataclass(frozen=True, kw_only=True)
 class AdvantageDiagnostics:
-    """The distribution of the advantages of T tasks, one entry a task, ids ascending.
+    """The distribution of the advantages of T tasks, one entry per task, ids ascending.
 
     Attributes:
-        task: int64 ``[T]``, ids.
-        mean: float64 ``[T]``.
-        std: float64 ``[T]``, population standard deviation.
+        task: int64 ``[T]``, ids of the tasks.
+        mean: float64 ``[T]``, mean advantage.
+        std: float64 ``[T]``, population standard deviation of the advantages.
         skew: float64 ``[T]``, mean of the third power of ``(A - mean) / std``; 0 where ``std`` is 0.
         q05: float64 ``[T]``, the 5% quantile, interpolated linearly between neighbours.
         q50: float64 ``[T]``, the median.
@@ -40,14 +40,15 @@ class AdvantageDiagnostics:
 
 
 def advantage_diagnostics(advantages: Tensor, tasks: Tensor) -> AdvantageDiagnostics:
-    """Describes the advantages of every task. Does not depend on the order of the rollouts, bit for bit.
+    """Describe the advantages of every task; the result does not depend on the order of the rollouts, bit for bit.
 
     Args:
         advantages: float32 or float64 ``[N]`` on the CPU; computed in float64.
         tasks: int64 ``[N]``, task ids.
 
     Raises:
-        TypeError, ValueError: as ``group_statistics``.
+        TypeError: an argument has another type or dtype.
+        ValueError: lengths differ, or an advantage is not finite.
     """
     statistics = group_statistics(advantages, tasks, tasks).tasks
     values = advantages.double() + 0.0  # -0 becomes +0: a sort would leave their order to the caller
@@ -70,7 +71,7 @@ def advantage_diagnostics(advantages: Tensor, tasks: Tensor) -> AdvantageDiagnos
 
 
 def normal_distance(values: Tensor) -> float:
-    """1-Wasserstein distance between the empirical distribution of ``values`` and N(0, 1), exactly.
+    """Return the exact 1-Wasserstein distance between the empirical distribution of ``values`` and N(0, 1).
 
     The distance is the integral over u in (0, 1) of ``|x(u) - Phi^-1(u)|``, where the empirical quantile function x(u)
     is the k-th smallest value on ((k - 1) / n, k / n). On such a step [a, b] the sign changes at c, which is Phi(x)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entropy shaping: keeps the mean token entropy of every task between two bounds, exactly.
+"""Entropy shaping, which keeps the mean token entropy of every task between two bounds.
 
 The loss is ``w * sum_t [relu(H_t - high_t) + relu(low_t - H_t)]``, where H_t is the mean entropy of the response tokens
 of task t in the global minibatch (arXiv 2604.08539). A hinge of a mean is not a sum over micro-batches. But its
@@ -20,16 +20,16 @@ from torch import Tensor
 
 
 def task_entropy_sums(entropy: Tensor, task_ids: Tensor, mask: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]:
-    """Sums token entropies by task. Both results add up over micro-batches and ranks.
+    """Sum token entropies by task; both results add up over micro-batches and ranks.
 
     Args:
-        entropy: ``[S]``; used without gradient.
-        task_ids: int64 ``[S]``; may be -1 where ``mask`` is 0.
+        entropy: ``[S]``, entropy of each token; used without gradient.
+        task_ids: int64 ``[S]``, task of each token; may be -1 where ``mask`` is 0.
         mask: ``[S]``, not 0 at response tokens.
-        num_tasks: T.
+        num_tasks: number of tasks, T.
 
     Returns:
-        (entropy sums float64 ``[T]``, token counts float64 ``[T]``).
+        The entropy sums, float64 ``[T]``, and the token counts, float64 ``[T]``.
     """
     kept = mask != 0
     bins = torch.where(kept, task_ids, num_tasks)
@@ -41,28 +41,28 @@ def task_entropy_sums(entropy: Tensor, task_ids: Tensor, mask: Tensor, num_tasks
 
 
 def hinge_loss(entropy_sums: Tensor, token_counts: Tensor, low: Tensor, high: Tensor, weight: float) -> Tensor:
-    """Value of the loss from global sums: a scalar for the metrics.
+    """Return the value of the loss, computed from global sums: a scalar for the metrics.
 
     Args:
         entropy_sums: ``[T]``, sums over the global minibatch.
-        token_counts: ``[T]``, likewise.
+        token_counts: ``[T]``, number of response tokens in the global minibatch.
         low: ``[T]``, lower bounds.
         high: ``[T]``, upper bounds.
-        weight: w.
+        weight: weight w of the loss.
 
     Raises:
-        ValueError: a lower bound that is not below or at its upper bound.
+        ValueError: a lower bound is above its upper bound.
     """
     above, below = _distances(entropy_sums, token_counts, low, high)
     return weight * (above.relu() + below.relu()).sum()
 
 
 def hinge_sides(entropy_sums: Tensor, token_counts: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Which side of its bounds each task is on: +1 above ``high``, -1 below ``low``, 0 between or without tokens.
+    """Return the side of its bounds that each task is on: +1 above ``high``, -1 below ``low``, 0 between or no tokens.
 
     Args:
         entropy_sums: ``[T]``, sums over the global minibatch.
-        token_counts: ``[T]``, likewise.
+        token_counts: ``[T]``, number of response tokens in the global minibatch.
         low: ``[T]``, lower bounds.
         high: ``[T]``, upper bounds.
 
@@ -70,7 +70,7 @@ def hinge_sides(entropy_sums: Tensor, token_counts: Tensor, low: Tensor, high: T
         int64 ``[T]``: the slope of the hinge in H_t.
 
     Raises:
-        ValueError: a lower bound that is not below or at its upper bound.
+        ValueError: a lower bound is above its upper bound.
     """
     above, below = _distances(entropy_sums, token_counts, low, high)
     return (above > 0).long() - (below > 0).long()
@@ -79,20 +79,20 @@ def hinge_sides(entropy_sums: Tensor, token_counts: Tensor, low: Tensor, high: T
 def entropy_loss_weights(
     task_ids: Tensor, mask: Tensor, sides: Tensor, task_counts: Tensor, weight: float, total_tokens: float
 ) -> Tensor:
-    """Coefficients c with ``sum(c * H) / total_tokens == w * sum_t side_t * mean_t(H)`` over the global minibatch.
+    """Return c with ``sum(c * H) / total_tokens == w * sum_t side_t * mean_t(H)`` over the global minibatch.
 
-    The division by ``total_tokens`` is the one that the policy loss goes through as well.
+    The division by ``total_tokens`` is that of the whole loss, which the caller applies to the policy loss as well.
 
     Args:
-        task_ids: int64 ``[S]``; may be -1 where ``mask`` is 0.
+        task_ids: int64 ``[S]``, task of each token; may be -1 where ``mask`` is 0.
         mask: ``[S]``, not 0 at response tokens.
         sides: ``[T]`` from ``hinge_sides``.
-        task_counts: ``[T]``, response tokens of each task in the global minibatch.
-        weight: w.
-        total_tokens: what the summed loss of the global minibatch is divided by.
+        task_counts: ``[T]``, number of response tokens of each task in the global minibatch.
+        weight: weight w of the loss.
+        total_tokens: number that the summed loss of the global minibatch is divided by.
 
     Returns:
-        float32 ``[S]``, 0 where ``mask`` is 0.
+        The coefficients, float32 ``[S]``, 0 where ``mask`` is 0.
     """
     # Only tasks that are shaped divide by their count: absent ones have neither a side nor a count.
     per_task = weight * total_tokens * sides.double() / torch.where(sides != 0, task_counts, 1)
@@ -103,7 +103,7 @@ def entropy_loss_weights(
 
 
 def _distances(entropy_sums: Tensor, token_counts: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Signed distances (H - high, low - H) of each task, -inf for tasks without tokens."""
+    """Return the signed distances (H - high, low - H) of each task; -inf for tasks without tokens."""
     if not bool((low <= high).all()):
         raise ValueError(
             f"entropy bounds need low <= high for every task, got low {low.tolist()}, high {high.tolist()}"

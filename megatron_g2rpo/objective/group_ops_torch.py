@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The group-statistics op in torch: the oracle for the C++ op in tests, and its stand-in where no compiler exists.
+"""The compiled op in torch: the reference for the C++ op in tests, and its replacement where it is not built.
 
-One Python iteration a set, so that it can be read beside the formula. Sums run over sorted values, as in C++: the
-results do not depend on the order of the rollouts. The quantile function is torch's own, independent of the C++ one.
+It loops over the sets in Python, so that it can be read beside the formula. Sums run over sorted values, as in C++, so
+that results do not depend on the order of the rollouts. The quantile function is torch's, independent of the C++ one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_g2rpo.objective.reward_batch import RewardBatch, first_non_finite,
 def gaussian_advantages(
     batch: RewardBatch, *, stages: Sequence[str], tie_tolerance: float, drop_zero_variance: bool, unit_variance: bool
 ) -> Tensor:
-    """See ``megatron_g2rpo.objective.gaussian_advantages``."""
+    """Compute what ``megatron_g2rpo.objective.gaussian_advantages`` documents."""
     values = _finite_values(batch)
     active = torch.ones(len(batch), dtype=torch.bool)
     for stage in stages:
@@ -41,7 +41,7 @@ def gaussian_advantages(
 
 
 def set_statistics(batch: RewardBatch, ids: Tensor, tie_tolerance: float) -> dict[str, Tensor]:
-    """Columns of ``SetStatistics`` by ``ids`` int64 ``[N]``, ids ascending."""
+    """Return the columns of ``SetStatistics`` for the sets of ``ids``, int64 ``[N]``, with ids ascending."""
     values = _finite_values(batch)
     integers: dict[str, list[int]] = {"id": [], "count": [], "distinct": []}
     floats: dict[str, list[float]] = {"mean": [], "std": [], "min": [], "max": []}
@@ -67,14 +67,14 @@ def _finite_values(batch: RewardBatch) -> Tensor:
 
 
 def _sets(ids: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yields (id, indices of its rollouts), ids ascending."""
+    """Yield (id, indices of its rollouts), with ids ascending."""
     unique, counts = ids.unique(return_counts=True)
     members = ids.argsort(stable=True).split(counts.tolist())
     yield from zip(unique.tolist(), members, strict=True)
 
 
 def _tie_chains(values: Tensor, tie_tolerance: float) -> Tensor:
-    """Index of the chain of tied neighbours each value belongs to, int64 ``[n]``, ascending with the values."""
+    """Return the index of the chain of tied values that each value belongs to, int64 ``[n]``, ascending by value."""
     ordered, order = values.sort()
     steps = ordered.diff()
     splits = (steps != 0) & ~(steps < tie_tolerance)
@@ -84,7 +84,7 @@ def _tie_chains(values: Tensor, tie_tolerance: float) -> Tensor:
 
 
 def _gaussian_image(values: Tensor, chains: Tensor) -> Tensor:
-    """Optimal-transport image: midpoint quantiles of N(0, 1) by rank, averaged over each chain; ``[n]``."""
+    """Return the optimal-transport image ``[n]``: midpoint quantiles of N(0, 1) by rank, averaged over each chain."""
     n = len(values)
     if int(chains.max()) == 0:
         return torch.zeros(n, dtype=torch.float64)
@@ -96,7 +96,7 @@ def _gaussian_image(values: Tensor, chains: Tensor) -> Tensor:
 
 
 def _moments(ordered: Tensor) -> tuple[float, float]:
-    """Mean and population standard deviation of ascending values, rescaled first where squares leave the range."""
+    """Return mean and population standard deviation of ascending values, rescaled where squares leave the range."""
     largest = float(ordered.abs().max())
     extreme = largest > 0.0 and not 2.0**-400 <= largest <= 2.0**400
     exponent = max(math.frexp(largest)[1] - 1, -1000) if extreme else 0

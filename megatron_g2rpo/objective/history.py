@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an estimator remembers from step to step."""
+"""The memory of an advantage estimator, which it carries from step to step."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Moments:
-    """The mean and the population standard deviation that belong to a first and a second moment."""
+    """A first and a second moment, expressed as a mean and a population standard deviation."""
 
     mean: float
     std: float
 
 
 class History:
-    """What an estimator remembers from step to step: EMA-GRPO's moments by task id. Equal on every rank.
+    """The memory of an estimator from step to step: EMA-GRPO's moments by task id. It is equal on every rank.
 
     Attributes:
         moments: task id -> the moving averages of the moments of its rewards; tasks never met are absent.
@@ -27,15 +27,15 @@ class History:
         self.moments: dict[int, Moments] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: plain dictionaries, lists and numbers, which survive JSON bit for bit."""
+        """Return the state for a checkpoint: plain dictionaries, lists and numbers, which survive JSON bit for bit."""
         moments = {str(task): [of_task.mean, of_task.std] for task, of_task in sorted(self.moments.items())}
         return {"moments": moments}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Becomes the history that ``state_dict`` described.
+        """Replace this history by the one that ``state_dict`` returned.
 
         Raises:
-            ValueError: a state of another form.
+            ValueError: the state has another form.
         """
         try:
             if set(state) != {"moments"}:

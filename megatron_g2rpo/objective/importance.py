@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gap between the rollout engine's and the trainer's log-probabilities of the same tokens: weights, masks, sums.
+"""The training-inference gap between the log-probabilities of rollout engine and trainer: weights, masks and sums.
 
 The engine samples from its own distribution, which differs from the trainer's at the same weights (other kernels, other
 precision), so that the loss is off-policy from its first update. The trainer's log-probabilities at the weights that
@@ -24,18 +24,18 @@ _LOG_RATIO_CLAMP = 20.0
 
 
 def truncated_weights(old_logprobs: Tensor, behaviour_logprobs: Tensor, *, cap: float) -> Tensor:
-    """Importance weight of each token, from the engine's distribution to the trainer's, cut at ``cap``.
+    """Return the importance weight of each token, from the engine's distribution to the trainer's, cut at ``cap``.
 
-    To be multiplied with the token's loss. Source: truncated importance sampling, F. Yao et al., "Your Efficient RL
+    The token's loss is multiplied by it. Source: truncated importance sampling, F. Yao et al., "Your Efficient RL
     Framework Secretly Brings You Off-Policy RL Training", 2025.
 
     Args:
-        old_logprobs: ``[S]``, the trainer's.
-        behaviour_logprobs: ``[S]``, the engine's.
-        cap: at least 1, the weight of a token on which both agree.
+        old_logprobs: ``[S]``, the trainer's log-probabilities.
+        behaviour_logprobs: ``[S]``, the engine's log-probabilities.
+        cap: largest weight, at least 1, which is the weight of a token on which both agree.
 
     Returns:
-        ``[S]``: ``min(exp(behaviour - rollout), cap)``.
+        The weights ``[S]``: ``min(exp(old - behaviour), cap)``.
 
     Raises:
         ValueError: shapes differ, or ``cap`` is out of its range.
@@ -48,17 +48,17 @@ def truncated_weights(old_logprobs: Tensor, behaviour_logprobs: Tensor, *, cap: 
 def sequences_within(
     old_logprobs: Tensor, behaviour_logprobs: Tensor, sequences: Sequences, *, low: float, high: float
 ) -> Tensor:
-    """Which tokens belong to a sequence on which engine and trainer agree.
+    """Return which tokens belong to a sequence on which engine and trainer agree.
 
-    They do where the geometric mean of the sequence's token ratios, ``exp(mean(behaviour - rollout))``, lies in
+    They agree where the geometric mean of the sequence's token ratios, ``exp(mean(old - behaviour))``, lies in
     ``[low, high]``.
 
     Args:
-        old_logprobs: ``[S]``, the trainer's.
-        behaviour_logprobs: ``[S]``, the engine's.
-        sequences: which sequence each token belongs to. Calls ``reduce`` once.
-        low: in [0, 1].
-        high: at least 1.
+        old_logprobs: ``[S]``, the trainer's log-probabilities.
+        behaviour_logprobs: ``[S]``, the engine's log-probabilities.
+        sequences: which sequence each token belongs to; its ``reduce`` is called once.
+        low: lower bound, in [0, 1].
+        high: upper bound, at least 1.
 
     Returns:
         bool ``[S]``; False where a token belongs to no sequence.
@@ -76,14 +76,16 @@ def sequences_within(
 
 @dataclass(frozen=True, kw_only=True)
 class GapSums:
-    """Per-task sums over tokens, float64 ``[T]`` each. Over ranks: all-reduce by sum, ``largest`` by maximum.
+    """Sums over the tokens of each task, float64 ``[T]`` each.
+
+    Ranks combine them by an all-reduce: by sum, and ``largest`` by maximum.
 
     Attributes:
-        count: tokens.
-        absolute: of ``|behaviour - rollout|``, nats.
-        kl: of k3 estimates of KL(rollout || trainer), nats; the tokens are samples of the rollout engine. A token's
-            log-ratio is cut to plus or minus 20 here, and here alone.
-        largest: maximum of ``|behaviour - rollout|``, nats; 0 without tokens.
+        count: number of tokens.
+        absolute: sum of ``|old - behaviour|``, nats.
+        kl: sum of k3 estimates of KL(behaviour || old), nats; the tokens are samples of the rollout engine. Only here,
+            a token's log-ratio is cut to plus or minus 20.
+        largest: maximum of ``|old - behaviour|``, nats; 0 without tokens.
     """
 
     count: Tensor
@@ -92,7 +94,7 @@ class GapSums:
     largest: Tensor
 
     def merge(self, other: GapSums) -> GapSums:
-        """Sums over the tokens of both, for micro-batches."""
+        """Return the sums over the tokens of both, for several micro-batches."""
         return GapSums(
             count=self.count + other.count,
             absolute=self.absolute + other.absolute,
@@ -104,14 +106,14 @@ class GapSums:
 def gap_sums(
     old_logprobs: Tensor, behaviour_logprobs: Tensor, task_ids: Tensor, mask: Tensor, num_tasks: int
 ) -> GapSums:
-    """Sums of the gap by task, over the tokens of one micro-batch.
+    """Sum the gap by task over the tokens of one micro-batch.
 
     Args:
-        old_logprobs: ``[S]``, the trainer's.
-        behaviour_logprobs: ``[S]``, the engine's.
-        task_ids: int64 ``[S]``; may be -1 where ``mask`` is 0.
+        old_logprobs: ``[S]``, the trainer's log-probabilities.
+        behaviour_logprobs: ``[S]``, the engine's log-probabilities.
+        task_ids: int64 ``[S]``, task of each token; may be -1 where ``mask`` is 0.
         mask: ``[S]``, not 0 at response tokens.
-        num_tasks: T.
+        num_tasks: number of tasks, T.
 
     Raises:
         ValueError: shapes differ.
@@ -131,7 +133,7 @@ def gap_sums(
 
 
 def _gap(old_logprobs: Tensor, behaviour_logprobs: Tensor) -> Tensor:
-    """Log-ratio of the trainer's to the engine's probability: ``[S]``, no gradient."""
+    """Return the log-ratio of the trainer's to the engine's probability: ``[S]``, without gradient."""
     _check_shapes(old_logprobs=old_logprobs, behaviour_logprobs=behaviour_logprobs)
     return (old_logprobs - behaviour_logprobs).detach()
 

@@ -48,19 +48,19 @@ KINDS: tuple[str, ...] = _estimators.names()
 
 
 def penalty(kind: str, logprobs: Tensor, reference_logprobs: Tensor, *, log_ratio_clamp: float) -> Tensor:
-    """Per-token KL penalty; the table above says what each kind does as a term of the loss.
+    """Return the KL penalty of each token; the module's table says what each kind does as a term of the loss.
 
     Args:
-        kind: one of ``KINDS``.
+        kind: name of the estimator, one of ``KINDS``.
         logprobs: ``[S]``, log-probabilities of the sampled tokens under the policy, with gradient.
-        reference_logprobs: ``[S]``, under the reference; used without gradient.
+        reference_logprobs: ``[S]``, log-probabilities under the reference policy; used without gradient.
         log_ratio_clamp: differences are cut to plus or minus this; beyond it the gradient is 0.
 
     Returns:
-        ``[S]``, to be averaged over the tokens that the loss counts.
+        The penalties ``[S]``, to be averaged over the tokens that the loss counts.
 
     Raises:
-        ValueError: unknown kind, shapes differ, or the clamp is not above 0.
+        ValueError: the kind is unknown, shapes differ, or the clamp is not above 0.
     """
     estimator = _estimators.get(kind)
     if logprobs.shape != reference_logprobs.shape:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rollouts every estimator reads: one reward, its components, one group id and one task id a rollout."""
+"""The input of every estimator: for each rollout its reward, the parts of it, a group id and a task id."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class RewardBatch:
     """N rollouts as contiguous CPU tensors that share memory with the caller's where they can.
 
     Attributes:
-        rewards: float32 or float64 ``[N]``.
+        rewards: float32 or float64 ``[N]``, the rewards.
         group_ids: int64 ``[N]``, id of the prompt that a rollout answers; any values, any order.
-        task_ids: int64 ``[N]``, id of its task; any values, any order.
+        task_ids: int64 ``[N]``, id of the rollout's task; any values, any order.
         parts: name -> float64 ``[N]``, the parts of the rewards, unweighted, names ascending; empty where the caller
             has none.
-        part_weights: name -> float64 ``[N]``, what each part counts for in the reward; the names of ``parts``. It may
+        part_weights: name -> float64 ``[N]``, weight of each part in the reward, for the names of ``parts``. It may
             differ from task to task.
     """
 
@@ -43,19 +43,19 @@ def as_reward_batch(
     parts: Mapping[str, Tensor] | None = None,
     part_weights: Mapping[str, Tensor | float] | None = None,
 ) -> RewardBatch:
-    """Checks types and shapes. Values are not looked at.
+    """Make a ``RewardBatch``, after a check of types and shapes; values are not checked.
 
     Args:
         rewards: float32 or float64 ``[N]``, a CPU tensor or an array.
         group_ids: int64 ``[N]``; narrower integers are widened.
-        task_ids: int64 ``[N]``; likewise.
-        parts: name -> float32 or float64 ``[N]``, the parts of the rewards, or none.
+        task_ids: int64 ``[N]``; narrower integers are widened.
+        parts: name -> float32 or float64 ``[N]``, the parts of the rewards; may be empty.
         part_weights: name -> a number, or float32 or float64 ``[N]``, for every part; None: 1 each.
 
     Raises:
-        TypeError: an argument that is neither a tensor nor an array, or has another dtype.
-        ValueError: a tensor that is not on the CPU, an argument that is not one-dimensional, unequal lengths, weights
-            of other parts than there are.
+        TypeError: an argument is neither a tensor nor an array, or has another dtype.
+        ValueError: a tensor is not on the CPU, an argument is not one-dimensional, lengths differ, or the weights
+            name other parts than ``parts``.
     """
     floats, integers = (torch.float32, torch.float64), (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
     named = dict(sorted((parts or {}).items()))
@@ -93,13 +93,13 @@ def _weights(name: str, weights: Tensor | float, count: int, dtypes: tuple[torch
 
 
 def first_non_finite(rewards: Tensor) -> int | None:
-    """Returns the index of the first reward that is NaN or infinite, or None."""
+    """Return the index of the first reward that is NaN or infinite, or None."""
     bad = ~torch.isfinite(rewards)
     return int(bad.nonzero()[0].item()) if bool(bad.any()) else None
 
 
 def non_finite_message(batch: RewardBatch, index: int, where: str) -> str:
-    """Names a non-finite reward: its value, group and task, and ``where`` it was found."""
+    """Return the error message for a non-finite reward: its value, group and task, and ``where`` it was found."""
     return (
         f"reward of {where} is {batch.rewards[index].item()} (group {batch.group_ids[index].item()}, "
         f"task {batch.task_ids[index].item()}); rewards must be finite"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums and means over the sequences of a packed row, also where ranks share the tokens of a sequence.
+"""Sums and means over each sequence of a packed row, also where several ranks share the tokens of a sequence.
 
 Shape letters: ``S`` tokens of (a share of) a packed row, ``N`` sequences of the whole row.
 """
@@ -14,20 +14,19 @@ from torch import Tensor
 
 
 def identity(tensor: Tensor) -> Tensor:
-    """What ``Sequences.reduce`` is where no other rank holds tokens of the same sequences."""
+    """Return the tensor: the ``Sequences.reduce`` for a rank that shares its sequences with no other rank."""
     return tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sequences:
-    """Which sequence each token of (a share of) a packed row belongs to.
+    """The assignment of the tokens of (a share of) a packed row to its sequences.
 
-    What is summed carries no gradient, so that it may cross ranks: gradients flow through each token's own
-    log-probability alone.
+    Sums carry no gradient, so that they may cross ranks: gradients flow only through each token's own log-probability.
 
     Attributes:
         ids: int64 ``[S]``, 0..N-1 at response tokens that the loss counts; -1 elsewhere.
-        size: N.
+        size: number of sequences, N.
         reduce: sums a tensor over the ranks that hold other tokens of the same sequences (context-parallel peers). A
             collective, so ``sum``, ``counts`` and ``mean`` are too; each calls it once.
 
@@ -44,15 +43,15 @@ class Sequences:
             raise ValueError(f"ids must be int64 [S], got {self.ids.dtype} {list(self.ids.shape)}")
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of ``values`` ``[S]`` over the tokens of each sequence, all ranks: float64 ``[N]``."""
+        """Return the sum of ``values [S]`` over the tokens of each sequence, on all ranks: float64 ``[N]``."""
         return self._reduced(self._local_sum(values))
 
     def counts(self) -> Tensor:
-        """Tokens of each sequence, all ranks: float64 ``[N]``."""
+        """Return the number of tokens of each sequence, on all ranks: float64 ``[N]``."""
         return self.sum(torch.ones_like(self.ids))
 
     def mean(self, values: Tensor) -> Tensor:
-        """At each token the mean of ``values`` ``[S]`` over its sequence, all ranks: ``[S]``, 0 where ``ids`` is -1."""
+        """Return at each token the mean of ``values [S]`` over its whole sequence: ``[S]``, 0 where ``ids`` is -1."""
         both = torch.stack([self._local_sum(values), self._local_sum(torch.ones_like(self.ids))])
         sums, counts = self._reduced(both)
         # 0 / 0 of a sequence without tokens stays in the table: no token looks it up.

@@ -4,8 +4,8 @@
 The rollouts of one group may lie on several ranks, and the task stage ranks all rollouts of a task, so every rank
 gathers all of them (24 bytes each, and 16 for each part of the reward), computes the same result, and keeps its own
 part. Estimators do not depend on the order of the rollouts: the result is that of one process, bit for bit, for any
-number of ranks and any split. What an estimator remembers is computed from the same batch, and hence the same, on
-every rank.
+number of ranks and any split. The memory of an estimator is computed from the same batch on every rank, and therefore
+equal.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class ShardedAdvantages:
     """Advantages of a global batch of N rollouts, as one rank sees them.
 
     Attributes:
-        advantages: float64 ``[N_local]`` on the CPU, of this rank's rollouts.
-        global_advantages: float64 ``[N]``, of the rollouts of all ranks, in rank order.
-        global_task_ids: int64 ``[N]``.
-        statistics: of the rewards of the global batch.
+        advantages: float64 ``[N_local]`` on the CPU, advantages of this rank's rollouts.
+        global_advantages: float64 ``[N]``, advantages of the rollouts of all ranks, in rank order.
+        global_task_ids: int64 ``[N]``, task ids of the rollouts of all ranks, in rank order.
+        statistics: statistics of the rewards of the global batch.
     """
 
     advantages: Tensor
@@ -54,27 +54,28 @@ def sharded_advantages(
     part_weights: Mapping[str, Tensor | float] | None = None,
     tie_tolerance: float = TIE_TOLERANCE,
 ) -> ShardedAdvantages:
-    """Advantages of this rank's rollouts within the global batch, and statistics of the global batch.
+    """Compute the advantages of this rank's rollouts within the global batch, and statistics of the global batch.
 
-    A collective: every rank of ``process_group`` must call it, also those without rollouts.
+    It is a collective: every rank of ``process_group`` must call it, also a rank without rollouts.
 
     Args:
         rewards: float32 or float64 ``[N_local]`` on the CPU; N_local may differ from rank to rank and be 0.
         group_ids: int64 ``[N_local]``, ids of the prompts, unique over all ranks.
-        task_ids: int64 ``[N_local]``.
-        estimator: maps the global batch to advantages, see ``estimators``.
+        task_ids: int64 ``[N_local]``, ids of the tasks.
+        estimator: function from the global batch to advantages, see ``estimators``.
         process_group: the data-parallel ranks. Tensor-, pipeline- and context-parallel peers hold the same rollouts and
             must not be in it. None: this process holds all rollouts.
-        history: what the estimator remembers of earlier calls, updated in place; equal on every rank before the call
-            and after it. None: the call is an estimator's first.
+        history: memory of the estimator from earlier calls, updated in place; equal on every rank before the call and
+            after it. None: an empty memory, as before the first call.
         parts: name -> float32 or float64 ``[N_local]``, the parts of the rewards; the same names on every rank (one
             without rollouts need not know them).
-        part_weights: name -> a number, or ``[N_local]``: what each part counts for; None: 1 each.
-        tie_tolerance: of the statistics.
+        part_weights: name -> a number, or ``[N_local]``, weight of each part in the reward; None: 1 each.
+        tie_tolerance: rewards closer than this count as equal in the statistics.
 
     Raises:
-        TypeError, ValueError: on every rank, when the rollouts of one can't be read (it is named), the ranks name other
-            parts, or a reward or part of any rank is not finite; names the rank and the rollout.
+        TypeError: the rollouts of a rank have another type or dtype; raised on every rank.
+        ValueError: the rollouts of a rank cannot be read, ranks name different parts, or a reward or part is not
+            finite; raised on every rank, and the message names the rank and the rollout.
     """
     shared = _gather(rewards, group_ids, task_ids, parts, part_weights, process_group)
     advantages = estimator(shared.batch, History() if history is None else history)
@@ -94,13 +95,13 @@ def sharded_statistics(
     process_group: ProcessGroup | None,
     tie_tolerance: float = TIE_TOLERANCE,
 ) -> GroupStatistics:
-    """Statistics of the global batch alone; a collective, with the arguments and errors of ``sharded_advantages``."""
+    """Compute only statistics of the global batch. A collective; arguments and errors as in ``sharded_advantages``."""
     return _statistics(_gather(rewards, group_ids, task_ids, None, None, process_group).batch, tie_tolerance)
 
 
 @dataclass(frozen=True)
 class _Shared:
-    """The rollouts of all ranks, in rank order, and which of them are this rank's."""
+    """The rollouts of all ranks, in rank order, and the place of this rank's own."""
 
     batch: RewardBatch
     mine: slice
@@ -108,7 +109,7 @@ class _Shared:
 
 @dataclass(frozen=True)
 class _Header:
-    """What a rank tells the others of its rollouts: how many, and the parts of their rewards."""
+    """The header that a rank sends before its rollouts: how many there are, and the names of their reward parts."""
 
     count: int
     parts: tuple[str, ...]
@@ -126,7 +127,7 @@ def _gather(
     part_weights: Mapping[str, Tensor | float] | None,
     process_group: ProcessGroup | None,
 ) -> _Shared:
-    """Every rank's rollouts, checked: all of them could be read, and all values are finite."""
+    """Gather the rollouts of all ranks, and check that all could be read and all values are finite."""
     if process_group is None:
         batch = as_reward_batch(rewards, group_ids, task_ids, parts, part_weights)
         _check_finite(batch, None)
@@ -152,7 +153,7 @@ def _gather(
 
 
 def _part_names(headers: list[_Header]) -> tuple[str, ...]:
-    """Names of the parts, which all ranks with rollouts must share; a rank without rollouts need not know them."""
+    """Return the names of the parts, which must be equal on all ranks that have rollouts."""
     owners = {header.parts: rank for rank, header in enumerate(headers) if header.count > 0}
     if len(owners) > 1:
         known = "; ".join(f"rank {rank} has {', '.join(names) or 'none'}" for names, rank in sorted(owners.items()))
@@ -163,7 +164,7 @@ def _part_names(headers: list[_Header]) -> tuple[str, ...]:
 def _all_gather(
     batch: RewardBatch, counts: list[int], names: tuple[str, ...], process_group: ProcessGroup
 ) -> RewardBatch:
-    """The rollouts of all ranks, in rank order, with float64 rewards."""
+    """Gather the rollouts of all ranks, in rank order, with float64 rewards."""
     longest = max(counts)
     mine = torch.zeros(longest, 3 + 2 * len(names), dtype=torch.int64)
     if len(batch) > 0:
@@ -192,14 +193,14 @@ def _all_gather(
 
 
 def _wire_device(process_group: ProcessGroup) -> torch.device:
-    """The device whose tensors the group can gather; the CPU where it can."""
+    """Return a device whose tensors the group can gather: the CPU where that is possible."""
     # The configuration reads "device:backend,device:backend".
     devices = [entry.split(":")[0] for entry in dist.get_backend_config(process_group).split(",")]
     return torch.device("cpu" if "cpu" in devices else devices[0])
 
 
 def _check_finite(batch: RewardBatch, counts: list[int] | None) -> None:
-    """Names the first reward, or part of one, that is not finite, and with ``counts`` the rank it came from."""
+    """Raise if a reward or part is not finite, naming the first one, and its rank if ``counts`` is given."""
     for name, values in [(None, batch.rewards), *batch.parts.items()]:
         bad = first_non_finite(values)
         if bad is None:
@@ -217,7 +218,7 @@ def _check_finite(batch: RewardBatch, counts: list[int] | None) -> None:
 
 
 def _locate(index: int, counts: list[int]) -> tuple[int, int]:
-    """Turns an index into the gathered rollouts into (rank, index among that rank's)."""
+    """Return (rank, index among the rollouts of that rank) for an index into the gathered rollouts."""
     for rank, count in enumerate(counts):
         if index < count:
             return rank, index

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the sections of a recipe are made of: strict, frozen models without a single default."""
+"""The base of all recipe sections: strict, frozen models without a single default."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """A mapping of the recipe.
+    """A section of a recipe: one mapping of the YAML file.
 
     Unknown keys are forbidden and values are not coerced: ``"3"`` is not 3, ``true`` is not 1; an int may stand for a
     float. No field has a default: the exemplar recipe is the only place that holds one.
@@ -31,11 +31,11 @@ class Section(BaseModel):
 
 
 def conflict(message: str, *keys: str) -> PydanticCustomError:
-    """An error about several keys at once.
+    """Return an error that concerns several keys at once.
 
     Args:
         message: what is wrong, and with which values.
-        keys: the dotted keys at fault, relative to the section that raises it.
+        keys: the dotted keys that conflict, relative to the section that raises the error.
     """
     return PydanticCustomError("conflict", "{message}", {"message": message, "keys": list(keys)})
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``env``: the rewards."""
+"""``env``: the tasks, and how their responses are rewarded."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from megatron_g2rpo.recipe.base import Section, Text, ascending
 
 
 class Trapezoid(Section):
-    """``env.tasks.<task>.length``: 0 up to ``start``, 1 from ``peak_start`` to ``peak_end``, 0 from ``end``; tokens."""
+    """``env.tasks.<task>.length``: corners of the length reward, in response tokens.
+
+    The reward is 0 up to ``start``, rises to 1 at ``peak_start``, stays 1 to ``peak_end`` and falls to 0 at ``end``.
+    """
 
     start: NonNegativeInt
-    """Response tokens up to which the reward is 0."""
+    """Number of response tokens up to which the length reward is 0."""
     peak_start: NonNegativeInt
-    """Response tokens from which the reward is 1."""
+    """Number of response tokens from which the length reward is 1."""
     peak_end: NonNegativeInt
-    """Response tokens up to which the reward is 1."""
+    """Number of response tokens up to which the length reward is 1."""
     end: NonNegativeInt
-    """Response tokens from which the reward is 0."""
+    """Number of response tokens from which the length reward is 0 again."""
 
     @model_validator(mode="after")
     def _order(self) -> Trapezoid:
@@ -31,12 +34,12 @@ class Trapezoid(Section):
 
 
 class EntropyBounds(Section):
-    """``env.tasks.<task>.entropy``: bounds that the task's mean token entropy is kept in."""
+    """``env.tasks.<task>.entropy``: bounds between which entropy shaping keeps the task's mean token entropy."""
 
     low: NonNegativeFloat
-    """Nats below which the loss pulls the entropy up."""
+    """Lower bound, nats: below it the loss pulls the entropy up."""
     high: NonNegativeFloat
-    """Nats above which the loss pulls the entropy down."""
+    """Upper bound, nats: above it the loss pulls the entropy down."""
 
     @model_validator(mode="after")
     def _order(self) -> EntropyBounds:
@@ -45,29 +48,29 @@ class EntropyBounds(Section):
 
 
 class Task(Section):
-    """``env.tasks.<task>``: how one task is rewarded and shaped. What it leaves out is ``env.default_task``'s."""
+    """``env.tasks.<task>``: how one task is rewarded and shaped; keys left out are taken from ``env.default_task``."""
 
     answer_format: Text | None
-    """How its answers are compared; null: as each sample says."""
+    """Name of the answer format that compares answers with the reference; null: the one that each sample names."""
     response_format: Text | None
-    """How its responses are laid out; null: ``data.response_format``."""
+    """Name of the response format of the task's responses; null: ``data.response_format``."""
     length: Trapezoid | None
-    """Length reward; null: none."""
+    """Corners of the length reward; null: the task has no length reward."""
     entropy: EntropyBounds | None
-    """Entropy bounds; null: not shaped."""
+    """Bounds of the task's mean token entropy; null: the entropy of the task is not shaped."""
     reward_weights: Mapping[Text, NonNegativeFloat]
-    """Part of the reward -> weight, where it is another than ``env.reward_weights`` says."""
+    """Reward part -> weight for this task, where it differs from ``env.reward_weights``."""
 
 
 class Env(Section):
-    """``env``: the rewards."""
+    """``env``: the tasks, and how their responses are rewarded."""
 
     reward_weights: Annotated[Mapping[Text, NonNegativeFloat], Field(min_length=1)]
-    """Part of the reward -> weight. Parts are added up in this order; one of weight 0 is a metric only."""
+    """Reward part -> weight. Parts are added up in this order; a part of weight 0 is only logged."""
     default_task: Task
-    """What a task has that its own mapping does not say."""
+    """Settings of a task for the keys that its own mapping leaves out."""
     tasks: Mapping[str, Task]
-    """Every task that occurs in the data."""
+    """Task -> its settings; every task that occurs in the data must be listed."""
 
     @field_validator("tasks")
     @classmethod
@@ -80,10 +83,10 @@ class Env(Section):
 
 
 def complete_tasks(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe in which each task of ``env.tasks`` has what it leaves out from ``env.default_task``.
+    """Return the recipe with each task of ``env.tasks`` completed from ``env.default_task``.
 
-    Mappings merge key by key, everything else replaces; a task that is null says nothing. What is no mapping where
-    there should be one is left as it is, for validation to name.
+    Mappings merge key by key; every other value replaces. A task that is null takes all of the default. A value that
+    should be a mapping but is not stays as it is, so that validation names it.
 
     Args:
         tree: a recipe before validation; it is not changed.
@@ -99,7 +102,7 @@ def complete_tasks(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _over(base: Any, top: Any) -> Any:
-    """``top`` over ``base``."""
+    """Merge ``top`` over ``base``: mappings key by key, while every other value of ``top`` replaces."""
     if not isinstance(base, dict) or not isinstance(top, dict):
         return top
     return {**base, **{key: _over(base.get(key), value) for key, value in top.items()}}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be wrong with a recipe, and where a value came from."""
+"""Errors of recipes, and the origin of each value."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Origin:
 
 
 def find_origin(origins: Mapping[str, Origin], key: str) -> Origin | None:
-    """Origin of a dotted key; failing that of something below it, or of the nearest mapping or list around it."""
+    """Return the origin of a dotted key, else that of a key below it, else that of the nearest key around it."""
     if key in origins:
         return origins[key]
     below = next((origin for known, origin in origins.items() if known.startswith(f"{key}.")), None)
@@ -42,10 +42,10 @@ def find_origin(origins: Mapping[str, Origin], key: str) -> Origin | None:
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong with a recipe.
+    """One error of a recipe.
 
     Attributes:
-        key: dotted key at fault; where it was written leads the message.
+        key: the dotted key that is wrong; the message begins with the place where it was written.
         message: what is wrong, and what to do.
     """
 
@@ -54,22 +54,22 @@ class Fault:
 
     @classmethod
     def of(cls, error: ErrorDetails, where: str = "") -> Fault:
-        """A value that pydantic refuses.
+        """Return the fault for a value that pydantic refuses.
 
         Args:
-            error: what it says.
+            error: pydantic's error.
             where: dotted key of the section that was validated; empty for the whole recipe.
         """
         key = ".".join([*([where] if where else []), *map(str, error["loc"])])
         return cls(key, f"'{key}': {error['msg']}, got {shown(error['input'])}")
 
     def located(self, origins: Mapping[str, Origin]) -> str:
-        """The message, after the file and line, or the override, that the key comes from."""
+        """Return the message, preceded by the file and line, or the override, that the key comes from."""
         origin = find_origin(origins, self.key)
         return self.message if origin is None else f"{origin}: {self.message}"
 
 
 def shown(value: Any) -> str:
-    """A value and its type, as an error shows them."""
+    """Return a value and its type as text for error messages."""
     text = "null" if value is None else repr(value)
     return f"{text} ({type(value).__name__})"

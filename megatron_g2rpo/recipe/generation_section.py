@@ -14,43 +14,46 @@ Address = Annotated[str, Field(pattern=r"^https?://[^/\s]+$")]
 
 
 class VllmConfig(Section):
-    """``policy.generation.vllm_cfg``: of vLLM in the training processes, and of the servers that ``serve`` starts."""
+    """``policy.generation.vllm_cfg``: settings of vLLM in the training processes or in servers of ``serve``."""
 
     tensor_parallel_size: PositiveInt
-    """Ranks that share one engine (``vllm``: neighbouring training processes)."""
+    """Number of ranks that share one engine (backend ``vllm``: neighbouring training processes)."""
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)]
     """Share of the device's memory that the engine may take, weights included (on a CPU: of the machine's)."""
     kv_cache_memory_bytes: PositiveInt | None
-    """Memory of the key/value cache; null: what ``gpu_memory_utilization`` leaves of it."""
+    """Memory of the key/value cache, bytes; null: what is left under ``gpu_memory_utilization``."""
     images_per_prompt: PositiveInt
-    """Most images of a prompt."""
+    """Largest number of images in a prompt."""
     enforce_eager: bool
-    """No CUDA graphs and no compilation."""
+    """Run the model without CUDA graphs and without compilation."""
     sleep: bool
-    """``vllm``: give weights and cache back between generations, where the platform can."""
+    """Backend ``vllm``: free the memory of weights and cache between generations, where the platform supports it."""
     vllm_kwargs: Mapping[str, Any]
-    """Further arguments of ``vllm.LLM``, in its names (``serve``: of its engine, as command-line options)."""
+    """Further arguments of ``vllm.LLM``, under its names; ``serve`` passes them on as command-line options."""
 
 
 class VllmServerConfig(Section):
-    """``policy.generation.vllm_server_cfg``: servers that are reached over HTTP."""
+    """``policy.generation.vllm_server_cfg``: settings of vLLM servers that are reached over HTTP."""
 
     addresses: Annotated[tuple[Address, ...], Field(strict=False)]
-    """Their base addresses, ``http://HOST:PORT``."""
+    """Base addresses of the servers, ``http://HOST:PORT`` each."""
     weight_transfer: Literal["auto", "files", "broadcast"]
-    """How weights get there: safetensors in ``weights_dir``, or from GPU to GPU; auto: the latter between GPUs."""
+    """How weights reach the servers: ``files`` (safetensors in ``weights_dir``), ``broadcast`` (from GPU to GPU), or
+    ``auto``: broadcast between GPUs, else files."""
     weights_dir: Annotated[str, Field(min_length=1)]
-    """``files``: a directory that the trainer and the servers see under the same name."""
+    """Directory of the weights under ``files``; trainer and servers must see it under the same path."""
     max_concurrent_requests: PositiveInt
-    """Prompts that one training process has under way at once, over all servers."""
+    """Largest number of prompts that one training process has in progress at once, over all servers."""
     request_timeout_s: PositiveFloat
     """Longest time for one prompt's group, or one weight update, seconds; a server that takes longer counts as lost."""
     heartbeat_s: PositiveFloat
-    """Seconds between health checks while prompts are under way; three failed in a row: the server is lost."""
+    """Seconds between health checks while prompts are in progress; a server that fails three in a row is lost."""
     retries: NonNegativeInt
-    """Further tries of a request on a server that answers its health check, each after twice the pause."""
+    """Number of times that a failed request is repeated on a server that answers its health check; the pause doubles
+    each time."""
     on_no_server: Literal["fail", "wait"]
-    """When the last one is lost: save a checkpoint and end the run, or wait for one to come back."""
+    """What to do when the last server is lost: ``fail`` saves a checkpoint and ends the run, ``wait`` waits for one to
+    come back."""
 
     @model_validator(mode="after")
     def _distinct(self) -> VllmServerConfig:
@@ -60,27 +63,28 @@ class VllmServerConfig(Section):
 
 
 class Generation(Section):
-    """``policy.generation``: how responses are sampled."""
+    """``policy.generation``: the rollout engine, and how it samples responses."""
 
     backend: Text
-    """Name in the registry of rollout engines: embedded in every training process (``transformers``, ``vllm``), servers
-    over HTTP (``vllm_server``), or one of the user's."""
+    """Name of the rollout engine: embedded in every training process (``transformers``, ``vllm``), servers over HTTP
+    (``vllm_server``), or the name of a user's engine."""
     backend_cfg: Mapping[str, Any]
-    """Options of an engine of the user's: what its ``build`` takes beside the context."""
+    """Options of a user's engine: the keyword-only parameters of its ``build``."""
     max_new_tokens: PositiveInt
-    """Longest response, tokens; one that has not ended by then is truncated."""
+    """Largest number of tokens in a response; a longer response is truncated."""
     temperature: PositiveFloat
     """Sampling temperature in training; log-probabilities and entropies are taken at it as well."""
     val_temperature: PositiveFloat
     """Temperature of the sampled validation; greedy validation is always run beside it."""
     batch_size: PositiveInt
-    """Sequences decoded together on one rank (vLLM: ``max_num_seqs``); changes speed and memory only."""
+    """Number of sequences decoded together on one rank (vLLM: ``max_num_seqs``); changes speed and memory only."""
     gap_warning: PositiveFloat
-    """Warn when the engine's log-probabilities are farther than this from the trainer's in the mean of a task, nats."""
+    """Largest mean distance, per task and in nats, of the engine's log-probabilities from the trainer's before a
+    warning is logged."""
     vllm_cfg: VllmConfig
-    """Of ``vllm`` and ``vllm_server``."""
+    """Settings of vLLM, for the backends ``vllm`` and ``vllm_server``."""
     vllm_server_cfg: VllmServerConfig
-    """Of ``vllm_server``."""
+    """Settings of the backend ``vllm_server``."""
 
     @model_validator(mode="after")
     def _servers(self) -> Generation:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``grpo`` and ``sft``: the loops."""
+"""``grpo`` and ``sft``: the training loops."""
 
 from __future__ import annotations
 
@@ -14,50 +14,51 @@ from megatron_g2rpo.recipe.named import NamedSection
 
 
 class AdvEstimator(NamedSection):
-    """``grpo.adv_estimator``: from rewards to advantages; beside ``name``, what the named estimator takes."""
+    """``grpo.adv_estimator``: how rewards become advantages. Further keys are the options of the named estimator."""
 
     def bound(self) -> Callable[..., Any]:
-        """The estimator with its options, an ``objective.Estimator``."""
+        """Return the estimator with its options filled in, an ``objective.Estimator``."""
         return registry.estimators.bind(self.name, **self.options)
 
 
 class _Loop(Section):
     max_num_steps: PositiveInt
-    """Steps of the run."""
+    """Number of steps of the run."""
     val_period: NonNegativeInt
-    """Steps between validations; 0: none in between."""
+    """Number of steps between validations; 0: no validation during training."""
     val_at_start: bool
-    """Validate before the first step."""
+    """Whether to validate before the first step."""
     val_at_end: bool
-    """Validate after the last step."""
+    """Whether to validate after the last step."""
     max_val_samples: PositiveInt
-    """Validation prompts per task."""
+    """Largest number of validation prompts per task."""
     seed: NonNegativeInt
-    """Seed of everything that is drawn: initial weights, order of prompts, sampling."""
+    """Seed of all random draws: initial weights, order of prompts, sampling."""
 
 
 class OverlongPenalty(Section):
-    """``grpo.overlong_penalty``: of ``grpo.overlong: penalise``."""
+    """``grpo.overlong_penalty``: the penalty on long responses under ``grpo.overlong: penalise``."""
 
     buffer: PositiveInt
-    """Response tokens before ``policy.generation.max_new_tokens`` over which the penalty grows from 0 to all of it."""
+    """Number of tokens before ``policy.generation.max_new_tokens`` over which the penalty grows to ``weight``."""
     weight: PositiveFloat
-    """What is taken from the reward at ``max_new_tokens``."""
+    """Penalty at ``policy.generation.max_new_tokens``, which is subtracted from the reward."""
 
 
 class DynamicSampling(Section):
     """``grpo.dynamic_sampling``: groups without signal are replaced by new prompts."""
 
     enabled: bool
-    """Replace them; false: they are trained on as they are (see ``grpo.adv_estimator.zero_variance``)."""
+    """Whether groups without signal are replaced; false: they are trained on as they are (see
+    ``grpo.adv_estimator.zero_variance``)."""
     filter_low: Annotated[float, Field(ge=0.0, lt=1.0)] | None
-    """A group whose mean accuracy is not above this is dropped; null: no bound."""
+    """Lower bound: a group is dropped if its mean accuracy is not above it; null: no bound."""
     filter_high: Annotated[float, Field(gt=0.0, le=1.0)] | None
-    """A group whose mean accuracy is not below this is dropped; null: no bound."""
+    """Upper bound: a group is dropped if its mean accuracy is not below it; null: no bound."""
     max_rounds: PositiveInt
-    """Rounds of generation in a step. What they leave unfilled keeps its dropped groups."""
+    """Largest number of generation rounds per step; if they do not fill the step, dropped groups fill it."""
     oversampling: Annotated[float, Field(ge=1.0)]
-    """Prompts drawn in a round per prompt that is missing."""
+    """Number of prompts drawn in a round per missing prompt."""
 
     @model_validator(mode="after")
     def _order(self) -> DynamicSampling:
@@ -72,20 +73,22 @@ class Grpo(_Loop):
     """``grpo``: the reinforcement-learning loop."""
 
     num_prompts_per_step: PositiveInt
-    """Prompts per step, over all ranks."""
+    """Number of prompts per step, over all ranks."""
     num_generations_per_prompt: PositiveInt
-    """Responses sampled per prompt: the size of a group."""
+    """Number of responses sampled per prompt: the size of a group."""
     overlong: Literal["keep", "mask", "penalise"]
-    """Truncated responses: trained on, rewarded but masked out of the loss, or trained on with a lower reward."""
+    """What becomes of truncated responses: ``keep`` trains on them, ``mask`` rewards them but leaves them out of the
+    loss, ``penalise`` lowers the reward of long and truncated ones."""
     overlong_penalty: OverlongPenalty
-    """How much lower."""
+    """Size of the penalty under ``penalise``."""
     dynamic_sampling: DynamicSampling
-    """Replacement of groups without signal."""
+    """How groups without signal are replaced by new prompts."""
     task_gradient_period: NonNegativeInt
-    """Steps between measurements of each task's share of the gradient, a backward pass a task; 0: never."""
+    """Number of steps between measurements of each task's share of the gradient, which cost one backward pass per
+    task; 0: never."""
     adv_estimator: AdvEstimator
-    """From rewards to advantages."""
+    """How rewards become advantages."""
 
 
 class Sft(_Loop):
-    """``sft``: the supervised loop. The batch size is ``policy.train_global_batch_size``."""
+    """``sft``: the supervised training loop. Its batch size is ``policy.train_global_batch_size``."""

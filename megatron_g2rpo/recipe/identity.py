@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes two recipes the same run, and a recipe as text."""
+"""Which keys make two recipes the same run, and a recipe written out as text."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ _SECTIONS = ("imports", "grpo", "sft", "loss_fn", "checkpointing", "policy", "da
 
 
 def dump(recipe: Recipe) -> str:
-    """The recipe as YAML: every key, resolved, in the order of the exemplar; ``load`` reads it back to an equal one."""
+    """Return the recipe as YAML: every key, resolved, in the exemplar's order; ``load`` reads it to an equal recipe."""
     tree = recipe.model_dump(mode="json")
     ordered = {section: tree[section] for section in _SECTIONS if section in tree}
     return yaml.safe_dump(ordered, sort_keys=False, width=120, allow_unicode=True)
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """Dotted key -> value of all that defines the run; compare two of them to say what differs.
+    """Return dotted key -> value of all that defines the run; compare two of them to see what differs.
 
-    The last step counts only where the learning rate decays towards it.
+    The number of steps is among them only where the learning rate decays towards the last step.
     """
     flat = _flatten(recipe.model_dump(mode="json"), "")
     kept = {key: value for key, value in flat.items() if not _is_excluded(key)}
@@ -76,13 +76,13 @@ def identity(recipe: Recipe) -> dict[str, Any]:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """16 hex digits that two recipes share exactly if one may continue the run of the other."""
+    """Return 16 hex digits, which are equal for two recipes if and only if one may continue the run of the other."""
     text = json.dumps(identity(recipe), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def describe_layout(recipe: Recipe) -> str:
-    """How the run is laid out over processes, one fact a line."""
+    """Describe how the run is laid out over processes, one fact per line."""
     cluster, megatron = recipe.cluster, recipe.policy.megatron_cfg
     batch = recipe.policy.train_global_batch_size
     lines = [

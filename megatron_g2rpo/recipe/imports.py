@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``imports``: a user's modules, imported in every process that loads the recipe, before its names are checked.
 
-An entry is a dotted module, which Python finds in its environment or in the working directory, or a ``.py`` file
-relative to the recipe that says it (on the command line: to the working directory). The imports of a recipe add to
-those of the files that it inherits from: what a parent names, it needs.
+An entry is a dotted module, which Python finds in its environment or in the working directory, or the path of a ``.py``
+file relative to the recipe that contains the entry (on the command line: to the working directory). The imports of a
+recipe are added to those of its parents, because the parents need theirs.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ IMPORTS = "imports"
 
 
 def as_written(value: Any, folder: Path, origin: Origin | str) -> list[str]:
-    """The entries of one document, files as absolute paths.
+    """Return the entries of one document, with absolute paths of files.
 
     Args:
-        value: what stands under ``imports``.
-        folder: that its files are relative to.
-        origin: where it stands.
+        value: the value of the key ``imports``.
+        folder: the folder that paths of files are relative to.
+        origin: the place where the value was written.
 
     Raises:
-        RecipeError: it is no list of modules and files, or a file is missing.
+        RecipeError: the value is not a list of modules and files, or a file is missing.
     """
     entries = [value] if isinstance(value, str) else value
     if not isinstance(entries, list) or not all(isinstance(entry, str) and entry for entry in entries):
@@ -40,10 +40,10 @@ def as_written(value: Any, folder: Path, origin: Origin | str) -> list[str]:
 
 
 def import_all(entries: list[str], origin: Origin | str | None) -> None:
-    """Import each entry; one that was imported before, in this process, is left as it is.
+    """Import each entry that this process has not imported before.
 
     Raises:
-        RecipeError: an import fails; names the entry, and the file and line that raised.
+        RecipeError: an import fails; the message names the entry, and the file and line that raised.
     """
     for entry in entries:
         try:

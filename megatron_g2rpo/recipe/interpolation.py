@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``${section.key}``, ``${.sibling}``, ``${oc.env:NAME}`` and the arithmetic of NeMo-RL's recipes: ``${mul:a,b}``."""
+"""Interpolation: ``${section.key}``, ``${.sibling}``, ``${oc.env:NAME}`` and NeMo-RL's arithmetic, ``${mul:a,b}``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _multiply(a: Number, b: Number) -> Number:
 
 
 def _divide(a: Number, b: Number) -> Number:
-    """An int where the division of two ints is exact, so that a quotient can be a batch size."""
+    """Divide; the result of two ints is an int where it is exact, so that a quotient can be a batch size."""
     return a // b if isinstance(a, int) and isinstance(b, int) and a % b == 0 else a / b
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The valid keys of a recipe, and the one nearest to a wrong one."""
+"""The valid keys of a recipe, and the valid key that is nearest to a wrong one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_g2rpo.recipe.base import Section
 
 
 def dotted_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
-    """Every key of a section, sections included; ``<task>`` stands for the keys of an open mapping."""
+    """Return every dotted key of a section, sections included; ``<task>`` stands for the keys of an open mapping."""
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}"
         inner, is_open = _inner_section(field.annotation)
@@ -21,14 +21,15 @@ def dotted_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
 
 
 def nearest_key(recipe: type[Section], path: Sequence[str]) -> str:
-    """The valid key that was most likely meant.
+    """Return the valid key that was most likely meant by an unknown one.
 
     Args:
-        recipe: kind of recipe.
-        path: parts of the unknown key.
+        recipe: class of the recipe.
+        path: the unknown key, split at its dots.
 
     Returns:
-        The closest sibling if one is close; else a key of that name elsewhere; else the closest dotted key.
+        The closest key of the same section if one is close; else a key of the same name elsewhere; else the closest
+        dotted key.
     """
     *around, name = path
     section = _section_at(recipe, around)
@@ -45,7 +46,7 @@ def nearest_key(recipe: type[Section], path: Sequence[str]) -> str:
 
 
 def _section_at(section: type[Section], path: Sequence[str]) -> type[Section] | None:
-    """The section that a path leads to, through open mappings as well."""
+    """Return the section that a path leads to, also through open mappings."""
     parts = list(path)
     while parts:
         field = section.model_fields.get(parts.pop(0))
@@ -59,7 +60,7 @@ def _section_at(section: type[Section], path: Sequence[str]) -> type[Section] | 
 
 
 def _inner_section(annotation: Any) -> tuple[type[Section] | None, bool]:
-    """The section that a field holds, and whether it holds an open mapping of them."""
+    """Return the section that a field holds, and whether the field is an open mapping of such sections."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _inner_section(get_args(annotation)[0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes that inherit: ``defaults:``, ``_override_: true`` and ``key=value`` overrides, in NeMo-RL's sense.
+"""Inheritance of recipes: ``defaults:``, ``_override_: true`` and ``key=value`` overrides, as in NeMo-RL.
 
 A recipe names its parents under ``defaults``: one path or a list, relative to the file, or the name of an exemplar
 (``exemplars/``). Parents are merged first, depth first, in order; the last one to set a key wins, and the file itself
@@ -48,7 +48,7 @@ def load_file(path: Path) -> Document:
 
 
 def _lineage(path: Path, chain: tuple[Path, ...]) -> Iterator[Document]:
-    """A file's parents, depth first, and the file, each as it stands: a marker counts for all that comes before it."""
+    """Return a file's parents, depth first, and the file, unmerged: ``_override_`` acts on all that precedes it."""
     own = read_document(path)
     _locate_imports(own, path.parent)
     chain = (*chain, path)
@@ -65,7 +65,7 @@ def _lineage(path: Path, chain: tuple[Path, ...]) -> Iterator[Document]:
 
 
 def parent_paths(path: Path, document: Document) -> list[Path]:
-    """Files that ``defaults`` names, in the order in which they are merged."""
+    """Return the files that ``defaults`` names, in the order in which they are merged."""
     if DEFAULTS not in document.tree:
         return []
     names = document.tree[DEFAULTS]
@@ -88,7 +88,7 @@ def _locate_imports(document: Document, folder: Path) -> None:
 
 
 def merge(base: Document, top: Document) -> Document:
-    """``top`` over ``base``; neither is changed."""
+    """Merge ``top`` over ``base`` and return the result; neither is changed."""
     origins = dict(base.origins)
     tree = _merge(base.tree, top.tree, "", origins, top.origins)
     if imports.IMPORTS in base.tree and imports.IMPORTS in top.tree:
@@ -127,10 +127,10 @@ def _forget(origins: dict[str, Origin], prefix: str) -> None:
 
 
 def parse_override(text: str) -> Document:
-    """``a.b=value`` as a document of its own; the value is typed as YAML.
+    """Parse an override ``a.b=value`` into a document of its own; the value is typed as YAML.
 
     Raises:
-        RecipeError: no ``=``, not a dotted key, or a value that is empty or not YAML.
+        RecipeError: the text has no ``=`` or no dotted key, or the value is empty or not YAML.
     """
     key, equals, value = text.partition("=")
     if text[:1] in ("+", "~"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a recipe file and overrides to a validated recipe, or to one error that names every fault and its line."""
+"""Loading of a recipe: a file and overrides become a validated recipe, or one error that lists every fault."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _NOT_A_MAPPING = {"model_type", "model_attributes_type", "dict_type", "mapping_t
 
 @dataclass(frozen=True)
 class Examined:
-    """A recipe as far as it could be read.
+    """The result of ``examine``: a recipe as far as it could be read.
 
     Attributes:
         recipe: the validated recipe; None if anything is wrong with it.
-        tree: all keys as plain values, also those of a recipe that is not valid.
+        tree: all keys with plain values, even if the recipe is not valid.
         origins: dotted key -> where it was written.
-        faults: all that is wrong, each with its file and line.
+        faults: messages of all faults, each with its file and line.
     """
 
     recipe: Recipe | None
@@ -52,12 +52,11 @@ def load(path: str | Path, overrides: Sequence[str], kind: Literal["train", "sft
 
     Args:
         path: the YAML file.
-        overrides: ``key=value`` each; the value is typed as YAML. Applied in order, before interpolation.
-        kind: what the recipe is for: ``train`` wants ``grpo`` and ``loss_fn``, ``sft`` wants ``sft``.
+        overrides: ``key=value`` each, with the value typed as YAML; applied in order, before interpolation.
+        kind: purpose of the recipe: ``train`` requires the sections ``grpo`` and ``loss_fn``, ``sft`` requires ``sft``.
 
     Raises:
-        RecipeError: anything that keeps the recipe from being used; all faults of its keys and names are listed at
-            once.
+        RecipeError: the recipe cannot be used; the message lists all faults of its keys and names at once.
     """
     examined = examine(path, overrides, kind)
     if examined.recipe is not None:
@@ -66,11 +65,11 @@ def load(path: str | Path, overrides: Sequence[str], kind: Literal["train", "sft
 
 
 def examine(path: str | Path, overrides: Sequence[str], kind: Literal["train", "sft"]) -> Examined:
-    """Load a recipe, and say what is wrong with it instead of raising; for callers that look for more faults.
+    """Load a recipe, and return its faults instead of raising them, for callers that look for further faults.
 
     Raises:
-        RecipeError: it can't be read at all: a file that is missing or no YAML, an import that fails, an interpolation
-            that leads nowhere, a recipe of the other kind.
+        RecipeError: the recipe cannot be read at all: a file is missing or not YAML, an import fails, an interpolation
+            leads nowhere, or the recipe is of the other kind.
     """
     document = load_layers(Path(path), overrides)
     _refuse_other_kind(document, kind, path)
@@ -86,7 +85,7 @@ def examine(path: str | Path, overrides: Sequence[str], kind: Literal["train", "
 
 
 def listed(path: str | Path, kind: str, faults: Sequence[str]) -> str:
-    """One message of all faults."""
+    """Return one message that lists all faults."""
     lines = [f"recipe {path} cannot be used for {kind}:", *(f"  {fault}" for fault in faults)]
     if any("missing key " in fault for fault in faults):
         lines.append("  An exemplar (defaults: vlm_g2rpo.yaml or vlm_sft.yaml) holds every key: inherit from it.")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``loss_fn``: the surrogate, and the terms beside it."""
+"""``loss_fn``: the surrogate, and the other terms of the loss."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from megatron_g2rpo.recipe.named import NamedSection
 
 
 class EntropyShaping(Section):
-    """``loss_fn.entropy_shaping``: keeps each task's entropy within its bounds (``env.tasks.<task>.entropy``)."""
+    """``loss_fn.entropy_shaping``: a term that keeps each task's entropy in the bounds ``env.tasks.<task>.entropy``."""
 
     enabled: bool
-    """Add the term to the loss."""
+    """Whether the entropy term is added to the loss."""
     weight: NonNegativeFloat
-    """Weight of the sum over tasks, loss per nat."""
+    """Weight of the entropy term (a sum over tasks), loss per nat."""
     sides: Literal["fresh", "sampled"]
-    """Which entropies say on what side of its bounds a task is: those of the weights that an update starts from (a
-    forward pass more for every update of a step but the first), or of the weights that sampled the step."""
+    """Which entropies decide whether a task is above, below or between its bounds: ``fresh`` takes those of the weights
+    that an update starts from (one more forward pass for every update of a step but the first), ``sampled`` those of
+    the weights that sampled the step."""
 
 
 class ReferencePolicyKl(Section):
     """``loss_fn.reference_policy_kl``: the KL divergence from the policy that the run started with."""
 
     penalty: NonNegativeFloat
-    """Its weight; 0: off, and no reference policy is kept."""
+    """Weight of the KL term; 0: no KL term, and no reference policy is kept."""
     kind: Literal["k1", "k2", "k3"]
-    """Schulman's estimators, see ``objective.kl``."""
+    """Which of Schulman's estimators of the KL divergence is used; see ``objective.kl``."""
     where: Literal["loss", "reward"]
-    """A term of the loss with gradient, or taken from the reward before advantages are computed."""
+    """Where the KL divergence acts: ``loss`` makes it a term of the loss with gradient, ``reward`` subtracts it from
+    the reward before advantages are computed."""
 
     @model_validator(mode="after")
     def _gradient(self) -> ReferencePolicyKl:
@@ -43,32 +45,39 @@ class ReferencePolicyKl(Section):
 
 
 class ImportanceSampling(Section):
-    """``loss_fn.importance_sampling``: where the rollout engine and the trainer disagree about the same tokens."""
+    """``loss_fn.importance_sampling``: correction of the training-inference mismatch.
+
+    That is the gap between the rollout engine's and the trainer's log-probabilities of the same tokens.
+    """
 
     truncated_ratio: Annotated[float, Field(ge=1.0)] | None
-    """A token's loss is weighted by trainer / engine probability, at most this; null: by 1."""
+    """Largest importance weight: a token's loss is multiplied by trainer / engine probability, at most by this; null:
+    the loss is not weighted."""
     sequence_ratio_min: Annotated[float, Field(gt=0.0, le=1.0)] | None
-    """Sequences whose geometric-mean ratio lies below are masked out of the surrogate's loss; null: none."""
+    """Lower bound: sequences whose geometric-mean ratio is below it are masked out of the surrogate's loss; null: no
+    bound."""
     sequence_ratio_max: Annotated[float, Field(ge=1.0)] | None
-    """Sequences whose geometric-mean ratio lies above are masked out of the surrogate's loss; null: none."""
+    """Upper bound: sequences whose geometric-mean ratio is above it are masked out of the surrogate's loss; null: no
+    bound."""
 
 
 class LossFn(NamedSection):
-    """``loss_fn``: the surrogate and the terms beside it; among these keys, what the named surrogate takes."""
+    """``loss_fn``: the surrogate and the other terms of the loss. Further keys are the named surrogate's options."""
 
     token_level_loss: bool
-    """Mean over all response tokens of the batch; false: over sequences of each one's token mean."""
+    """Whether the loss is the mean over all response tokens of the batch; false: the mean over sequences of each
+    sequence's token mean."""
     log_ratio_clamp: PositiveFloat
-    """The log-ratio is clamped to plus or minus this before it is exponentiated, nats."""
+    """Bound, nats: log-ratios are clamped to plus or minus this before they are exponentiated."""
     reference_policy_kl: ReferencePolicyKl
-    """Divergence from the initial policy."""
+    """KL divergence from the policy that the run started with."""
     importance_sampling: ImportanceSampling
     """Correction of the gap between the rollout engine's and the trainer's log-probabilities."""
     entropy_shaping: EntropyShaping
-    """The entropy term."""
+    """Term that keeps each task's entropy between its bounds."""
 
     def bound(self) -> Callable[..., Any]:
-        """The surrogate with its options; see ``objective.surrogates``."""
+        """Return the surrogate with its options filled in; see ``objective.surrogates``."""
         given = {"log_ratio_clamp": self.log_ratio_clamp}
         taken = {key: value for key, value in given.items() if registry.surrogates.takes(self.name, key)}
         return registry.surrogates.bind(self.name, **taken, **self.options)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sections whose keys belong to a name: beside ``name``, they take the options of the named registry entry.
+"""Sections with a ``name``, which also take the options of the registry entry of that name.
 
-The entry's keyword-only parameters, with their annotations and defaults, are the schema; no default stands twice.
+The entry's keyword-only parameters, with their annotations and defaults, are the schema; each default exists once.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class NamedSection(Section):
     model_config = ConfigDict(extra="allow")
 
     name: Text
-    """Name in the registry."""
+    """Name of an entry of the registry."""
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of the named entry, complete."""
+        """Return all options of the named entry, defaults included."""
         return dict(self.model_extra or {})
 
 
@@ -37,13 +37,13 @@ def complete(tree: dict[str, Any], registry: Registry[Any], own: type[NamedSecti
     """Check the options of a named section, and fill in those that are not given.
 
     Args:
-        tree: the section as read; changed in place.
-        registry: of the kind that it names.
-        own: the section; its fields are no options.
+        tree: the section as it was read; changed in place.
+        registry: the registry that the name belongs to.
+        own: class of the section; its own fields are not options.
         where: dotted key of the section.
 
     Yields:
-        What is wrong. A section without a usable name is left to its model.
+        One fault for each wrong option. A section without a usable name is left to the validation of its class.
     """
     name = tree.get("name")
     if not isinstance(name, str) or not name:
@@ -60,7 +60,7 @@ def complete(tree: dict[str, Any], registry: Registry[Any], own: type[NamedSecti
 def checked_options(
     registry: Registry[Any], name: str, given: Mapping[str, Any], where: str
 ) -> tuple[dict[str, Any], list[Fault]]:
-    """The options of an entry with its defaults, as plain values; and what is wrong with those that were given."""
+    """Return the options of an entry, defaults included, as plain values, and the faults of those that were given."""
     parameters = registry.options(name)
     faults = [_foreign(registry, name, key, where) for key in given if key not in parameters]
     model = _model(registry, name)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every name of a recipe, looked up in the registry of its kind before anything is built.
+"""Look-up of every name of a recipe in the registry of its kind, before anything is built.
 
-Works on the tree as it was read, so that a wrong name is said together with every other fault. The registries import
-this package's own entries when they are first asked; a recipe's ``imports`` have been imported by then.
+It works on the tree as it was read, so that a wrong name is reported together with every other fault. The registries
+import this package's own entries at the first look-up; a recipe's ``imports`` have been imported by then.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ def check_names(tree: dict[str, Any]) -> list[Fault]:
     """Look up every name, check the options that belong to it, and fill in those that are not given.
 
     Args:
-        tree: of a recipe, interpolated; options are filled in in place. What has not the form of a recipe is left to
-            its models.
+        tree: the keys of a recipe, interpolated; missing options are filled in, in place. A value that does not have
+            the form of a recipe is left to validation.
 
     Returns:
-        All that is wrong.
+        All faults that were found.
     """
     return [
         *_estimator(_mapping(tree, "grpo")),

@@ -38,14 +38,14 @@ class Optimizer(Section):
 
 
 class Scheduler(Section):
-    """``policy.megatron_cfg.scheduler``: the learning rate over optimizer steps."""
+    """``policy.megatron_cfg.scheduler``: how the learning rate changes over optimizer steps."""
 
     lr_warmup_steps: NonNegativeInt
-    """Optimizer steps of linear warm-up from 0."""
+    """Number of optimizer steps of linear warm-up from 0."""
     lr_decay_style: Literal["constant", "linear", "cosine"]
     """Shape of the decay after the warm-up."""
     lr_decay_steps: PositiveInt | None
-    """Optimizer step at which ``min_lr`` is reached; null: the last one of the run."""
+    """Optimizer step at which ``min_lr`` is reached; null: the last optimizer step of the run."""
 
 
 class DistributedDataParallelConfig(Section):
@@ -56,7 +56,8 @@ class DistributedDataParallelConfig(Section):
     overlap_grad_reduce: bool
     """Reduce gradients while the last micro-batch's backward pass still runs."""
     overlap_param_gather: bool
-    """Gather updated weights while the next forward pass already runs; needs the two keys beside it."""
+    """Gather updated weights while the next forward pass already runs; needs ``overlap_grad_reduce`` and
+    ``use_distributed_optimizer``."""
     use_distributed_optimizer: bool
     """Shard the optimizer state, and the update, over data-parallel ranks."""
 
@@ -73,33 +74,36 @@ class MegatronConfig(Section):
     """``policy.megatron_cfg``: the parallel layout and the update, in Megatron-core's names."""
 
     tensor_model_parallel_size: PositiveInt
-    """Ranks that share every layer; must divide the attention heads and the key-value heads."""
+    """Number of ranks that share every layer; must divide the attention heads and the key-value heads."""
     pipeline_model_parallel_size: PositiveInt
-    """Ranks that share the stack of layers; the vision tower is on the first stage."""
+    """Number of pipeline stages, which share the stack of layers; the vision tower is on the first stage."""
     context_parallel_size: PositiveInt
-    """Ranks that share every sequence."""
+    """Number of ranks that share the tokens of every sequence."""
     sequence_parallel: bool
     """Shard the activations between tensor-parallel regions along the sequence."""
     num_layers_in_first_pipeline_stage: PositiveInt | None
-    """Language layers of the first stage, at least as many as deepstack features; null: an equal share."""
+    """Number of language layers of the first stage, at least that of deepstack features; null: an equal share."""
     num_layers_in_last_pipeline_stage: PositiveInt | None
-    """Language layers of the last stage; null: an equal share."""
+    """Number of language layers of the last stage; null: an equal share."""
     core_attention: Literal["auto", "local", "transformer_engine"]
-    """Attention kernel; auto: Transformer Engine's on a GPU that has it, else the local one."""
+    """Attention kernel; ``auto``: Transformer Engine's on GPUs where it is installed, else the local one."""
     cp_comm_type: Literal["p2p", "all_gather", "a2a"]
-    """How Transformer Engine's attention gets at other context-parallel ranks' keys; the local one gathers them."""
+    """How Transformer Engine's attention exchanges keys between context-parallel ranks; the local kernel always
+    gathers them."""
     recompute_granularity: Literal["selective", "full"] | None
-    """Activations computed again in the backward pass: the core attention (selective) or whole layers (full)."""
+    """What is recomputed in the backward pass: the core attention (``selective``) or whole layers (``full``); null:
+    nothing."""
     recompute_method: Literal["uniform", "block"]
-    """Under full: every chunk of ``recompute_num_layers`` layers (uniform), or only the first so many (block)."""
+    """Which layers are recomputed under ``full``: all, in chunks of ``recompute_num_layers`` (``uniform``), or only
+    that many of each stage (``block``)."""
     recompute_num_layers: PositiveInt
-    """Under full: layers of a chunk (uniform), or layers of a stage that are recomputed (block)."""
+    """Number of layers of a chunk (``uniform``), or of layers of each stage that are recomputed (``block``)."""
     freeze_vision: bool
     """Keep the vision tower and its merger at their initial weights."""
     optimizer: Optimizer
-    """The update rule."""
+    """Settings of the optimizer."""
     scheduler: Scheduler
-    """The learning rate over time."""
+    """How the learning rate changes over optimizer steps."""
     distributed_data_parallel_config: DistributedDataParallelConfig
     """How gradients are reduced over data-parallel ranks."""
 
@@ -124,40 +128,41 @@ class MegatronConfig(Section):
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
+        """Number of ranks that hold one copy of the model together."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
 
 class SequencePacking(Section):
-    """``policy.sequence_packing``: how many tokens one micro-batch row holds."""
+    """``policy.sequence_packing``: the size of a micro-batch, which is one packed row of tokens."""
 
     train_mb_tokens: PositiveInt
-    """Tokens of a row."""
+    """Largest number of tokens of a packed row."""
 
 
 class Policy(Section):
-    """``policy``: the model, its layout, its optimizer and its generation."""
+    """``policy``: the model, its parallel layout, its optimizer, and how it generates."""
 
     model_name: Annotated[str, Field(min_length=1)]
-    """Hugging Face directory: weights, config, tokenizer, image processor and chat template."""
+    """Hugging Face directory with weights, config, tokenizer, image processor and chat template."""
     init: Literal["pretrained", "random"]
-    """Weights from ``model_name``, or drawn from the run's seed with only its config read."""
+    """Initial weights: ``pretrained`` reads those of ``model_name``, ``random`` reads only its config and draws them
+    from the run's seed."""
     pretrained_checkpoint: Annotated[str, Field(min_length=1)] | None
-    """Megatron checkpoint that the initial weights come from instead; null: those that ``init`` says."""
+    """Megatron checkpoint to read the initial weights from; null: they are taken as ``init`` says."""
     train_global_batch_size: PositiveInt
-    """Sequences per optimizer step, over all ranks."""
+    """Number of sequences per optimizer step, over all ranks."""
     max_total_sequence_length: PositiveInt
-    """Longest prompt plus response, tokens; a longer prompt is an error that names the sample."""
+    """Largest number of tokens of prompt and response together; a longer prompt is an error that names the sample."""
     precision: Literal["float32", "bfloat16"]
     """Data type of weights and activations; the optimizer's copy is float32."""
     logprob_chunk_size: PositiveInt | None
-    """Tokens whose float32 logits are held at once; null: a whole row. Changes memory only."""
+    """Number of tokens whose float32 logits are held at once; null: a whole packed row. Changes memory only."""
     sequence_packing: SequencePacking
-    """Size of the micro-batches."""
+    """Size of a micro-batch."""
     megatron_cfg: MegatronConfig
-    """Layout and update."""
+    """Parallel layout, optimizer and gradient reduction."""
     generation: Generation
-    """Sampling."""
+    """The rollout engine, and how it samples responses."""
 
     @model_validator(mode="after")
     def _lengths(self) -> Policy:

@@ -11,37 +11,37 @@ from megatron_g2rpo.recipe.base import Section, Text
 
 
 class Checkpointing(Section):
-    """``checkpointing``: what is written to disk."""
+    """``checkpointing``: which checkpoints are saved, and where."""
 
     enabled: bool
-    """Save checkpoints that the run can resume from."""
+    """Whether to save checkpoints, from which the run can resume."""
     checkpoint_dir: Text
     """Folder of the checkpoints."""
     save_period: PositiveInt
-    """Steps between checkpoints; the last step is always saved."""
+    """Number of steps between checkpoints; the last step is always saved."""
     keep_latest_k: PositiveInt | None
-    """Checkpoints kept; null: all."""
+    """Number of latest checkpoints to keep; null: all."""
     export_hf: bool
-    """Write the final policy as a Hugging Face directory, ``<logger.log_dir>/hf``."""
+    """Whether to write the final policy as a Hugging Face directory, ``<logger.log_dir>/hf``."""
 
 
 class Logger(Section):
-    """``logger``: the run directory."""
+    """``logger``: the run directory, and what is logged."""
 
     log_dir: Text
-    """The run directory: metrics.jsonl, recipe.yaml, tensorboard/, checkpoints/, hf/."""
+    """The run directory, which holds metrics.jsonl, recipe.yaml, tensorboard/, checkpoints/ and hf/."""
     tensorboard_enabled: bool
-    """Write TensorBoard events as well."""
+    """Whether to write TensorBoard events as well."""
     num_val_samples_to_print: NonNegativeInt
-    """Validation responses printed at each validation."""
+    """Number of responses that are printed at each validation."""
 
 
 class Cluster(Section):
-    """``cluster``: the processes."""
+    """``cluster``: how many processes run, and on what hardware."""
 
     num_nodes: PositiveInt
-    """Machines."""
+    """Number of machines."""
     gpus_per_node: PositiveInt
-    """Processes per machine: one per GPU, or on CPUs as many as wanted."""
+    """Number of processes per machine: one per GPU; on CPUs any number."""
     device: Literal["auto", "cpu", "gpu"]
     """Hardware to run on; auto: GPUs where there are any."""

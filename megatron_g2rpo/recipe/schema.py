@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two kinds of recipe, and what must hold between their sections."""
+"""The two kinds of recipe, and the conditions that must hold between their sections."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from megatron_g2rpo.recipe.run_sections import Checkpointing, Cluster, Logger
 
 class _Common(Section):
     imports: Annotated[tuple[str, ...], Field(strict=False)]
-    """Modules and files of the user's that every process imports first; files as absolute paths."""
+    """The user's modules and files that every process imports first; files are absolute paths."""
     checkpointing: Checkpointing
-    """What is written to disk."""
+    """Which checkpoints are saved, and where."""
     policy: Policy
-    """The model, its layout, its optimizer and its generation."""
+    """The model, its parallel layout, its optimizer, and how it generates."""
     data: Data
-    """The prompts."""
+    """The datasets, and how prompts are made of them."""
     env: Env
-    """The rewards."""
+    """The tasks, and how their responses are rewarded."""
     logger: Logger
-    """The run directory."""
+    """The run directory, and what is logged."""
     cluster: Cluster
-    """The processes."""
+    """How many processes run, and on what hardware."""
 
     @property
     def world_size(self) -> int:
-        """Processes of the run."""
+        """Number of processes of the run."""
         return self.cluster.num_nodes * self.cluster.gpus_per_node
 
     @property
     def data_parallel_size(self) -> int:
-        """Copies of the model."""
+        """Number of copies of the model."""
         return self.world_size // self.policy.megatron_cfg.model_parallel_size
 
     def _check(self, max_num_optimizer_steps: int) -> None:
@@ -107,16 +107,16 @@ class TrainRecipe(_Common):
     grpo: Grpo
     """The reinforcement-learning loop."""
     loss_fn: LossFn
-    """The surrogate."""
+    """The surrogate, and the other terms of the loss."""
 
     @property
     def num_rollouts_per_step(self) -> int:
-        """Responses sampled per step, over all ranks."""
+        """Number of responses that are sampled per step, over all ranks."""
         return self.grpo.num_prompts_per_step * self.grpo.num_generations_per_prompt
 
     @property
     def num_updates_per_step(self) -> int:
-        """Optimizer steps per step."""
+        """Number of updates (optimizer steps) per step of the run."""
         return self.num_rollouts_per_step // self.policy.train_global_batch_size
 
     @model_validator(mode="after")
@@ -164,10 +164,10 @@ class TrainRecipe(_Common):
 
 
 class SftRecipe(_Common):
-    """A recipe for ``megatron-g2rpo sft``; one optimizer step is ``policy.train_global_batch_size`` sequences."""
+    """A recipe for ``megatron-g2rpo sft``; each optimizer step has ``policy.train_global_batch_size`` sequences."""
 
     sft: Sft
-    """The supervised loop."""
+    """The supervised training loop."""
 
     @model_validator(mode="after")
     def _between_sections(self) -> SftRecipe:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One YAML text -> a plain tree, and for every key where it was written."""
+"""Reading of one YAML text into a plain tree, with the place where every key was written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FLOAT = re.compile(
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-6` as a float and a date as the text it is."""
+    """A SafeLoader that reads ``1e-6`` as a float, and a date as text."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -36,7 +36,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 
 @dataclass(frozen=True)
 class Document:
-    """A tree of settings.
+    """The settings of one or more YAML texts.
 
     Attributes:
         tree: nested plain dicts, lists and scalars.
@@ -68,12 +68,12 @@ def read_document(path: Path) -> Document:
 
 
 def read_value(text: str, key: str, source: str) -> Document:
-    """Type a command-line value by the rules of the files: ``3``, ``1e-6``, ``null``, ``[a, b]``, ``{low: 0.2}``.
+    """Read a command-line value by the rules of YAML files: ``3``, ``1e-6``, ``null``, ``[a, b]``, ``{low: 0.2}``.
 
     Args:
-        text: the value.
-        key: dotted key that it is for.
-        source: the override as typed, for errors.
+        text: text of the value.
+        key: dotted key that the value is for.
+        source: the override as it was typed, for errors.
 
     Raises:
         RecipeError: the value is not YAML.
@@ -86,7 +86,7 @@ def read_value(text: str, key: str, source: str) -> Document:
 
 
 class _Reader:
-    """Walks the YAML nodes of one text, because only nodes know their lines."""
+    """Walks the YAML nodes of one text, because only nodes carry line numbers."""
 
     def __init__(self, text: str, source: str, *, has_lines: bool) -> None:
         self.text = text

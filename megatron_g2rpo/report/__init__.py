@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run directory, made readable."""
+"""Reports on a finished run, made from its run directory."""

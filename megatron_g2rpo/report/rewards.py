@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's validation per task, before and after, as one picture and one table."""
+"""The validation metrics of a run per task, before and after training, as one picture and one table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True)
 class Change:
-    """A validation metric of one task at the first and the last validation of a run."""
+    """The values of a validation metric of one task at the first and the last validation of a run."""
 
     task: str
     before: float
@@ -29,7 +29,7 @@ class Change:
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The lines of ``metrics.jsonl``.
+    """Read the lines of a run's ``metrics.jsonl``.
 
     Raises:
         ReportError: there is no such file, or it is empty.
@@ -44,10 +44,10 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 def changes(lines: list[dict[str, float]], metric: str) -> list[Change]:
-    """Change of ``val/<task>/<metric>`` for every task, and of the mean over tasks last.
+    """Return the change of ``val/<task>/<metric>`` for every task, and last that of the mean over tasks.
 
     Raises:
-        ReportError: fewer than two validations.
+        ReportError: the run has fewer than two validations.
     """
     validations = [line for line in lines if f"{PREFIX}mean_{metric}" in line]
     if len(validations) < 2:
@@ -59,7 +59,7 @@ def changes(lines: list[dict[str, float]], metric: str) -> list[Change]:
 
 
 def text_only_accuracy(run: Path) -> dict[str, float]:
-    """Task -> accuracy that needs no image, from the card beside the run's validation data; empty where there is none.
+    """Return task -> accuracy that needs no image, from the card of the run's validation data; empty without a card.
 
     The card is ``card.json`` in the folder above the validation shards: ``{"text_only_accuracy": {task: number}}``.
     """
@@ -72,7 +72,7 @@ def draw(run: Path) -> Path:
     """Print the table of rewards and accuracies, and draw the picture.
 
     Returns:
-        The picture, ``RUN/report/rewards.png``.
+        The path of the picture, ``RUN/report/rewards.png``.
 
     Raises:
         ReportError: see ``read_metrics`` and ``changes``.
@@ -87,7 +87,7 @@ def draw(run: Path) -> Path:
 
 
 def table(rewards: dict[str, list[Change]], text_only: dict[str, float]) -> str:
-    """The table as text, a line per task, with the accuracy that needs no image where it is known."""
+    """Return the table as text, one line per task, with the accuracy that needs no image where it is known."""
     headings = {name: name.replace("_", " ") for name in rewards}
     width = max(len(change.task) for change in rewards["reward"])
     rows = ["validation, before -> after", "  ".join(["task".ljust(width), *(h.ljust(14) for h in headings.values())])]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines that turn prompts into samples: ``base.get("transformers")`` is the embedded default."""
+"""Rollout engines, which turn prompts into responses; ``base.get("transformers")`` is the embedded default."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every rollout engine offers, and how one is found by its name.
+"""The interface of a rollout engine, and how an engine is found by its name.
 
 An engine is fed weights under their Hugging Face names and returns rollouts; it never sees the policy. A new one is a
 class with the methods of ``Engine`` and the decorator ``extend.engine("name")``, in a file that a recipe's ``imports``
@@ -24,11 +24,11 @@ from megatron_g2rpo.weights import WeightSource
 
 
 class EngineUnavailable(RuntimeError):
-    """Nothing is left that could generate, through no fault of the prompts or the weights; names each cause.
+    """No server is left that could generate. Prompts and weights are not the cause; the message names each cause.
 
     Args:
         message: what was lost, and why.
-        wait: whether the recipe says to wait until something comes back.
+        wait: whether the recipe says to wait until a server comes back.
     """
 
     def __init__(self, message: str, *, wait: bool = False) -> None:
@@ -41,19 +41,20 @@ class EngineUnavailable(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What an engine is built from.
+    """Everything that an engine is built from.
 
     Attributes:
-        policy: section of the recipe; ``model_name`` is a directory.
-        device: where this rank's tensors live.
-        dtype: of the weights.
-        nccl: whether this rank's device has NCCL.
+        policy: the recipe's ``policy`` section; its ``model_name`` is a local directory.
+        device: the device that holds this rank's tensors.
+        dtype: data type of the weights.
+        nccl: whether this rank's device can communicate over NCCL.
         eos_token_ids: tokens that end a response.
-        pad_token_id: fills prompts of a batch to equal length.
-        banned_token_ids: tokens of probability 0: image and video placeholders and their frame, ids without a token.
-        image_token_id: the placeholder of images, once per merged patch; -1 for a model of text alone.
-        spatial_merge_size: patches along one side that merge into one image token.
-        decode: token ids to text.
+        pad_token_id: token that pads the prompts of a batch to equal length.
+        banned_token_ids: tokens that are never sampled: image and video placeholders, the tokens around them, and ids
+            that stand for no token.
+        image_token_id: the placeholder of images, which occurs once per merged patch; -1 for a text-only model.
+        spatial_merge_size: number of patches along one side that merge into one image token.
+        decode: function from token ids to text.
     """
 
     policy: Policy
@@ -69,11 +70,11 @@ class Context:
 
 
 class Engine(Protocol):
-    """Turns prompts into samples of the policy whose weights it was given last."""
+    """A rollout engine, which samples responses to prompts from the policy whose weights it was given last."""
 
     @classmethod
     def build(cls, context: Context) -> Engine:
-        """An engine without weights. A collective of all ranks."""
+        """Build an engine that has no weights yet. A collective of all ranks."""
         ...
 
     def load_weights(self, weights: WeightSource) -> None:
@@ -82,7 +83,7 @@ class Engine(Protocol):
         A collective: every rank calls it, and iterates over all of the source exactly once.
 
         Raises:
-            EngineUnavailable: on every rank.
+            EngineUnavailable: no server is left; raised on every rank.
         """
         ...
 
@@ -100,22 +101,22 @@ class Engine(Protocol):
         Args:
             prompts: this rank's prompts; none gives an empty list.
             n: responses per prompt.
-            temperature: of the sampling distribution; 0 is greedy.
-            seed: changes every random draw; give each step its own.
-            group_ids: one per prompt, unique over all ranks; carried to the rollouts.
+            temperature: temperature of the sampling distribution; 0 is greedy.
+            seed: seed of every random draw; give each step its own.
+            group_ids: id of each prompt's group, unique over all ranks; the rollouts carry it.
 
         Raises:
-            EngineUnavailable: on this rank, perhaps not on others.
+            EngineUnavailable: no server is left; raised on this rank, perhaps not on others.
         """
         ...
 
     def release(self) -> None:
-        """Give memory back until the next ``load_weights``, where the engine can."""
+        """Free the engine's memory until the next ``load_weights``, where the engine supports that."""
         ...
 
 
 def check_request(prompts: Sequence[Prompt], n: int, temperature: float, group_ids: Sequence[int]) -> None:
-    """Refuse arguments of ``Engine.generate`` that mean nothing.
+    """Check the arguments of ``Engine.generate``.
 
     Raises:
         ValueError: lists of different lengths, no sample, or a temperature below 0 or not finite.
@@ -131,10 +132,13 @@ register = registry.engines.register
 
 @contextmanager
 def needs_vllm(what: str) -> Iterator[None]:
-    """Around an import that fails where vLLM is not installed.
+    """Context manager around an import that fails where vLLM is not installed.
+
+    Args:
+        what: what needs vLLM, for the error message.
 
     Raises:
-        ValueError: it did; says what needs vLLM, and how to install it.
+        ValueError: the import failed; the message says what needs vLLM, and how to install it.
     """
     try:
         yield
@@ -147,7 +151,7 @@ def needs_vllm(what: str) -> Iterator[None]:
 
 
 def get(name: str) -> type[Engine]:
-    """The engine class of a backend name.
+    """Return the engine class that is registered under a backend name.
 
     Raises:
         ValueError: the name is unknown, the message lists the known ones; or the engine's package is not installed.

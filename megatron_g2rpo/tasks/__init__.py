@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a task is: how it is asked, what an answer looks like, and what an answer is worth."""
+"""Tasks: how a sample becomes a prompt, how responses are read, and how they are rewarded."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answer formats: how right an answer is, one function each, by the name that samples and recipes give.
+"""Answer formats: functions that say how right an answer is, found by the name that samples and recipes use.
 
 A function gets the text of a model's answer and the sample, and returns a number in [0, 1]. It gets ``""`` for a
 response without an answer, which is worth 0 whatever it returns. A model's answer that cannot be read is worth 0. A
@@ -41,14 +41,14 @@ def _normalise(text: str) -> str:
 
 @register("exact")
 def exact(answer: str, sample: Sample) -> float:
-    """1 if both are the same text, whatever their case, blanks and final full stop; else 0."""
+    """Return 1 if answer and reference are the same text, apart from case, blanks and a final full stop; else 0."""
     wanted = _reference(_normalise(sample.answer) or None, "a text", sample)
     return float(_normalise(answer) == wanted)
 
 
 @register("numeric")
 def numeric(answer: str, sample: Sample) -> float:
-    """1 if both are the same number, to a relative 1e-6 (rounding of decimals in print); else 0."""
+    """Return 1 if answer and reference are the same number, to a relative 1e-6 (rounding in print); else 0."""
     wanted = _reference(parse_number(sample.answer), "a number", sample)
     got = parse_number(answer)
     return float(got is not None and math.isclose(got, wanted, rel_tol=1e-6, abs_tol=1e-9))
@@ -56,7 +56,7 @@ def numeric(answer: str, sample: Sample) -> float:
 
 @register("relative")
 def relative(answer: str, sample: Sample) -> float:
-    """max(0, 1 - |answer - reference| / |reference|); for a reference of 0, whether the answer is 0."""
+    """Return ``max(0, 1 - |answer - reference| / |reference|)``; for a reference of 0, 1 if the answer is 0, else 0."""
     wanted = _reference(parse_number(sample.answer), "a number", sample)
     got = parse_number(answer)
     if got is None:
@@ -68,7 +68,7 @@ def relative(answer: str, sample: Sample) -> float:
 
 @register("box_iou")
 def box_iou(answer: str, sample: Sample) -> float:
-    """Intersection over union of two boxes ``[x1, y1, x2, y2]`` in the same units, far edges exclusive."""
+    """Return the intersection over union of two boxes ``[x1, y1, x2, y2]`` in the same units, far edges exclusive."""
     ax1, ay1, ax2, ay2 = _reference(parse_box(sample.answer), "a box [x1, y1, x2, y2] with x1 < x2, y1 < y2", sample)
     got = parse_box(answer)
     if got is None:
@@ -80,16 +80,16 @@ def box_iou(answer: str, sample: Sample) -> float:
 
 @register("edit_distance")
 def edit_distance(answer: str, sample: Sample) -> float:
-    """1 - Levenshtein distance / length of the longer text (characters)."""
+    """Return 1 minus the Levenshtein distance divided by the length of the longer text, in characters."""
     answer, wanted = answer.strip(), _reference(sample.answer.strip() or None, "a text", sample)
     return 1.0 - levenshtein(answer, wanted) / max(len(answer), len(wanted))
 
 
 @register("axes")
 def axes(answer: str, sample: Sample) -> float:
-    """Share of the reference's axes (left/right, above/below) that the answer names rightly: 0, 1/2 or 1 for two axes.
+    """Return the share of the reference's axes (left/right, above/below) on which the answer names its direction.
 
-    An answer that names both directions of an axis names none.
+    For a reference with two axes that is 0, 1/2 or 1. An answer that names both directions of an axis names neither.
     """
     wanted = _directions(sample.answer)
     if not wanted:
@@ -100,20 +100,20 @@ def axes(answer: str, sample: Sample) -> float:
 
 @register("multiple_choice")
 def multiple_choice(answer: str, sample: Sample) -> float:
-    """1 if both are the same letter, with or without the option's text; else 0."""
+    """Return 1 if answer and reference are the same letter, with or without the option's text; else 0."""
     wanted = _reference(parse_choice(sample.answer), "the letter of a choice", sample)
     return float(parse_choice(answer) == wanted)
 
 
 def _directions(text: str) -> dict[int, str]:
-    """Axis -> direction, for the axes of which exactly one direction is named."""
+    """Return axis -> direction for each axis of which the text names exactly one direction."""
     words = set(re.findall("[a-z]+", text.casefold()))
     named = {axis: words & set(pair) for axis, pair in enumerate(_OPPOSITES)}
     return {axis: directions.pop() for axis, directions in named.items() if len(directions) == 1}
 
 
 def levenshtein(a: str, b: str) -> int:
-    """Insertions, deletions and substitutions (characters) that turn ``a`` into ``b``.
+    """Return the least number of insertions, deletions and substitutions of characters that turn ``a`` into ``b``.
 
     The bit-parallel algorithm of Myers (J. ACM 46, 1999) as given by Hyyro (2003): one column of the table is a pair of
     integers with a bit per character of ``a``, so that a page of text costs milliseconds.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read the numbers, boxes and choices that answers are made of.
+"""Parsers of the numbers, boxes and choices that answers consist of.
 
-A parser returns None for what it cannot read. What that means is the caller's business: in a model's answer it is a
+A parser returns None for a text that it cannot read. Its caller decides what that means: in a model's answer it is a
 wrong answer, in a reference it is an error of the dataset.
 """
 
@@ -23,7 +23,7 @@ Box = tuple[float, float, float, float]
 
 
 def parse_number(text: str) -> float | None:
-    """A finite number: ``-3``, ``0.5``, ``1,234``, ``3/4``; ``$`` before it and ``%`` or ``.`` after it are ignored."""
+    """Parse a number: ``-3``, ``0.5``, ``1,234``, ``3/4``; leading ``$`` and final ``%`` or ``.`` are ignored."""
     text = text.strip().removeprefix("$").removesuffix(".").removesuffix("%").strip()
     if match := _FRACTION.fullmatch(text):
         numerator, denominator = int(match.group(1)), int(match.group(2))
@@ -37,7 +37,7 @@ def parse_number(text: str) -> float | None:
 
 
 def parse_box(text: str) -> Box | None:
-    """``[x1, y1, x2, y2]`` or ``{"boxes": [x1, y1, x2, y2]}`` with x1 < x2 and y1 < y2."""
+    """Parse a box, ``[x1, y1, x2, y2]`` or ``{"boxes": [x1, y1, x2, y2]}`` with x1 < x2 and y1 < y2."""
     match = _BOX.fullmatch(text.strip())
     if match is None:
         return None
@@ -48,6 +48,6 @@ def parse_box(text: str) -> Box | None:
 
 
 def parse_choice(text: str) -> str | None:
-    """The letter of a choice in upper case: ``C``, ``c.``, ``(C)``, ``C. clothing``."""
+    """Parse the letter of a choice, and return it in upper case: ``C``, ``c.``, ``(C)``, ``C. clothing``."""
     match = _CHOICE.fullmatch(text.strip())
     return match.group(1).upper() if match else None

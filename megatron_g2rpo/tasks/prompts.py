@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a sample to the chat that asks it."""
+"""Chat messages that ask a sample's question."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ Message = dict[str, Any]
 def build_messages(
     sample: Sample, system_prompt: str | None = None, response_format: ResponseFormat | None = None
 ) -> list[Message]:
-    """Chat messages of a sample: the system prompt if there is one, then one user turn, images before the question.
+    """Return the chat messages of a sample: a system turn if there is a text for it, then one user turn.
 
-    Images appear as ``{"type": "image"}`` only; the pixels travel beside the messages, in the same order.
+    Images precede the question and appear as ``{"type": "image"}`` only; their pixels are passed on beside the
+    messages, in the same order.
 
     Args:
-        sample: what is asked.
-        system_prompt: text of the system turn; None for none.
-        response_format: whose instruction the chat carries, as a paragraph after the system prompt or after the
-            question; None for no instruction.
+        sample: the sample to ask.
+        system_prompt: text of the system turn; None for no such text.
+        response_format: format whose instruction the chat contains, as a paragraph after the system prompt or after
+            the question; None for no instruction.
     """
     system, question = [system_prompt] if system_prompt is not None else [], [sample.question]
     if response_format is not None and response_format.instruction:
@@ -37,11 +38,12 @@ def build_messages(
 
 
 def continuation(response: str, prefix: str) -> str:
-    """What is left to say of a whole response where the prompt ends with its beginning: no tag is learned twice.
+    """Return the rest of a response whose beginning the prompt already contains, so that no tag is learned twice.
 
     Args:
-        response: of a dataset.
-        prefix: what the chat template has written of it (``Prompt.response_prefix``), white space around it included.
+        response: a whole response, as a dataset holds it.
+        prefix: the beginning of the response that the chat template has written (``Prompt.response_prefix``), with
+            white space around it.
     """
     return response.removeprefix(prefix if response.startswith(prefix) else prefix.strip())
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Response formats: what a prompt asks a response to look like, and where thinking and answer are found in it.
 
-Add one, in a file that the recipe's ``imports`` names; an instance such as ``Tagged(...)`` can be registered as well:
+Register one in a file that the recipe's ``imports`` names; an instance such as ``Tagged(...)`` can be registered, too:
 
     @response_format("hashes")
     class Hashes(ResponseFormat):
@@ -31,16 +31,16 @@ register = registry.response_formats.register
 
 
 class ResponseFormat(ABC):
-    """How responses are laid out.
+    """The base class of response formats, which says how responses are laid out.
 
-    The methods get the text of a response, from ``opening`` on where the prompt has begun it.
+    The methods get the text of a response; if the prompt already contains its ``opening``, the text begins with it.
 
     Attributes:
-        instruction: what a prompt tells the model of the format; ``""`` for nothing.
-        placement: where it stands: after the ``question``, as a paragraph of its own, or at the end of the ``system``
-            prompt.
-        opening: what a response begins with and a chat template may have written into the prompt already, such as
-            ``<think>``: it then counts as present. ``""`` where there is no such thing.
+        instruction: text in the prompt that tells the model of the format; ``""`` for no text.
+        placement: where the instruction stands: after the ``question``, as a paragraph of its own, or at the end of
+            the ``system`` prompt.
+        opening: text that a response begins with and that a chat template may have written into the prompt already,
+            such as ``<think>``: it then counts as present. ``""`` for no such text.
     """
 
     instruction: str
@@ -49,18 +49,18 @@ class ResponseFormat(ABC):
 
     @abstractmethod
     def find_thinking(self, text: str) -> str | None:
-        """The reasoning; None if there is none."""
+        """Return the reasoning in a response; None if there is none."""
 
     @abstractmethod
     def find_answer(self, text: str) -> str | None:
-        """The final answer; None if there is none."""
+        """Return the final answer in a response; None if there is none."""
 
     @abstractmethod
     def is_well_formed(self, text: str) -> bool:
-        """Whether the text keeps to the format in full."""
+        """Return whether a response follows the format in full."""
 
     def read(self, rollout: Rollout) -> Response:
-        """The response of a rollout, read in this format."""
+        """Read the response of a rollout in this format."""
         text = self._begun(rollout.prompt.response_prefix) + rollout.text
         return Response(
             text=rollout.text,
@@ -73,46 +73,46 @@ class ResponseFormat(ABC):
         )
 
     def _begun(self, prefix: str) -> str:
-        """What of the prompt's end belongs to the format; a tag of another format does not."""
+        """Return the part of the prompt's end that belongs to this format; a tag of another format does not."""
         start = prefix.rfind(self.opening) if self.opening else -1
         return prefix[start:] if start >= 0 else ""
 
 
 def get(name: str) -> ResponseFormat:
-    """The response format of a name.
+    """Return the response format that is registered under a name.
 
     Raises:
-        ValueError: unknown name; lists the known ones.
+        ValueError: the name is unknown; the message lists the known ones.
     """
     value = registry.response_formats.get(name)
     return value() if isinstance(value, type) else value
 
 
 def by_task(env: Env, default: str) -> dict[str, ResponseFormat]:
-    """Task -> its response format.
+    """Return task -> response format.
 
     Args:
         env: the recipe's ``env`` section.
-        default: of tasks that name none.
+        default: name of the format for tasks that name none.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: a name is unknown; the message lists the known ones.
     """
     return {name: get(task.response_format or default) for name, task in env.tasks.items()}
 
 
 def _section(tag: str) -> re.Pattern[str]:
-    """The text between a pair of tags, without another opening tag in it."""
+    """Return a pattern for the text between a pair of tags, without another opening tag in it."""
     opening, closing = re.escape(f"<{tag}>"), re.escape(f"</{tag}>")
     return re.compile(f"{opening}((?:(?!{opening}).)*?){closing}", re.DOTALL)
 
 
 class Tagged(ResponseFormat):
-    """``<thinking>...</thinking><answer>...</answer>``, whatever the tags are called.
+    """The format ``<thinking>...</thinking><answer>...</answer>``, with tags of any name.
 
-    Well formed is a response with each tag exactly once, in this order, and nothing but white space before, between and
-    after the sections. The answer is the text of the last complete answer section, the thinking that of the first
-    complete thinking section, both stripped.
+    A response is well formed if it has each tag exactly once, in this order, and only white space before, between and
+    after the sections. The answer is the text of the last complete answer section, the thinking is that of the first
+    complete thinking section; both are stripped.
 
     Args:
         thinking: name of the tag around the thinking.
@@ -147,9 +147,9 @@ register("think_answer")(Tagged(thinking="think", answer="answer"))
 
 @register("think_boxed")
 class ThinkBoxed(ResponseFormat):
-    r"""``<think>...</think>`` and then text with the answer in ``\boxed{}``.
+    r"""The format ``<think>...</think>``, followed by text with the answer in ``\boxed{}``.
 
-    Well formed is a response that begins with the one thinking section and has a complete box after it. A box inside
+    A response is well formed if it begins with its only thinking section and has a complete box after it. A box inside
     the thinking is no answer.
     """
 
@@ -176,7 +176,7 @@ class ThinkBoxed(ResponseFormat):
 
 @register("boxed")
 class Boxed(ResponseFormat):
-    r"""Text with the answer in ``\boxed{}``; what precedes the answer is the thinking."""
+    r"""The format of a text with the answer in ``\boxed{}``; the text before the answer is the thinking."""
 
     instruction = "Think about the question, step by step, and give the final answer in \\boxed{}."
 
@@ -193,7 +193,7 @@ class Boxed(ResponseFormat):
 
 @register("plain")
 class Plain(ResponseFormat):
-    """The whole text is the answer. Nothing can be malformed, and there is no thinking."""
+    """The format in which the whole text is the answer: every response is well formed, and there is no thinking."""
 
     instruction = "Give the final answer, and nothing else."
 
@@ -208,7 +208,7 @@ class Plain(ResponseFormat):
 
 
 def find_boxed(text: str) -> str | None:
-    r"""What stands in the last complete ``\boxed{...}``, stripped; None if there is none.
+    r"""Return the text in the last complete ``\boxed{...}``, stripped; None if there is none.
 
     Braces inside it are matched, and escaped ones (``\{``) are not counted.
     """
@@ -220,9 +220,9 @@ _BRACES = re.compile(r"\\boxed\{|\\.|\{|\}", re.DOTALL)
 
 
 def _last_box(text: str) -> tuple[int, int] | None:
-    """Where the last complete box begins, and where its closing brace is.
+    """Return where the last complete box begins, and where its closing brace is.
 
-    One pass over the braces, as a text may repeat itself for long.
+    It makes one pass over the braces, because a degenerate text may repeat boxes many times.
     """
     last: tuple[int, int] | None = None
     unclosed: list[tuple[int, bool]] = []

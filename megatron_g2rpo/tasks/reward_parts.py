@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reward parts: what a response is worth, one function for each kind of worth, by the name that recipes weigh it with.
+"""Reward parts: functions that each judge one aspect of a response, found by the name that recipes weigh them with.
 
 A part is a function of a sample and a response that returns a finite number, 0 where it does not apply. It may take the
-keyword-only parameter ``settings``, what the recipe says for the sample's task. With ``batched=True`` it is a function
-of lists of them, for a judge model, and returns a list.
+keyword-only parameter ``settings``, the recipe's settings for the sample's task. Under ``batched=True``, which suits a
+judge model, it is a function of a list of samples and a list of responses, and returns a list.
 
-Add one, in a file that the recipe's ``imports`` names, and weigh it, ``env.reward_weights: {brevity: 0.1}``:
+Register one in a file that the recipe's ``imports`` names, and weigh it, ``env.reward_weights: {brevity: 0.1}``:
 
     @reward_part("brevity")
     def brevity(sample: Sample, response: Response) -> float:
@@ -28,13 +28,14 @@ register = registry.reward_parts.register
 
 @dataclass(frozen=True, kw_only=True)
 class PartSettings:
-    """What the recipe says for the task of a sample.
+    """The recipe's settings for the task of a sample.
 
     Attributes:
-        answer_format: of every sample of the task; None: the one that each sample names.
+        answer_format: name of the answer format of all samples of the task; None: the one that each sample names.
         length: corners of the length reward, in response tokens; None: no length reward.
-        max_response_tokens: most tokens that a response can have.
-        overlong_buffer: tokens before that limit over which ``overlong`` falls to -1; None where the recipe has none.
+        max_response_tokens: largest number of tokens that a response can have.
+        overlong_buffer: number of tokens before that limit over which ``overlong`` falls to -1; None where the recipe
+            has none.
     """
 
     answer_format: str | None
@@ -43,13 +44,13 @@ class PartSettings:
     overlong_buffer: int | None
 
     def answer_format_of(self, sample: Sample) -> str:
-        """Name of the answer format that a sample is scored with."""
+        """Return the name of the answer format that a sample is scored with."""
         return self.answer_format or sample.answer_format
 
 
 @register("accuracy")
 def accuracy(sample: Sample, response: Response, *, settings: PartSettings) -> float:
-    """How right the answer is, 0 to 1, in its answer format; 0 without an answer.
+    """Return how right the answer is, 0 to 1, by its answer format; 0 for a response without an answer.
 
     Raises:
         ValueError: unknown answer format, or a reference that it cannot read.
@@ -62,13 +63,13 @@ def accuracy(sample: Sample, response: Response, *, settings: PartSettings) -> f
 
 @register("format")
 def well_formed(sample: Sample, response: Response) -> float:
-    """1 if the response keeps to its response format, else 0."""
+    """Return 1 if the response is well formed in its response format, else 0."""
     return float(response.is_well_formed)
 
 
 @register("length")
 def length(sample: Sample, response: Response, *, settings: PartSettings) -> float:
-    """The trapezoid of the task's ``length``; 0 for a task without one."""
+    """Return the length reward by the corners of the task's ``length``; 0 for a task without them."""
     bounds = settings.length
     if bounds is None:
         return 0.0
@@ -77,11 +78,11 @@ def length(sample: Sample, response: Response, *, settings: PartSettings) -> flo
 
 @register("structure")
 def structure(sample: Sample, response: Response) -> float:
-    """Whether the answer is JSON of the reference's form: 1 if it is, 0 where the reference is no object or list.
+    """Return 1 if the answer is JSON of the reference's form; 0 where the reference is neither object nor list.
 
-    An answer has the form of a list if it is a list of as many elements, and that of an object if it has its keys.
-    Where values of the object are objects themselves (a box for each frame), the form is half of the part and the
-    overlap of their keys, intersection over union, the other half. A response that is not well formed has 0.
+    The answer has the form of a list if it is a list of as many elements, and that of an object if it has its keys.
+    Where values of the object are objects themselves (a box for each frame), the form gives one half of the value, and
+    the overlap of their keys (intersection over union) gives the other half. A response that is not well formed gets 0.
 
     Source: the structure bonus of the paper's public code, scaled from [0, 0.5] to [0, 1]; its code gives a constant
     where the reference is no JSON.
@@ -102,7 +103,7 @@ def structure(sample: Sample, response: Response) -> float:
 
 @register("overlong")
 def overlong(sample: Sample, response: Response, *, settings: PartSettings) -> float:
-    """0 up to ``grpo.overlong_penalty.buffer`` tokens before the limit, falling to -1 at the limit.
+    """Return a penalty: 0 up to ``grpo.overlong_penalty.buffer`` tokens before the limit, falling to -1 at the limit.
 
     Raises:
         ValueError: the recipe has no such buffer.
@@ -113,7 +114,7 @@ def overlong(sample: Sample, response: Response, *, settings: PartSettings) -> f
 
 
 def _json(text: str) -> Any:
-    """The object or list that a text is; None for anything else."""
+    """Parse a text as a JSON object or list; None for any other text."""
     try:
         value = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):  # recursion: a response may repeat `[` for long

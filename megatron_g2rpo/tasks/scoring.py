@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewards of rollouts: every part that the recipe weighs, kept apart and combined once.
+"""Rewards of rollouts: the value of every part that the recipe weighs, and their weighted sum.
 
 ``total = sum over parts of weight * part``, added up in the order of ``env.reward_weights``.
 """
@@ -23,15 +23,16 @@ ACCURACY, OVERLONG = "accuracy", "overlong"
 
 
 class RewardError(RuntimeError):
-    """A reward could not be computed: the function raised, or returned no finite number. Names sample, task, function.
+    """A reward could not be computed: the function raised, or returned no finite number.
 
-    Never turned into a reward of 0: that would be a signal to learn from.
+    The message names sample, task and function. The error is never turned into a reward of 0, because the policy would
+    learn from that.
     """
 
 
 @dataclass(frozen=True)
 class _Scored:
-    """A rollout as its parts see it, and the weights of the parts that its task has."""
+    """A rollout in the form that reward parts take, and the weights that its task gives to the parts."""
 
     sample: Sample
     response: Response
@@ -48,19 +49,21 @@ def score(
     overlong_buffer: int | None = None,
     overlong_weight: float | None = None,
 ) -> Rewards:
-    """Rewards of every rollout.
+    """Compute the rewards of all rollouts.
 
     Args:
-        rollouts: N responses, in any order.
+        rollouts: N rollouts, in any order.
         env: the recipe's ``env`` section.
-        response_format: of tasks that name none.
-        max_response_tokens: most tokens that a response can have.
-        overlong_buffer: tokens before that limit over which the part ``overlong`` falls; None where there is none.
-        overlong_weight: adds the part ``overlong``, last, with this weight; None: only where ``env`` weighs it.
+        response_format: name of the response format for tasks that name none.
+        max_response_tokens: largest number of tokens that a response can have.
+        overlong_buffer: number of tokens before that limit over which the part ``overlong`` falls; None where the
+            recipe has none.
+        overlong_weight: weight of the part ``overlong``, which is then added last; None: it is a part only where
+            ``env`` weighs it.
 
     Returns:
-        Every part that the recipe weighs, also with 0, unweighted. A part that only some tasks name is computed for
-        their samples, and is 0 with weight 0 for the others.
+        The unweighted value of every part that the recipe weighs, those of weight 0 included, with their weighted sum.
+        A part that only some tasks name is computed for their samples, and is 0 with weight 0 for all others.
 
     Raises:
         RewardError: a task that ``env.tasks`` lacks, a part or a response format that raises, or a part that is not
@@ -78,29 +81,29 @@ def score(
         for name, task in env.tasks.items()
     }
     weights_of = {name: {**env.reward_weights, **task.reward_weights, **added} for name, task in env.tasks.items()}
-    rows = []
+    scored = []
     for rollout in rollouts:
         response, task = read(rollout, env, response_format), rollout.prompt.task
-        rows.append(_Scored(rollout.prompt.sample, response, settings[task], weights_of[task]))
-    rewards = Rewards.none(len(rows))
+        scored.append(_Scored(rollout.prompt.sample, response, settings[task], weights_of[task]))
+    rewards = Rewards.none(len(scored))
     # In this order everywhere, so that the sum rounds alike on every rank.
     named = [env.reward_weights, *(task.reward_weights for task in env.tasks.values()), added]
     for name in dict.fromkeys(name for weights in named for name in weights):
-        having = [index for index, row in enumerate(rows) if name in row.weights]
+        having = [index for index, each in enumerate(scored) if name in each.weights]
         part, weights = torch.zeros_like(rewards.total), torch.zeros_like(rewards.total)
-        part[having] = torch.tensor(_values(name, [rows[index] for index in having]), dtype=torch.float64)
-        weights[having] = torch.tensor([rows[index].weights[name] for index in having], dtype=torch.float64)
+        part[having] = torch.tensor(_values(name, [scored[index] for index in having]), dtype=torch.float64)
+        weights[having] = torch.tensor([scored[index].weights[name] for index in having], dtype=torch.float64)
         rewards = rewards.plus(name, part, weights)
     return rewards
 
 
 def read(rollout: Rollout, env: Env, response_format: str) -> Response:
-    """A rollout's response, read in the format of its task.
+    """Read a rollout's response in the response format of its task.
 
     Args:
-        rollout: the response.
+        rollout: the rollout to read.
         env: the recipe's ``env`` section.
-        response_format: of tasks that name none.
+        response_format: name of the response format for tasks that name none.
 
     Raises:
         RewardError: a task that ``env.tasks`` lacks, or a response format that raises.
@@ -116,34 +119,35 @@ def read(rollout: Rollout, env: Env, response_format: str) -> Response:
         raise RewardError(f"{where} {rollout.sample_index}: raised {type(error).__name__}: {error}") from error
 
 
-def _values(name: str, rows: Sequence[_Scored]) -> list[float]:
-    """The part of each row, checked."""
+def _values(name: str, scored: Sequence[_Scored]) -> list[float]:
+    """Compute a part for every rollout, and check that it is finite."""
     entry = registry.reward_parts.entry(name)
     takes_settings = registry.reward_parts.takes(name, "settings")
     if not entry.facts.get("batched", False):
-        return [_one(name, entry.value, row, takes_settings) for row in rows]
-    if not rows:
+        return [_one(name, entry.value, each, takes_settings) for each in scored]
+    if not scored:
         return []
-    settings = {"settings": [row.settings for row in rows]} if takes_settings else {}
-    where = f"reward {name} of {len(rows)} samples, the first of which is {rows[0].sample.key}"
+    settings = {"settings": [each.settings for each in scored]} if takes_settings else {}
+    where = f"reward {name} of {len(scored)} samples, the first of which is {scored[0].sample.key}"
     values = _called(
-        lambda: list(entry.value([row.sample for row in rows], [row.response for row in rows], **settings)), where
+        lambda: list(entry.value([each.sample for each in scored], [each.response for each in scored], **settings)),
+        where,
     )
-    if len(values) != len(rows):
+    if len(values) != len(scored):
         raise RewardError(f"{where}: returned {len(values)} numbers")
-    return [_finite(value, _place(name, row)) for value, row in zip(values, rows, strict=True)]
+    return [_finite(value, _place(name, each)) for value, each in zip(values, scored, strict=True)]
 
 
-def _one(name: str, function: Callable[..., Any], row: _Scored, takes_settings: bool) -> float:
-    settings = {"settings": row.settings} if takes_settings else {}
-    where = _place(name, row)
-    return _finite(_called(lambda: function(row.sample, row.response, **settings), where), where)
+def _one(name: str, function: Callable[..., Any], scored: _Scored, takes_settings: bool) -> float:
+    settings = {"settings": scored.settings} if takes_settings else {}
+    where = _place(name, scored)
+    return _finite(_called(lambda: function(scored.sample, scored.response, **settings), where), where)
 
 
-def _place(name: str, row: _Scored) -> str:
-    part = f"{name} {row.settings.answer_format_of(row.sample)!r}" if name == ACCURACY else name
-    sample = row.sample
-    return f"reward {part} of sample {sample.key}, task {sample.task!r}, response {row.response.sample_index}"
+def _place(name: str, scored: _Scored) -> str:
+    part = f"{name} {scored.settings.answer_format_of(scored.sample)!r}" if name == ACCURACY else name
+    sample = scored.sample
+    return f"reward {part} of sample {sample.key}, task {sample.task!r}, response {scored.response.sample_index}"
 
 
 def _called(function: Callable[[], Any], where: str) -> Any:

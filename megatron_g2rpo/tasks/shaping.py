@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a response should be: the arithmetic of its length."""
+"""Rewards and penalties that depend on the length of a response alone."""
 
 from __future__ import annotations
 
 
 def trapezoid(length: float, start: float, peak_start: float, peak_end: float, end: float) -> float:
-    """Length reward: 0 up to ``start``, rising to 1 at ``peak_start``, 1 to ``peak_end``, falling to 0 at ``end``.
+    """Return a length reward: 0 up to ``start``, rising to 1 at ``peak_start``, 1 to ``peak_end``, 0 from ``end`` on.
 
-    All in response tokens. Where two bounds coincide the plateau wins.
+    All lengths are in response tokens. Where two bounds coincide, the value at that length is the higher one.
 
     Raises:
         ValueError: the bounds are not in order.
@@ -24,7 +24,7 @@ def trapezoid(length: float, start: float, peak_start: float, peak_end: float, e
 
 
 def overlong_penalty(length: float, limit: float, buffer: float) -> float:
-    """How much too long a response is: 0 up to ``limit - buffer`` tokens, falling to -1 at ``limit``.
+    """Return the penalty on a long response: 0 up to ``limit - buffer`` tokens, falling to -1 at ``limit``.
 
     Source: the length-aware penalty of DAPO, arXiv 2503.14476, section 3.4.
     """

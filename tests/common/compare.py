@@ -19,11 +19,11 @@ from torch import Tensor
 
 
 def relative_distance(ours: Tensor, theirs: Tensor, scale: Tensor | None = None) -> float:
-    """``||ours - theirs|| / ||scale||`` in float32; ``||ours - theirs||`` where the scale is 0.
+    """Return ``||ours - theirs|| / ||scale||`` in float32; ``||ours - theirs||`` where the scale is 0.
 
     Args:
-        ours, theirs: of one shape.
-        scale: None for ``theirs``.
+        ours, theirs: tensors of equal shape.
+        scale: tensor whose norm the distance is divided by; None for ``theirs``.
     """
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     difference, size = float((ours.float() - theirs).norm()), float((theirs if scale is None else scale).norm())
@@ -31,25 +31,25 @@ def relative_distance(ours: Tensor, theirs: Tensor, scale: Tensor | None = None)
 
 
 def largest_distance(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    """The largest ``relative_distance`` of two tensors of one name; nan where one is nan."""
+    """Return the largest ``relative_distance`` of two tensors of the same name; nan where one is nan."""
     assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
     return float(torch.tensor([relative_distance(ours[name], theirs[name]) for name in theirs]).max())
 
 
 def total_distance(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    """``||ours - theirs||`` over all tensors together, in float64."""
+    """Return ``||ours - theirs||`` over all tensors together, in float64."""
     assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
     return float(torch.stack([(ours[name].double() - theirs[name].double()).norm() for name in ours]).norm())
 
 
 def largest_difference(ours: Tensor, theirs: Tensor) -> float:
-    """The largest ``|ours - theirs|``; 0 of no elements."""
+    """Return the largest ``|ours - theirs|``; 0 for tensors without elements."""
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     return float((ours - theirs).abs().max()) if ours.numel() else 0.0
 
 
 def largest_error(ours: Tensor, theirs: Tensor) -> float:
-    """The largest ``|ours - theirs|``, relative to values above one; 0 of no elements."""
+    """Return the largest ``|ours - theirs|``, relative to values above one; 0 for tensors without elements."""
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     return float(((ours - theirs).abs() / theirs.abs().clamp(min=1)).max()) if ours.numel() else 0.0
 
@@ -61,8 +61,8 @@ class Report:
     """The largest error of each kind, and whatever exceeded its tolerance.
 
     Args:
-        tolerances: largest error of each kind. A kind that is not among them is a mistake of the test.
-        worst: errors that were found elsewhere, as ``worst`` of that report: of another process, say.
+        tolerances: largest allowed error of each kind. A kind without a tolerance is a mistake of the test.
+        worst: errors of another report to start from, such as that of another process.
 
     Attributes:
         worst: kind -> (error, where it is).
@@ -77,7 +77,7 @@ class Report:
             self.note(kind, error, where)
 
     def note(self, kind: str, error: float, where: str = "") -> None:
-        """Take in an error.
+        """Add one error to the report.
 
         Raises:
             KeyError: the kind has no tolerance.
@@ -94,7 +94,7 @@ class Report:
             self.worst[kind] = (error, where)
 
     def over_all_ranks(self) -> Report:
-        """What any rank found, on every rank. A collective of the world."""
+        """Return, on every rank, the report of the errors of all ranks. A collective of the world."""
         everyone: list[Report] = [self] * dist.get_world_size()
         dist.all_gather_object(everyone, self)
         merged = Report(self.tolerances)
@@ -103,7 +103,7 @@ class Report:
         return merged
 
     def merge(self, other: Report) -> None:
-        """Take in what another report found; the same failure counts once."""
+        """Add the errors of another report; the same failure counts once."""
         for kind, (error, where) in other.worst.items():
             self._keep_larger(kind, error, where)
         self.failures += [failure for failure in other.failures if failure not in self.failures]
@@ -114,14 +114,14 @@ class Report:
         )
 
     def assert_within_tolerance(self) -> None:
-        """Every kind that has a tolerance was compared, and nothing exceeds it."""
+        """Assert that every kind with a tolerance was compared, and that no error exceeds its tolerance."""
         missing = self.tolerances.keys() - self.worst.keys()
         assert not missing, f"nothing was compared of: {', '.join(sorted(missing))} ({str(self) or 'nothing at all'})"
         assert self.tolerances, "there is no tolerance: nothing was compared"
         assert not self.failures, f"{len(self.failures)} errors too large:\n" + "\n".join(self.failures) + f"\n{self}"
 
     def assert_exceeded(self, *kinds: str, margin: float = 1.0) -> None:
-        """Errors of each of these kinds exceed ``margin`` times their tolerance."""
+        """Assert that the errors of each of these kinds exceed ``margin`` times their tolerance."""
         assert kinds, "no kind was named: nothing would be asserted"
         for kind in kinds:
             assert kind in self.worst, f"nothing was compared of: {kind} ({str(self) or 'nothing at all'})"

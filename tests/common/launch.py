@@ -16,13 +16,13 @@ RESULTS = "G2RPO_TEST_RESULTS"  # environment variable: the folder that ranks re
 
 
 def torchrun(nproc: int, *arguments: str, timeout: int = 300, **environment: str) -> str:
-    """Run ``python ARGUMENTS`` on ``nproc`` ranks; its output. Fails the test with that output if a rank fails.
+    """Run ``python ARGUMENTS`` on ``nproc`` ranks and return its output; fail the test with it if a rank fails.
 
     Args:
         nproc: number of processes.
         arguments: ``-m module`` or a script, then its arguments.
-        timeout: seconds.
-        environment: further variables.
+        timeout: seconds after which the test fails.
+        environment: further environment variables.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", *arguments]
     ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
@@ -40,15 +40,15 @@ def torchrun(nproc: int, *arguments: str, timeout: int = 300, **environment: str
 
 
 def torchrun_json(nproc: int, module: str, *arguments: str, timeout: int = 300) -> list[Any]:
-    """Run a worker on ``nproc`` ranks; what each of them gave to ``report_result``, in the order of ranks.
+    """Run a worker on ``nproc`` ranks, and return what each rank passed to ``report_result``, in the order of ranks.
 
     Fails the test if a rank fails, or ends without a report.
 
     Args:
         nproc: number of processes.
-        module: of the worker, dotted.
-        arguments: the worker's.
-        timeout: seconds.
+        module: dotted name of the worker's module.
+        arguments: command-line arguments of the worker.
+        timeout: seconds after which the test fails.
     """
     with tempfile.TemporaryDirectory(prefix="results-") as folder:
         output = torchrun(nproc, "-m", module, *arguments, timeout=timeout, **{RESULTS: folder})
@@ -59,10 +59,10 @@ def torchrun_json(nproc: int, module: str, *arguments: str, timeout: int = 300) 
 
 
 def report_result(result: Any) -> None:
-    """Tell ``torchrun_json`` what this rank found; without it, print that. Once, at the end of a worker.
+    """Pass this rank's result to ``torchrun_json``, or print it in other runs. A worker calls it once, at its end.
 
     Args:
-        result: what JSON can hold; floats that are no number among it.
+        result: a value that JSON can hold, or that contains nan and infinity.
     """
     text = json.dumps(result)
     if RESULTS not in os.environ:

@@ -101,11 +101,11 @@ class Case:
     """A layout, its switches, and the model that it is tried on; data parallelism takes the rest of the world.
 
     Attributes:
-        shape: of ``SHAPES``.
+        shape: name of the model's shape, a key of ``SHAPES``.
         overlap: gradient reduction overlaps the backward pass; with the distributed optimizer, the gather of updated
             weights the next forward pass as well.
-        recompute: granularity, and for ``full`` method and number of layers.
-        stages: layers of the first and of the last pipeline stage.
+        recompute: recompute granularity, and for ``full`` the method and the number of layers.
+        stages: number of layers of the first and of the last pipeline stage.
     """
 
     tensor: int = 1
@@ -136,12 +136,12 @@ class Case:
         return " ".join(word for word in words if word)
 
     def reference(self, directory: Path) -> Path:
-        """The file of its reference."""
+        """Return the path of the file that holds the case's reference."""
         frozen = "_frozen" if self.freeze_vision else ""
         return directory / self.shape / f"reference_{self.precision}{frozen}.pt"
 
     def section(self, directory: Path, *overrides: str) -> Policy:
-        """The recipe's ``policy`` section for it, with the model under ``directory``."""
+        """Return the recipe's ``policy`` section for the case, with the model under ``directory``."""
         granularity, *rest = self.recompute or (None,)
         method, layers = rest or ("uniform", 1)
         overlap = {True: "distributed-overlap-gather", False: "overlap"}[self.distributed_optimizer]
@@ -170,13 +170,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a case is compared with.
+    """The values of transformers that a case is compared with.
 
     Attributes:
-        first: before any update.
-        exact: the same by the same weights in float32, where the model is not.
-        initial, trained: float32 weights by name, before the updates and after ``STEPS`` of them.
-        last: log-probabilities after them.
+        first: values before any update.
+        exact: values of the same weights computed in float32; equal to ``first`` for a float32 model.
+        initial, trained: float32 weights by name, before the updates and after ``STEPS`` updates.
+        last: log-probabilities after ``STEPS`` updates.
     """
 
     first: Values
@@ -215,7 +215,7 @@ def prepare(directory: Path, case: Case) -> None:
 
 
 def _train(model: Any, main: dict[str, Tensor], sequences: Sequence[PackSequence], settings: Optimizer) -> None:
-    """``STEPS`` steps of torch's AdamW on ``main``, as the recipe's optimizer section says; the model follows."""
+    """Train ``main`` with ``STEPS`` steps of torch's AdamW, as the optimizer section says, and copy it to the model."""
     # megatron-core's standard: no weight decay on biases and norms.
     learning = [main[name] for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
@@ -244,7 +244,7 @@ def check_layout_parity(directory: Path, device: Device, case: Case) -> Report:
     """Compare one case with its reference, which ``prepare`` has written. A collective of the world.
 
     Returns:
-        What any rank found, on every rank.
+        On every rank, the report of the errors of all ranks.
     """
     expected: Reference = torch.load(case.reference(directory), weights_only=False)
     buckets = {"bucket_size": OVERLAP_BUCKET} if case.overlap else {}
@@ -296,7 +296,7 @@ def _compare_logprobs(
 
 
 def _responses(batches: list[PackedBatch], values: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """Number and values of every response."""
+    """Yield the index and the values of every response."""
     for batch, value in zip(batches, values, strict=True):
         yield from response_values(batch, value).items()
 

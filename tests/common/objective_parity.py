@@ -49,7 +49,7 @@ OBJECTIVES = {
 
 
 def objective(name: str) -> TrainRecipe:
-    """A recipe with one of ``OBJECTIVES``."""
+    """Return a recipe with one of ``OBJECTIVES``."""
     tasks = "{_override_: true, a: {entropy: {low: 0, high: 2}}, b: {entropy: {low: 8, high: 9}}}"
     overrides = [f"loss_fn.{option}" for option in OBJECTIVES[name]]
     overrides += [f"loss_fn.entropy_shaping.weight={SHAPING}", f"env.tasks={tasks}"]
@@ -58,7 +58,7 @@ def objective(name: str) -> TrainRecipe:
 
 @dataclass(frozen=True)
 class Fixed:
-    """Log-probabilities that are given, of one response: float32 ``[R]`` each."""
+    """Given log-probabilities of one response, float32 ``[R]`` each."""
 
     behaviour: Tensor
     rollout: Tensor
@@ -66,7 +66,7 @@ class Fixed:
 
 
 def fixed_logprobs(logprobs: Sequence[Tensor]) -> list[Fixed]:
-    """Near the policy's own, so that some ratios are clipped and others are not."""
+    """Return given log-probabilities near the policy's own, so that some ratios are clipped and others are not."""
     generator = torch.Generator().manual_seed(7)
 
     def near(values: Tensor, scale: float) -> Tensor:
@@ -83,7 +83,7 @@ def fixed_logprobs(logprobs: Sequence[Tensor]) -> list[Fixed]:
 
 
 def oracle(model: Any, sequences: Sequence[PackSequence], recipe: TrainRecipe) -> tuple[dict[str, Tensor], list[Fixed]]:
-    """Gradient of the plain formula by Hugging Face name, and the log-probabilities that it takes as given."""
+    """Return the plain formula's gradient by Hugging Face name, and the log-probabilities that it takes as given."""
     logprobs, entropies = zip(*(_statistics(model, sequence) for sequence in sequences), strict=True)
     fixed = fixed_logprobs([values.detach() for values in logprobs])
     options = recipe.loss_fn
@@ -166,7 +166,10 @@ PLAIN: dict[str, Callable[[Tensor, Tensor, float, Any], Tensor]] = {
 
 
 def with_fixed(batch: PackedBatch, fixed: Sequence[Fixed], recipe: TrainRecipe) -> PackedBatch:
-    """The row (``rows`` are numbers in ``fixed``) with the given log-probabilities, and what follows from them."""
+    """Return the packed row with the given log-probabilities and the importance weights that follow from them.
+
+    ``batch.sequence_ids`` are indices into ``fixed``.
+    """
     fields = {name: torch.zeros(len(batch.tokens)) for name in ("behaviour", "rollout", "reference")}
     for segment, row in enumerate(batch.sequence_ids.tolist()):
         where = (batch.task_ids >= 0) & (batch.segment_ids == segment)
@@ -182,7 +185,7 @@ def with_fixed(batch: PackedBatch, fixed: Sequence[Fixed], recipe: TrainRecipe) 
 
 
 def loss_on(policy: MegatronPolicy, batches: Sequence[PackedBatch], recipe: TrainRecipe) -> G2RPOLoss:
-    """The objective of these rows, with the policy's entropies. A collective."""
+    """Return the objective of these packed rows, with the policy's entropies. A collective."""
     stats = policy.logprobs(batches, TEMPERATURE)
     entropies = TaskEntropies.of(list(batches), stats, TASKS, policy.groups.data)
     bounds = entropy_bounds(recipe.env, TASK_NAMES)
@@ -190,7 +193,7 @@ def loss_on(policy: MegatronPolicy, batches: Sequence[PackedBatch], recipe: Trai
 
 
 def gradients(policy: MegatronPolicy, batches: Sequence[PackedBatch], loss: Any) -> dict[str, Tensor]:
-    """By Hugging Face name. A collective."""
+    """Return the gradients of the loss by Hugging Face name. A collective."""
     policy.gradients(batches, loss, TEMPERATURE)
     assert policy._ddp is not None
     with policy.device.megatron():
@@ -203,7 +206,7 @@ def _main_grad(weight: Any) -> Tensor:
 
 
 def load_model(directory: Path) -> Any:
-    """transformers' model of the directory, float32."""
+    """Load the transformers model of the directory in float32."""
     model = Qwen3VLForConditionalGeneration.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="sdpa"
     ).eval()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The common ground of the parity tests: a global batch, a loss, and what transformers says of them."""
+"""Helpers of the parity tests: a global batch, a loss, and the values that transformers computes for them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TASKS = 2
 
 
 def policy_options(directory: Path | str, *, precision: str = "float32") -> Any:
-    """``policy_section`` with values that a test may change in place: ``tests/unit/train/run`` does."""
+    """Return ``policy_section`` with values that a test may change in place, as ``tests/unit/train/run`` does."""
     section = policy_section(directory, f"precision={precision}").model_dump_json()
     return json.loads(section, object_hook=lambda keys: SimpleNamespace(**keys))
 
@@ -37,7 +37,7 @@ def policy_options(directory: Path | str, *, precision: str = "float32") -> Any:
 
 
 def random_sequences(config: Any, *, seed: int = 0, samples: int = 2, grids: Any = GRIDS) -> list[PackSequence]:
-    """``samples`` random responses of different lengths (one token among them) to each prompt of ``grids``.
+    """Return ``samples`` random responses of different lengths, one token included, to each prompt of ``grids``.
 
     Advantages, token weights, tasks and what the rollout engine reported differ from sequence to sequence.
     """
@@ -61,7 +61,7 @@ def random_sequences(config: Any, *, seed: int = 0, samples: int = 2, grids: Any
 
 
 def parity_sequences(config: Any) -> list[PackSequence]:
-    """The global batch of the parity check: no image, one and two images, odd and even lengths, one-token responses.
+    """Return the global batch of the parity check: 0, 1 or 2 images, odd and even lengths, one-token responses.
 
     The last two sequences are to have rows of their own: one without images, and one so short that no token of it
     falls to some context-parallel ranks. One sequence is kept out of the loss.
@@ -87,7 +87,7 @@ ROW_TOKENS = 96
 
 
 def packer_for(config: Any, layout: Layout | None = None) -> Packer:
-    """A packer with the tiny model's tokens, and the multiples that the layout needs."""
+    """Return a packer with the tiny model's tokens and the multiples that the layout needs."""
     tokens = special_tokens(config.text_config.vocab_size)
     sequence_multiple, row_multiple = token_multiples(layout or Layout())
     return Packer(
@@ -100,7 +100,7 @@ def packer_for(config: Any, layout: Layout | None = None) -> Packer:
 
 
 def sequences_by_rank(count: int, ranks: int, *, idle: bool) -> list[list[int]]:
-    """Which sequences each data-parallel rank owns: uneven on purpose, or all with the last rank."""
+    """Return which sequences each data-parallel rank owns: uneven on purpose, or all on the last rank (``idle``)."""
     if ranks == 1 or idle:
         return [[] for _ in range(ranks - 1)] + [list(range(count))]
     by_rank: list[list[int]] = [[] for _ in range(ranks)]
@@ -112,7 +112,7 @@ def sequences_by_rank(count: int, ranks: int, *, idle: bool) -> list[list[int]]:
 def rows_of(
     packer: Packer, sequences: Sequence[PackSequence], by_rank: list[list[int]], rank: int
 ) -> list[PackedBatch]:
-    """The micro-batches of one data-parallel rank, as many as every other rank has; ``sequence_ids`` are global."""
+    """Return the micro-batches of one data-parallel rank, equally many on every rank; ``sequence_ids`` are global."""
     apart = range(len(sequences) - ROWS_OF_THEIR_OWN, len(sequences))
 
     def pack(owned: list[int], num_rows: int | None = None) -> list[PackedBatch]:
@@ -137,13 +137,13 @@ def rows_of(
 def _token_loss(
     logprobs: Tensor, entropy: Tensor, rollout: Any, advantage: Any, weight: Any, mask: Any, task: Any
 ) -> Tensor:
-    """Policy gradient and a quadratic KL penalty, weighted; and an entropy bonus of each task."""
+    """Return the loss of each token: policy gradient and quadratic KL penalty, weighted, and a task's entropy bonus."""
     surrogate = -advantage * logprobs + 0.05 * (logprobs - rollout).square()
     return weight * surrogate + 0.1 * (1 + task) * mask * entropy
 
 
 def toy_loss(batch: PackedBatch, stats: TokenStats) -> LossTerms:
-    """What the real losses are made of; entropies and token counts of each task are its metrics."""
+    """Return a loss with the ingredients of the real ones; its metrics are entropy and token count of each task."""
     terms = _token_loss(
         stats.logprobs,
         stats.entropy,
@@ -169,10 +169,10 @@ class Values:
     """One pass of transformers over the global batch, in the order of its sequences.
 
     Attributes:
-        logprobs, entropies: float32 ``[R]`` of every response.
-        loss: ``toy_loss`` over all, divided by the number of tokens that count.
-        task_entropy: mean over the tokens of each task.
-        gradients: float32, by Hugging Face name; accumulated in float32 sequence by sequence.
+        logprobs, entropies: float32 ``[R]`` for every response.
+        loss: sum of ``toy_loss`` over all tokens, divided by the number of tokens that count.
+        task_entropy: mean entropy over the tokens of each task.
+        gradients: float32 gradients by Hugging Face name, accumulated in float32 sequence by sequence.
     """
 
     logprobs: list[Tensor]
@@ -187,7 +187,7 @@ class Values:
 
 
 def transformers_values(model: Any, sequences: Sequence[PackSequence], temperature: float = TEMPERATURE) -> Values:
-    """Forward and backward of transformers, each sequence alone and unpadded."""
+    """Run transformers forward and backward on each sequence alone and unpadded, and return its values."""
     logprobs, entropies, gradients, loss = [], [], {}, 0.0
     sums, counts = [0.0] * TASKS, [0] * TASKS
     num_tokens = sum(len(sequence.response_ids) for sequence in sequences if sequence.in_loss)
@@ -215,6 +215,6 @@ def transformers_values(model: Any, sequences: Sequence[PackSequence], temperatu
 
 
 def reference(model: Any, sequences: list[PackSequence], temperature: float) -> tuple[list[Tensor], list[Tensor]]:
-    """Log-probabilities and entropies of every response, by transformers."""
+    """Return transformers' log-probabilities and entropies of every response."""
     values = transformers_values(model, sequences, temperature)
     return values.logprobs, values.entropies

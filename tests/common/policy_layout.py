@@ -35,14 +35,14 @@ DATA_PARALLELISM: dict[str, tuple[str, ...]] = {
 
 
 def policy_section(directory: Path | str, *overrides: str) -> Policy:
-    """The exemplar's ``policy`` section for a tiny model.
+    """Return the exemplar's ``policy`` section for a tiny model.
 
     Args:
-        directory: of the model.
+        directory: directory of the model.
         overrides: ``key=value`` each, as on the command line, but for the leading ``policy.``.
 
     Raises:
-        RecipeError: a key that is unknown, a value that is refused.
+        RecipeError: a key is unknown, or a value is refused.
     """
     own = [f"{key}={json.dumps(value)}" for key, value in {"model_name": str(directory), **TINY}.items()]
     keys = [f"policy.{override}" for override in (*own, *overrides)]
@@ -60,14 +60,14 @@ def layout_options(
     lr: float = 1e-3,
     **megatron: Any,
 ) -> Policy:
-    """``policy_section`` for a layout.
+    """Return ``policy_section`` for a parallel layout.
 
     Args:
-        directory: of the model.
+        directory: directory of the model.
         overrides: as ``policy_section`` takes them; they come last.
-        tp, pp, cp: parallel sizes.
-        mode: of data parallelism, a key of ``DATA_PARALLELISM``.
-        precision: of the weights.
+        tp, pp, cp: tensor-, pipeline- and context-parallel size.
+        mode: mode of data parallelism, a key of ``DATA_PARALLELISM``.
+        precision: data type of the weights.
         lr: peak learning rate.
         megatron: further keys of ``megatron_cfg``.
     """

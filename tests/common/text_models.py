@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random models of text alone, of every such family the policy knows."""
+"""Tiny random text-only models, one of every text-only family that the policy knows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MODELS: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
 
 
 def make_text_model(directory: Path | None, name: str, *, tied: bool, seed: int = 0) -> Any:
-    """A float32 model with every parameter random, saved as safetensors unless ``directory`` is None."""
+    """Make a float32 model with random parameters, and save it as safetensors unless ``directory`` is None."""
     config_class, model_class, shape = MODELS[name]
     # Token ids that the defaults name lie outside of so small a vocabulary.
     config = config_class(**shape, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=1, pad_token_id=0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny random Qwen3-VL and random multimodal prompts for it: the common ground of the parity tests.
+"""A tiny random Qwen3-VL and random multimodal prompts for it, which the parity tests share.
 
 Every parameter is random, norms and biases included, because ones and zeros hide wrong weight mappings. Nothing here
 touches the global random state. Special tokens are the last six ids of the vocabulary, see ``special_tokens``.
@@ -38,7 +38,7 @@ class SpecialTokens:
 
     @property
     def num_text(self) -> int:
-        """Ids ``0 .. num_text - 1`` are ordinary text."""
+        """Number of ordinary text tokens, whose ids are ``0 .. num_text - 1``."""
         return self.pad
 
     @property
@@ -48,7 +48,7 @@ class SpecialTokens:
 
 
 def special_tokens(vocab: int) -> SpecialTokens:
-    """The special ids of a tiny model with ``vocab`` rows in its embedding."""
+    """Return the special ids of a tiny model with ``vocab`` rows in its embedding."""
     return SpecialTokens(*range(vocab - 6, vocab))
 
 
@@ -68,7 +68,7 @@ def tiny_config(
     deepstack: Sequence[int] = (0, 1),
     patch: int = 8,
 ) -> Qwen3VLConfig:
-    """Configuration of a tiny Qwen3-VL; ``deepstack`` names the vision blocks that feed the language layers."""
+    """Return the config of a tiny Qwen3-VL; ``deepstack`` names the vision blocks that feed the language layers."""
     tokens = special_tokens(vocab)
     half = head_dim // 2
     section = [half - 2 * (half // 3), half // 3, half // 3]
@@ -127,7 +127,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 
 
 def table_for(config: Any) -> WeightTable:
-    """The weight table of the model's family."""
+    """Return the weight table of the model's family."""
     return models.family(config.model_type).weights(config)
 
 
@@ -138,8 +138,8 @@ def make_tiny_qwen3vl(
 
     Args:
         dir: directory to write ``config.json`` and the weights to; no tokenizer or processor is written.
-        seed: of the weights; the same seed and shape give the same weights.
-        shape: keywords of ``tiny_config``.
+        seed: seed of the weights; the same seed and shape give the same weights.
+        shape: keyword arguments of ``tiny_config``.
     """
     config = tiny_config(**shape)
     with torch.random.fork_rng(devices=[]):
@@ -157,7 +157,7 @@ def random_inputs(
     grids: Sequence[Sequence[tuple[int, int]]] = GRIDS,
     text_tokens: int = 9,
 ) -> list[ModelInputs]:
-    """Random prompts, one per entry of ``grids``: text, then each image with its frame and some text after it.
+    """Return random prompts, one per entry of ``grids``: text, then each image with its frame and some text after it.
 
     Prompts differ in length even where their images do not: the k-th has k more text tokens. ``text_tokens`` is the
     length of the first one's leading text.
@@ -197,7 +197,7 @@ def as_prompt(inputs: ModelInputs, key: str, task: str = "toy") -> Prompt:
 def hf_logits(
     model: Qwen3VLForConditionalGeneration, inputs: ModelInputs, response_ids: Tensor | None = None
 ) -> Tensor:
-    """Logits ``[P + R, vocab]`` of transformers' own forward over one prompt and its response, alone and unpadded."""
+    """Return logits ``[P + R, vocab]`` of transformers' forward over one prompt and response, alone and unpadded."""
     ids = inputs.token_ids if response_ids is None else torch.cat([inputs.token_ids, response_ids])
     return model(input_ids=ids[None], use_cache=False, **_images(model, inputs, ids[None])).logits[0]
 
@@ -212,11 +212,11 @@ def hf_greedy(
     pad: int,
     banned: Sequence[int],
 ) -> list[int]:
-    """What transformers' own ``generate`` answers greedily to one prompt, alone and unpadded.
+    """Return the greedy answer of transformers' own ``generate`` to one prompt, alone and unpadded.
 
     Args:
-        ends: any of them ends the answer, and is its last token.
-        pad: of no effect; transformers asks for it.
+        ends: ids that end the answer; the one that occurs is its last token.
+        pad: id of the padding, which transformers requires but which has no effect.
         banned: ids that are never generated.
     """
     ids = inputs.token_ids[None]

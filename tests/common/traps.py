@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Traps: mistakes that raise no error. The common ground of the tests that make them on purpose.
+"""Helpers of the tests of traps: deliberate mistakes that raise no error, but that the parity tests must detect.
 
 A trap is made in a policy that is right otherwise, and what the parity tests compare is measured. It counts as detected
 when it exceeds their tolerance ``MARGIN`` times over.
@@ -38,7 +38,7 @@ SHAPE = {"layers": 4, "vocab": 161}
 
 @dataclass(frozen=True)
 class Baseline:
-    """A model, a global batch, and what transformers says of it."""
+    """A model, a global batch, and the values that transformers computes for it."""
 
     directory: Path
     sequences: list[PackSequence]
@@ -52,7 +52,7 @@ class Baseline:
         return cls(directory, sequences, transformers_values(model, sequences))
 
     def save(self) -> None:
-        """Write it beside the model, for the ranks of a worker."""
+        """Write the baseline beside the model, for the ranks of a worker."""
         torch.save(self, self.directory / "baseline.pt")
 
     @staticmethod
@@ -60,7 +60,7 @@ class Baseline:
         return torch.load(directory / "baseline.pt", weights_only=False)
 
     def rows(self, policy: MegatronPolicy, packer: Packer | None = None, *, idle: bool = False) -> list[PackedBatch]:
-        """This data-parallel rank's rows; ``idle`` gives all sequences to the last rank."""
+        """Return this data-parallel rank's packed rows; ``idle`` gives all sequences to the last rank."""
         by_rank = sequences_by_rank(len(self.sequences), policy.groups.data_size, idle=idle)
         packer = packer or packer_for(policy.hf_config, policy.layout)
         return rows_of(packer, self.sequences, by_rank, policy.groups.data_rank)
@@ -69,11 +69,13 @@ class Baseline:
 def measure(
     policy: MegatronPolicy, baseline: Baseline, batches: Sequence[PackedBatch] | None = None, loss: Loss = toy_loss
 ) -> Report:
-    """Errors against transformers over all ranks: what the parity tests compare before the first update.
+    """Return the errors against transformers over all ranks, as the parity tests compare them before an update.
 
     Args:
-        batches: this rank's rows, made of the baseline's sequences; None for ``baseline.rows``.
-        loss: used in place of ``toy_loss``, whose value and gradients are expected.
+        policy: the policy to measure.
+        baseline: the expected values.
+        batches: this rank's packed rows, made of the baseline's sequences; None for ``baseline.rows``.
+        loss: loss to use instead of ``toy_loss``, whose value and gradients are expected.
     """
     batches = baseline.rows(policy) if batches is None else batches
     errors, expected = Report(TOLERANCES), baseline.expected

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an importer gives, and how a dataset is written from it."""
+"""The samples that an importer yields, and how a dataset is written from them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from megatron_g2rpo.data.shard_writer import ShardWriter
 
 @dataclass(frozen=True, kw_only=True)
 class ImportedSample:
-    """One sample of a foreign dataset, as a shard holds it.
+    """One sample of a dataset of another format, with the fields that a shard holds.
 
     Attributes:
-        name: what errors call it, such as a file and a line.
-        fields: ``task``, ``question``, ``answer`` and ``answer_format`` as text; all others are kept beside them.
+        name: name of the sample in error messages, such as a file and a line.
+        fields: ``task``, ``question``, ``answer`` and ``answer_format`` as text; all other fields are kept, too.
         images: encoded image files (PNG, JPEG or WebP), in the order in which they are shown.
     """
 
@@ -36,18 +36,19 @@ register = registry.importers.register
 
 
 def import_dataset(importer: Callable[[Path], Iterator[ImportedSample]], source: Path, target: Path) -> int:
-    """Write a foreign dataset as shards with an index.
+    """Write a dataset of another format as shards with an index.
 
     Args:
-        importer: with its options filled in.
-        source: what it reads.
-        target: directory for the shards; must not hold any.
+        importer: an importer with its options filled in.
+        source: path that the importer reads.
+        target: directory for the shards; it must not hold any yet.
 
     Returns:
         The number of samples.
 
     Raises:
-        SampleError: a sample lacks a field, has one that is no text, or an image of another format; it is named.
+        SampleError: a sample lacks a field, has a field that is not text, or an image of an unknown format; the message
+            names the sample.
         DataError: the target holds shards, or the source has no sample.
     """
     count = 0
@@ -70,7 +71,7 @@ def _check(sample: ImportedSample) -> None:
 
 
 def _suffix(image: bytes, name: str) -> str:
-    """File suffix of an encoded image, by its first bytes."""
+    """Return the file suffix of an encoded image, recognised by its first bytes."""
     if image.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
     if image.startswith(b"\xff\xd8\xff"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON lines whose objects have this project's field names, and images as files beside them."""
+"""The importer of JSON lines: objects with this project's field names, and images as files."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from megatron_g2rpo.data.importers.base import ImportedSample, register
 
 @register("jsonl")
 def jsonl(source: Path, *, images: str = "images") -> Iterator[ImportedSample]:
-    """One sample a line: ``{"task": ..., "question": ..., "answer": ..., "answer_format": ..., "images": [paths]}``.
+    """Read JSON lines with one sample each.
+
+    A line is ``{"task": ..., "question": ..., "answer": ..., "answer_format": ..., "images": [paths]}``.
 
     Args:
-        source: the file; paths of images are relative to its directory.
-        images: name of the field that lists them; a sample without it has none.
+        source: the file to read; paths of images are relative to its directory.
+        images: name of the field that lists the images; a sample without this field has no image.
 
     Raises:
-        DataError: the file can't be read.
-        SampleError: a line that is no JSON object, or an image that can't be read; names file and line.
+        DataError: the file cannot be read.
+        SampleError: a line is not a JSON object, or an image cannot be read; the message names file and line.
     """
     try:
         lines = source.read_text(encoding="utf-8").splitlines()

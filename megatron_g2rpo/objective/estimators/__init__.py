@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Advantage estimators, by the name a recipe gives them; one family a file.
+"""Advantage estimators, found by the name that a recipe uses; each file holds one family of them.
 
 An estimator maps the rollouts of the whole global batch, and what it remembers of earlier steps, to float64 advantages
 ``[N]``. It must not depend on the order of the rollouts, bit for bit: ``sharded_advantages`` relies on it. A new one is

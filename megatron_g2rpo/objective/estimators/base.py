@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an advantage estimator is, and how it is found by its name."""
+"""The interface of an advantage estimator, and how an estimator is found by its name."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ bind = registry.estimators.bind
 
 
 def uses_parts(name: str) -> bool:
-    """Whether an estimator reads the parts of the rewards, and their weights.
+    """Return whether an estimator reads the parts of the rewards and their weights.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: the name is unknown.
     """
     return bool(registry.estimators.entry(name).facts.get("uses_parts", False))

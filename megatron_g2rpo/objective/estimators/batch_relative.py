@@ -24,20 +24,20 @@ def reinforce_plus_plus(
     baseline: Literal["group", "batch"] = "group",
     tie_tolerance: Annotated[float, Ge(0.0)] = TIE_TOLERANCE,
 ) -> Tensor:
-    """Rewards, or their differences from their group's mean, standardised over the whole batch.
+    """Standardise rewards, or their differences from their group's mean, over the whole batch.
 
     Source: "REINFORCE++", arXiv 2501.03262. Its penalty on the distance to a reference policy belongs to the loss here.
 
     Args:
         baseline: ``"batch"``: ``(R - mean) / std`` over the batch. ``"group"`` (the paper's variant with a baseline):
             the differences ``R - mean of the group`` take the rewards' place, so that the standard deviation is theirs.
-        tie_tolerance: a batch in which what is standardised is all equal within it gets 0.
+        tie_tolerance: a batch whose standardised quantities are all equal within this tolerance gets 0.
 
     Returns:
-        float64 ``[N]``.
+        The advantages, float64 ``[N]``.
 
     Raises:
-        ValueError: an unknown baseline, or a reward that is not finite.
+        ValueError: the baseline is unknown, or a reward is not finite.
     """
     values = batch.rewards.double()
     if baseline == "group":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Estimators that normalise every part of the reward on its own, and then their weighted sum.
+"""Estimators that normalise every part of the reward on its own, and then the weighted sum of the results.
 
-A part that would drown in the sum of the raw rewards, or tie with another combination of parts, keeps its
-signal. A part of weight 0 takes no part.
+A part that would be too small to matter in the sum of the raw rewards, or whose combinations with other parts would
+tie, keeps its signal. A part of weight 0 is left out.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ def gdpo(
     *,
     tie_tolerance: Annotated[float, Ge(0.0)] = TIE_TOLERANCE,
 ) -> Tensor:
-    """Components standardised within each group, summed with weights, and standardised over the whole batch.
+    """Standardise each reward part within each group, sum with weights, and standardise over the whole batch.
 
     Source: "GDPO: Group reward-Decoupled Normalization Policy Optimization for Multi-reward RL Optimization", arXiv
     2601.05242. Population standard deviations, with nothing added to the denominators.
 
     Args:
-        tie_tolerance: a group whose values of a part, or a batch whose sums, are all equal within it gets 0.
+        tie_tolerance: a group whose values of a part, or a batch whose sums, are all equal within this tolerance
+            gets 0.
 
     Returns:
-        float64 ``[N]``.
+        The advantages, float64 ``[N]``.
 
     Raises:
-        ValueError: no parts, weights of other parts, or a value that is not finite.
+        ValueError: the batch has no parts, the weights name other parts, or a value is not finite.
     """
     total = torch.zeros(len(batch), dtype=torch.float64)
     for weight, part in _weighted_parts(batch):
@@ -57,7 +58,7 @@ def g2_gdpo(
     zero_variance: Literal["drop", "keep"] = "drop",
     variance: Literal["as_is", "unit"] = "as_is",
 ) -> Tensor:
-    """Components mapped to N(0, 1) within each group, summed with weights, and mapped to N(0, 1) within each task.
+    """Map each reward part to N(0, 1) within each group, sum with weights, and map to N(0, 1) within each task.
 
     Source: the public code of "OpenVLThinkerV2", arXiv 2604.08539 (Gaussian GDPO). A part whose values are all
     equal within a group adds 0 there.
@@ -69,10 +70,11 @@ def g2_gdpo(
         variance: as in ``gaussian_advantages``.
 
     Returns:
-        float64 ``[N]``.
+        The advantages, float64 ``[N]``.
 
     Raises:
-        ValueError: an unknown option, no parts, weights of other parts, or a value that is not finite.
+        ValueError: an option is unknown, the batch has no parts, the weights name other parts, or a value is not
+            finite.
     """
     total = torch.zeros(len(batch), dtype=torch.float64)
     ranked = torch.full((len(batch),), zero_variance != "drop")
@@ -96,7 +98,7 @@ def g2_gdpo(
 
 
 def _weighted_parts(batch: RewardBatch) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (weights ``[N]``, part ``[N]``) for every part that counts anywhere, in the order of the names."""
+    """Yield (weights ``[N]``, part ``[N]``) for every part with a weight other than 0, in the order of the names."""
     if len(batch) == 0:
         return  # a batch without rollouts need not know its parts
     if not batch.parts:

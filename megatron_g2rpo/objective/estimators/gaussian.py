@@ -35,10 +35,10 @@ def g2rpo(
     zero_variance: Literal["drop", "keep"] = "drop",
     variance: Literal["as_is", "unit"] = "as_is",
 ) -> Tensor:
-    """Gaussian advantages of the rewards; see ``gaussian_advantages`` for the options and what raises.
+    """Compute Gaussian advantages of the rewards; options and exceptions are those of ``gaussian_advantages``.
 
     Returns:
-        float64 ``[N]``.
+        The advantages, float64 ``[N]``.
     """
     return gaussian_advantages(
         batch.rewards,

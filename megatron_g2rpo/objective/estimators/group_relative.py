@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Estimators that compare a reward with those of its own group, and with nothing else."""
+"""Estimators that compare a reward only with those of its own group."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from megatron_g2rpo.objective.reward_batch import RewardBatch
 
 @register("grpo", min_group_size=2)
 def grpo(batch: RewardBatch, history: History, *, tie_tolerance: Annotated[float, Ge(0.0)] = TIE_TOLERANCE) -> Tensor:
-    """Group-relative advantages, ``(R - mean) / population standard deviation`` within each group.
+    """Compute group-relative advantages, ``(R - mean) / population standard deviation`` within each group.
 
     Source: "DeepSeekMath", arXiv 2402.03300, equation of section 4.1.2. The population standard deviation, with nothing
     added to the denominator, is what the figure of arXiv 2604.08539 shows.
 
     Args:
-        tie_tolerance: a group whose rewards are all equal within it gets 0.
+        tie_tolerance: a group whose rewards are all equal within this tolerance gets 0.
 
     Returns:
-        float64 ``[N]``.
+        The advantages, float64 ``[N]``.
 
     Raises:
-        ValueError: a reward that is not finite.
+        ValueError: a reward is not finite.
     """
     return standardised(batch.rewards.double(), batch.group_ids, tie_tolerance)
 
 
 @register("dr_grpo", min_group_size=2)
 def dr_grpo(batch: RewardBatch, history: History) -> Tensor:
-    """Rewards less their group's mean, divided by nothing.
+    """Subtract from each reward the mean of its group, without dividing by a standard deviation.
 
     Source: "Understanding R1-Zero-Like Training: A Critical Perspective", arXiv 2503.20783 (Dr. GRPO).
 
     Returns:
-        float64 ``[N]``.
+        The advantages, float64 ``[N]``.
 
     Raises:
-        ValueError: a reward that is not finite.
+        ValueError: a reward is not finite.
     """
     values = batch.rewards.double()
     sets, index = statistics_by(values, batch.group_ids)
@@ -54,7 +54,7 @@ def dr_grpo(batch: RewardBatch, history: History) -> Tensor:
 
 @register("rloo", min_group_size=2)
 def rloo(batch: RewardBatch, history: History) -> Tensor:
-    """Rewards less the mean of the other rewards of their group: REINFORCE with a leave-one-out baseline.
+    """Subtract from each reward the mean of the other rewards of its group (leave-one-out baseline, RLOO).
 
     Of n rewards, ``R - (sum - R) / (n - 1)`` is ``(R - mean) n / (n - 1)``. A group of one has no others and gets 0.
 
@@ -62,10 +62,10 @@ def rloo(batch: RewardBatch, history: History) -> Tensor:
     2402.14740.
 
     Returns:
-        float64 ``[N]``.
+        The advantages, float64 ``[N]``.
 
     Raises:
-        ValueError: a reward that is not finite.
+        ValueError: a reward is not finite.
     """
     values = batch.rewards.double()
     sets, index = statistics_by(values, batch.group_ids)

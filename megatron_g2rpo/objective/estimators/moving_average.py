@@ -25,7 +25,7 @@ def ema_grpo(
     ema_decay: Annotated[float, Ge(0.0), Lt(1.0)] = 0.99,
     min_std: Annotated[float, Gt(0.0)] = 1e-3,
 ) -> Tensor:
-    """Rewards less their group's mean, divided by their task's moving standard deviation.
+    """Subtract from each reward the mean of its group, and divide by the moving standard deviation of its task.
 
     Every call is a step: it first moves the averages of the tasks among its rollouts, ``m1 <- d m1 + (1 - d) mean(R)``
     and ``m2 <- d m2 + (1 - d) mean(R^2)`` (a task's first step sets them), and then divides by ``sqrt(m2 - m1^2)``.
@@ -34,15 +34,15 @@ def ema_grpo(
     Source: "OneThinker: All-in-one Reasoning Model for Image and Video", arXiv 2512.03043 (EMA-GRPO).
 
     Args:
-        history: its ``moments`` are moved.
-        ema_decay: d, at least 0 and below 1.
-        min_std: least divisor, above 0.
+        history: the estimator's memory, whose ``moments`` are updated in place.
+        ema_decay: decay d of the averages, at least 0 and below 1.
+        min_std: smallest divisor, above 0.
 
     Returns:
-        float64 ``[N]``.
+        The advantages, float64 ``[N]``.
 
     Raises:
-        ValueError: an option out of its range, or a reward that is not finite.
+        ValueError: an option is out of its range, or a reward is not finite.
     """
     if not (0.0 <= ema_decay < 1.0 and 0.0 < min_std < math.inf):
         raise ValueError(f"ema_decay must be in [0, 1) and min_std above 0, got {ema_decay} and {min_std}")
@@ -58,7 +58,7 @@ def ema_grpo(
 
 
 def moved(average: Moments | None, batch: Moments, decay: float) -> Moments:
-    """One step of the moving averages of a first and a second moment, in terms of mean and standard deviation.
+    """Move the averages of a first and a second moment one step, in terms of mean and standard deviation.
 
     With ``m2 = std^2 + mean^2``, averaging m1 and m2 gives the variance ``d std^2 + (1 - d) std_batch^2 +
     d (1 - d) (mean - mean_batch)^2``: a sum of squares, which neither cancels like ``m2 - m1^2`` nor overflows.

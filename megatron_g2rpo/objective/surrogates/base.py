@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registry of surrogates, what they return, and the checks they share."""
+"""The registry of surrogates, their result, and the checks that they share."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ RATIO_CLIP_MIN, RATIO_CLIP_MAX, RATIO_CLIP_C = 0.2, 0.3, 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLoss:
-    """Per-token loss and what the clips did. All but ``loss`` carry no gradient.
+    """The loss of each token, and which clips decided it. Only ``loss`` carries gradient.
 
     Attributes:
-        loss: ``[S]``, to be minimised.
-        ratio: ``[S]``, probability of the token (``gspo``: of its sequence, per token) under the policy over that under
-            the behaviour policy.
+        loss: ``[S]``, the loss to be minimised.
+        ratio: ``[S]``, probability of the token (``gspo``: of its sequence, per token) under the policy divided by that
+            under the old policy.
         clipped_low: bool ``[S]``, the lower clip decides the loss.
         clipped_high: bool ``[S]``, the upper clip decides the loss.
         clipped_dual: bool ``[S]``, the dual clip decides the loss.
@@ -41,9 +41,10 @@ class PolicyLoss:
     clipped_dual: Tensor
 
     def sums(self, mask: Tensor) -> dict[str, Tensor]:
-        """Sums of the diagnostics over the tokens where ``mask`` ``[S]`` is not 0.
+        """Return sums of the diagnostics over the tokens where ``mask [S]`` is not 0.
 
-        Sums, not means: they add up over micro-batches and ranks, and are divided by the global token count once.
+        They are sums, not means, because sums add up over micro-batches and ranks; they are divided by the global
+        token count once.
         """
         kept = mask != 0
         names = ("ratio", "clipped_low", "clipped_high", "clipped_dual")
@@ -51,7 +52,7 @@ class PolicyLoss:
 
 
 def check_shapes(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, sequences: Sequences) -> None:
-    """Refuses tensors that would broadcast.
+    """Check that tensors have equal shapes, so that none broadcasts.
 
     Raises:
         ValueError: shapes differ.
@@ -65,10 +66,10 @@ def check_shapes(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, seq
 
 
 def check_clips(ratio_clip_min: float, ratio_clip_max: float) -> None:
-    """Refuses distances of the clips' bounds from 1 that leave no ratio unclipped.
+    """Check that the clips' bounds leave some ratios around 1 unclipped.
 
     Raises:
-        ValueError: out of range.
+        ValueError: a distance of a bound from 1 is out of range.
     """
     if not 0.0 <= ratio_clip_min <= 1.0:
         raise ValueError(f"ratio_clip_min must lie in [0, 1], got {ratio_clip_min}")
@@ -77,10 +78,10 @@ def check_clips(ratio_clip_min: float, ratio_clip_max: float) -> None:
 
 
 def check_clamp(log_ratio_clamp: float) -> None:
-    """Refuses a clamp that would cut every log-ratio.
+    """Check that the clamp does not cut every log-ratio.
 
     Raises:
-        ValueError: out of range.
+        ValueError: the clamp is out of range.
     """
     if not log_ratio_clamp > 0.0:
         raise ValueError(f"log_ratio_clamp must be above 0, got {log_ratio_clamp}")

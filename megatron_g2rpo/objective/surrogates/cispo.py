@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A surrogate that bounds how much a token weighs, and learns from every token."""
+"""The surrogate CISPO, which bounds the weight of each token and learns from every token."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cispo(
     ratio_clip_max: Annotated[float, Gt(0.0)] = RATIO_CLIP_MAX,
     log_ratio_clamp: Annotated[float, Gt(0.0)],
 ) -> PolicyLoss:
-    """Policy gradient with a clipped importance weight: ``-clip(r, 1 - low, 1 + high) A logprob``.
+    """Return a policy-gradient loss with a clipped importance weight: ``-clip(r, 1 - low, 1 + high) A logprob``.
 
     Low and high are ``ratio_clip_min`` and ``ratio_clip_max``.
 
@@ -45,7 +45,7 @@ def cispo(
     Args:
         ratio_clip_min: distance of the lower bound from 1, in [0, 1].
         ratio_clip_max: distance of the upper bound from 1, at least 0.
-        log_ratio_clamp: of the weight alone: a token beyond it still has a gradient.
+        log_ratio_clamp: bound on the log-ratio in the weight alone; a token beyond it still has a gradient.
 
     Raises:
         ValueError: shapes differ, or an option is out of its range.

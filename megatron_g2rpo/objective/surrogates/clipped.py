@@ -34,7 +34,7 @@ def ppo(
     ratio_clip_c: Annotated[float, Gt(1.0)] | None = RATIO_CLIP_C,
     log_ratio_clamp: Annotated[float, Gt(0.0)],
 ) -> PolicyLoss:
-    """Clipped surrogate with separate bounds, and a dual clip for negative advantages.
+    """Return the clipped surrogate of PPO, with separate bounds, and a dual clip for negative advantages.
 
     With r the ratio and A the advantage of a token, the loss is ``max(-A r, -A clip(r, 1 - low, 1 + high))``, where
     A < 0 at most ``-A c``; low, high and c are ``ratio_clip_min``, ``ratio_clip_max`` and ``ratio_clip_c``.
@@ -45,7 +45,7 @@ def ppo(
     Args:
         ratio_clip_min: distance of the lower bound from 1, in [0, 1].
         ratio_clip_max: distance of the upper bound from 1, at least 0.
-        ratio_clip_c: bound on the ratio where A < 0, above 1; None for none.
+        ratio_clip_c: bound on the ratio where A < 0, above 1; None for no dual clip.
 
     Raises:
         ValueError: shapes differ, or an option is out of its range.
@@ -68,7 +68,7 @@ def gspo(
     ratio_clip_c: Annotated[float, Gt(1.0)] | None = RATIO_CLIP_C,
     log_ratio_clamp: Annotated[float, Gt(0.0)],
 ) -> PolicyLoss:
-    """``ppo`` with the ratio of the whole sequence, ``s = exp(mean over its tokens of the log-ratio)``.
+    """Return the loss of ``ppo`` with the ratio of the whole sequence, ``s = exp(mean of its tokens' log-ratios)``.
 
     The value of s is shared by the sequence's tokens, while each token's gradient is that of its own log-probability.
     Where A is constant in a sequence, the mean of the loss over its tokens thus has the value and the gradient of
@@ -81,11 +81,11 @@ def gspo(
     that of ``ppo``.
 
     Args:
-        sequences: a token of none has s = 1. ``reduce`` is called once.
+        sequences: which sequence each token belongs to; a token of none has s = 1. Its ``reduce`` is called once.
         ratio_clip_min: distance of the lower bound from 1, in [0, 1].
         ratio_clip_max: distance of the upper bound from 1, at least 0.
-        ratio_clip_c: bound on the ratio where A < 0, above 1; None for none.
-        log_ratio_clamp: of the mean, not of the tokens.
+        ratio_clip_c: bound on the ratio where A < 0, above 1; None for no dual clip.
+        log_ratio_clamp: bound on the mean log-ratio of a sequence, not on those of tokens.
 
     Raises:
         ValueError: shapes differ, or an option is out of its range.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A surrogate with a smooth gate in the place of the clip."""
+"""The surrogate SAPO, which has a smooth gate instead of a clip."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def sapo(
     sapo_tau_negative: Annotated[float, Gt(0.0)] = 1.05,
     log_ratio_clamp: Annotated[float, Gt(0.0)],
 ) -> PolicyLoss:
-    """Soft gate on the ratio: ``-A f(r)`` with ``f(r) = sigmoid(tau (r - 1)) 4 / tau``.
+    """Return the loss with a soft gate on the ratio: ``-A f(r)`` with ``f(r) = sigmoid(tau (r - 1)) 4 / tau``.
 
     f has slope 1 at r = 1, where the gradient is that of ``ppo``, and the slope falls off to both sides, the faster the
     larger tau. Tau is ``sapo_tau_positive`` where A > 0 and ``sapo_tau_negative`` elsewhere; the paper takes the latter
@@ -33,8 +33,8 @@ def sapo(
     Source: SAPO, arXiv 2511.20347, which averages per sequence.
 
     Args:
-        sapo_tau_positive: above 0.
-        sapo_tau_negative: above 0.
+        sapo_tau_positive: steepness tau of the gate where A > 0; above 0.
+        sapo_tau_negative: steepness tau of the gate elsewhere; above 0.
 
     Raises:
         ValueError: shapes differ, or an option is out of its range.

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rollout engine that is embedded in every training process: transformers' model, our decoding."""
+"""The rollout engine that is embedded in every training process: a transformers model with a decoding loop of ours."""

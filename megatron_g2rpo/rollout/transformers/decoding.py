@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes decoding cheap in transformers: a key/value cache with room, and attention without repeated heads.
+"""Cheap decoding with transformers: a preallocated key/value cache, and attention that repeats no heads.
 
 Both plug into public extension points of transformers (a cache layer class, a registered attention function), and
 change no number beyond float noise. Measured on one CPU core (2.6 million parameters, 16 prompts x 8 samples x 32
@@ -20,18 +20,26 @@ from transformers.masking_utils import sdpa_mask
 ATTENTION = "megatron_g2rpo_decode"
 
 
-class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer in buffers with room for more tokens, so that a step writes only its own token.
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values of one layer, in buffers with free space, so that a decoding step writes only its own token.
 
-    Until ``keep`` is first called it is transformers' growing layer, which is right for the one prefill.
+    Until the first call of ``keep`` it behaves as transformers' growing layer, which suits the single prefill.
     """
 
-    def keep(self, rows: Tensor, room: int) -> None:
-        """Keep the given batch rows, in that order and as often as named, with room for ``room`` more tokens."""
+    def keep(self, index: Tensor, free_tokens: int) -> None:
+        """Keep the sequences ``index`` of the cache, in that order and as often as they occur there.
+
+        Args:
+            index: int64 ``[B]``, places in the cache as it is now.
+            free_tokens: number of tokens per sequence for which space is allocated beside the cached ones.
+
+        Raises:
+            RuntimeError: the cache is empty.
+        """
         if self.keys is None or self.values is None:
-            raise RuntimeError("the key/value cache is empty: prefill before rows are kept")
+            raise RuntimeError("the key/value cache is empty: prefill before sequences are kept")
         self._length = self.keys.shape[2]
-        self._store = [_moved(self.keys, rows, room), _moved(self.values, rows, room)]
+        self._store = [_moved(self.keys, index, free_tokens), _moved(self.values, index, free_tokens)]
         self.keys, self.values = self._filled()
 
     def _filled(self) -> tuple[Tensor, Tensor]:
@@ -49,30 +57,33 @@ class RoomyLayer(DynamicLayer):
         return filled
 
 
-def _moved(old: Tensor, rows: Tensor, room: int) -> Tensor:
-    """Copy rows of ``[B, heads, tokens, width]`` to a buffer with uninitialised space for ``room`` more tokens."""
+def _moved(old: Tensor, index: Tensor, free_tokens: int) -> Tensor:
+    """Copy entries of ``[B, heads, tokens, width]`` to a buffer with uninitialised space for ``free_tokens`` more."""
     _, heads, length, width = old.shape
-    new = old.new_empty(len(rows), heads, length + room, width)
-    torch.index_select(old, 0, rows, out=new[:, :, :length])
+    new = old.new_empty(len(index), heads, length + free_tokens, width)
+    torch.index_select(old, 0, index, out=new[:, :, :length])
     return new
 
 
-class RoomyCache(Cache):
-    """A cache of ``RoomyLayer``s: prefill the distinct prompts, ``keep`` a row per sample, drop the finished ones."""
+class PreallocatedCache(Cache):
+    """A key/value cache whose layers are ``PreallocatedLayer``s.
+
+    Prefill the distinct prompts, ``keep`` one copy per response, and ``keep`` only the unfinished ones later.
+    """
 
     def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=RoomyLayer)
+        super().__init__(layer_class_to_replicate=PreallocatedLayer)
 
-    def keep(self, rows: Tensor, room: int) -> None:
-        """See ``RoomyLayer.keep``; applies to all layers."""
-        for layer in cast(list[RoomyLayer], self.layers):
-            layer.keep(rows, room)
+    def keep(self, index: Tensor, free_tokens: int) -> None:
+        """Call ``PreallocatedLayer.keep`` on all layers."""
+        for layer in cast(list[PreallocatedLayer], self.layers):
+            layer.keep(index, free_tokens)
 
 
 def decode_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention that decodes grouped queries without copying keys and values once per head.
+    """Compute scaled dot-product attention, for one query token without copying keys and values once per head.
 
     With one query token, the heads that share a key/value head are a query of that many tokens: no key is repeated,
     and no causal mask is needed. Longer queries go to transformers' own function.
@@ -81,7 +92,7 @@ def decode_attention(
         module: the attention layer.
         query: ``[B, heads, T, width]``.
         key, value: ``[B, kv heads, K, width]``.
-        attention_mask: ``[B, 1, T, K]``, True where a query may look, or None.
+        attention_mask: ``[B, 1, T, K]``, True where a query may attend to a key; None for plain causal attention.
     """
     if query.shape[2] > 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedded default engine: Hugging Face transformers in the trainer's own process.
 
-Each distinct prompt of a batch is prefilled once, its images encoded once; the cache rows are then repeated for the
-samples, decoded together, and dropped as they finish. Prompts are padded on the *right*: behind a causal mask the
-padding is invisible to the prompt, so prefill needs no mask, and mRoPE positions are given explicitly throughout.
+Each distinct prompt of a batch is prefilled once, and its images are encoded once. Its cache entry is then copied for
+each response; the responses are decoded together and dropped as they finish. Prompts are padded on the *right*: with a
+causal mask the prompt never attends to this padding, so prefill needs no mask. mRoPE positions are always given.
 
-Shape letters: ``B`` rows now decoded, ``R`` rows of a batch, ``P`` longest prompt, ``T`` new tokens, ``V`` vocabulary.
+Shape letters: ``B`` sequences that are now decoded, ``N`` sequences of a batch at its start, ``P`` tokens of the
+longest prompt, ``T`` new tokens, ``H`` hidden size, ``S`` tokens of a forward pass.
 """
 
 from __future__ import annotations
@@ -23,76 +24,76 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from megatron_g2rpo.rollout import base
-from megatron_g2rpo.rollout.transformers.decoding import ATTENTION, RoomyCache
+from megatron_g2rpo.rollout.transformers.decoding import ATTENTION, PreallocatedCache
 from megatron_g2rpo.rollout.transformers.sampling import draw, uniforms
 from megatron_g2rpo.types import Prompt, Rollout
 from megatron_g2rpo.weights.hf_model import model_class
 
-# The cache grows by this many tokens, and rows are dropped once this share of them has finished: moving the cache
-# costs about as much as one decoding step.
-_ROOM = 64
+# The cache grows by this many tokens, and finished sequences are dropped once they are this share of the batch: moving
+# the cache costs about as much as one decoding step.
+_FREE_TOKENS = 64
 _DROP_SHARE = 0.15
 
 
-class _Row(NamedTuple):
-    """One response to be: which prompt of the call, and which of its samples."""
+class _Sequence(NamedTuple):
+    """A response to generate: the index of its prompt in the call, and its index among the samples of this prompt."""
 
     prompt: int
     sample: int
 
 
 class _Responses(NamedTuple):
-    """Decoded rows, each ``[R, T]``; what follows a row's first end token is undefined."""
+    """Decoded tokens and their log-probabilities, each ``[N, T]``; undefined after a sequence's first end token."""
 
     tokens: Tensor
     logprobs: Tensor
 
 
 @dataclass
-class _InFlight:
-    """The rows that are being decoded.
+class _Batch:
+    """The sequences that are being decoded.
 
     Attributes:
         cache: keys and values of all tokens so far.
-        room: tokens that the cache takes before it must be moved.
-        hidden: ``[B, H]`` at the last token.
+        free_tokens: number of tokens that fit into the cache before it must be moved.
+        hidden: ``[B, H]``, hidden state at the last token.
         position: int64 ``[B]``, mRoPE position of the next token (the same in all three axes: it is text).
         visible: bool ``[B, P + T]``, False on the padding between a prompt and its response.
-        rows: int64 ``[B]``, which rows of the batch these are.
+        sequence_ids: int64 ``[B]``, index of each of them in the list of sequences that the batch began with.
         running: bool ``[B]``, False once the end token was drawn.
     """
 
-    cache: RoomyCache
-    room: int
+    cache: PreallocatedCache
+    free_tokens: int
     hidden: Tensor
     position: Tensor
     visible: Tensor
-    rows: Tensor
+    sequence_ids: Tensor
     running: Tensor
 
-    def keep(self, index: Tensor, room: int) -> None:
-        """Continue with the given entries, in that order and as often as named."""
-        self.cache.keep(index, room)
-        self.room = room
-        for name in ("hidden", "position", "visible", "rows", "running"):
+    def keep(self, index: Tensor, free_tokens: int) -> None:
+        """Continue with the sequences at ``index``, in that order and as often as they occur there."""
+        self.cache.keep(index, free_tokens)
+        self.free_tokens = free_tokens
+        for name in ("hidden", "position", "visible", "sequence_ids", "running"):
             setattr(self, name, getattr(self, name)[index])
 
 
 @base.register("transformers")
 class TransformersEngine:
-    """A model of transformers that samples groups of responses: a Qwen-VL or one of text alone.
+    """A transformers model, Qwen-VL or text-only, that samples groups of responses.
 
     Args:
         model: Hugging Face directory or configuration. Only the configuration is read: weights come by
             ``load_weights``.
-        device: where the model lives.
-        dtype: of its parameters; rotary tables stay fp32.
+        device: the device that holds the model.
+        dtype: data type of the parameters; rotary tables stay float32.
         eos_token_ids: tokens that end a response.
-        pad_token_id: fills prompts of a batch to equal length; the model never looks at it.
-        banned_token_ids: tokens of probability 0: image and video placeholders and their frame.
-        decode: token ids to text.
-        max_new_tokens: response tokens after which a response is truncated.
-        batch_size: sequences decoded together.
+        pad_token_id: token that pads the prompts of a batch to equal length; nothing attends to it.
+        banned_token_ids: tokens that are never sampled: image and video placeholders, and the tokens around them.
+        decode: function from token ids to text.
+        max_new_tokens: number of response tokens after which a response is truncated.
+        batch_size: number of sequences that are decoded together.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class TransformersEngine:
         )
 
     def release(self) -> None:
-        """Nothing: the model is small change beside the policy's optimizer, and its cache lives for one batch."""
+        """Do nothing: the model is small beside the policy's optimizer, and a cache is freed with its batch."""
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -203,26 +204,26 @@ class TransformersEngine:
         base.check_request(prompts, n, temperature, group_ids)
         for prompt in prompts:
             self._check_prompt(prompt)
-        rows = [_Row(p, s) for p in range(len(prompts)) for s in range(n)]
+        sequences = [_Sequence(p, s) for p in range(len(prompts)) for s in range(n)]
         # Neighbours in length share a batch; the longest come first, so that running out of memory happens at once.
-        rows.sort(key=lambda row: (-len(prompts[row.prompt].inputs.token_ids), row))
-        rollouts: dict[_Row, Rollout] = {}
-        for start in range(0, len(rows), self._batch_size):
-            batch = rows[start : start + self._batch_size]
-            responses = self._respond(prompts, batch, temperature, seed)
-            for index, row in enumerate(batch):
+        sequences.sort(key=lambda each: (-len(prompts[each.prompt].inputs.token_ids), each))
+        rollouts: dict[_Sequence, Rollout] = {}
+        for start in range(0, len(sequences), self._batch_size):
+            together = sequences[start : start + self._batch_size]
+            responses = self._respond(prompts, together, temperature, seed)
+            for index, sequence in enumerate(together):
                 length, truncated = self._length(responses.tokens[index])
                 ids = responses.tokens[index, :length].clone()
-                rollouts[row] = Rollout(
-                    prompt=prompts[row.prompt],
-                    group_id=group_ids[row.prompt],
-                    sample_index=row.sample,
+                rollouts[sequence] = Rollout(
+                    prompt=prompts[sequence.prompt],
+                    group_id=group_ids[sequence.prompt],
+                    sample_index=sequence.sample,
                     response_ids=ids,
                     logprobs=responses.logprobs[index, :length].clone(),
                     text=self._decode_text(ids.tolist() if truncated else ids[:-1].tolist()),
                     truncated=truncated,
                 )
-        return [rollouts[row] for row in sorted(rollouts)]
+        return [rollouts[sequence] for sequence in sorted(rollouts)]
 
     def _check_prompt(self, prompt: Prompt) -> None:
         inputs = prompt.inputs
@@ -240,36 +241,38 @@ class TransformersEngine:
             )
 
     def _length(self, tokens: Tensor) -> tuple[int, bool]:
-        """Length of a response with its end token, and whether it was truncated, from ``[T]`` tokens."""
+        """Return the length of the response in ``tokens [T]``, end token included, and whether it was truncated."""
         ends = torch.isin(tokens, self._eos.cpu()).nonzero()
         return (len(tokens), True) if len(ends) == 0 else (int(ends[0]) + 1, False)
 
-    def _respond(self, prompts: Sequence[Prompt], rows: list[_Row], temperature: float, seed: int) -> _Responses:
-        """Decode one batch of rows; the rows of a prompt share its prefill. Returns tensors on the CPU."""
+    def _respond(
+        self, prompts: Sequence[Prompt], sequences: list[_Sequence], temperature: float, seed: int
+    ) -> _Responses:
+        """Decode one batch; sequences of the same prompt share its prefill. Returns tensors on the CPU."""
         limit = self._max_new_tokens
         uniform = None
         if temperature > 0:
-            numbers = [uniforms(seed, prompts[row.prompt].key, row.sample, limit) for row in rows]
+            numbers = [uniforms(seed, prompts[each.prompt].key, each.sample, limit) for each in sequences]
             uniform = torch.stack(numbers).to(self._device)
-        tokens = torch.zeros(len(rows), limit, dtype=torch.int64, device=self._device)
-        logprobs = torch.zeros(len(rows), limit, device=self._device)
-        flight = self._take_off(prompts, rows)
+        tokens = torch.zeros(len(sequences), limit, dtype=torch.int64, device=self._device)
+        logprobs = torch.zeros(len(sequences), limit, device=self._device)
+        batch = self._prefill(prompts, sequences)
         for step in range(limit):
-            logits = self._model.lm_head(flight.hidden)
-            self._check_finite(logits, prompts, rows, flight.rows, step)
-            number = None if uniform is None else uniform[flight.rows, step]
+            logits = self._model.lm_head(batch.hidden)
+            self._check_finite(logits, prompts, sequences, batch.sequence_ids, step)
+            number = None if uniform is None else uniform[batch.sequence_ids, step]
             drawn = draw(logits, number, temperature=temperature, allowed=self._allowed)
-            tokens[flight.rows, step] = drawn.tokens
-            logprobs[flight.rows, step] = drawn.logprobs.float()
-            flight.running &= ~torch.isin(drawn.tokens, self._eos)
-            if step + 1 == limit or not flight.running.any():
+            tokens[batch.sequence_ids, step] = drawn.tokens
+            logprobs[batch.sequence_ids, step] = drawn.logprobs.float()
+            batch.running &= ~torch.isin(drawn.tokens, self._eos)
+            if step + 1 == limit or not batch.running.any():
                 break
-            self._advance(flight, drawn.tokens, limit - step - 1)
+            self._advance(batch, drawn.tokens, limit - step - 1)
         return _Responses(tokens.cpu(), logprobs.cpu())
 
-    def _take_off(self, prompts: Sequence[Prompt], rows: list[_Row]) -> _InFlight:
-        """Prefill the distinct prompts of the rows, padded on the right, and give every row its copy."""
-        distinct = list(dict.fromkeys(row.prompt for row in rows))
+    def _prefill(self, prompts: Sequence[Prompt], sequences: list[_Sequence]) -> _Batch:
+        """Prefill the distinct prompts, padded on the right, and give every sequence a copy of its prompt's cache."""
+        distinct = list(dict.fromkeys(each.prompt for each in sequences))
         inputs = [prompts[p].inputs for p in distinct]
         ids = pad_sequence([i.token_ids for i in inputs], batch_first=True, padding_value=self._pad).to(self._device)
         lengths = torch.tensor([len(i.token_ids) for i in inputs], device=self._device)
@@ -279,41 +282,47 @@ class TransformersEngine:
             images["pixel_values"] = torch.cat([i.pixel_values for i in inputs]).to(self._device)
             images["image_grid_thw"] = torch.cat([i.image_grid_thw for i in inputs]).to(self._device)
         positions, delta = self._positions(ids, visible, images.get("image_grid_thw"))
-        cache = RoomyCache()
+        cache = PreallocatedCache()
         hidden = self._forward(ids, positions, None, cache, **images)
         last = torch.arange(len(distinct), device=self._device)
-        flight = _InFlight(
+        batch = _Batch(
             cache=cache,
-            room=0,
+            free_tokens=0,
             hidden=hidden[last, lengths - 1],
             position=lengths + delta,
             visible=torch.nn.functional.pad(visible, (0, self._max_new_tokens), value=True),
-            rows=last,
+            sequence_ids=last,
             running=torch.ones_like(last, dtype=torch.bool),
         )
         place = {p: index for index, p in enumerate(distinct)}
-        source = torch.tensor([place[row.prompt] for row in rows], device=self._device)
-        flight.keep(source, min(self._max_new_tokens, _ROOM))
-        flight.rows = torch.arange(len(rows), device=self._device)
-        return flight
+        source = torch.tensor([place[each.prompt] for each in sequences], device=self._device)
+        batch.keep(source, min(self._max_new_tokens, _FREE_TOKENS))
+        batch.sequence_ids = torch.arange(len(sequences), device=self._device)
+        return batch
 
-    def _advance(self, flight: _InFlight, tokens: Tensor, tokens_left: int) -> None:
-        """Feed the drawn ``tokens [B]``; ``tokens_left`` may still be drawn. Drops finished rows when it pays."""
-        running = int(flight.running.sum())
-        if flight.room == 0 or running <= (1 - _DROP_SHARE) * len(tokens):
-            index = flight.running.nonzero()[:, 0]
+    def _advance(self, batch: _Batch, tokens: Tensor, tokens_left: int) -> None:
+        """Feed the drawn ``tokens [B]`` to the model, after dropping finished sequences where that saves time.
+
+        Args:
+            batch: the sequences; changed in place.
+            tokens: int64 ``[B]``, the last token of each.
+            tokens_left: number of tokens that may still be drawn for each sequence.
+        """
+        running = int(batch.running.sum())
+        if batch.free_tokens == 0 or running <= (1 - _DROP_SHARE) * len(tokens):
+            index = batch.running.nonzero()[:, 0]
             tokens = tokens[index]
-            flight.keep(index, min(tokens_left, _ROOM))
-        flight.room -= 1
-        mask = flight.visible[:, None, None, : flight.cache.get_seq_length() + 1]
-        positions = flight.position[:, None]
+            batch.keep(index, min(tokens_left, _FREE_TOKENS))
+        batch.free_tokens -= 1
+        mask = batch.visible[:, None, None, : batch.cache.get_seq_length() + 1]
+        positions = batch.position[:, None]
         if self._vision is not None:
             positions = positions.expand(3, -1, -1)
-        flight.hidden = self._forward(tokens[:, None], positions, mask, flight.cache)[:, 0]
-        flight.position = flight.position + 1
+        batch.hidden = self._forward(tokens[:, None], positions, mask, batch.cache)[:, 0]
+        batch.position = batch.position + 1
 
     def _positions(self, ids: Tensor, visible: Tensor, image_grid_thw: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Positions of prompts ``[B, P]``, and by how much the next token's differs from its place: int64 ``[B]``."""
+        """Return the positions of prompts ``[B, P]``, and int64 ``[B]``: position minus place of the next token."""
         if self._vision is None:
             return torch.arange(ids.shape[1], device=ids.device).expand_as(ids), torch.zeros_like(ids[:, 0])
         positions, delta = self._model.model.get_rope_index(
@@ -324,8 +333,10 @@ class TransformersEngine:
         )
         return positions, delta[:, 0]
 
-    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: RoomyCache, **images) -> Tensor:
-        """Hidden states ``[B, S, H]`` of tokens ``[B, S]`` at positions ``[B, S]``, or ``[3, B, S]`` for mRoPE."""
+    def _forward(
+        self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: PreallocatedCache, **images
+    ) -> Tensor:
+        """Return hidden states ``[B, S, H]`` of tokens ``[B, S]``; positions are ``[B, S]``, mRoPE's ``[3, B, S]``."""
         return self._model.model(
             input_ids=ids,
             position_ids=positions,
@@ -336,14 +347,14 @@ class TransformersEngine:
         ).last_hidden_state
 
     def _check_finite(
-        self, logits: Tensor, prompts: Sequence[Prompt], rows: list[_Row], rows_left: Tensor, step: int
+        self, logits: Tensor, prompts: Sequence[Prompt], sequences: list[_Sequence], sequence_ids: Tensor, step: int
     ) -> None:
         finite = logits.isfinite().all(-1)
         if not finite.all():
-            row = rows[int(rows_left[~finite][0])]
+            sequence = sequences[int(sequence_ids[~finite][0])]
             raise RuntimeError(
-                f"prompt {prompts[row.prompt].key!r}, sample {row.sample}, response token {step}: the model's logits "
-                "are not finite; the weights have diverged or overflow in this dtype"
+                f"prompt {prompts[sequence.prompt].key!r}, sample {sequence.sample}, response token {step}: the "
+                "model's logits are not finite; the weights have diverged or overflow in this dtype"
             )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reproducible sampling: which token a row draws is decided by the row's own name, not by its company.
+"""Reproducible sampling: the tokens of a response depend on its own name, never on the other sequences of its batch.
 
 Every (seed, prompt, sample, position) owns one uniform number, a pure function of those four (counter-based, so no
 generator state exists that batching could disturb). A token is drawn by inverting the cumulative distribution at that
@@ -17,10 +17,16 @@ from torch import Tensor
 
 
 def uniforms(seed: int, key: str, sample_index: int, count: int) -> Tensor:
-    """The uniform numbers of one response: float64 ``[count]`` in [0, 1), multiples of 2**-53.
+    """Return the uniform numbers of one response: float64 ``[count]`` in [0, 1), multiples of 2**-53.
 
-    They come from the SHAKE-256 stream of the row's name, so they are the same on every machine and a longer response
-    only adds to them.
+    They come from the SHAKE-256 stream of the response's name (seed, prompt and sample), so they are the same on every
+    machine, and a larger ``count`` only appends numbers.
+
+    Args:
+        seed: seed of the step.
+        key: key of the prompt.
+        sample_index: index of the response in its group.
+        count: how many numbers to return, one for each response token.
     """
     name = f"{seed}/{sample_index}/{key}".encode()
     stream = hashlib.shake_256(name).digest(8 * count)
@@ -29,11 +35,12 @@ def uniforms(seed: int, key: str, sample_index: int, count: int) -> Tensor:
 
 
 class Draw(NamedTuple):
-    """One token for each of ``B`` rows.
+    """One drawn token for each of ``B`` sequences.
 
     Attributes:
         tokens: int64 ``[B]``.
-        logprobs: float64 ``[B]``, under the distribution that they were drawn from (at temperature 1 when greedy).
+        logprobs: float64 ``[B]``, their log-probabilities under the distribution that they were drawn from
+            (at temperature 1 when greedy).
     """
 
     tokens: Tensor
@@ -41,12 +48,12 @@ class Draw(NamedTuple):
 
 
 def draw(logits: Tensor, uniform: Tensor | None, *, temperature: float, allowed: Tensor) -> Draw:
-    """Draw one token a row from ``softmax(logits / temperature)`` over the allowed tokens.
+    """Draw one token per sequence from ``softmax(logits / temperature)`` over the allowed tokens.
 
     Args:
         logits: ``[B, V]``, finite.
         uniform: float64 ``[B]`` in [0, 1); None takes the most likely allowed token (greedy).
-        temperature: > 0; not used when greedy.
+        temperature: sampling temperature, above 0; not used when greedy.
         allowed: int64 ``[A]``, ascending ids of the tokens that may be drawn; the others have probability 0.
     """
     scores = logits.double() if uniform is None else logits.double() / temperature

@@ -3,11 +3,11 @@
 # (vLLM has an environment of its own; tests/vllm/contract holds what is used of it.)
 """vLLM in the training process: every rank runs an engine, or ``tensor_parallel_size`` neighbouring ranks share one.
 
-A shared engine works as vLLM's external launcher has it: its ranks are given the same requests in the same order, so
-that their schedulers decide alike, and each comes by all the answers.
+A shared engine works in the way of vLLM's external launcher: its ranks are given the same requests in the same order,
+so that their schedulers decide alike, and each rank receives all answers.
 
-Weights go into the live engine layer by layer (vLLM's layerwise reload): beside engine and policy there is room for
-one layer, never for a third copy.
+Weights go into the live engine layer by layer (vLLM's layerwise reload): beside engine and policy, one layer is held in
+memory, never a third copy of the model.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class VllmEngine:
     """A vLLM engine in this process.
 
     Args:
-        context: see ``base.Context``. Of the model directory, all but the weights is read: they come by
-            ``load_weights``.
+        context: everything that the engine is built from. The weights of the model directory are not read: they
+            come by ``load_weights``.
 
     Raises:
         ValueError: ``tensor_parallel_size`` does not divide the number of processes.
@@ -96,9 +96,10 @@ class VllmEngine:
         self._loaded = True
 
     def _forget(self) -> None:
-        """Drop what was computed with the weights before: keys and values, and the encoded images.
+        """Drop what was computed with the previous weights: keys and values, and encoded images.
 
-        The engine keys both by contents: without this, a prompt that comes again would be answered from the old ones.
+        vLLM looks both up by the contents of a prompt. Without this call, a prompt that comes again would be answered
+        with cached values of the previous weights.
         """
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: requests are still under way")
@@ -111,16 +112,16 @@ class VllmEngine:
         """Sample ``n`` responses to each prompt; see ``base.Engine.generate``.
 
         Raises:
-            RuntimeError: no weights were loaded, or an answer is none (the prompt is named).
+            RuntimeError: no weights were loaded, or an answer cannot be used (the prompt is named).
             ValueError: arguments out of range, or a prompt that does not fit its images (it is named).
         """
         if not self._loaded:
             raise RuntimeError("the rollout engine has no complete set of weights: call load_weights first")
         base.check_request(prompts, n, temperature, group_ids)
-        everybodys, first = self._with_peers(prompts)
-        inputs = [self._input(prompt) for prompt in everybodys]
-        parameters = [self._translator.sampling(prompt, n, temperature, seed) for prompt in everybodys]
-        # vLLM's own `generate` takes text and images; what is rendered already goes in one floor below.
+        all_prompts, first = self._with_peers(prompts)
+        inputs = [self._input(prompt) for prompt in all_prompts]
+        parameters = [self._translator.sampling(prompt, n, temperature, seed) for prompt in all_prompts]
+        # vLLM's own `generate` takes text and images; prompts that are rendered already enter one layer below it.
         self._llm._render_and_add_requests(inputs, parameters)
         outputs = self._llm.wait_for_completion(use_tqdm=False)
         rollouts: list[Rollout] = []
@@ -130,13 +131,13 @@ class VllmEngine:
         return rollouts
 
     def release(self) -> None:
-        """Give up weights and cache, which the next ``load_weights`` fills again, where the platform can."""
+        """Free the memory of weights and cache until the next ``load_weights``, where the platform supports it."""
         if self._sleeps and not self._asleep:
             self._llm.sleep(level=2)
             self._asleep, self._loaded = True, False
 
     def _with_peers(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], int]:
-        """The prompts of all ranks that share this engine, the same list on each, and where this rank's begin."""
+        """Return the prompts of all ranks that share this engine, equal on each, and where this rank's own begin."""
         if not self._shared:
             return list(prompts), 0
         group = get_tp_group()

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # pyright: reportMissingImports=false
 # (vLLM has an environment of its own; tests/vllm/contract holds what is used of it.)
-"""vLLM servers over HTTP: prompts balanced over them, weight updates to all of them, the lost ones noticed.
+"""A client of several vLLM servers: it balances prompts over them, updates all their weights, and notices lost ones.
 
-A server is *lost* when it does not answer its health check, when requests go on failing on it, or when it answers with
-other weights than the current ones. What it had under way is done again by the others; nothing is asked of it until
-the next weight update, which tries every address anew.
+A server is *lost* when it does not answer its health check, when requests keep failing on it, or when it answers with
+weights other than the current ones. The other servers repeat the requests that it had in progress. It gets no further
+requests until the next weight update, which tries every address again.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ _logger = logging.getLogger(__name__)
 
 
 class ServerLost(RuntimeError):
-    """This server can not be used any more."""
+    """A server cannot be used any more; the message says why."""
 
 
 @dataclass(eq=False)
 class Server:
-    """One address.
+    """One server.
 
     Attributes:
-        address: ``http://HOST:PORT``.
-        lost: why it is not used; None while it is.
-        under_way: requests that wait for it.
+        address: its base address, ``http://HOST:PORT``.
+        lost: the reason why it is not used; None while it is used.
+        under_way: number of requests that it has not answered yet.
     """
 
     address: str
@@ -53,11 +53,11 @@ class Server:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt's group.
+    """The request for one prompt's group of responses.
 
     Attributes:
-        name: what errors call it.
-        body: of ``/inference/v1/generate``.
+        name: name of the prompt in error messages.
+        body: JSON body of the request to ``/inference/v1/generate``.
     """
 
     name: str
@@ -68,8 +68,8 @@ class Servers:
     """The servers of a run, as one process sees them.
 
     Args:
-        options: addresses and patience.
-        first: where this process begins among equally busy servers; give each rank its own.
+        options: the recipe's section with addresses, timeouts and retries.
+        first: index of the server that this process prefers among equally busy ones; give each rank its own.
     """
 
     def __init__(self, options: VllmServerConfig, first: int = 0) -> None:
@@ -82,17 +82,17 @@ class Servers:
 
     @property
     def live(self) -> list[Server]:
-        """Those that are used."""
+        """The servers that are in use."""
         return [server for server in self.everyone if server.lost is None]
 
     def lose(self, server: Server, why: str) -> None:
-        """Use a server no more."""
+        """Mark a server as lost, so that it is not used any more."""
         if server.lost is None:
             server.lost = why
             _logger.warning("rollout server %s is lost: %s", server.address, why)
 
     def unavailable(self) -> EngineUnavailable:
-        """The error when none is left."""
+        """Return the error to raise when no server is left."""
         causes = "".join(f"\n  {server.address}: {server.lost}" for server in self.everyone)
         return EngineUnavailable(
             f"no rollout server is left (policy.generation.vllm_server_cfg.addresses):{causes}",
@@ -102,7 +102,7 @@ class Servers:
     # -- control ------------------------------------------------------------------------------------------------
 
     def find(self) -> None:
-        """Ask every address for its health; those that answer are used."""
+        """Ask every address for its health; the servers that answer are used from now on."""
 
         def ask(server: Server) -> None:
             for attempt in range(_HEALTH_CHECKS):  # one slow answer of a busy machine is no loss
@@ -126,10 +126,10 @@ class Servers:
     def request(
         self, server: Server, method: str, path: str, *, json: Any = None, timeout: float | None = None
     ) -> httpx.Response:
-        """One request of the control plane.
+        """Send one control request (not a generation) to a server and return its response.
 
         Raises:
-            ServerLost: it could not be reached, or refused.
+            ServerLost: the server could not be reached, or refused the request.
         """
         try:
             response = httpx.request(
@@ -146,18 +146,18 @@ class Servers:
         return response
 
     def post(self, path: str, json: Any = None) -> None:
-        """The same request to all live servers at once; those that fail are lost.
+        """Post the same request to all live servers at once; servers that fail are lost.
 
         Raises:
-            EngineUnavailable: all did.
+            EngineUnavailable: all servers failed.
         """
         self.each(lambda server: self.request(server, "POST", path, json=json))
 
     def each(self, ask: Callable[[Server], Any]) -> None:
-        """Call a function for all live servers at once; those whose call raises ``ServerLost`` are lost.
+        """Call a function for all live servers at once; servers whose call raises ``ServerLost`` are lost.
 
         Raises:
-            EngineUnavailable: all did.
+            EngineUnavailable: the calls of all servers raised.
         """
 
         def attempt(server: Server) -> None:
@@ -173,11 +173,11 @@ class Servers:
     # -- generation ---------------------------------------------------------------------------------------------
 
     def generate(self, requests: Sequence[Request], version: str) -> list[list[dict[str, Any]]]:
-        """The choices of every request, in order.
+        """Return the choices (sampled responses) of every request, in the order of the requests.
 
         Args:
-            requests: what to ask.
-            version: of the weights that must answer.
+            requests: the requests to send.
+            version: version of the weights that the answers must come from.
 
         Raises:
             EngineUnavailable: no server is left.
@@ -190,7 +190,7 @@ class Servers:
 
 
 class _Generation:
-    """One call's requests under way."""
+    """The requests of one call of ``Servers.generate`` while they are in progress."""
 
     def __init__(self, servers: Servers, options: VllmServerConfig, headers: dict[str, str], version: str) -> None:
         self._servers, self._options, self._headers, self._version = servers, options, headers, version
@@ -211,7 +211,7 @@ class _Generation:
         return [task.result() for task in tasks]
 
     async def _watch(self, server: Server) -> None:
-        """Lose a server that stops answering, also where its connections stay open."""
+        """Mark a server as lost once it stops answering, even if its connections stay open."""
         failed = 0
         while failed < _HEALTH_CHECKS:
             await asyncio.sleep(self._options.heartbeat_s)
@@ -230,7 +230,7 @@ class _Generation:
         self._gone[server].set()
 
     async def _answer(self, request: Request) -> list[dict[str, Any]]:
-        """Ask the least busy server, and the next one where that is lost."""
+        """Send a request to the least busy server, and to the next one if that server is lost."""
         async with self._slots:
             while True:
                 live = self._servers.live
@@ -260,7 +260,7 @@ class _Generation:
         raise ServerLost(f"{self._options.retries + 1} tries of one request failed, the last one with: {why}")
 
     async def _try(self, server: Server, request: Request) -> list[dict[str, Any]] | str:
-        """The choices, or what went wrong."""
+        """Return the choices that a server gives, or what went wrong."""
         post = asyncio.create_task(self._http.post(f"{server.address}/inference/v1/generate", json=request.body))
         gone = asyncio.create_task(self._gone[server].wait())
         try:

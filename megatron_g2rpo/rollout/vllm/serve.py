@@ -25,14 +25,15 @@ from megatron_g2rpo.rollout.vllm.weight_transfer import backend_of
 
 
 def command(policy: Policy, host: str, port: int) -> tuple[list[str], dict[str, str]]:
-    """The command that serves a recipe's policy, and what its environment needs.
+    """Return the command that serves a recipe's policy, and the environment variables that it needs.
 
-    It waits for weights: those of the model directory are not read. The API includes vLLM's development endpoints,
-    which load weights and run methods by name; so it stays on the loopback interface, or asks for a key.
+    The server waits for weights: those of the model directory are not read. Its API includes vLLM's development
+    endpoints, which load weights and run methods by name; the server therefore listens on the loopback interface only,
+    or requires a key.
 
     Args:
-        policy: section of the recipe.
-        host, port: where to listen.
+        policy: the recipe's ``policy`` section.
+        host, port: address to listen on.
 
     Raises:
         ValueError: the host is not a loopback address, and there is no API key.
@@ -64,7 +65,7 @@ def command(policy: Policy, host: str, port: int) -> tuple[list[str], dict[str, 
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Return whether an address can be reached from this machine only."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -83,7 +84,10 @@ def _option(name: str, value: Any) -> list[str]:
 
 
 class RequireKey(AuthenticationMiddleware):
-    """Asks for the key at every path but ``/health``; vLLM's own leaves the development endpoints open."""
+    """Middleware that requires the key at every path but ``/health``.
+
+    vLLM's own key check leaves the development endpoints open.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         key = os.environ.get(API_KEY)

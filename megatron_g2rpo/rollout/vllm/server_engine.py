@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # pyright: reportMissingImports=false
 # (vLLM has an environment of its own; tests/vllm/contract holds what is used of it.)
-"""Rollouts from vLLM servers: ``megatron-g2rpo serve`` starts one, and this engine talks to them over HTTP."""
+"""Rollouts from vLLM servers: ``megatron-g2rpo serve`` starts a server, and this engine talks to them over HTTP."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _VERSION = re.compile(r"[0-9a-f]{12}-\d+")
 _OPEN_UPDATE = re.compile("already active|during a weight update")
 # What vLLM's API sends instead of a log-probability that is not a number, or minus infinity.
 _NOT_FINITE = -9999.0
-# What rank 0 finds out for all.
+# Errors that rank 0 raises on behalf of all ranks.
 _TOLD = (base.EngineUnavailable, ValueError)
 # Longest pause between two looks for a server that is waited for, seconds.
 _LONGEST_PAUSE = 30.0
@@ -44,10 +44,12 @@ _logger = logging.getLogger(__name__)
 
 @base.register("vllm_server")
 class VllmServerEngine:
-    """Servers that every process of the run asks directly; rank 0 alone gives them their weights.
+    """A rollout engine that consists of vLLM servers.
+
+    Every process of the run sends its prompts to the servers itself; rank 0 alone controls their weight updates.
 
     Args:
-        context: see ``base.Context``.
+        context: everything that the engine is built from.
     """
 
     def __init__(self, context: base.Context) -> None:
@@ -75,9 +77,9 @@ class VllmServerEngine:
         return cls(context)
 
     def load_weights(self, weights: WeightSource) -> None:
-        """Look for servers, and bring all that are there to these weights; see ``base.Engine.load_weights``.
+        """Look for servers, and give these weights to all that answer; see ``base.Engine.load_weights``.
 
-        With ``on_no_server: wait`` it does not return before one is there.
+        Under ``on_no_server: wait`` it does not return before at least one server answers.
 
         Raises:
             ValueError: a server was not started as the recipe says.
@@ -113,7 +115,7 @@ class VllmServerEngine:
 
         Raises:
             EngineUnavailable: the last server was lost.
-            RuntimeError: no weights were loaded, or an answer is none (the prompt is named).
+            RuntimeError: no weights were loaded, or an answer cannot be used (the prompt is named).
             ValueError: arguments out of range, or a prompt that does not fit its images (it is named).
         """
         if self._version is None:
@@ -127,7 +129,7 @@ class VllmServerEngine:
         return rollouts
 
     def release(self) -> None:
-        """Nothing: servers have memory of their own."""
+        """Do nothing: the servers do not use this process's memory."""
 
     def _request(self, prompt: Prompt, n: int, temperature: float, seed: int) -> Request:
         sampling, images = self._translator.sampling(prompt, n, temperature, seed), self._translator.images(prompt)
@@ -156,7 +158,7 @@ class VllmServerEngine:
     # -- on rank 0 ----------------------------------------------------------------------------------------------
 
     def _find(self) -> list[str]:
-        """Addresses of the servers that are there; waits for one where the recipe says so."""
+        """Return the addresses of the servers that answer; wait for one where the recipe says so."""
         pause = 1.0
         while True:
             self._servers.find()
@@ -172,7 +174,7 @@ class VllmServerEngine:
         return [server.address for server in self._servers.live]
 
     def _check(self, server: Server) -> None:
-        """Refuse a server whose answers would be wrong, for none of its answers would say so."""
+        """Raise if the server was started with options that silently change its log-probabilities."""
         info = self._servers.request(server, "GET", "/server_info?config_format=json").json()["vllm_config"]
         model = info["model_config"]
         found = {
@@ -189,7 +191,7 @@ class VllmServerEngine:
             )
 
     def _transfer(self) -> TrainerWeightTransferEngine[Any]:
-        """The trainer's half of the transfer; NCCL's belongs to one set of servers."""
+        """Return the trainer's half of the weight transfer; over NCCL each new set of servers needs a new one."""
         directory = Path(self._options.weights_dir)
         if self._method == FILES:
             if self._trainer is None:
@@ -217,10 +219,10 @@ class VllmServerEngine:
 
 
 class _Client:
-    """vLLM's weight-sync client for several servers at once, each paused from the start of an update to its end.
+    """vLLM's weight-sync client for several servers at once; each is paused from the start of an update to its end.
 
     Attributes:
-        version: name of the weights of the update under way, or of the last one.
+        version: name of the weights of the update in progress, or of the last update.
     """
 
     def __init__(self, servers: Servers) -> None:
@@ -229,7 +231,7 @@ class _Client:
         self._workers: dict[Server, int] = {}
 
     def count_workers(self) -> int:
-        """Workers of all live servers."""
+        """Return the number of workers of all live servers together."""
 
         def ask(server: Server) -> None:
             self._workers[server] = int(self._servers.request(server, "GET", "/get_world_size").json()["world_size"])
@@ -238,7 +240,7 @@ class _Client:
         return sum(self._workers[server] for server in self._servers.live)
 
     def is_current(self) -> bool:
-        """Whether all live servers have the last update: one that was started again is in no group with the trainer."""
+        """Return whether all live servers have the last update; a restarted one has left the trainer's NCCL group."""
         versions: set[str] = set()
 
         def ask(server: Server) -> None:
@@ -248,7 +250,7 @@ class _Client:
         return versions == {self.version}
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Each server's workers take the ranks after those of the servers before it."""
+        """Connect all servers; the workers of each take the ranks that follow those of the server before it."""
         offsets, offset = {}, init_info["rank_offset"]
         for server in self._servers.live:
             offsets[server], offset = offset, offset + self._workers[server]
@@ -267,7 +269,7 @@ class _Client:
         self._servers.each(lambda server: self._afresh(server, "/start_weight_update"))
 
     def _afresh(self, server: Server, path: str) -> None:
-        """Ask what is refused in an update: one that a trainer left open, killed in the midst of it, is closed."""
+        """Send a request that servers refuse during an update; close an update that a killed trainer left open."""
         try:
             self._servers.request(server, "POST", path)
         except ServerLost as error:
@@ -280,7 +282,7 @@ class _Client:
         self._servers.post("/update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Name the weights, and forget what was computed with those before: see ``VllmEngine._forget``."""
+        """Name the new weights, and drop all that was computed with the previous ones (see ``VllmEngine._forget``)."""
         self._servers.post("/finish_weight_update", {"weight_version": weight_version or self.version})
         self._servers.each(self._forget)
         self._servers.post("/resume")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 # (vLLM has an environment of its own; tests/vllm/contract holds what is used of it.)
-"""Prompts as vLLM's requests, and its answers as rollouts: the same for the engine in process and for servers.
+"""Translation of prompts to vLLM's requests and of its answers to rollouts, for vLLM in the process and on servers.
 
 vLLM gets token ids and the pixels that the trainer itself will read, not images: nothing is tokenised, resized or
 normalised a second time, so engine and trainer can differ in arithmetic alone. That takes ``ENGINE_ARGUMENTS``.
@@ -34,7 +34,7 @@ _NEVER = -1e30
 
 
 def engine_arguments(policy: Policy, dtype: str) -> dict[str, Any]:
-    """Arguments of a vLLM engine that a recipe asks for, in the names of ``vllm.EngineArgs``."""
+    """Return the arguments of a vLLM engine that a recipe asks for, under the names of ``vllm.EngineArgs``."""
     generation = policy.generation
     options = generation.vllm_cfg
     return {
@@ -56,7 +56,7 @@ def engine_arguments(policy: Policy, dtype: str) -> dict[str, Any]:
 
 
 class Answer(NamedTuple):
-    """One sample: its tokens, and the log-probability of each."""
+    """One response that vLLM sampled: its tokens, and the log-probability of each."""
 
     token_ids: Sequence[int]
     logprobs: Sequence[float]
@@ -64,12 +64,12 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a prompt as vLLM takes them.
+    """The images of a prompt, in the form that vLLM takes.
 
     Attributes:
-        items: pixels and grid of each.
-        hashes: of the contents of each; vLLM's caches go by them.
-        places: where its placeholders are in the prompt.
+        items: pixels and grid of each image.
+        hashes: hash of the contents of each image, by which vLLM's caches look it up.
+        places: offset and length of each image's placeholders in the prompt.
     """
 
     items: MultiModalKwargsItems
@@ -78,10 +78,10 @@ class Images:
 
 
 class Translator:
-    """Prompts to requests, answers to rollouts.
+    """Translates prompts to vLLM's requests, and its answers to rollouts.
 
     Args:
-        context: of the engine.
+        context: everything that the engine is built from.
     """
 
     def __init__(self, context: base.Context) -> None:
@@ -99,10 +99,10 @@ class Translator:
             )
 
     def images(self, prompt: Prompt) -> Images | None:
-        """The images of a prompt; None where it has none.
+        """Return the images of a prompt; None where it has none.
 
         Raises:
-            ValueError: naming the prompt: its placeholders do not match its images, or it has too many of them.
+            ValueError: its placeholders do not match its images, or it has too many images; the prompt is named.
         """
         inputs = prompt.inputs
         if len(inputs.image_grid_thw) > self._images_per_prompt:
@@ -122,7 +122,7 @@ class Translator:
         return Images(MultiModalKwargsItems.from_hf_inputs(features, fields), _hashes(inputs), places)
 
     def _places(self, prompt: Prompt, lengths: list[int]) -> list[PlaceholderRange]:
-        """Placeholders of images come in runs, one after another; two images may touch."""
+        """Find the placeholders of each image, which form one run of tokens; two runs may touch."""
         inputs = prompt.inputs
         where = (inputs.token_ids == self._image_token_id).nonzero().squeeze(1)
         places: list[PlaceholderRange] = []
@@ -143,9 +143,9 @@ class Translator:
         return places
 
     def sampling(self, prompt: Prompt, n: int, temperature: float, seed: int) -> SamplingParams:
-        """How a prompt is sampled: sample ``i`` of a prompt draws from a generator of its own (vLLM: seed + i).
+        """Return vLLM's sampling parameters for a prompt. Sample ``i`` has a generator of its own (vLLM: seed + i).
 
-        Greedily it is asked once: ``rollouts`` repeats the answer.
+        A greedy response is requested once only: ``rollouts`` repeats it.
         """
         return SamplingParams(
             n=1 if temperature == 0 else n,
@@ -161,15 +161,16 @@ class Translator:
         )
 
     def rollouts(self, prompt: Prompt, group_id: int, n: int, answers: Sequence[Answer]) -> list[Rollout]:
-        """A group.
+        """Return the rollouts of one group.
 
         Args:
-            prompt, group_id: whose.
-            n: samples that were asked for.
-            answers: what vLLM gave, in the order of its samples: ``n``, or one for all.
+            prompt: the prompt that was asked.
+            group_id: id of its group.
+            n: number of responses that were requested.
+            answers: vLLM's answers, in the order of its samples: ``n`` of them, or one that stands for all.
 
         Raises:
-            RuntimeError: naming the prompt: another number of answers, or one that is none.
+            RuntimeError: another number of answers, or an answer that cannot be used; the prompt is named.
         """
         if len(answers) not in (1, n):
             raise RuntimeError(f"prompt {prompt.key!r}: vLLM gave {len(answers)} of {n} answers")
@@ -179,11 +180,11 @@ class Translator:
     def _rollout(
         self, prompt: Prompt, group_id: int, sample_index: int, token_ids: Sequence[int], logprobs: Sequence[float]
     ) -> Rollout:
-        """One answer.
+        """Return the rollout of one answer.
 
         Raises:
-            RuntimeError: naming prompt and sample: no token, a log-probability missing or not finite, or a token that
-                must not be sampled.
+            RuntimeError: the answer has no token, lacks a log-probability or has one that is not finite, or holds a
+                token that must not be sampled; prompt and sample are named.
         """
         name = f"prompt {prompt.key!r}, sample {sample_index}"
         values = torch.tensor(logprobs, dtype=torch.float32)
@@ -219,5 +220,5 @@ def _hash(grid: Tensor, pixels: Tensor) -> str:
 
 
 def _seed(seed: int, key: str) -> int:
-    """62 bits that name the prompt's draws."""
+    """Return the seed, of 62 bits, of a prompt's random draws."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:8], "little") >> 2

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # pyright: reportMissingImports=false
 # (vLLM has an environment of its own; tests/vllm/contract holds what is used of it.)
-"""How weights reach vLLM servers, behind vLLM's own weight-transfer classes: its NCCL engine, or files.
+"""Transfer of weights to vLLM servers, by vLLM's own weight-transfer classes: its NCCL engine, or files.
 
 vLLM loads ``register`` in each of its processes (entry point ``vllm.general_plugins``), which makes ``files`` known to
 its workers beside ``nccl``. The trainer's half of either is driven by ``send_weights``, a collective of the trainer.
@@ -30,11 +30,11 @@ BUCKET = "5GB"
 
 
 def backend_of(weight_transfer: str, *, between_gpus: bool) -> str:
-    """What vLLM calls the transfer that a recipe asks for.
+    """Return vLLM's name of the transfer that a recipe asks for.
 
     Args:
         weight_transfer: ``policy.generation.vllm_server_cfg.weight_transfer``.
-        between_gpus: what ``auto`` goes by.
+        between_gpus: whether trainer and servers are on GPUs, which decides what ``auto`` means.
     """
     if weight_transfer == "auto":
         return BROADCAST if between_gpus else FILES
@@ -49,22 +49,22 @@ def register() -> None:
 
 @dataclass
 class FilesInitInfo(transfer.WeightTransferInitInfo):
-    """Nothing has to be agreed upon."""
+    """Information for the start of a transfer by files, which needs none."""
 
 
 @dataclass
 class FilesUpdateInfo(transfer.WeightTransferUpdateInfo):
-    """Where the weights are.
+    """Information for one update by files.
 
     Attributes:
-        directory: of safetensors files, as the server sees it.
+        directory: directory of safetensors files, by the path that the server sees.
     """
 
     directory: str
 
 
 class FilesEngine(transfer.WeightTransferEngine[FilesInitInfo, FilesUpdateInfo]):
-    """The worker's half: reads its share of every tensor from a directory."""
+    """The worker's half of a transfer by files: it reads its share of every tensor from a directory."""
 
     init_info_cls = FilesInitInfo
     update_info_cls = FilesUpdateInfo
@@ -82,7 +82,7 @@ class FilesEngine(transfer.WeightTransferEngine[FilesInitInfo, FilesUpdateInfo])
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: FilesUpdateInfo) -> None:
-        """Reload the model.
+        """Load the weights of the update's directory into the worker's model.
 
         Raises:
             ValueError: parameters of the model are not in the directory.
@@ -94,15 +94,15 @@ class FilesEngine(transfer.WeightTransferEngine[FilesInitInfo, FilesUpdateInfo])
 
 
 class Source(transfer.WeightSource):
-    """The policy's weights as trainer engines, vLLM's and ours, ask for them; both of its methods are collectives."""
+    """The policy's weights, in the interface that vLLM's transfer engines read; all of its reads are collectives."""
 
     def begin(self, current: weights.WeightSource) -> None:
-        """Give it the weights of one transfer."""
+        """Set the weights of the transfer that begins."""
         self._current = current
         self._specified = self._streamed = False
 
     def specs(self) -> dict[str, Tensor]:
-        """The tensors to come, on the meta device."""
+        """Return the tensors to come, on the meta device, by name."""
         self._specified = True
         return self._current.specs()
 
@@ -114,7 +114,7 @@ class Source(transfer.WeightSource):
         return iter(self._current)
 
     def drain(self) -> None:
-        """Take part in what this rank has left out of the transfer, so that other ranks do not wait for it."""
+        """Join the collectives that this rank has not joined yet, so that other ranks do not wait for it."""
         if not self._specified:
             self.specs()
         if not self._streamed:
@@ -124,10 +124,10 @@ class Source(transfer.WeightSource):
 
 @dataclass
 class FilesTrainerInitInfo(transfer.TrainerInitInfo):
-    """The trainer's side of ``files``.
+    """Settings of the trainer's half of a transfer by files.
 
     Attributes:
-        directory: where to write.
+        directory: directory to write to.
     """
 
     backend: ClassVar[str] = FILES
@@ -136,10 +136,12 @@ class FilesTrainerInitInfo(transfer.TrainerInitInfo):
 
 
 class FilesTrainer(transfer.TrainerWeightTransferEngine[FilesTrainerInitInfo]):
-    """The trainer's half: rank 0 writes a directory of safetensors files, tensor by tensor, then tells the servers.
+    """The trainer's half of a transfer by files.
+
+    Rank 0 writes a directory of safetensors files, tensor by tensor, and then tells the servers to read it.
 
     Attributes:
-        name: of the next directory.
+        name: name of the next directory.
     """
 
     init_info_cls = FilesTrainerInitInfo
@@ -160,7 +162,7 @@ class FilesTrainer(transfer.TrainerWeightTransferEngine[FilesTrainerInitInfo]):
         return cls(init_info.directory, client=client, source=source, is_sender=init_info.is_sender)
 
     def send_weights(self) -> None:
-        """Write, have the servers read, and remove the directory. Every trainer rank calls it."""
+        """Write the directory, have the servers read it, and remove it. A collective of all trainer ranks."""
         assert isinstance(self.source, Source)
         specs = self.source.specs()
         if not self.is_sender:

@@ -43,7 +43,7 @@ def test_ranks_that_decode_their_own_rows_get_the_rows_of_the_global_batch(make_
 @pytest.mark.parametrize("position", [0, 1, 29, 250])
 def test_a_saved_position_continues_the_stream(make_stream, position):
     stream = make_stream({"vqa": 2.5})
-    stream.next_batch(position, rows=range(0))  # moves on without decoding
+    stream.next_batch(position, indices=range(0))  # moves on without decoding
     state, expected = stream.state_dict(), keys(stream.next_batch(31))
     resumed = make_stream({"vqa": 2.5})
     resumed.next_batch(4)  # what it drew before does not matter
