@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claim: what the documentation points at is there: files, headings, and verbs of the command line."""
+"""Claim: what the documentation points at is there: files, headings, verbs; and its examples of extensions run."""
 
 from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from megatron_g2rpo.cli import app
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE_BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 # Words after the program's name, as far as a line of code or prose spells a verb.
 VERB = re.compile(r"(?:megatron-g2rpo|megatron_g2rpo\.cli)((?: [a-z]+)+)")
@@ -73,6 +75,19 @@ def test_relative_links_lead_somewhere(file: Path) -> None:
 @pytest.mark.parametrize("file", markdown_files(), ids=lambda file: str(file.relative_to(ROOT)))
 def test_verbs_exist(file: Path) -> None:
     assert list(unknown_verbs(file.read_text())) == []
+
+
+def test_the_blocks_of_python_run() -> None:
+    """In a process of their own: what they register must not be there for other tests."""
+    pages = ("extending.md", "add_a_model.md")
+    blocks = [block for page in pages for block in PYTHON_BLOCK.findall((ROOT / "docs" / page).read_text())]
+    assert len(blocks) >= 9
+    # Every block stands for a file: it imports what it needs.
+    program = "import sys\nfor block in sys.argv[1:]: exec(block, {'__name__': 'block'})"
+    run = subprocess.run(
+        [sys.executable, "-c", program, *blocks], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_a_broken_link_is_noticed(tmp_path: Path) -> None:
