@@ -121,13 +121,13 @@ def gap_sums(
     _check_shapes(old_logprobs=old_logprobs, behaviour_logprobs=behaviour_logprobs, task_ids=task_ids, mask=mask)
     kept = mask != 0
     tasks = task_ids[kept]
-    behaviour, rollout = (logprobs.detach()[kept].double() for logprobs in (old_logprobs, behaviour_logprobs))
-    gap = (behaviour - rollout).abs()
+    old, behaviour = (logprobs.detach()[kept].double() for logprobs in (old_logprobs, behaviour_logprobs))
+    gap = (old - behaviour).abs()
     zeros = torch.zeros(num_tasks, dtype=torch.float64, device=mask.device)
     return GapSums(
         count=zeros.index_add(0, tasks, torch.ones_like(gap)),
         absolute=zeros.index_add(0, tasks, gap),
-        kl=zeros.index_add(0, tasks, kl.penalty("k3", rollout, behaviour, log_ratio_clamp=_LOG_RATIO_CLAMP)),
+        kl=zeros.index_add(0, tasks, kl.penalty("k3", behaviour, old, log_ratio_clamp=_LOG_RATIO_CLAMP)),
         largest=zeros.scatter_reduce(0, tasks, gap, "amax"),
     )
 
