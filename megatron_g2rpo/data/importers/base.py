@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_g2rpo import registry
-from megatron_g2rpo.data.errors import SampleError
+from megatron_g2rpo.data.errors import DataError, SampleError
 from megatron_g2rpo.data.shard_format import REQUIRED_FIELDS
 from megatron_g2rpo.data.shard_writer import ShardWriter
 
@@ -41,7 +42,7 @@ def import_dataset(importer: Callable[[Path], Iterator[ImportedSample]], source:
     Args:
         importer: an importer with its options filled in.
         source: path that the importer reads.
-        target: directory for the shards; it must not hold any yet.
+        target: directory for the shards; must not exist. It appears whole or not at all.
 
     Returns:
         The number of samples.
@@ -49,15 +50,23 @@ def import_dataset(importer: Callable[[Path], Iterator[ImportedSample]], source:
     Raises:
         SampleError: a sample lacks a field, has a field that is not text, or an image of an unknown format; the message
             names the sample.
-        DataError: the target holds shards, or the source has no sample.
+        DataError: the target exists, or the source has no sample.
     """
-    count = 0
-    with ShardWriter(target) as writer:
-        for sample in importer(source):
-            _check(sample)
-            suffixes = [_suffix(image, sample.name) for image in sample.images]
-            writer.write(f"{count:08d}", sample.fields, sample.images, suffixes)
-            count += 1
+    if target.exists():
+        raise DataError(f"{target} exists already; choose another place, or remove it first")
+    partial, count = target.with_name(f"{target.name}.partial"), 0
+    shutil.rmtree(partial, ignore_errors=True)  # what an import that was killed had begun
+    try:
+        with ShardWriter(partial) as writer:
+            for sample in importer(source):
+                _check(sample)
+                suffixes = [_suffix(image, sample.name) for image in sample.images]
+                writer.write(f"{count:08d}", sample.fields, sample.images, suffixes)
+                count += 1
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return count
 
 
@@ -67,7 +76,9 @@ def _check(sample: ImportedSample) -> None:
             continue
         value = sample.fields.get(name)
         if not isinstance(value, str) or not value:
-            raise SampleError(f"{sample.name}: the field {name!r} must be text that is not empty, got {value!r}")
+            got = f"got {value!r}" if name in sample.fields else "and is missing"
+            hint = "; write numbers in quotes" if isinstance(value, int | float) else ""
+            raise SampleError(f"{sample.name}: the field {name!r} must be text that is not empty, {got}{hint}")
 
 
 def _suffix(image: bytes, name: str) -> str:

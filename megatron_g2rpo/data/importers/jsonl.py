@@ -40,6 +40,10 @@ def jsonl(source: Path, *, images: str = "images") -> Iterator[ImportedSample]:
         if not isinstance(fields, dict):
             raise SampleError(f"{name}: a line must be a JSON object, not {type(fields).__name__}")
         paths = fields.pop(images, [])
+        if not isinstance(paths, list):
+            raise SampleError(f"{name}: field {images!r} must be a list of image files, got {paths!r}")
+        if not paths and "image" in fields:
+            raise SampleError(f"{name}: there is a field 'image', but images are listed in {images!r}: [\"file.png\"]")
         try:
             encoded = [(source.parent / path).read_bytes() for path in paths]
         except (OSError, TypeError) as error:
