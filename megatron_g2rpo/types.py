@@ -218,7 +218,8 @@ class PackedBatch:
     Position ``t`` predicts ``labels[t]``, the next token *of the same sequence*, where that is a response token; every
     other position has label ``NO_LABEL``. All per-token fields are aligned with the predicting position.
     A sequence may be followed by padding: tokens that nothing attends to and nothing is learned from. A row is packed
-    whole, and each context-parallel rank cuts its share out of every per-token field (``policy.layouts.context_parallel``).
+    whole, and each context-parallel rank cuts its share out of every per-token field
+    (``policy.layouts.context_parallel``).
 
     Attributes:
         tokens: int64 ``[S]``, ids of all tokens of the row.

@@ -19,6 +19,8 @@ from tests.e2e.toy import ROOT, Toy, call, metrics, png
 
 PLUGIN = ROOT / "examples" / "plugin"
 EXTENDING = ROOT / "docs" / "extending.md"
+# What the toy's recipe imports; in one document a list replaces the other.
+OWN = [str(ROOT / "examples" / "quickstart" / "rewards.py")]
 # What each block of the documentation registers.
 NAMES = {
     "one_of": registry.answer_formats,
@@ -56,7 +58,7 @@ def test_every_seam_of_the_documentation_registers_and_trains(toy: Toy, document
         "tasks": {"colour": {"answer_format": "one_of", "reward_weights": {"says_why": 0.3}}},
     }
     changes = {
-        "imports": [str(documented)],
+        "imports": [*OWN, str(documented)],
         "env": env,
         "loss_fn": {"name": "plain_policy_gradient", "scale": 0.5},
         "grpo": {
@@ -118,7 +120,7 @@ def test_the_example_plugin_trains_from_another_directory_on_two_ranks(toy: Toy,
     """`examples/plugin`, whose recipe names plugin.py beside it: two steps, two processes, another directory."""
     own = yaml.safe_load((PLUGIN / "recipe.yaml").read_text())
     changes = {
-        "imports": [str(PLUGIN / "plugin.py")],
+        "imports": [*OWN, str(PLUGIN / "plugin.py")],
         "grpo": {
             "max_num_steps": 2,
             "val_at_start": False,

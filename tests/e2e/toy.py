@@ -129,7 +129,13 @@ def _common(toy: Toy) -> dict[str, Any]:
             "validation": {"path": str(toy.data / "val")},
             "format_instruction": False,  # the vocabulary was learned from these questions alone
         },
-        "env": {"default_task": {"length": length}, "tasks": dict.fromkeys(TASKS)},
+        # The quickstart's own reward part, so that every run imports a user's file.
+        "imports": [str(ROOT / "examples" / "quickstart" / "rewards.py")],
+        "env": {
+            "reward_weights": {"_override_": True, "accuracy": 0.9, "format": 0.1, "operands": 0.1, "length": 0.1},
+            "default_task": {"length": length},
+            "tasks": dict.fromkeys(TASKS),
+        },
         "cluster": {"device": "cpu"},
     }
 
