@@ -36,7 +36,10 @@ class _Outcome(Generic[T]):
         error = self.error
         if error is not None:
             try:
-                error = pickle.loads(pickle.dumps(error))
+                copy = pickle.loads(pickle.dumps(error))
+                if not isinstance(copy, Exception):
+                    raise TypeError(f"pickled to {type(copy).__name__}")
+                error = copy
             except Exception:  # noqa: BLE001 (an exception's own pickling code may raise anything)
                 error = RuntimeError(f"{type(error).__name__}: {error}")
         return result, error
@@ -76,10 +79,13 @@ def from_first(make: Callable[[], T], errors: Errors = (Exception,)) -> T:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return make()
     told: list[Any] = [None, None]
+    outcome: _Outcome[T] | None = None
     if dist.get_rank() == 0:
         outcome = _Outcome.of(make, errors)
         told = list(outcome.sendable(outcome.result))
     dist.broadcast_object_list(told, src=0)
+    if outcome is not None and outcome.error is not None:
+        raise outcome.error  # rank 0's own, with its traceback
     result, error = told
     if error is not None:
         raise error

@@ -74,10 +74,13 @@ class Registry(Generic[T]):
             facts: further facts that must be known of the entry before it runs; each kind documents its own.
 
         Raises:
-            ValueError: the name is taken; the message says where it was registered.
+            ValueError: the name is taken, and the message says where it was registered; or it cannot be a key of a
+                recipe.
         """
         caller = sys._getframe(1)
         place = f"{caller.f_code.co_filename}:{caller.f_lineno}"
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"{self.kind} {name!r} at {place}: a name is text without a dot, as keys of recipes are")
 
         def file(value: T) -> T:
             self._complete()
@@ -85,7 +88,10 @@ class Registry(Generic[T]):
             # The module of an entry that is made on demand registers it when it is imported.
             module = self.on_demand.get(name)
             if taken is None and module is not None and getattr(value, "__module__", None) != module:
-                taken = self.entry(name)
+                try:
+                    taken = self.entry(name)
+                except ImportError as error:  # the name is taken even where its package is not installed
+                    raise ValueError(f"{self.kind} {name!r} is registered twice: in {module} and at {place}") from error
             if taken is not None:
                 raise ValueError(f"{self.kind} {name!r} is registered twice: at {taken.place} and at {place}")
             self._entries[name] = Entry(name=name, value=value, place=place, facts=facts)

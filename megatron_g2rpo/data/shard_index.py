@@ -152,12 +152,18 @@ class ShardIndex:
 
 def _load_index(directory: Path) -> list[dict[str, Any]]:
     path = directory / INDEX_NAME
-    if not path.exists():
-        raise DataError(f"{path} does not exist; write it with: python -m megatron_g2rpo.data.shard_writer {directory}")
     try:
         index = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} does not exist; write it with: python -m megatron_g2rpo.data.shard_writer {directory}"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise DataError(f"{path}: broken json ({error}); write it again") from error
+    if not isinstance(index, dict):
+        raise DataError(f"{path}: no index, but a {type(index).__name__}; write it again")
     if index.get("version") != INDEX_VERSION:
         raise DataError(f"{path}: version {index.get('version')!r}, this program reads {INDEX_VERSION}; write it again")
     return index["shards"]

@@ -7,14 +7,17 @@ The entry's keyword-only parameters, with their annotations and defaults, are th
 from __future__ import annotations
 
 import inspect
+import json
+import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import ConfigDict, ValidationError, create_model
+from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from megatron_g2rpo.recipe.base import Section, Text
-from megatron_g2rpo.recipe.errors import Fault
+from megatron_g2rpo.recipe.errors import Fault, RecipeError
 from megatron_g2rpo.registry import Registry, nearest
 
 
@@ -65,20 +68,57 @@ def checked_options(
     faults = [_foreign(registry, name, key, where) for key in given if key not in parameters]
     model = _model(registry, name)
     try:
-        checked = model.model_validate({key: value for key, value in given.items() if key in parameters})
+        # As JSON, which has neither tuples nor paths: a list may stand for the one, and text for the other.
+        values = _defaults(registry, name) | {key: given[key] for key in given if key in parameters}
+        checked = model.model_validate_json(json.dumps(values))
     except ValidationError as error:
         return dict(given), [*faults, *(Fault.of(each, where) for each in error.errors(include_url=False))]
     return checked.model_dump(mode="json"), faults
 
 
 def _model(registry: Registry[Any], name: str) -> type[Section]:
-    # As objects, with what Annotated says of a value's range: annotations may be text.
-    hints = typing.get_type_hints(registry.callable(name), include_extras=True)
     fields: dict[str, Any] = {
-        option: (hints.get(option, Any), ... if parameter.default is inspect.Parameter.empty else parameter.default)
-        for option, parameter in registry.options(name).items()
+        option: (_annotation(registry, name, parameter), ...) for option, parameter in registry.options(name).items()
     }
     return create_model(f"{registry.kind} {name}", __base__=Section, **fields)
+
+
+def _defaults(registry: Registry[Any], name: str) -> dict[str, Any]:
+    """Return the defaults of an entry's options as plain values, which are held to the annotations like given ones."""
+    defaults: dict[str, Any] = {}
+    for option, parameter in registry.options(name).items():
+        if parameter.default is inspect.Parameter.empty:
+            continue
+        try:
+            defaults[option] = to_jsonable_python(parameter.default)
+        except PydanticSerializationError as error:
+            raise RecipeError(
+                f"{registry.kind} {name!r} ({registry.entry(name).place}): the default of its option {option!r}, "
+                f"{parameter.default!r}, cannot be written in a recipe; take it as a name, a number or a list of them"
+            ) from error
+    return defaults
+
+
+def _annotation(registry: Registry[Any], name: str, option: inspect.Parameter) -> Any:
+    """Return an option's annotation as an object, with what ``Annotated`` says of a value's range.
+
+    Annotations may be text. Those of the other parameters are left alone: what they name may be imported for type
+    checkers only.
+    """
+    if option.annotation is inspect.Parameter.empty:
+        return Any
+    function = inspect.unwrap(registry.callable(name))
+    holder = types.SimpleNamespace(__annotations__={option.name: option.annotation})
+    try:
+        return typing.get_type_hints(holder, globalns=getattr(function, "__globals__", {}), include_extras=True)[
+            option.name
+        ]
+    except NameError as error:
+        place = registry.entry(name).place
+        raise RecipeError(
+            f"{registry.kind} {name!r} ({place}): the annotation {option.annotation!r} of its option {option.name!r} "
+            f"cannot be resolved ({error}); import what it names at run time, too"
+        ) from error
 
 
 def _foreign(registry: Registry[Any], name: str, key: str, where: str) -> Fault:

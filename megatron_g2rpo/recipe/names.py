@@ -93,14 +93,14 @@ def _tasks(env: dict[str, Any]) -> Iterator[Fault]:
     named = {"env.default_task": _mapping(env, "default_task")}
     tasks = _mapping(env, "tasks")
     named |= {f"env.tasks.{task}": settings for task in tasks if (settings := _mapping(tasks, task))}
-    said: set[Any] = set()
+    said: list[Any] = []  # no set: a wrong value may be a list
     for where, task in named.items():
         for key, kind in (("answer_format", registry.answer_formats), ("response_format", registry.response_formats)):
             # What a task has from `default_task` is said there.
             if (key, task.get(key)) not in said:
                 yield from _known(kind, task.get(key), f"{where}.{key}")
         if where == "env.default_task":
-            said = {(key, task.get(key)) for key in ("answer_format", "response_format")}
+            said = [(key, task.get(key)) for key in ("answer_format", "response_format")]
         yield from _weights(task, where)
 
 

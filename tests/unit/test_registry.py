@@ -106,3 +106,15 @@ def test_the_doors_open_without_torch() -> None:
     """A user's file of rewards imports nothing heavy, and a name is looked up when it is needed."""
     check = "import sys, megatron_g2rpo.extend; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("name", ["", "a.b", 3])
+def test_a_name_that_no_recipe_could_write_is_refused(name: object) -> None:
+    with pytest.raises(ValueError, match="a name is text without a dot"):
+        Registry("colour").register(name)  # type: ignore[arg-type]
+
+
+def test_a_name_made_on_demand_is_taken_even_if_its_package_is_missing() -> None:
+    kind: Registry = Registry("colour", on_demand={"red": "no_such_package.red"})
+    with pytest.raises(ValueError, match=r"'red' is registered twice: in no_such_package.red and at .*:\d+$"):
+        kind.register("red")(print)

@@ -10,7 +10,7 @@ import webdataset
 from PIL import Image
 
 from megatron_g2rpo.data.errors import DataError, SampleError
-from megatron_g2rpo.data.shard_format import REQUIRED_FIELDS
+from megatron_g2rpo.data.shard_format import INDEX_NAME, REQUIRED_FIELDS
 from megatron_g2rpo.data.shard_index import ShardIndex
 from megatron_g2rpo.data.shard_writer import ShardWriter, write_index
 from tests.unit.data.conftest import TASK_SIZES, break_image, make_fields, make_png, write_dataset
@@ -219,3 +219,16 @@ def write_tar(path, members):
             (path.parent / "member").write_bytes(data)
             tar.add(path.parent / "member", arcname=name)
     (path.parent / "member").unlink(missing_ok=True)
+
+
+def test_an_index_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / INDEX_NAME).write_text("[]")
+    with pytest.raises(DataError, match=f"{INDEX_NAME}: no index, but a list"):
+        ShardIndex(tmp_path)
+
+    def denied(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.read_text", denied)  # the tests may run as root, whom no file mode stops
+    with pytest.raises(DataError, match=f"{INDEX_NAME} cannot be read: Permission denied"):
+        ShardIndex(tmp_path)

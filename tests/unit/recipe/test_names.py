@@ -214,3 +214,54 @@ def test_a_recipe_written_out_is_the_same_recipe(tmp_path: Path) -> None:
     loaded = load("grpo.adv_estimator={name: ema_grpo, ema_decay: 0.5}", "loss_fn.name=sapo")
     (tmp_path / "dumped.yaml").write_text(recipe.dump(loaded))
     assert recipe.load(tmp_path / "dumped.yaml", [], "train") == loaded
+
+
+@pytest.mark.parametrize("override", ["env.tasks.math.answer_format=[numeric]", "env.default_task.response_format={}"])
+def test_a_list_in_the_place_of_a_name_is_a_fault_and_no_crash(override: str) -> None:
+    assert "Input should be a valid string, got" in failure(override)
+
+
+@pytest.fixture
+def forget_estimators() -> Iterator[None]:
+    before = dict(registry.estimators._entries)
+    yield
+    registry.estimators._entries.clear()
+    registry.estimators._entries.update(before)
+
+
+@pytest.mark.usefixtures("forget_estimators")
+def test_a_recipe_with_an_option_that_is_a_tuple_is_read_and_written_out(tmp_path: Path) -> None:
+    @registry.estimators.register("ranged")
+    def ranged(batch: object, history: object, *, ends: tuple[float, float] = (0.0, 1.0)) -> None: ...
+
+    for overrides in ([], ["grpo.adv_estimator.ends=[0.0, 2.0]"]):
+        loaded = load("grpo.adv_estimator.name=ranged", *overrides)
+        file = tmp_path / "recipe.yaml"
+        file.write_text(recipe.dump(loaded))
+        assert recipe.load(file, [], "train") == loaded
+
+
+@pytest.mark.usefixtures("forget_estimators")
+def test_a_default_is_held_to_its_annotation() -> None:
+    @registry.estimators.register("broken")
+    def broken(batch: object, history: object, *, limit: int = 1.5) -> None: ...  # type: ignore[assignment]
+
+    assert "'grpo.adv_estimator.limit': Input should be a valid integer" in failure("grpo.adv_estimator.name=broken")
+
+    @registry.estimators.register("functional")
+    def functional(batch: object, history: object, *, pick: object = max) -> None: ...
+
+    assert "the default of its option 'pick'" in failure("grpo.adv_estimator.name=functional")
+
+
+@pytest.mark.usefixtures("forget_estimators")
+def test_only_the_annotations_of_options_must_resolve() -> None:
+    @registry.estimators.register("typed")
+    def typed(batch: OnlyForTypeCheckers, history: object, *, limit: float = 1.0) -> None: ...  # noqa: F821  # pyright: ignore
+
+    assert load("grpo.adv_estimator.name=typed").grpo.adv_estimator.options == {"limit": 1.0}
+
+    @registry.estimators.register("misspelt")
+    def misspelt(batch: object, history: object, *, limit: flaot = 1.0) -> None: ...  # noqa: F821  # pyright: ignore
+
+    assert "the annotation 'flaot' of its option 'limit'" in failure("grpo.adv_estimator.name=misspelt")
