@@ -71,21 +71,26 @@ def gather(make: Callable[[], T], group: dist.ProcessGroup | None = None, errors
     return _gather(outcome, outcome.result, group)
 
 
-def from_first(make: Callable[[], T], errors: Errors = (Exception,)) -> T:
-    """Call ``make`` on rank 0, and return what it returned, or raise what it raised, on every rank. A collective.
+def from_first(make: Callable[[], T], errors: Errors = (Exception,), *, group: dist.ProcessGroup | None = None) -> T:
+    """Call ``make`` on the first rank of a group; what it returned, or raised, on every rank of it. A collective.
 
-    In a job of one process, this only calls ``make``.
+    In a group of one process, and outside of a job of several, this only calls ``make``.
+
+    Args:
+        make: function to call; its result is pickled.
+        errors: exceptions that the other ranks are told of. Anything else leaves the first rank at once.
+        group: the ranks; None for all of them.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return make()
     told: list[Any] = [None, None]
     outcome: _Outcome[T] | None = None
-    if dist.get_rank() == 0:
+    if dist.get_rank(group) == 0:
         outcome = _Outcome.of(make, errors)
         told = list(outcome.sendable(outcome.result))
-    dist.broadcast_object_list(told, src=0)
+    dist.broadcast_object_list(told, group=group, group_src=0)
     if outcome is not None and outcome.error is not None:
-        raise outcome.error  # rank 0's own, with its traceback
+        raise outcome.error  # its own, with its traceback
     result, error = told
     if error is not None:
         raise error

@@ -47,6 +47,11 @@ class Registry(Generic[T]):
             module is imported when its name is asked for.
         signature: entry -> the callable whose keyword-only parameters are its options; the entry itself by default.
         given: keyword-only parameters that the trainer fills in and a recipe cannot set.
+        positional: names of the arguments that an entry is called with, in their order; None where it is not called.
+        methods: names of what an entry must have, where it is a class or an instance.
+        facts: names of what may be said of an entry beside its name.
+        has_options: whether a recipe has a place for options; without one, every other keyword-only parameter needs a
+            default.
     """
 
     def __init__(
@@ -57,8 +62,14 @@ class Registry(Generic[T]):
         on_demand: Mapping[str, str] | None = None,
         signature: Callable[[T], Callable[..., Any]] | None = None,
         given: Collection[str] = (),
+        positional: Sequence[str] | None = None,
+        methods: Sequence[str] = (),
+        facts: Collection[str] = (),
+        has_options: bool = True,
     ) -> None:
         self.kind = kind
+        self._positional, self._methods = positional, tuple(methods)
+        self._facts, self._has_options = frozenset(facts), has_options
         self.given = frozenset(given)
         self.on_demand = dict(on_demand or {})
         self._builtin = tuple(builtin)
@@ -74,15 +85,22 @@ class Registry(Generic[T]):
             facts: further facts that must be known of the entry before it runs; each kind documents its own.
 
         Raises:
-            ValueError: the name is taken, and the message says where it was registered; or it cannot be a key of a
-                recipe.
+            ValueError: the name is taken, and the message says where it was registered; it cannot be a key of a
+                recipe; or the entry is not of the kind: it takes other arguments, or lacks a method.
         """
         caller = sys._getframe(1)
         place = f"{caller.f_code.co_filename}:{caller.f_lineno}"
         if not isinstance(name, str) or not name or "." in name:
             raise ValueError(f"{self.kind} {name!r} at {place}: a name is text without a dot, as keys of recipes are")
 
+        foreign = sorted(facts.keys() - self._facts)
+        if foreign:
+            raise ValueError(
+                f"{self.kind} {name!r} at {place}: unknown {foreign[0]!r}{nearest(foreign[0], self._facts)}"
+            )
+
         def file(value: T) -> T:
+            self._check(name, value, place)
             self._complete()
             taken = self._entries.get(name)
             # The module of an entry that is made on demand registers it when it is imported.
@@ -167,6 +185,37 @@ class Registry(Generic[T]):
                 raise ValueError(f"{self.kind} {name!r} takes no option {keyword!r}{nearest(keyword, known)}")
         return functools.partial(self.callable(name), **keywords)
 
+    def _check(self, name: str, value: Any, place: str) -> None:
+        """Refuse what could not be called or asked later, in the middle of a run."""
+        lacking = [method for method in self._methods if not hasattr(value, method)]
+        if lacking:
+            raise ValueError(f"{self.kind} {name!r} at {place}: it has no {lacking[0]!r}")
+        if self._positional is None:
+            return
+        try:
+            signature = inspect.signature(value)
+        except (TypeError, ValueError):  # not every callable of C says what it takes
+            return
+        wanted = ", ".join(self._positional)
+        needed = [
+            parameter.name
+            for parameter in signature.parameters.values()
+            if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
+        ]
+        try:
+            signature.bind(*self._positional, **dict.fromkeys(needed))
+        except TypeError as error:
+            raise ValueError(
+                f"{self.kind} {name!r} at {place}: it takes {signature}, and must take ({wanted})"
+            ) from error
+        homeless = [] if self._has_options else [option for option in needed if option not in self.given]
+        if homeless:
+            raise ValueError(f"{self.kind} {name!r} at {place}: its parameter {homeless[0]!r} needs a default")
+
+    def forget(self, file: str) -> None:
+        """Drop what a file has registered: its import failed, and may be tried again."""
+        self._entries = {name: entry for name, entry in self._entries.items() if entry.place.rpartition(":")[0] != file}
+
     def _keywords(self, name: str) -> dict[str, inspect.Parameter]:
         parameters = inspect.signature(self.callable(name)).parameters.values()
         return {parameter.name: parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
@@ -191,13 +240,37 @@ def nearest(name: str, known: Collection[str]) -> str:
 
 
 # The kinds. Beside each: what an entry is; ``megatron_g2rpo.extend`` says it in full.
-estimators: Registry[Any] = Registry("advantage estimator", builtin=["megatron_g2rpo.objective.estimators"])
-surrogates: Registry[Any] = Registry(
-    "surrogate", builtin=["megatron_g2rpo.objective.surrogates"], given=["log_ratio_clamp"]
+estimators: Registry[Any] = Registry(
+    "advantage estimator",
+    builtin=["megatron_g2rpo.objective.estimators"],
+    positional=["batch", "history"],
+    facts=["uses_parts", "min_group_size", "check"],
 )
-answer_formats: Registry[Any] = Registry("answer format", builtin=["megatron_g2rpo.tasks.answer_formats"])
-reward_parts: Registry[Any] = Registry("reward part", builtin=["megatron_g2rpo.tasks.reward_parts"], given=["settings"])
-response_formats: Registry[Any] = Registry("response format", builtin=["megatron_g2rpo.tasks.response_formats"])
+surrogates: Registry[Any] = Registry(
+    "surrogate",
+    builtin=["megatron_g2rpo.objective.surrogates"],
+    given=["log_ratio_clamp"],
+    positional=["logprobs", "old_logprobs", "advantages", "sequences"],
+)
+answer_formats: Registry[Any] = Registry(
+    "answer format",
+    builtin=["megatron_g2rpo.tasks.answer_formats"],
+    positional=["answer", "sample"],
+    has_options=False,
+)
+reward_parts: Registry[Any] = Registry(
+    "reward part",
+    builtin=["megatron_g2rpo.tasks.reward_parts"],
+    given=["settings"],
+    positional=["sample", "response"],
+    facts=["batched"],
+    has_options=False,
+)
+response_formats: Registry[Any] = Registry(
+    "response format",
+    builtin=["megatron_g2rpo.tasks.response_formats"],
+    methods=["instruction", "read", "find_thinking", "find_answer", "is_well_formed"],
+)
 engines: Registry[Any] = Registry(
     "rollout engine",
     on_demand={
@@ -206,6 +279,11 @@ engines: Registry[Any] = Registry(
         "vllm_server": "megatron_g2rpo.rollout.vllm.server_engine",
     },
     signature=lambda engine: engine.build,
+    methods=["build", "load_weights", "generate", "release"],
 )
-importers: Registry[Any] = Registry("data importer", builtin=["megatron_g2rpo.data.importers"])
+importers: Registry[Any] = Registry("data importer", builtin=["megatron_g2rpo.data.importers"], positional=["source"])
 model_families: Registry[Any] = Registry("model family", builtin=["megatron_g2rpo.models"])
+KINDS: tuple[Registry[Any], ...] = (
+    *(estimators, surrogates, answer_formats, reward_parts, response_formats),
+    *(engines, importers, model_families),
+)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_g2rpo.recipe.errors import Origin, RecipeError
+from megatron_g2rpo.registry import KINDS
 
 IMPORTS = "imports"
 
@@ -86,8 +87,13 @@ def _import_file(path: Path) -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    # Files beside it can be imported, as beside a script; last, so that none hides an installed package.
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
+        for kind in KINDS:
+            kind.forget(str(path))
         raise

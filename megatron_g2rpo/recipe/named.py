@@ -54,6 +54,15 @@ def complete(tree: dict[str, Any], registry: Registry[Any], own: type[NamedSecti
     if name not in registry:
         yield Fault(f"{where}.name", registry.unknown(name))
         return
+    clash = sorted(registry.options(name).keys() & own.model_fields.keys())
+    if clash:
+        entry = registry.entry(name)
+        yield Fault(
+            f"{where}.name",
+            f"{registry.kind} {name!r} ({entry.place}): its option {clash[0]!r} has the name of a key of {where}; "
+            "rename it",
+        )
+        return
     given = {key: value for key, value in tree.items() if key not in own.model_fields}
     options, faults = checked_options(registry, name, given, where)
     tree.update(options)

@@ -49,7 +49,7 @@ def _estimator(grpo: dict[str, Any]) -> Iterator[Fault]:
     if "check" in facts:
         try:
             facts["check"](**options)
-        except ValueError as error:
+        except Exception as error:  # noqa: BLE001 (a user's function may raise anything)
             # The option that the message names, so that its line can be shown.
             key = next((f"{where}.{option}" for option in options if option in str(error)), where)
             yield Fault(key, f"'{key}': {error}")

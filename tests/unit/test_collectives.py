@@ -20,9 +20,9 @@ def first_of_two(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Make this process rank 0 of 2; returns what it sent."""
     sent: list[Any] = []
     monkeypatch.setattr(collectives.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(collectives.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(collectives.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(collectives.dist, "broadcast_object_list", lambda told, src: sent.extend(told))
+    monkeypatch.setattr(collectives.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(collectives.dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(collectives.dist, "broadcast_object_list", lambda told, group, group_src: sent.extend(told))
     return sent
 
 

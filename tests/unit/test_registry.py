@@ -31,7 +31,7 @@ def test_every_door_is_in_extend() -> None:
 
 
 def test_an_entry_knows_its_place_and_its_facts() -> None:
-    kind: Registry = Registry("colour")
+    kind: Registry = Registry("colour", facts=["wavelength"])
 
     @kind.register("red", wavelength=700)
     def red() -> None: ...
@@ -118,3 +118,51 @@ def test_a_name_made_on_demand_is_taken_even_if_its_package_is_missing() -> None
     kind: Registry = Registry("colour", on_demand={"red": "no_such_package.red"})
     with pytest.raises(ValueError, match=r"'red' is registered twice: in no_such_package.red and at .*:\d+$"):
         kind.register("red")(print)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "message"),
+    [
+        (
+            "reward_part",
+            "one_argument",
+            lambda response: 0.0,
+            r"it takes \(response\), and must take \(sample, ",
+        ),
+        ("reward_part", "homeless", lambda sample, response, *, scale: 0.0, "its parameter 'scale' needs a default"),
+        ("estimator", "of_rewards", lambda rewards: rewards, r"it takes \(rewards\), and must take \(batch, history\)"),
+        ("answer_format", "texts", lambda answer, reference, more: 1.0, r".* must take \(answer, sample\)"),
+        ("response_format", "a_function", lambda text: text, "it has no 'instruction'"),
+        ("engine", "an_object", object, "it has no 'build'"),
+        ("surrogate", "short", lambda logprobs, advantages: logprobs, r".* must take \(logprobs, old_"),
+    ],
+)
+def test_what_could_not_be_called_is_refused_where_it_is_registered(
+    kind: str, name: str, value: object, message: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"'{name}' at .*test_registry\.py:\d+: {message}"):
+        getattr(extend, kind)(name)(value)
+    assert name not in KINDS[kind]
+
+
+def test_a_misspelt_fact_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown 'batch' \(did you mean 'batched'\?\); known: batched"):
+        extend.reward_part("judge_of_all", batch=True)
+
+
+def test_what_a_file_registered_before_it_failed_is_forgotten(tmp_path: Path) -> None:
+    from megatron_g2rpo.recipe import RecipeError
+    from megatron_g2rpo.recipe.imports import import_all
+
+    path = tmp_path / "half.py"
+    source = (
+        "from megatron_g2rpo.extend import answer_format\n@answer_format('half')\ndef half(answer, sample): return 1\n"
+    )
+    path.write_text(source + "raise RuntimeError('no model')\n")
+    for _ in range(2):  # the second says the same, not that the name is taken
+        with pytest.raises(RecipeError, match="RuntimeError: no model"):
+            import_all([str(path)], None)
+    path.write_text(source + "import beside_it\nassert beside_it.HERE\n")
+    (tmp_path / "beside_it.py").write_text("HERE = True\n")
+    import_all([str(path)], None)
+    assert "half" in registry.answer_formats

@@ -16,6 +16,7 @@ RECIPE_FILE, IDENTITY_FILE = "recipe.yaml", "identity.yaml"
 SHOWN_DIFFERENCES = 5
 # Of the keys of a recipe; releases up to 0.1 wrote none.
 _VERSION, VERSION = "identity_version", 2
+_NEW_OF_TASKS = ("response_format", "reward_weights")
 
 
 class RunDirectoryError(ValueError):
@@ -71,8 +72,12 @@ def _free(path: Path) -> Path:
 
 
 def _check_same(mine: dict, theirs: dict, directory: Path) -> None:
-    # A run of another version is compared by the keys that both have: of the others, one of them knows nothing.
-    known = mine.keys() | theirs.keys() if theirs.get(_VERSION) == VERSION else mine.keys() & theirs.keys()
+    known = mine.keys() | theirs.keys()
+    if theirs.get(_VERSION) != VERSION:
+        # Keys that a release up to 0.1 did not have, or had otherwise; tasks and weights it named as today's do.
+        tasks = {key for key in known if key.startswith("env.tasks.") and key.rpartition(".")[2] not in _NEW_OF_TASKS}
+        weights = {key for key in theirs if key.startswith("env.reward_weights.")} - {"env.reward_weights.structure"}
+        known = (mine.keys() & theirs.keys()) | tasks | weights
     keys = sorted(key for key in known - {_VERSION} if mine.get(key) != theirs.get(key))
     if not keys:
         return

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_g2rpo.collectives import from_first
 from megatron_g2rpo.objective import GroupStatistics, sharded_statistics
 from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.recipe.grpo_section import Grpo
@@ -128,13 +129,17 @@ def _round(
         )
     with timers("rewards"):
         penalty = recipe.grpo.overlong_penalty
-        rewards = score(
-            rollouts,
-            recipe.env,
-            response_format=recipe.data.response_format,
-            max_response_tokens=recipe.policy.generation.max_new_tokens,
-            overlong_buffer=penalty.buffer,
-            overlong_weight=penalty.weight if recipe.grpo.overlong == "penalise" else None,
+        # Once a replica: a judge model may say something else when it is asked again.
+        rewards = from_first(
+            lambda: score(
+                rollouts,
+                recipe.env,
+                response_format=recipe.data.response_format,
+                max_response_tokens=recipe.policy.generation.max_new_tokens,
+                overlong_buffer=penalty.buffer,
+                overlong_weight=penalty.weight if recipe.grpo.overlong == "penalise" else None,
+            ),
+            group=groups.model,
         )
     return rollouts, rewards
 

@@ -20,6 +20,6 @@ def test_an_unknown_backend_is_an_error_that_lists_the_known_ones():
 
 
 def test_a_name_can_not_be_registered_twice():
-    base.get("transformers")
+    engine = base.get("transformers")
     with pytest.raises(ValueError, match="'transformers' is registered twice"):
-        base.register("transformers")(object)
+        base.register("transformers")(type("Another", (engine,), {}))

@@ -92,7 +92,8 @@ def prompt(number: int) -> Prompt:
 def components() -> Any:
     """What ``collect`` reads of the components, in a world of one: a whole one has a model."""
     init_process_group(select("cpu"))
-    groups = SimpleNamespace(data=dist.group.WORLD, data_rank=0, data_size=1, model_rank=0, model_size=1)
+    world = dist.group.WORLD
+    groups = SimpleNamespace(data=world, data_rank=0, data_size=1, model=world, model_rank=0, model_size=1)
     policy = SimpleNamespace(groups=groups, source=lambda: iter(()))
     return SimpleNamespace(policy=policy, stream=Stream(), engine=Engine())
 
