@@ -36,6 +36,11 @@ class NamedSection(Section):
         return dict(self.model_extra or {})
 
 
+def unknown(registry: Registry[Any], name: str) -> str:
+    """Return what to say of a name in a recipe that nobody has registered."""
+    return f"{registry.unknown(name)}. A name of your own is known once `imports` lists its file"
+
+
 def complete(tree: dict[str, Any], registry: Registry[Any], own: type[NamedSection], where: str) -> Iterator[Fault]:
     """Check the options of a named section, and fill in those that are not given.
 
@@ -52,7 +57,7 @@ def complete(tree: dict[str, Any], registry: Registry[Any], own: type[NamedSecti
     if not isinstance(name, str) or not name:
         return
     if name not in registry:
-        yield Fault(f"{where}.name", registry.unknown(name))
+        yield Fault(f"{where}.name", unknown(registry, name))
         return
     clash = sorted(registry.options(name).keys() & own.model_fields.keys())
     if clash:

@@ -14,7 +14,7 @@ from megatron_g2rpo import registry
 from megatron_g2rpo.recipe.errors import Fault
 from megatron_g2rpo.recipe.grpo_section import AdvEstimator
 from megatron_g2rpo.recipe.loss_section import LossFn
-from megatron_g2rpo.recipe.named import checked_options, complete
+from megatron_g2rpo.recipe.named import checked_options, complete, unknown
 from megatron_g2rpo.registry import Registry
 
 
@@ -111,7 +111,7 @@ def _weights(section: dict[str, Any], where: str) -> Iterator[Fault]:
 
 def _known(kind: Registry[Any], name: Any, where: str) -> Iterator[Fault]:
     if isinstance(name, str) and name and name not in kind:
-        yield Fault(where, f"{where}: {kind.unknown(name)}")
+        yield Fault(where, f"{where}: {unknown(kind, name)}")
 
 
 def _mapping(tree: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -67,7 +67,9 @@ def failure(*overrides: str) -> str:
     ],
 )
 def test_a_wrong_name_says_where_it_is_and_what_there_is(overrides: list[str], message: str) -> None:
-    assert message in failure(*overrides)
+    text = failure(*overrides)
+    assert message in text
+    assert "A name of your own is known once `imports` lists its file" in text
 
 
 @pytest.mark.parametrize(
