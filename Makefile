@@ -26,6 +26,7 @@ PIP_ARGS ?=
 # Flags, --durations=0 say; to run a part of the tests call pytest itself, see tests/README.md.
 PYTEST_ARGS ?=
 UNIT := tests/unit tests/contract
+ON_EACH_CORE := -n auto --maxprocesses 8 --dist loadfile
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -70,12 +71,13 @@ policy: data
 	rm -rf examples/quickstart/policy
 	cp -r runs/quickstart-sft/hf examples/quickstart/policy
 
-# Tests of one process run side by side, a file on each core; the others start processes of their own, one after another.
-test: test-unit
-	$(BIN)/python -m pytest -m "not full" $(UNIT:%=--ignore=%) $(PYTEST_ARGS)
+# A file on each core; those that start two to eight processes at a time come after them, one by one.
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e tests/slurm $(UNIT) -m "not full" $(ON_EACH_CORE) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/parallel -m "not full" $(PYTEST_ARGS)
 
 test-unit: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(UNIT) -m "not full" -n auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(UNIT) -m "not full" $(ON_EACH_CORE) $(PYTEST_ARGS)
 
 test-full: $(VENV)/.full
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
