@@ -28,7 +28,6 @@ from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies, entropy_bounds
 from megatron_g2rpo.train.step.old_logprobs import importance_weights
 from megatron_g2rpo.types import PackedBatch
-from tests.common.compare import largest_distance as distance  # noqa: F401 (tests/unit/train takes it from here)
 from tests.common.parity import TASKS, TEMPERATURE, hf_logits
 from tests.common.recipes import G2RPO
 

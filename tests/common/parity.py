@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +14,6 @@ from megatron_g2rpo.data.packing import Packer, PackSequence
 from megatron_g2rpo.policy.layouts.layout import Layout, token_multiples
 from megatron_g2rpo.policy.megatron import LossTerms
 from megatron_g2rpo.types import ModelInputs, PackedBatch, TokenStats
-from tests.common.policy_layout import policy_section
 from tests.common.tiny_model import GRIDS, hf_logits, random_inputs, special_tokens
 
 # fp32 over a few layers: sums in another order move the last bits of numbers around 1 to 10.
@@ -25,12 +21,6 @@ LOGPROB_TOLERANCE = 1e-5
 
 TEMPERATURE = 0.8
 TASKS = 2
-
-
-def policy_options(directory: Path | str, *, precision: str = "float32") -> Any:
-    """Return ``policy_section`` with values that a test may change in place, as ``tests/unit/train/run`` does."""
-    section = policy_section(directory, f"precision={precision}").model_dump_json()
-    return json.loads(section, object_hook=lambda keys: SimpleNamespace(**keys))
 
 
 # -- inputs -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from megatron_g2rpo.policy import sharded_state
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.train.run.checkpoints import Checkpoints
-from tests.common.parity import packer_for, policy_options, random_sequences, toy_loss
+from tests.common.parity import packer_for, random_sequences, toy_loss
+from tests.common.policy_layout import layout_options
 from tests.common.tiny_model import make_tiny_qwen3vl
 
 
@@ -26,9 +27,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_policy(model_dir: Path, precision: str = "float32", freeze_vision: bool = False) -> MegatronPolicy:
-    options = policy_options(model_dir, precision=precision)
-    options.megatron_cfg.freeze_vision = freeze_vision
-    return MegatronPolicy(options, select("cpu"), seed=0, max_steps=10)
+    settings = layout_options(model_dir, precision=precision, freeze_vision=freeze_vision)
+    return MegatronPolicy(settings, select("cpu"), seed=0, max_steps=10)
 
 
 def step(policy: MegatronPolicy) -> dict[str, float]:
