@@ -122,21 +122,63 @@ def convert_export(
 
 @data.command("import")
 def data_import(
-    source: Annotated[Path, typer.Argument(help="Dataset to read.", metavar="SOURCE", show_default=False)],
+    source: Annotated[Path, typer.Argument(help="File or folder to read.", metavar="SOURCE", show_default=False)],
     target: Annotated[Path, typer.Argument(help="Directory for the shards.", metavar="OUT", show_default=False)],
     options: Annotated[
         list[str] | None, typer.Argument(help="Options of the importer, key=value.", show_default=False)
     ] = None,
-    importer: Annotated[str, typer.Option(help="Name of the importer.")] = "jsonl",
-    imports: Annotated[list[str] | None, typer.Option(help="Module or .py file with your importer.")] = None,
+    importer: Annotated[str, typer.Option(help="Name of the importer; auto: told from the first row.")] = "auto",
+    imports: Annotated[list[str] | None, typer.Option(help="Module or .py file with your importer or formats.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task of all samples.")] = None,
+    task_field: Annotated[str | None, typer.Option(help="Field with the task; dots reach into objects.")] = None,
+    answer_format: Annotated[str | None, typer.Option(help="Answer format of all samples.")] = None,
+    answer_format_field: Annotated[str | None, typer.Option(help="Field with the answer format.")] = None,
+    map_fields: Annotated[
+        list[str] | None, typer.Option("--map", metavar="FIELD=PATH", help="Where a sample's field is; repeatable.")
+    ] = None,
+    subset: Annotated[str | None, typer.Option(help="Configuration of a Hugging Face dataset.")] = None,
+    image_dir: Annotated[Path | None, typer.Option(help="What image paths are relative to; default: SOURCE's.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that read and check images.")] = 1,
+    decode: Annotated[bool, typer.Option(help="Decode every image, and reject a damaged one.")] = True,
+    split: Annotated[
+        float | None, typer.Option(help="Share of a validation part, by image: OUT/train and OUT/val.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read the first rows only.")] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Samples in a shard.")] = 8192,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be imported.")] = False,
 ) -> None:
-    """Write a dataset of another format as shards with an index."""
+    """Write a dataset of another format as shards with an index.
+
+    Exit status: 0, everything was imported; 3, some rows were rejected, and OUT.rejected.jsonl lists them; 1, an error,
+    and nothing was written.
+    """
 
     def run() -> None:
-        from megatron_g2rpo.commands import data_import as command
+        from rich.console import Console
 
-        count = command.run(source, target, importer, options or [], imports or [])
-        typer.echo(f"wrote {count} samples to {target}")
+        from megatron_g2rpo.commands import data_import as command
+        from megatron_g2rpo.data.importers.write import ImportSettings
+
+        settings = ImportSettings(
+            task=task,
+            task_field=task_field,
+            answer_format=answer_format,
+            answer_format_field=answer_format_field,
+            image_dir=image_dir,
+            workers=workers,
+            decode=decode,
+            validation_share=split,
+            limit=limit,
+            samples_per_shard=shard_size,
+            strict=strict,
+        )
+        named = {"map_fields": map_fields or [], "subset": subset}
+        result = command.run(source, target, importer, options or [], imports or [], settings, **named)
+        console = Console(highlight=False, markup=False, soft_wrap=True)
+        for each in command.summary(result, target):
+            console.print(each)
+        if result.rejected:
+            raise typer.Exit(command.SOME_REJECTED)
 
     _with_errors(run)
 

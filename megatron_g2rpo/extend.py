@@ -31,7 +31,10 @@ surrogate = registry.surrogates.register
 engine = registry.engines.register
 """Register a rollout engine, a class with the methods of ``rollout.base.Engine`` that turns prompts into rollouts."""
 importer = registry.importers.register
-"""Register an importer, a function that reads a dataset of another format, sample by sample."""
+"""Register an importer, a function that reads a dataset of another format, sample by sample.
+
+Its fact ``matches``, a function of one row, tells ``data import`` that a source looks like its own.
+"""
 model_family = registry.model_families.register
 """Register a model family, a ``models.base.Family``, under its ``model_type`` in config.json."""
 

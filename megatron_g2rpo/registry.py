@@ -281,7 +281,9 @@ engines: Registry[Any] = Registry(
     signature=lambda engine: engine.build,
     methods=["build", "load_weights", "generate", "release"],
 )
-importers: Registry[Any] = Registry("data importer", builtin=["megatron_g2rpo.data.importers"], positional=["source"])
+importers: Registry[Any] = Registry(
+    "data importer", builtin=["megatron_g2rpo.data.importers"], positional=["source"], facts=["matches"]
+)
 model_families: Registry[Any] = Registry("model family", builtin=["megatron_g2rpo.models"])
 KINDS: tuple[Registry[Any], ...] = (
     *(estimators, surrogates, answer_formats, reward_parts, response_formats),

@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from megatron_g2rpo.data.errors import DataError, SampleError
+from megatron_g2rpo.data.importers.guess import advice_for
 from megatron_g2rpo.data.shard_format import INDEX_NAME, INDEX_VERSION, SAMPLE_FIELDS, parse_fields, sha256_of
 from megatron_g2rpo.types import Sample
 
@@ -62,7 +63,9 @@ class ShardIndex:
     def __init__(self, path: str | Path, known_tasks: Collection[str] | None = None) -> None:
         path = Path(path)
         if not path.exists() and not (path.parent / INDEX_NAME).exists():
-            raise DataError(f"{path} does not exist; name a directory of shards, a glob of .tar files or one of them")
+            raise DataError(advice_for(path))
+        if path.is_file() and path.suffix != ".tar":
+            raise DataError(advice_for(path))
         self.directory, pattern = (path, "*.tar") if path.is_dir() else (path.parent, path.name)
         records = [r for r in _load_index(self.directory) if fnmatch.fnmatch(r["name"], pattern)]
         if not records:
@@ -155,9 +158,7 @@ def _load_index(directory: Path) -> list[dict[str, Any]]:
     try:
         index = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise DataError(
-            f"{path} does not exist; write it with: python -m megatron_g2rpo.data.shard_writer {directory}"
-        ) from error
+        raise DataError(advice_for(directory)) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from megatron_g2rpo.data.errors import DataError, SampleError
+from megatron_g2rpo.data.importers.guess import advice_for
 from megatron_g2rpo.data.shard_format import INDEX_NAME, INDEX_VERSION, parse_fields, sha256_of, split_member_name
 
 
@@ -100,7 +102,7 @@ def write_index(directory: str | Path) -> Path:
     directory = Path(directory)
     paths = sorted(directory.glob("*.tar"))
     if not paths:
-        raise DataError(f"{directory} holds no .tar shards")
+        raise DataError(f"{directory} holds no .tar shards: {advice_for(directory)}")
     shards = [_scan_shard(path) for path in paths]
     repeated = [key for key, n in Counter(s["key"] for shard in shards for s in shard["samples"]).items() if n > 1]
     if repeated:
@@ -153,4 +155,7 @@ def _scan_shard(path: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write the index.json of a directory of webdataset shards.")
     parser.add_argument("directory", type=Path)
-    print(write_index(parser.parse_args().directory))
+    try:
+        print(write_index(parser.parse_args().directory))
+    except (DataError, OSError) as error:
+        sys.exit(f"error: {error}")

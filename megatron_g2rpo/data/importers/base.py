@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The samples that an importer yields, and how a dataset is written from them."""
+"""What an importer yields: samples, and rows that are no samples with the reason."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from megatron_g2rpo import registry
-from megatron_g2rpo.data.errors import DataError, SampleError
-from megatron_g2rpo.data.shard_format import REQUIRED_FIELDS
-from megatron_g2rpo.data.shard_writer import ShardWriter
+from megatron_g2rpo.data.errors import SampleError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,73 +17,58 @@ class ImportedSample:
     """One sample of a dataset of another format, with the fields that a shard holds.
 
     Attributes:
-        name: name of the sample in error messages, such as a file and a line.
-        fields: ``task``, ``question``, ``answer`` and ``answer_format`` as text; all other fields are kept, too.
-        images: encoded image files (PNG, JPEG or WebP), in the order in which they are shown.
+        name: name of the sample in error messages, such as a file and a row.
+        fields: ``task``, ``question``, ``answer`` and ``answer_format``; all other fields are kept, too.
+        images: in the order in which they are shown, encoded image files, or paths of such files, which are relative to
+            the source's directory (``--image-dir`` names another).
+        record: the row as it was read, where ``--task-field`` and ``--answer-format-field`` look; None where it is
+            ``fields``.
     """
 
     name: str
     fields: Mapping[str, Any]
-    images: Sequence[bytes] = ()
+    images: Sequence[bytes | Path] = ()
+    record: Mapping[str, Any] | None = field(default=None, repr=False)
 
 
-# Takes the source, and its options as keyword-only parameters.
-Importer = Callable[..., Iterator[ImportedSample]]
+@dataclass(frozen=True, kw_only=True)
+class Rejected:
+    """A row that is not imported.
 
-register = registry.importers.register
+    Attributes:
+        name: name of the row.
+        reason: why, in words that rows of the same fault share: rejections are counted by it.
+        message: why, in full.
+    """
+
+    name: str
+    reason: str
+    message: str
+
+    @classmethod
+    def by(cls, error: SampleError, name: str, reason: str = "cannot be read") -> Self:
+        """Return the rejection that an error means; one that has a reason of its own (``Refusal``) keeps it."""
+        return cls(name=name, reason=error.reason if isinstance(error, Refusal) else reason, message=str(error))
 
 
-def import_dataset(importer: Callable[[Path], Iterator[ImportedSample]], source: Path, target: Path) -> int:
-    """Write a dataset of another format as shards with an index.
+class Refusal(SampleError):
+    """A row cannot be imported, for a reason that other rows may share.
 
     Args:
-        importer: an importer with its options filled in.
-        source: path that the importer reads.
-        target: directory for the shards; must not exist. It appears whole or not at all.
-
-    Returns:
-        The number of samples.
-
-    Raises:
-        SampleError: a sample lacks a field, has a field that is not text, or an image of an unknown format; the message
-            names the sample.
-        DataError: the target exists, or the source has no sample.
+        name: name of the row.
+        reason: why, in words that hold for every row of the same fault; it says what to do where something can be done.
+        detail: what this row has, such as a value.
     """
-    if target.exists():
-        raise DataError(f"{target} exists already; choose another place, or remove it first")
-    partial, count = target.with_name(f"{target.name}.partial"), 0
-    shutil.rmtree(partial, ignore_errors=True)  # what an import that was killed had begun
-    try:
-        with ShardWriter(partial) as writer:
-            for sample in importer(source):
-                _check(sample)
-                suffixes = [_suffix(image, sample.name) for image in sample.images]
-                writer.write(f"{count:08d}", sample.fields, sample.images, suffixes)
-                count += 1
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return count
+
+    def __init__(self, name: str, reason: str, detail: object = "") -> None:
+        super().__init__(f"{name}: {reason}{f': {detail}' if str(detail) else ''}")
+        self.name, self.reason = name, reason
 
 
-def _check(sample: ImportedSample) -> None:
-    for name in REQUIRED_FIELDS:
-        if name == "images":
-            continue
-        value = sample.fields.get(name)
-        if not isinstance(value, str) or not value:
-            got = f"got {value!r}" if name in sample.fields else "and is missing"
-            hint = "; write numbers in quotes" if isinstance(value, int | float) else ""
-            raise SampleError(f"{sample.name}: the field {name!r} must be text that is not empty, {got}{hint}")
+# Takes the source, and its options as keyword-only parameters. A sample that it raises SampleError for ends the import;
+# one that it yields as Rejected is counted.
+Importer = Callable[..., Iterator[ImportedSample | Rejected]]
 
-
-def _suffix(image: bytes, name: str) -> str:
-    """Return the file suffix of an encoded image, recognised by its first bytes."""
-    if image.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    if image.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
-        return "webp"
-    raise SampleError(f"{name}: an image is neither PNG, JPEG nor WebP; convert it first")
+register = registry.importers.register
+"""Register an importer. Its fact ``matches``, a function of one record (a mapping), tells whether a dataset that
+begins with this record looks like one of its own; ``--importer auto`` asks it."""

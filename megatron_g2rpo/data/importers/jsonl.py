@@ -1,51 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The importer of JSON lines: objects with this project's field names, and images as files."""
+"""The importer of this project's own field names, in a file of any kind that is read."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from megatron_g2rpo.data.errors import DataError, SampleError
-from megatron_g2rpo.data.importers.base import ImportedSample, register
+from megatron_g2rpo.data.importers.base import ImportedSample, Refusal, Rejected, register
+from megatron_g2rpo.data.importers.records import Record
+from megatron_g2rpo.data.importers.rows import each, refuse_video
+from megatron_g2rpo.data.importers.values import images_of, is_missing, rest
 
 
-@register("jsonl")
-def jsonl(source: Path, *, images: str = "images") -> Iterator[ImportedSample]:
-    """Read JSON lines with one sample each.
+def _matches(record: Mapping[str, Any]) -> bool:
+    return "question" in record and bool({"answer", "response"} & record.keys())
 
-    A line is ``{"task": ..., "question": ..., "answer": ..., "answer_format": ..., "images": [paths]}``.
+
+@register("jsonl", matches=_matches)
+def jsonl(source: Path, *, images: str | None = None, subset: str | None = None) -> Iterator[ImportedSample | Rejected]:
+    """Read rows with the fields of a sample: JSON lines, as a rule.
+
+    A row is ``{"task": ..., "question": ..., "answer": ..., "answer_format": ..., "images": [paths]}``, and may have a
+    ``response`` and further fields.
 
     Args:
-        source: the file to read; paths of images are relative to its directory.
-        images: name of the field that lists the images; a sample without this field has no image.
+        source: what ``read_records`` reads.
+        images: name of the field with the images; by default ``images`` or ``image``, and a row with neither has none.
+        subset: name of a Hugging Face dataset's configuration.
 
     Raises:
-        DataError: the file cannot be read.
-        SampleError: a line is not a JSON object, or an image cannot be read; the message names file and line.
+        DataError: the source cannot be read.
     """
-    try:
-        lines = source.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source} cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        name = f"{source}:{number}"
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise SampleError(f"{name}: not valid JSON ({error})") from error
-        if not isinstance(fields, dict):
-            raise SampleError(f"{name}: a line must be a JSON object, not {type(fields).__name__}")
-        paths = fields.pop(images, [])
-        if not isinstance(paths, list):
-            raise SampleError(f"{name}: field {images!r} must be a list of image files, got {paths!r}")
-        if not paths and "image" in fields:
-            raise SampleError(f"{name}: there is a field 'image', but images are listed in {images!r}: [\"file.png\"]")
-        try:
-            encoded = [(source.parent / path).read_bytes() for path in paths]
-        except (OSError, TypeError) as error:
-            raise SampleError(f"{name}: field {images!r} must list image files: {error}") from error
-        yield ImportedSample(name=name, fields=fields, images=encoded)
+
+    def convert(record: Record) -> ImportedSample:
+        refuse_video(record)
+        fields = record.fields
+        names = ("images", "image") if images is None else (images,)
+        shown = [fields[field] for field in names if not is_missing(fields.get(field)) and fields[field]]
+        if len(shown) > 1:
+            raise Refusal(record.name, "the fields 'images' and 'image' both hold images; name one (images=image)")
+        pictures = [picture for value in shown for picture in images_of(value, record.name)]
+        own = ("task", "question", "answer", "answer_format", "response")
+        kept = {field: fields[field] for field in own if field in fields}
+        return ImportedSample(
+            name=record.name, fields=rest(fields, (*own, *names, "images")) | kept, images=pictures, record=fields
+        )
+
+    return each(source, subset, convert)
