@@ -36,7 +36,7 @@ def advice_for(path: str | Path) -> str:
             f"{path} holds images, and no questions; write these in a file of JSON lines with paths of the images, and "
             f"import that: megatron-g2rpo data import FILE.jsonl OUT --image-dir {path}"
         )
-    return f"{path} is not a dataset of shards, it holds no .tar file; write one: megatron-g2rpo data import SOURCE OUT"
+    return f"{path} is no dataset of shards (no .tar file); write one: megatron-g2rpo data import SOURCE OUT"
 
 
 def _without_index(directory: Path) -> str:

@@ -7,7 +7,7 @@ import signal
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
@@ -61,7 +61,7 @@ def load_all(
     # Not forked: a fork copies the locks of the threads that Arrow has started.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("forkserver"), initializer=_ignore_interrupts)
     try:
-        running: deque[tuple[list[Waiting | Rejected], Future[list[_Read | Rejected]]]] = deque()
+        running: deque[tuple[list[Waiting | Rejected], Future[list[Loaded | Rejected]]]] = deque()
         while True:
             while len(running) < _AHEAD * workers and (chunk := list(islice(samples, _CHUNK))):
                 running.append((chunk, pool.submit(work, chunk)))
@@ -73,54 +73,42 @@ def load_all(
         pool.shutdown(cancel_futures=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Read:
-    """What was read of a sample: images that were bytes already are None, and need not travel back."""
-
-    images: tuple[bytes | None, ...]
-    suffixes: tuple[str, ...]
-    contents: tuple[str, ...]
-
-
-def _load_chunk(chunk: list[Waiting | Rejected], *, decode: bool, digests: bool) -> list[_Read | Rejected]:
+def _load_chunk(chunk: list[Waiting | Rejected], *, decode: bool, digests: bool) -> list[Loaded | Rejected]:
     return [item if isinstance(item, Rejected) else _load(item, decode, digests) for item in chunk]
 
 
-def _load(sample: Waiting, decode: bool, digests: bool) -> _Read | Rejected:
-    images = []
-    suffixes = []
-    contents = []
+def _load(sample: Waiting, decode: bool, digests: bool) -> Loaded | Rejected:
+    """Read one sample; images that it has already are left empty in the result, and need not travel back."""
+    images, suffixes, contents = [], [], []
     try:
         for position, image in enumerate(sample.images):
+            name = f"{sample.name}: image {position if isinstance(image, bytes) else image}"
             data = image if isinstance(image, bytes) else _file(image, sample.name)
-            name = f"{sample.name}: image {image if isinstance(image, Path) else position}"
             suffixes.append(suffix_of(data, name))
             if decode:
                 read_image(data, name)
-            images.append(data if isinstance(image, Path) else None)
             if digests:
                 contents.append(digest(data))
+            images.append(b"" if isinstance(image, bytes) else data)
     except SampleError as error:
         return Rejected.by(error, sample.name, "an image cannot be decoded, or is of a format that is not read")
     if digests and not contents:
         contents.append(digest(str(sample.fields["question"]).encode()))
-    return _Read(images=tuple(images), suffixes=tuple(suffixes), contents=tuple(contents))
+    return Loaded(
+        name=sample.name,
+        fields=sample.fields,
+        images=tuple(images),
+        suffixes=tuple(suffixes),
+        contents=tuple(contents),
+    )
 
 
-def _joined(chunk: list[Waiting | Rejected], read: list[_Read | Rejected]) -> Iterator[Loaded | Rejected]:
+def _joined(chunk: list[Waiting | Rejected], read: list[Loaded | Rejected]) -> Iterator[Loaded | Rejected]:
     for sample, found in zip(chunk, read, strict=True):
-        if isinstance(found, Rejected) or isinstance(sample, Rejected):
-            yield found if isinstance(found, Rejected) else sample
-            continue
-        given = zip(sample.images, found.images, strict=True)
-        images = tuple(own if data is None else data for own, data in given)
-        yield Loaded(
-            name=sample.name,
-            fields=sample.fields,
-            images=tuple(image for image in images if isinstance(image, bytes)),
-            suffixes=found.suffixes,
-            contents=found.contents,
-        )
+        if isinstance(found, Loaded) and isinstance(sample, Waiting):
+            pairs = zip(sample.images, found.images, strict=True)
+            found = replace(found, images=tuple(own if isinstance(own, bytes) else data for own, data in pairs))
+        yield found
 
 
 def _file(path: Path, name: str) -> bytes:

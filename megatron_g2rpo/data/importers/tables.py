@@ -10,13 +10,9 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_g2rpo.data.errors import DataError
-
-if TYPE_CHECKING:
-    import datasets
 
 _SAVED = ("dataset_info.json", "dataset_dict.json")
 _TABLES = (".parquet", ".arrow")
@@ -71,7 +67,7 @@ def rows_of_dataset(folder: Path, subset: str | None, split: str | None) -> Iter
             raise DataError(f"{folder} cannot be read as a dataset: {_first_line(error)}") from error
 
 
-def _chosen(found: Any, folder: Path, split: str | None) -> datasets.IterableDataset | datasets.Dataset:
+def _chosen(found: Any, folder: Path, split: str | None) -> Any:
     if not isinstance(found, dict):
         if split is not None:
             raise DataError(f"{folder} has no splits; name it without @{split}")
@@ -84,18 +80,19 @@ def _chosen(found: Any, folder: Path, split: str | None) -> datasets.IterableDat
     return found[split]
 
 
-def _library() -> ModuleType:
+def _library() -> Any:
     """Return the ``datasets`` library with the network shut, whether or not it was imported before."""
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import datasets
 
-    datasets.config.HF_HUB_OFFLINE = True
+    library: Any = datasets  # its stubs know no `config`
+    library.config.HF_HUB_OFFLINE = True
     datasets.disable_progress_bars()
-    return datasets
+    return library
 
 
-def _errors(library: ModuleType) -> tuple[type[Exception], ...]:
+def _errors(library: Any) -> tuple[type[Exception], ...]:
     # pyarrow's errors are ValueErrors, TypeErrors, KeyErrors, or these of its own.
     import pyarrow
 

@@ -27,10 +27,10 @@ def rows_of(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         DataError: the file is no tar, or is damaged.
     """
-    import webdataset
+    from webdataset.compat import WebDataset
 
     try:
-        for sample in webdataset.WebDataset([str(path.absolute())], shardshuffle=False, empty_check=False):
+        for sample in WebDataset([str(path.absolute())], shardshuffle=False, empty_check=False):
             members = {name: data for name, data in sample.items() if not name.startswith("__")}
             yield sample["__key__"], _fields(members)
     except (tarfile.TarError, OSError, ValueError) as error:
