@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_g2rpo import registry
 from megatron_g2rpo.data.errors import DataError, SampleError
-from megatron_g2rpo.data.shard_format import REQUIRED_FIELDS
+from megatron_g2rpo.data.fields import REQUIRED_FIELDS
 from megatron_g2rpo.data.shard_writer import ShardWriter
 
 
@@ -72,8 +72,6 @@ def import_dataset(importer: Callable[[Path], Iterator[ImportedSample]], source:
 
 def _check(sample: ImportedSample) -> None:
     for name in REQUIRED_FIELDS:
-        if name == "images":
-            continue
         value = sample.fields.get(name)
         if not isinstance(value, str) or not value:
             got = f"got {value!r}" if name in sample.fields else "and is missing"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fields in the types that people write are brought to those of a sample, or refused by the names of field and sample."""
+"""Fields in the types that people write are brought to those of a sample, or refused by field and sample."""
 
 import json
 import re

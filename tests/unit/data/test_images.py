@@ -121,7 +121,7 @@ def test_greys_of_32_bits_are_scaled_by_the_first_white_that_holds_them(values, 
 
 def test_greys_that_are_no_numbers_are_refused():
     image = Image.fromarray(np.array([[0.0, np.nan]], dtype=np.float32))
-    with pytest.raises(SampleError, match="^i: holds values that are no finite numbers"):
+    with pytest.raises(SampleError, match=r"^i holds values that are no finite numbers"):
         read_image(encoded(image, "TIFF"), "i")
 
 
@@ -144,7 +144,7 @@ def test_postscript_never_reaches_a_program(monkeypatch):
     monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
     data = encoded(Image.new("RGB", (4, 4)), "EPS")
     for read in (read_image, suffix_of):
-        with pytest.raises(SampleError, match=r"^shard s, sample 'a': no image of a format that is read \(PNG, JPEG"):
+        with pytest.raises(SampleError, match=r"^shard s, sample 'a' is no image of a format that is read \(PNG, JPEG"):
             read(data, "shard s, sample 'a'")
 
 
@@ -152,9 +152,9 @@ def test_postscript_never_reaches_a_program(monkeypatch):
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_an_image_too_large_to_decode_is_refused_by_its_header(size):
     for read in (read_image, suffix_of):
-        with pytest.raises(SampleError, match=rf"^i: {size[0]}x{size[1]} pixels, more than .*; scale the image down"):
+        with pytest.raises(SampleError, match=rf"^i has {size[0]}x{size[1]} pixels, more than .*; scale it down"):
             read(png(*size), "i")
-    with pytest.raises(SampleError, match=r"^i: .*exceeds limit.*; scale the image down"):
+    with pytest.raises(SampleError, match=r"^i is too large to decode \(.*exceeds limit.*; scale it down"):
         read_image(png(30_000, 30_000), "i")
 
 
@@ -165,14 +165,14 @@ def test_the_bound_on_pixels_is_inclusive(monkeypatch):
         read_image(encoded(Image.new("L", (7, 1))), "i")
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 def test_damage_anywhere_is_a_sample_error_that_begins_with_the_name():
     """Random bytes over random places of small files; whatever a decoder raises, its caller sees one error."""
     generator = np.random.default_rng(0)
     picture = Image.fromarray(generator.integers(0, 256, (9, 7, 3), dtype=np.uint8))
     kinds = {kind: encoded(picture, kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")}
     kinds["deflated"] = encoded(picture, "TIFF", compression="tiff_adobe_deflate")
-    refused = 0
+    refused = []
     for data in kinds.values():
         for _ in range(150):
             damaged = bytearray(data[: generator.integers(len(data) // 2, len(data) + 1)])
@@ -181,9 +181,9 @@ def test_damage_anywhere_is_a_sample_error_that_begins_with_the_name():
             try:
                 read_image(bytes(damaged), "shard s")
             except SampleError as error:
-                refused += 1
-                assert str(error).startswith("shard s: ")
-    assert refused > 100
+                refused.append(str(error))
+    assert len(refused) > 100
+    assert all(message.startswith("shard s ") for message in refused)
 
 
 def test_a_decoder_that_raises_what_it_should_not_is_a_sample_error(monkeypatch):
@@ -194,7 +194,7 @@ def test_a_decoder_that_raises_what_it_should_not_is_a_sample_error(monkeypatch)
             raise error
 
         monkeypatch.setattr("PIL.TiffImagePlugin.TiffImageFile.load", load)
-        with pytest.raises(SampleError, match=rf"^i: cannot be decoded \({type(error).__name__}"):
+        with pytest.raises(SampleError, match=rf"^i cannot be decoded \({type(error).__name__}"):
             read_image(data, "i")
 
 
@@ -214,5 +214,5 @@ def test_encoded_images_decode_when_taken_and_keep_the_files_alone(monkeypatch):
 
 
 def test_a_broken_encoded_image_is_named_when_it_is_taken():
-    with pytest.raises(SampleError, match="^second: no image"):
+    with pytest.raises(SampleError, match=r"^second is no image.*data\.on_bad_sample=skip leaves it out"):
         list(EncodedImages([encoded(Image.new("L", (1, 1))), b"nothing"], ["first", "second"]))
