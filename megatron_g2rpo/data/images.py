@@ -57,8 +57,8 @@ def read_image(data: bytes, name: str) -> Image.Image:
             image.load()
             return _oriented(image, _rgb(image))
         except SampleError as error:
-            raise SampleError(f"{name}: {error}") from error
-        # Decoders of hostile bytes raise whatever they stumble over: struct.error, TypeError, zlib.error, MemoryError...
+            raise SampleError(f"{name} {error}") from error
+        # Decoders of hostile bytes raise whatever they stumble over: struct.error, TypeError, MemoryError...
         except Exception as error:
             raise _undecodable(error, name) from error
 
@@ -79,10 +79,10 @@ def suffix_of(data: bytes, name: str) -> str:
 
 
 class EncodedImages(Sequence[Image.Image]):
-    """The images of a sample, kept as files and decoded anew whenever one is taken, so that they cost little memory.
+    """The images of a sample of a shard, kept as files: an image is decoded anew whenever it is taken.
 
-    A photograph of 12 million pixels takes 36 MB decoded and some 3 MB as a file; a sample lives as long as its prompt,
-    in validation for a whole run.
+    A photograph of 12 million pixels takes 36 MB decoded and some 3 MB as a file, and a sample lives as long as its
+    prompt, in validation for a whole run.
 
     Args:
         files: content of each image file.
@@ -108,7 +108,10 @@ class EncodedImages(Sequence[Image.Image]):
     def __getitem__(self, index: int | slice) -> Image.Image | EncodedImages:
         if isinstance(index, slice):
             return EncodedImages(self._files[index], self._names[index])
-        image = read_image(self._files[index], self._names[index])
+        try:
+            image = read_image(self._files[index], self._names[index])
+        except SampleError as error:
+            raise SampleError(f"{error} (data.on_bad_sample=skip leaves it out)") from error
         self._sizes[index] = image.size
         return image
 
@@ -126,23 +129,23 @@ def _open(data: bytes, name: str) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError as error:
         raise SampleError(
-            f"{name}: no image of a format that is read ({', '.join(FORMATS)}), or damaged in its header; "
+            f"{name} is no image of a format that is read ({', '.join(FORMATS)}), or damaged in its header; "
             f"it begins with {data[:8]!r}"
         ) from error
     except Image.DecompressionBombError as error:
-        raise SampleError(f"{name}: {error}; scale the image down") from error
+        raise SampleError(f"{name} is too large to decode ({error}); scale it down") from error
     except Exception as error:
         raise _undecodable(error, name) from error
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise SampleError(
-            f"{name}: {image.width}x{image.height} pixels, more than the {MAX_IMAGE_PIXELS:,} that are decoded; "
-            "scale the image down"
+            f"{name} has {image.width}x{image.height} pixels, more than the {MAX_IMAGE_PIXELS:,} that are decoded; "
+            "scale it down"
         )
     return image
 
 
 def _undecodable(error: Exception, name: str) -> SampleError:
-    return SampleError(f"{name}: cannot be decoded ({type(error).__name__}: {error}); repair it, or leave it out")
+    return SampleError(f"{name} cannot be decoded ({type(error).__name__}: {error}); repair it, or leave it out")
 
 
 def _rgb(image: Image.Image) -> Image.Image:

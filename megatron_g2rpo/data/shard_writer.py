@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing of webdataset shards and their index, in the format that ``shard_format`` describes.
 
-``python -m megatron_g2rpo.data.shard_writer DIRECTORY`` writes the index of shards that another program has made.
+``python -m megatron_g2rpo.data.shard_writer DIRECTORY`` writes the index of shards that another program has made; with
+``--skip-bad``, samples that cannot be used are named and left out of it.
 """
 
 from __future__ import annotations
@@ -9,16 +10,15 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import sys
 import tarfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_g2rpo.data.errors import DataError, SampleError
+from megatron_g2rpo.data.errors import DataError
 from megatron_g2rpo.data.importers.guess import advice_for
-from megatron_g2rpo.data.shard_format import INDEX_NAME, INDEX_VERSION, parse_fields, sha256_of, split_member_name
+from megatron_g2rpo.data.shard_format import INDEX_NAME, INDEX_VERSION
+from megatron_g2rpo.data.shard_scan import scan_shard
 
 
 class ShardWriter:
@@ -59,7 +59,7 @@ class ShardWriter:
         """Append one sample.
 
         Args:
-            key: key of the sample, unique in the dataset and without dots.
+            key: key of the sample, unique in its shard and without dots.
             fields: the fields of ``types.Sample`` except ``images``; further fields are kept (``Sample.extra``).
             images: encoded image files, in order.
             suffix: file type of all images, or a list with the type of each.
@@ -89,24 +89,32 @@ class ShardWriter:
         self._tar.addfile(member, io.BytesIO(data))
 
 
-def write_index(directory: str | Path) -> Path:
+def write_index(directory: str | Path, *, skip_bad: bool = False) -> Path:
     """Scan every ``*.tar`` of a directory and write its ``index.json``.
+
+    A key may occur in several shards, as where each counts from 0: a sample's name has its shard in it.
+
+    Args:
+        directory: directory of the shards.
+        skip_bad: leave samples that cannot be used out of the index, each with a warning, instead of raising.
 
     Returns:
         The path of the index.
 
     Raises:
-        DataError: there are no shards, a shard cannot be read, or a key occurs twice.
-        SampleError: a sample has no json, lacks a field, or names an image that does not exist.
+        DataError: there are no shards or no samples, or a shard cannot be read.
+        SampleError: a sample cannot be used, see ``shard_scan.scan_shard``.
     """
     directory = Path(directory)
     paths = sorted(directory.glob("*.tar"))
     if not paths:
-        raise DataError(f"{directory} holds no .tar shards: {advice_for(directory)}")
-    shards = [_scan_shard(path) for path in paths]
-    repeated = [key for key, n in Counter(s["key"] for shard in shards for s in shard["samples"]).items() if n > 1]
-    if repeated:
-        raise DataError(f"{directory}: sample key {repeated[0]!r} occurs more than once; keys must be unique")
+        raise DataError(advice_for(directory))
+    shards = [scan_shard(path, skip_bad=skip_bad) for path in paths]
+    if not any(shard["num_samples"] for shard in shards):
+        raise DataError(
+            f"{directory}: its {len(paths)} shards hold no sample; a sample is a member KEY.json and its images "
+            "KEY.0.png, KEY.1.jpg ..."
+        )
     index_path = directory / INDEX_NAME
     temporary = index_path.with_suffix(".tmp")
     temporary.write_text(json.dumps({"version": INDEX_VERSION, "shards": shards}, separators=(",", ":")) + "\n")
@@ -114,48 +122,12 @@ def write_index(directory: str | Path) -> Path:
     return index_path
 
 
-def _scan_shard(path: Path) -> dict[str, Any]:
-    """Return the entry of one shard in the index; ``members`` maps suffix -> [offset in bytes, length in bytes]."""
-    samples: dict[str, dict[str, Any]] = {}
-    formats: dict[str, set[str]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                key, suffix = split_member_name(member.name)
-                sample = samples.setdefault(key, {"key": key, "task": None, "members": {}})
-                sample["members"][suffix] = [member.offset_data, member.size]
-                if suffix == "json":
-                    stream = tar.extractfile(member)
-                    assert stream is not None  # a regular file has one
-                    fields = parse_fields(stream.read(), path.name, key)
-                    sample["task"] = fields["task"]
-                    formats.setdefault(fields["task"], set()).add(fields["answer_format"])
-                    sample["images"] = fields["images"]
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{path}: not a readable tar shard ({error})") from error
-    for key, sample in samples.items():
-        if sample["task"] is None:
-            raise SampleError(f"shard {path.name}, sample {key!r}: no .json member")
-        missing = [name for name in sample.pop("images") if name not in sample["members"]]
-        if missing:
-            raise SampleError(f"shard {path.name}, sample {key!r}: names image {missing[0]!r}, which is not there")
-    return {
-        "name": path.name,
-        "bytes": path.stat().st_size,
-        "sha256": sha256_of(path),
-        "num_samples": len(samples),
-        "tasks": dict(sorted(Counter(sample["task"] for sample in samples.values()).items())),
-        "answer_formats": {task: sorted(names) for task, names in sorted(formats.items())},
-        "samples": list(samples.values()),
-    }
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write the index.json of a directory of webdataset shards.")
     parser.add_argument("directory", type=Path)
+    parser.add_argument("--skip-bad", action="store_true", help="leave samples that cannot be used out, and name each")
+    arguments = parser.parse_args()
     try:
-        print(write_index(parser.parse_args().directory))
-    except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+        print(write_index(arguments.directory, skip_bad=arguments.skip_bad))
+    except DataError as error:
+        raise SystemExit(f"error: {error}") from error

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from megatron_g2rpo.cli import app
 from megatron_g2rpo.data.shard_index import ShardIndex
-from megatron_g2rpo.data.shard_writer import ShardWriter
+from megatron_g2rpo.data.shard_writer import ShardWriter, write_index
 from tests.unit.data.conftest import load_example
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,13 +74,17 @@ def write_shards(directory: Path, per_task: int, first: int = 0, **changes: Any)
 
 
 def break_image(directory: Path, task: str, number: int) -> str:
-    """Overwrite the first image of a task's ``number``-th sample inside its shard; returns what an error calls it."""
+    """Overwrite the first image of a task's ``number``-th sample inside its shard, and write the index again.
+
+    Returns what an error calls it.
+    """
     entry = ShardIndex(directory).entries(task)[number]
-    offset, length = entry.members["0.png"]
+    member = entry.members["0.png"]
     with entry.shard.open("r+b") as file:
-        file.seek(offset)
-        file.write(b"\0" * length)
-    return f"shard {entry.shard.name}, sample {entry.key!r}: image '0.png' cannot be decoded"
+        file.seek(member.offset)
+        file.write(b"\0" * member.length)
+    write_index(directory)
+    return f"shard {entry.shard.name}, sample {entry.key!r}: image '0.png' is no image"
 
 
 def build_policy(data: Path, directory: Path) -> Path:

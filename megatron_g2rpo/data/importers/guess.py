@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from megatron_g2rpo.data.shard_format import INDEX_NAME
+from megatron_g2rpo.data.shard_format import INDEX_NAME, how_to_index
 
 _ROWS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -17,32 +17,31 @@ def advice_for(path: str | Path) -> str:
     path = Path(path)
     if not path.exists():
         guess = _nearest(path)
-        return f"{path} does not exist{guess}; name a directory of shards, a glob of .tar files or one of them"
-    importing = f"import it: megatron-g2rpo data import {path} OUT"
+        return f"{path} does not exist; {guess}name a directory of shards, a glob of .tar files or one of them"
     if path.is_file():
         if path.suffix == ".tar":
             return _without_index(path.parent)
-        return f"{path} is a file, and not a dataset of shards; {importing}"
+        return f"{path} is no .tar shard; make shards of it with: megatron-g2rpo data import {path} OUT"
     parts = sorted(each.name for each in path.iterdir() if (each / INDEX_NAME).is_file())
     if parts:
-        return f"{path} is no dataset itself, but holds {', '.join(parts)}: name one of them, {path / parts[0]}"
+        return f"{path} holds no .tar shards, but the datasets {', '.join(parts)}; name one of them: {path / parts[0]}"
     inside = [each for each in (*path.glob("*"), *path.glob("*/*")) if not each.name.startswith(".")]
-    if any(each.suffix == ".tar" for each in path.glob("*.tar")):
+    if any(each.suffix == ".tar" and each.parent == path for each in inside):
         return _without_index(path)
     if any(each.suffix.lower() in _ROWS for each in inside):
-        return f"{path} is not a dataset of shards; {importing}"
+        return f"{path} holds no .tar shards; make some of it with: megatron-g2rpo data import {path} OUT"
     if any(each.suffix.lower() in _IMAGES for each in inside):
         return (
-            f"{path} holds images, and no questions; write these in a file of JSON lines with paths of the images, and "
-            f"import that: megatron-g2rpo data import FILE.jsonl OUT --image-dir {path}"
+            f"{path} holds no .tar shards, and images without questions; write these in a file of JSON lines with paths "
+            f"of the images, and import that: megatron-g2rpo data import FILE.jsonl OUT --image-dir {path}"
         )
-    return f"{path} is no dataset of shards (no .tar file); write one: megatron-g2rpo data import SOURCE OUT"
+    return f"{path} holds no .tar shards; make some with: megatron-g2rpo data import SOURCE OUT"
 
 
 def _without_index(directory: Path) -> str:
     return (
-        f"{directory / INDEX_NAME} does not exist; if these shards have the fields of samples, write it with: python -m "
-        f"megatron_g2rpo.data.shard_writer {directory}; else import them: megatron-g2rpo data import {directory} OUT"
+        f"{directory / INDEX_NAME} does not exist; where the shards hold samples as this program writes them, write it "
+        f"with: {how_to_index(directory)}; else import them: megatron-g2rpo data import {directory} OUT"
     )
 
 
@@ -51,4 +50,4 @@ def _nearest(path: Path) -> str:
     if not path.parent.is_dir():
         return ""
     names = difflib.get_close_matches(path.name, [each.name for each in path.parent.iterdir()], n=1)
-    return f" (did you mean {path.with_name(names[0])}?)" if names else ""
+    return f"did you mean {path.with_name(names[0])}? If not, " if names else ""

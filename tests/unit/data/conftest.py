@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from megatron_g2rpo.data.processing import ChatProcessor
-from megatron_g2rpo.data.shard_index import ShardIndex
-from megatron_g2rpo.data.shard_writer import ShardWriter
+from megatron_g2rpo.data.shard_index import Entry, ShardIndex
+from megatron_g2rpo.data.shard_writer import ShardWriter, write_index
 
 QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart"
 TASK_SIZES = {"math": 5, "ocr": 7, "vqa": 12}
@@ -58,12 +58,17 @@ def write_dataset(directory: Path, sizes: dict[str, int] = TASK_SIZES, samples_p
 
 
 def break_image(directory: Path, task: str, number: int) -> None:
-    """Overwrite the first image of ``<task>-<number>`` inside its shard; sizes and offsets stay."""
-    entry = ShardIndex(directory).entries(task)[number]
-    offset, length = entry.members["0.png"]
+    """Overwrite the first image of ``<task>-<number>`` inside its shard, and write the index again."""
+    overwrite(ShardIndex(directory).entries(task)[number])
+    write_index(directory)
+
+
+def overwrite(entry: Entry) -> None:
+    """Overwrite the first image of a sample inside its shard; sizes and offsets stay."""
+    member = entry.members["0.png"]
     with entry.shard.open("r+b") as file:
-        file.seek(offset)
-        file.write(b"\0" * length)
+        file.seek(member.offset)
+        file.write(b"\0" * member.length)
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ def test_impossible_weights_are_an_error(make_stream, weights, message):
 
 def test_an_undecodable_image_stops_the_stream_and_is_named(dataset, make_stream):
     break_image(dataset, "ocr", 4)
-    with pytest.raises(SampleError, match=r"sample 'ocr-4': image '0\.png' cannot be decoded"):
+    with pytest.raises(SampleError, match=r"sample 'ocr-4': image '0\.png' is no image"):
         make_stream().next_batch(60)
 
 

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scanning of a tar of unknown origin for its samples: what the index records of one shard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_g2rpo.data.errors import DataError, SampleError
+from megatron_g2rpo.data.fields import REQUIRED_FIELDS
+from megatron_g2rpo.data.shard_format import Member, parse_fields, sha256_of
+
+_logger = logging.getLogger(__name__)
+
+# What packers leave in tars beside the files: macOS's doubles and folder settings, webdataset's folders of metadata.
+_LEFT_BY_PACKERS = re.compile(r"(^|/)(\._[^/]*|\.DS_Store|__[^/]+__(/.*)?)$")
+_JSON = ".json"
+
+
+def scan_shard(path: Path, *, skip_bad: bool = False) -> dict[str, Any]:
+    """Return the entry of one shard in the index; ``members`` maps suffix -> [offset, length, CRC-32] of a member.
+
+    A sample is a member ``<key>.json`` and all members ``<key>.<suffix>``. Keys may contain dots, although webdataset
+    ends them at the first: a member belongs to the longest key that a json has. The case of suffixes does not matter.
+    Members of no sample are left out, with a warning that counts them.
+
+    Args:
+        path: the shard.
+        skip_bad: leave samples that cannot be used out, each with a warning, instead of raising.
+
+    Raises:
+        DataError: the file is no tar, or a damaged one.
+        SampleError: a sample has a member twice or one that is a link or stored sparsely, its json cannot be used, or
+            it names an image that does not exist.
+    """
+    with path.open("rb") as file:
+        members = [member for member in _members(path, file) if not _LEFT_BY_PACKERS.search(member.name)]
+        samples, strays = _by_key(members, _keys(members, file))
+        records, formats = [], {}
+        for key, parts in samples.items():
+            try:
+                record, answer_format = _record(path.name, key, parts, file)
+            except SampleError as error:
+                if not skip_bad:
+                    raise
+                _logger.warning("left out: %s", error)
+                continue
+            records.append(record)
+            formats.setdefault(record["task"], set()).add(answer_format)
+    if strays:
+        _logger.warning(
+            "shard %s: %d members belong to no sample, for there is no json of their key: %s",
+            path.name, len(strays), ", ".join(strays[:5]) + (", ..." if len(strays) > 5 else ""),
+        )  # fmt: skip
+    return {
+        "name": path.name,
+        "bytes": path.stat().st_size,
+        "sha256": sha256_of(path),
+        "num_samples": len(records),
+        "tasks": dict(sorted(Counter(record["task"] for record in records).items())),
+        "answer_formats": {task: sorted(names) for task, names in sorted(formats.items())},
+        "samples": records,
+    }
+
+
+def _members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar but its folders, and check that they reach to its end.
+
+    At a header that it cannot read, ``tarfile`` stops as it does at the end of the archive.
+    """
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            yield from (member for member in tar if not member.isdir())
+            end = tar.offset
+    except Exception as error:  # TarError, OSError, and what impossible numbers in a header raise
+        raise DataError(f"{path}: not a readable tar shard ({error}); copy or pack it again") from error
+    file.seek(end)
+    rest = file.read(tarfile.BLOCKSIZE)
+    if not rest:
+        raise DataError(
+            f"{path}: ends at byte {end} after a member, without the zeros that end a tar: the rest was cut off; "
+            "copy or pack it again"
+        )
+    if rest.strip(b"\0"):
+        raise DataError(f"{path}: damaged at byte {end}, where a member should begin; copy or pack it again")
+    while rest := file.read(1 << 20):
+        if rest.strip(b"\0"):
+            raise DataError(
+                f"{path}: holds more after the zeros at byte {end} that end a tar; unpack it (tar --ignore-zeros, "
+                "where tars were joined by cat), and pack it again"
+            )
+
+
+def _keys(members: Sequence[tarfile.TarInfo], file: BinaryIO) -> set[str]:
+    """Return the keys of all samples: names of json members without suffix.
+
+    Of ``a.json`` and ``a.more.json``, the second is no sample but a member of the first if it has no field of a sample.
+    """
+    jsons = {m.name[: -len(_JSON)]: m for m in members if m.name.lower().endswith(_JSON)}
+    keys = {key for key in jsons if key.rpartition("/")[2]}
+    inner = {key for key in keys if _key_of(key, keys) is not None}
+    return keys - {key for key in inner if not _has_fields(jsons[key], file)}
+
+
+def _has_fields(member: tarfile.TarInfo, file: BinaryIO) -> bool:
+    """Whether a json has a field of a sample, or cannot be read, which is to be found when it is read as one."""
+    if not member.isreg():
+        return True
+    try:
+        fields = json.loads(_content(member, file))
+    except (ValueError, RecursionError):
+        return True
+    return isinstance(fields, dict) and any(name in fields for name in REQUIRED_FIELDS)
+
+
+def _key_of(name: str, keys: set[str]) -> str | None:
+    """Return the longest key that a member's name begins with, followed by a dot; None for a member of no sample."""
+    start, end = name.rfind("/") + 1, len(name)
+    while (end := name.rfind(".", start, end)) > start:
+        if name[:end] in keys:
+            return name[:end]
+    return None
+
+
+def _by_key(members: Sequence[tarfile.TarInfo], keys: set[str]) -> tuple[dict[str, list[tarfile.TarInfo]], list[str]]:
+    """Return key -> members in the order of the tar, and the names of members of no sample."""
+    samples: dict[str, list[tarfile.TarInfo]] = {}
+    strays = []
+    for member in members:
+        key = _key_of(member.name, keys)
+        if key is None:
+            strays.append(member.name)
+        else:
+            samples.setdefault(key, []).append(member)
+    return samples, strays
+
+
+def _record(shard: str, key: str, parts: Sequence[tarfile.TarInfo], file: BinaryIO) -> tuple[dict[str, Any], str]:
+    """Return the entry of a sample in the index, and the name of its answer format."""
+    where, members, fields = f"shard {shard}, sample {key!r}", {}, {}
+    if not key.isprintable():  # so is half of a surrogate pair, by which Python stands for bytes that are no UTF-8
+        raise SampleError(f"{where}: the key holds characters that cannot be printed; give its files another name")
+    for part in parts:
+        suffix = part.name[len(key) + 1 :].lower()
+        if suffix in members:
+            raise SampleError(f"{where}: has the member {suffix!r} twice; keys must be unique in a shard")
+        if not part.isreg():
+            raise SampleError(f"{where}: member {suffix!r} is a link or device; pack the files (tar --dereference)")
+        if part.issparse():
+            raise SampleError(f"{where}: member {suffix!r} is stored sparsely; pack it without --sparse")
+        data = _content(part, file)
+        members[suffix] = Member(part.offset_data, part.size, zlib.crc32(data))
+        if suffix == "json":
+            fields = parse_fields(data, shard, key)
+    missing = [name for name in fields["images"] if name.lower() not in members]
+    if missing:
+        raise SampleError(f"{where}: names image {missing[0]!r}, which is not there; it has {', '.join(members)}")
+    return {"key": key, "task": fields["task"], "members": members}, fields["answer_format"]
+
+
+def _content(member: tarfile.TarInfo, file: BinaryIO) -> bytes:
+    file.seek(member.offset_data)
+    return file.read(member.size)
