@@ -89,7 +89,7 @@ def summary(result: ImportResult, target: Path) -> Iterator[str | Table]:
         table.add_row(task, form, *map(str, numbers))
     yield table
     if result.rejected:
-        yield f"{sum(result.rejected.values())} rows were rejected; {result.rejected_file} lists them"
+        yield f"rejected rows: {result.rejected.total()}, listed in {result.rejected_file}"
         reasons = Table("reason", "rows")
         for reason, count in result.rejected.most_common():
             reasons.add_row(reason, str(count))

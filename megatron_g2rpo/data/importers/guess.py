@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+from itertools import chain, islice
 from pathlib import Path
 
 from megatron_g2rpo.data.shard_format import INDEX_NAME, how_to_index
@@ -25,15 +26,16 @@ def advice_for(path: str | Path) -> str:
     parts = sorted(each.name for each in path.iterdir() if (each / INDEX_NAME).is_file())
     if parts:
         return f"{path} holds no .tar shards, but the datasets {', '.join(parts)}; name one of them: {path / parts[0]}"
-    inside = [each for each in (*path.glob("*"), *path.glob("*/*")) if not each.name.startswith(".")]
+    found = islice(chain(path.glob("*"), path.glob("*/*")), 10_000)  # a folder of images may hold millions
+    inside = [each for each in found if not each.name.startswith(".")]
     if any(each.suffix == ".tar" and each.parent == path for each in inside):
         return _without_index(path)
     if any(each.suffix.lower() in _ROWS for each in inside):
         return f"{path} holds no .tar shards; make some of it with: megatron-g2rpo data import {path} OUT"
     if any(each.suffix.lower() in _IMAGES for each in inside):
         return (
-            f"{path} holds no .tar shards, and images without questions; write these in a file of JSON lines with paths "
-            f"of the images, and import that: megatron-g2rpo data import FILE.jsonl OUT --image-dir {path}"
+            f"{path} holds no .tar shards, and images without questions; write these in a file of JSON lines with "
+            f"paths of the images, and import that: megatron-g2rpo data import FILE.jsonl OUT --image-dir {path}"
         )
     return f"{path} holds no .tar shards; make some with: megatron-g2rpo data import SOURCE OUT"
 

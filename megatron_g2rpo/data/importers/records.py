@@ -23,6 +23,7 @@ from megatron_g2rpo.data.errors import DataError
 from megatron_g2rpo.data.importers import tables, tars
 from megatron_g2rpo.data.importers.base import Refusal, Rejected
 from megatron_g2rpo.data.importers.values import Broken
+from megatron_g2rpo.data.shard_format import INDEX_NAME
 
 JSON_LINES = (".jsonl", ".ndjson")
 CSV = {".csv": ",", ".tsv": "\t"}
@@ -71,8 +72,8 @@ def read_records(source: Path, subset: str | None = None) -> Iterator[Record | R
 
 def image_directory(source: Path) -> Path:
     """Return the directory that the image paths of a source are relative to: a folder itself, or that of a file."""
-    path, _ = _split_of(source)
-    return path if path.is_dir() else path.parent
+    folder = source.with_name(source.name.rpartition("@")[0] or source.name)
+    return next((path for path in (source, folder) if path.is_dir()), source.parent)
 
 
 def _named(path: Path, rows: Iterator[tuple[object, Any]]) -> Iterator[Record | Rejected]:
@@ -100,7 +101,7 @@ def _only_file(folder: Path) -> Path | None:
     if tables.is_dataset(folder):
         return None
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in FILES and path.name[0] not in "._")
-    if not files or all(path.suffix == ".tar" for path in files):
+    if all(path.suffix == ".tar" or path.name == INDEX_NAME for path in files):
         return None
     if len(files) > 1:
         some = ", ".join(path.name for path in files[:5])

@@ -1,91 +1,267 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Importing: shards appear whole or not at all, and a sample that can't be imported is named with its line."""
+"""Each importer makes of its own rows the samples that they are, and says why of those that it cannot."""
 
 from __future__ import annotations
 
-import io
+import base64
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
-from megatron_g2rpo import registry
-from megatron_g2rpo.data.errors import DataError, SampleError
-from megatron_g2rpo.data.importers.base import import_dataset
-from megatron_g2rpo.data.shard_index import ShardIndex
+from megatron_g2rpo.data.errors import DataError
+from megatron_g2rpo.data.importers.detect import detect
+from megatron_g2rpo.data.importers.values import images_of, lookup
+from tests.unit.data.import_sources import FIXTURES, paper_formats, picture, run, samples_of, write_json, write_lines
 
-GOOD = {"task": "colour", "question": "Which?", "answer": "red", "answer_format": "exact"}
+__all__ = ["paper_formats"]  # a fixture
+
+OWN = {"task": "colour", "question": "Which?", "answer": "red", "answer_format": "exact"}
+EASYR1 = {"problem": "<image>Find x.", "answer": "3", "images": ["a.png"], "level": 2}
+VERL = {
+    "data_source": "hiyouga/geometry3k",
+    "prompt": [{"role": "user", "content": "<image>Find x."}],
+    "images": ["a.png"],
+    "ability": "math",
+    "reward_model": {"style": "rule", "ground_truth": "3"},
+    "extra_info": {"index": 0, "split": "train"},
+}
+LLAVA = {
+    "id": "1",
+    "image": "a.png",
+    "conversations": [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "red"}],
+}
+SHAREGPT = {
+    "messages": [{"role": "user", "content": "<image>Which?"}, {"role": "assistant", "content": "red"}],
+    "images": ["a.png"],
+}
+PARTS = {
+    "task_name": "colour",
+    "messages": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "See "},
+                {"type": "image", "image": "a.png"},
+                {"type": "text", "text": "."},
+            ],
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+    ],
+}
+GIVEN = {"task": "t", "answer_format": "exact"}
 
 
-def picture(form: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (200, 0, 0)).save(buffer, form)
-    return buffer.getvalue()
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "a.png").write_bytes(picture())
+    return tmp_path
 
 
-def write(directory: Path, *samples: dict[str, Any] | str) -> Path:
-    path = directory / "lines.jsonl"
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in samples))
-    return path
+def reasons(name: str, folder: Path, row: Any, options: dict[str, Any] | None = None, **settings: Any) -> list[str]:
+    """Why a row is not imported, beside one that is."""
+    good = {"jsonl": OWN, "verl": VERL, "llava": LLAVA, "sharegpt": SHAREGPT, "fields": OWN, "easyr1": EASYR1}[name]
+    source = write_json(folder / "rows.json", [good, row])
+    result = run(name, source, folder / "out", options, **GIVEN | settings)
+    assert sum(result.samples.values()) == 1
+    assert result.rejected_file is not None
+    return [json.loads(line)["message"] for line in result.rejected_file.read_text().splitlines()]
 
 
-def run(source: Path, target: Path, **options: Any) -> int:
-    return import_dataset(partial(registry.importers.get("jsonl"), **options), source, target)
+def test_own_field_names_with_their_images_and_further_fields(folder: Path) -> None:
+    for form in ("jpeg", "webp", "gif"):
+        (folder / f"picture.{form}").write_bytes(picture(form=form))
+    rows = [
+        {**OWN, "images": ["a.png", "picture.jpeg", "picture.webp", "picture.gif"], "source": "mine"},
+        {**OWN, "image": "a.png", "answer": 3},
+        {**OWN, "images": None, "response": "It is red."},
+    ]
+    run("jsonl", write_lines(folder / "rows.jsonl", rows), folder / "out")
+    one, two, three = samples_of(folder / "out")
+    assert [image.size for image in one.images] == [(8, 8)] * 4
+    assert one.extra == {"source": "mine"}
+    assert (len(two.images), two.answer, two.extra) == (1, "3", {})
+    assert (len(three.images), three.response, three.extra) == (0, "It is red.", {})
 
 
-def test_json_lines_become_shards_with_their_images_and_further_fields(tmp_path: Path) -> None:
-    for form in ("png", "jpeg", "webp"):
-        (tmp_path / f"picture.{form}").write_bytes(picture(form))
-    images = ["picture.png", "picture.jpeg", "picture.webp"]
-    source = write(tmp_path, {**GOOD, "images": images, "source": "mine"}, "", {**GOOD, "task": "sum"})
-    assert run(source, tmp_path / "shards") == 2
-    index = ShardIndex(tmp_path / "shards")
-    assert index.tasks == ("colour", "sum")
-    assert index.answer_formats == {"colour": ("exact",), "sum": ("exact",)}
-    sample = index.read(index.entries("colour")[0])
-    assert [image.size for image in sample.images] == [(8, 8)] * 3
-    assert sample.extra == {"source": "mine"}
-
-
-def test_the_field_of_the_images_is_an_option(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(picture("png"))
-    source = write(tmp_path, {**GOOD, "pictures": ["a.png"]})
-    assert run(source, tmp_path / "shards", images="pictures") == 1
-    index = ShardIndex(tmp_path / "shards")
-    assert len(index.read(index.entries("colour")[0]).images) == 1
+def test_the_field_of_the_images_is_an_option(folder: Path) -> None:
+    source = write_lines(folder / "rows.jsonl", [{**OWN, "pictures": ["a.png"], "image": "a remark"}])
+    run("jsonl", source, folder / "out", {"images": "pictures"})
+    (sample,) = samples_of(folder / "out")
+    assert (len(sample.images), sample.extra) == (1, {"image": "a remark"})
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("row", "message"),
     [
-        ("{", r"lines\.jsonl:2: not valid JSON"),
-        ("[1]", r"lines\.jsonl:2: a line must be a JSON object, not list"),
-        ({**GOOD, "answer": 3}, r"lines\.jsonl:2: the field 'answer' must be text .*, got 3; write numbers in quotes"),
-        ({key: GOOD[key] for key in GOOD if key != "task"}, r"lines\.jsonl:2: the field 'task' must be .* is missing"),
-        ({**GOOD, "question": ""}, r"lines\.jsonl:2: the field 'question' must be text that is not empty, got ''"),
-        ({**GOOD, "images": "a.png"}, r"lines\.jsonl:2: field 'images' must be a list of image files, got 'a\.png'"),
-        ({**GOOD, "image": "a.png"}, r"lines\.jsonl:2: there is a field 'image', but images are listed in 'images'"),
-        ({**GOOD, "images": ["none.png"]}, r"lines\.jsonl:2: field 'images' must list image files: .*none\.png"),
-        ({**GOOD, "images": ["lines.jsonl"]}, r"lines\.jsonl:2: an image is neither PNG, JPEG nor WebP"),
+        ([1], "rows.json:2: a row must be a JSON object: list"),
+        ({**OWN, "answer": True}, "field 'answer' is true"),
+        ({**OWN, "question": None}, "field 'question' is null"),
+        ({**OWN, "images": ["a.png"], "image": "b.png"}, "the fields 'images' and 'image' both hold images; name one"),
+        ({**OWN, "images": ["none.png"]}, "an image file cannot be read"),
+        ({**OWN, "images": ["rows.json"]}, "no image of a format that is read"),
+        ({**OWN, "images": [7]}, "images are neither paths nor encoded files: 7"),
+        ({**OWN, "images": "https://example.org/a.png"}, "images by address are not downloaded"),
+        ({**OWN, "videos": ["a.mp4"]}, "video is not supported"),
+        ({**OWN, "question": "<image><image>?", "images": ["a.png"]}, "tags <image> are not as many as its images: 2"),
     ],
 )
-def test_a_bad_sample_is_named_and_nothing_is_left(tmp_path: Path, line: dict[str, Any] | str, message: str) -> None:
-    source = write(tmp_path, GOOD, line)
-    before = set(tmp_path.iterdir())
-    with pytest.raises(SampleError, match=message):
-        run(source, tmp_path / "shards")
-    assert set(tmp_path.iterdir()) == before
+def test_a_row_that_cannot_be_a_sample_is_named_with_the_reason(folder: Path, row: Any, message: str) -> None:
+    (said,) = reasons("jsonl", folder, row)
+    assert "rows.json:2: " in said
+    assert message in said
 
 
-def test_a_source_without_samples_and_a_target_that_exists_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no"):
-        run(write(tmp_path, ""), tmp_path / "shards")
-    assert not (tmp_path / "shards").exists()
-    (tmp_path / "shards").mkdir()
-    with pytest.raises(DataError, match="exists already"):
-        run(write(tmp_path, GOOD), tmp_path / "shards")
-    with pytest.raises(DataError, match=r"nowhere\.jsonl cannot be read"):
-        run(tmp_path / "nowhere.jsonl", tmp_path / "other")
+def test_the_papers_rows_become_samples_by_its_own_names(tmp_path: Path, paper_formats: None) -> None:
+    rows = json.loads((FIXTURES / "openvlthinker_sample.json").read_text())
+    for shade, row in enumerate(rows):
+        path = tmp_path / "images" / row["images"][0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(shade))
+    video = {**rows[0], "data_type": "video", "images": None, "videos": ["a.mp4"]}
+    # What the validation files and OneThinker's have: NaN, and neither options nor a task type.
+    bare = {key: value for key, value in rows[0].items() if key not in ("options", "task_type")}
+    bare |= {"problem_reserved_text": float("nan")}
+    source = write_json(tmp_path / "rows.json", [*rows, video, bare])
+    assert detect(source) == "openvlthinker"
+    result = run("openvlthinker", source, tmp_path / "out", image_dir=tmp_path / "images")
+    assert result.rejected == {"video is not supported": 1}
+    samples = samples_of(tmp_path / "out")
+    assert len(samples) == len(rows) + 1
+    for sample in samples:
+        original = next(row for row in rows if row["problem_id"] == sample.extra["problem_id"])
+        assert sample.answer_format == original["problem_type"]
+        assert sample.extra["data_source"] == original["data_source"]
+        assert f"<answer>{sample.answer}</answer>" == original["answer"]
+        assert ("box_frame" in sample.extra) == (sample.answer_format == "spatial grounding")
+        options = original["options"]
+        assert sample.question.startswith(original["problem"])
+        assert sample.question.endswith("\n".join(["", "Options:", *options]) if options else original["problem"])
+        assert sample.extra.get("options", []) == options
+        assert sample.images[0].size == (8, 8)
+    onethinker = [sample for sample in samples if sample.task == "spatial grounding"]
+    assert [sample.extra["box_frame"] for sample in onethinker] == ["relative"]
+    assert {sample.task for sample in samples} == {row["task_type"] for row in rows} | {"spatial grounding"}
+
+
+def test_easyr1(folder: Path) -> None:
+    run("easyr1", write_json(folder / "rows.json", [EASYR1]), folder / "out", **GIVEN)
+    (sample,) = samples_of(folder / "out")
+    assert (sample.task, sample.question, sample.answer) == ("t", "<image>Find x.", "3")
+    assert (len(sample.images), sample.extra) == (1, {"level": 2})
+
+
+def test_verl(folder: Path) -> None:
+    run("verl", write_json(folder / "rows.json", [VERL]), folder / "out", answer_format="exact")
+    (sample,) = samples_of(folder / "out")
+    assert (sample.task, sample.question, sample.answer) == ("hiyouga/geometry3k", "<image>Find x.", "3")
+    assert len(sample.images) == 1
+    assert sample.extra == {"data_source": VERL["data_source"], "ability": "math", "extra_info": VERL["extra_info"]}
+
+
+@pytest.mark.parametrize(("name", "row"), [("llava", LLAVA), ("sharegpt", SHAREGPT), ("sharegpt", PARTS)])
+def test_a_conversation_becomes_question_response_and_reference(folder: Path, name: str, row: dict[str, Any]) -> None:
+    settings = {"answer_format": "exact"} if "task_name" in row else GIVEN
+    run(name, write_json(folder / "rows.json", [row]), folder / "out", **settings)
+    (sample,) = samples_of(folder / "out")
+    questions = {"llava": "<image>\nWhich?", "sharegpt": "<image>Which?"}
+    assert sample.question == ("See <image>." if row is PARTS else questions[name])
+    assert sample.task == ("colour" if row is PARTS else "t")
+    assert sample.response == sample.answer == "red"
+    assert len(sample.images) == 1
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+ANSWER = {"role": "assistant", "content": "red"}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("verl", {**VERL, "prompt": [SYSTEM, *VERL["prompt"]]}, "a system message; set data.system_prompt"),
+        ("verl", {**VERL, "prompt": [*VERL["prompt"], ANSWER, *VERL["prompt"]]}, "several turns"),
+        ("verl", {**VERL, "reward_model": {}}, "no field 'reward_model.ground_truth'"),
+        ("sharegpt", {"messages": [SYSTEM, *SHAREGPT["messages"]]}, "a system message; set data.system_prompt"),
+        ("sharegpt", {"messages": SHAREGPT["messages"] * 2}, "not one question and one answer"),
+        ("sharegpt", {"messages": [ANSWER]}, "not one question and one answer"),
+        ("sharegpt", {"messages": [{"role": "tool", "content": "x"}]}, "a turn of the role 'tool'"),
+        ("sharegpt", {"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "neither text nor image"),
+        ("sharegpt", {"messages": [{"role": "user", "content": 3}]}, "neither text nor a list of parts"),
+        ("sharegpt", {**PARTS, "images": ["a.png"]}, "images both in the messages and beside them"),
+        ("sharegpt", {"messages": "hello"}, "the conversation is no list of messages"),
+        ("llava", {**LLAVA, "images": ["a.png"]}, "the fields 'image' and 'images' both hold images"),
+        ("llava", {**LLAVA, "image": None}, "tags <image> are not as many as its images: 1 and 0"),
+    ],
+)
+def test_a_conversation_that_is_no_sample_is_rejected(folder: Path, name: str, row: dict, message: str) -> None:
+    (said,) = reasons(name, folder, row)
+    assert message in said
+
+
+def test_system_messages_may_be_dropped(folder: Path) -> None:
+    row = {**VERL, "prompt": [SYSTEM, *VERL["prompt"]]}
+    run("verl", write_json(folder / "rows.json", [row]), folder / "out", {"system": "drop"}, answer_format="exact")
+    assert [sample.question for sample in samples_of(folder / "out")] == ["<image>Find x."]
+
+
+def test_fields_are_mapped_by_dotted_names_and_the_rest_is_kept(folder: Path) -> None:
+    row = {"id": 7, "problem": {"text": "Which?"}, "truth": ["red"], "picture": "a.png", "a.b": "dotted", "kind": "c"}
+    mapped = ("question=problem.text", "answer=truth.0", "images=picture", "note=a.b")
+    run(
+        *("fields", write_json(folder / "rows.json", [row]), folder / "out"),
+        {"map": mapped},
+        answer_format="exact",
+        task_field="kind",
+    )
+    (sample,) = samples_of(folder / "out")
+    assert (sample.task, sample.question, sample.answer, len(sample.images)) == ("c", "Which?", "red", 1)
+    assert sample.extra == {
+        "id": 7, "problem": row["problem"], "truth": ["red"], "kind": "c", "note": "dotted",
+    }  # fmt: skip
+
+
+def test_a_mapped_field_that_a_row_lacks_rejects_it_and_wrong_maps_are_errors(folder: Path) -> None:
+    (said,) = reasons("fields", folder, {"question": "?"})
+    assert said.endswith("rows.json:2: no field 'answer': it has question")
+    source = folder / "rows.json"
+    for entries, message in ((("question",), "write FIELD=PATH"), (("a=b", "a=c"), "'a' is already 'b'")):
+        with pytest.raises(DataError, match=message):
+            run("fields", source, folder / "out2", {"map": entries})
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        *((OWN, "jsonl"), (EASYR1, "easyr1"), ({**EASYR1, "problem_type": "math"}, "openvlthinker")),
+        *((VERL, "verl"), (LLAVA, "llava"), (SHAREGPT, "sharegpt"), (PARTS, "sharegpt")),
+    ],
+)
+def test_the_importer_is_told_from_the_first_row(folder: Path, row: dict[str, Any], name: str) -> None:
+    assert detect(write_json(folder / "rows.json", [row])) == name
+
+
+def test_rows_of_two_formats_or_none_ask_for_a_choice(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"which jsonl and sharegpt read: choose with --importer jsonl"):
+        detect(write_json(folder / "rows.json", [{**OWN, **SHAREGPT}]))
+    with pytest.raises(DataError, match=r"has the fields 'foo', which no importer knows .*--map question=FIELD"):
+        detect(write_json(folder / "rows.json", [{"foo": 1}]))
+    with pytest.raises(DataError, match="holds no row that can be read"):
+        detect(write_json(folder / "rows.json", []))
+
+
+def test_images_are_read_from_paths_bytes_structs_and_data_uris() -> None:
+    data = picture()
+    uri = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    assert images_of([data, {"bytes": data, "path": "x.png"}, uri], "row") == [data] * 3
+    assert images_of({"bytes": None, "path": "x.png"}, "row") == [Path("x.png")]
+    assert images_of("file:///tmp/a%20b.png", "row") == [Path("/tmp/a b.png")]
+    assert images_of(None, "row") == images_of(float("nan"), "row") == images_of([None], "row") == []
+
+
+def test_a_path_of_dots_reaches_into_objects_and_lists() -> None:
+    record = {"a": {"b": [1, {"c": 2}]}, "a.b": 3, "n": float("nan")}
+    assert lookup(record, "a.b") == 3
+    assert lookup(record, "a.b.1.c") == 2
+    assert lookup(record, "n") is None
+    assert lookup(record, "a.b.9") is lookup(record, "x.y") is None

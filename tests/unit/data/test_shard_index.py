@@ -191,7 +191,7 @@ def test_a_path_that_is_no_dataset_says_what_to_do(tmp_path):
     with pytest.raises(DataError, match=r"holds no \.tar shards; make some of it with: megatron-g2rpo data import"):
         ShardIndex(tmp_path)
     for name in ("trian", "trian/*.tar", "x.tar"):
-        with pytest.raises(DataError, match="does not exist; .*name a directory of shards"):
+        with pytest.raises(DataError, match=r"does not exist; .*name a directory of shards"):
             ShardIndex(tmp_path / name)
 
 
