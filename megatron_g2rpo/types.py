@@ -40,15 +40,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One entry of a dataset: its fields, and its images decoded, but nothing tokenised.
+    """One entry of a dataset: its fields and images, nothing tokenised.
 
     Attributes:
         key: unique name of the sample in its dataset, ``<shard>/<sample>``; every error about it names it.
         task: task name (the one ``task_key`` that advantages, entropy and length shaping group by).
-        question: the user's text.
+        question: the user's text; each ``<image>`` in it is the place of an image, and without any, images come first.
         answer: the reference answer, in the notation of ``answer_format``.
         answer_format: name of an answer format in ``tasks`` (``exact``, ``box_iou``, ...).
-        images: RGB images, in the order in which they precede the question.
+        images: RGB images, in the order in which they are shown. Those of a shard (``data.images.EncodedImages``) are
+            decoded anew whenever one is taken; ask ``image_sizes`` for their sizes.
+        resized_sizes: width and height in pixels of each image as the model sees it; empty until the sample is encoded.
         response: a full target response for supervised training; None where the dataset has none.
         extra: all further fields of the sample's json, unchanged, such as its provenance, or values that a user's
             answer format or reward part needs.
@@ -60,8 +62,15 @@ class Sample:
     answer: str
     answer_format: str
     images: Sequence[Any] = ()
+    resized_sizes: Sequence[tuple[int, int]] = ()
     response: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def image_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Width and height in pixels of each image of the dataset, upright."""
+        sizes = getattr(self.images, "sizes", None)
+        return tuple(image.size for image in self.images) if sizes is None else sizes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from PIL import Image
 
+from megatron_g2rpo.data.chat_text import checked_messages
 from megatron_g2rpo.data.errors import DataError
+from megatron_g2rpo.data.images import read_image
 from megatron_g2rpo.data.packing import PackSequence, response_values
 from megatron_g2rpo.data.processing import ChatProcessor
-from megatron_g2rpo.data.shard_index import DECODE_ERRORS
 from megatron_g2rpo.policy.device import select, set_cpu_threads
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.recipe import Policy, Recipe
@@ -42,7 +42,7 @@ def logprobs(recipe: Recipe, source: Path, target: Path) -> int:
         The number of lines.
 
     Raises:
-        DataError: the input holds a line that cannot be used; names file and line.
+        DataError: the input holds a line that cannot be used; the message begins with file and line.
     """
     device = select(recipe.cluster.device)
     if device.kind == "cpu":
@@ -92,7 +92,11 @@ def _chunk(
 def _lines(source: Path) -> Iterator[tuple[int, str]]:
     if not source.exists():
         raise DataError(f"{source} does not exist")
-    for number, line in enumerate(source.read_text().splitlines(), start=1):
+    try:
+        text = source.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{source} cannot be read: {error}") from error
+    for number, line in enumerate(text.split("\n"), start=1):  # not at the other line ends that a text may contain
         if line.strip():
             yield number, line
 
@@ -100,31 +104,33 @@ def _lines(source: Path) -> Iterator[tuple[int, str]]:
 def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error})") from error
     if not _is_record(record):
         raise DataError(f'{where}: expected {{"prompt": [chat messages], "images": [paths], "response": "text"}}')
+    checked_messages(record["prompt"], where)
     return {**record, "where": where}
 
 
 def _is_record(record: Any) -> bool:
     if not isinstance(record, dict) or not isinstance(record.get("response"), str):
         return False
-    messages, images = record.get("prompt"), record.get("images", [])
-    if not isinstance(messages, list) or not isinstance(images, list):
-        return False
-    return all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages) and all(
-        isinstance(path, str) for path in images
+    images = record.get("images") or []
+    return (
+        isinstance(record.get("prompt"), list)
+        and isinstance(images, list)
+        and all(isinstance(path, str) and path.isprintable() for path in images)
     )
 
 
 def _sequence(processor: ChatProcessor, record: dict[str, Any], base: Path, budget: int) -> PackSequence:
     where, images = record["where"], []
-    for path in record.get("images", []):
+    for path in record.get("images") or []:
         try:
-            images.append(Image.open(base / path).convert("RGB"))
-        except DECODE_ERRORS as error:
-            raise DataError(f"{where}: image {base / path} cannot be read ({error})") from error
+            data = (base / path).read_bytes()
+        except OSError as error:
+            raise DataError(f"{where}: image {base / path} cannot be read ({error.strerror})") from error
+        images.append(read_image(data, f"{where}: image {base / path}"))
     sequence = PackSequence(
         inputs=processor.encode(record["prompt"], images, name=where),
         response_ids=processor.encode_response(record["response"], name=where),

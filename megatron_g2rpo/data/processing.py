@@ -7,8 +7,8 @@ that of the model family (``models.base.Vision.image_processor``).
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from megatron_g2rpo import models
+from megatron_g2rpo.data.chat_text import ChatText, checked_messages, joined_text
 from megatron_g2rpo.data.errors import DataError, SampleError
 from megatron_g2rpo.tasks.prompts import build_messages
 from megatron_g2rpo.tasks.response_formats import ResponseFormat
@@ -88,9 +89,7 @@ class ChatProcessor:
         self.eos_token_id: int = self.tokenizer.eos_token_id
         pad = self.tokenizer.pad_token_id
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
-        reserved = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        # Without any, a pattern that matches nothing.
-        self._reserved = re.compile("|".join(map(re.escape, sorted(reserved, key=len, reverse=True))) or "(?!)")
+        self._chat_text = ChatText(self.tokenizer)
 
     def encode(
         self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image], name: str = "prompt"
@@ -99,7 +98,7 @@ class ChatProcessor:
 
         Args:
             messages: chat messages; ``content`` is text, or a list of ``{"type": "image"}`` and
-                ``{"type": "text", "text": ...}`` parts.
+                ``{"type": "text", "text": ...}`` parts. A reserved token that a text spells is plain text.
             images: the images of the messages, in their order.
             name: name of the prompt in error messages.
 
@@ -108,15 +107,13 @@ class ChatProcessor:
             float32 ``[V, D]`` and ``image_grid_thw`` int64 ``[I, 3]``.
 
         Raises:
-            SampleError: a text contains a reserved token, there are more or fewer image parts than images, a part is a
-                video, the image processor refuses the shape of an image, or a text-only model is given an image.
+            SampleError: the messages are not of this form, there are more or fewer image parts than images, an image
+                cannot be decoded, the image processor refuses its shape, or a text-only model is given an image.
         """
-        self._refuse_reserved(messages, name)
+        turns, hidden = self._chat_text.hide(checked_messages(messages, name), name)
         pixel_values, image_grid_thw = self._encode_images(images, name)
-        text = self._render(messages, name, add_generation_prompt=True)
-        token_ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
-        if bool((token_ids == self.video_token_id).any()):
-            raise SampleError(f"{name}: contains a video part; only images can be encoded")
+        text = self._render(turns, name, add_generation_prompt=True)
+        token_ids = torch.tensor(self._chat_text.encode(text, hidden, name), dtype=torch.int64)
         is_image = token_ids == self.image_token_id
         if int(is_image.sum()) != len(images):
             raise SampleError(f"{name}: {int(is_image.sum())} image parts in the chat, but {len(images)} images")
@@ -133,11 +130,22 @@ class ChatProcessor:
             sample: what is asked.
             task_id: number of its task, see ``types.Prompt``.
 
+        Returns:
+            The prompt; its sample has ``resized_sizes``, the images' sizes in the pixels that the model sees.
+
         Raises:
-            SampleError: the sample cannot be encoded (see ``encode``); the message names it.
+            SampleError: the sample cannot be encoded (see ``encode``), or has more or fewer images than ``<image>``
+                tags in its question; the message names it.
         """
-        messages = build_messages(sample, self.system_prompt, self._instructed.get(sample.task))
-        inputs = self.encode(messages, sample.images, name=f"sample {sample.key}")
+        name = f"sample {sample.key}"
+        try:
+            messages = build_messages(sample, self.system_prompt, self._instructed.get(sample.task))
+        except ValueError as error:
+            raise SampleError(f"{name}: {error}") from error
+        inputs = self.encode(messages, sample.images, name=name)
+        if len(inputs.image_grid_thw):
+            sizes = inputs.image_grid_thw[:, [2, 1]] * self.image_processor.patch_size
+            sample = dataclasses.replace(sample, resized_sizes=tuple((w, h) for w, h in sizes.tolist()))
         return Prompt(sample=sample, inputs=inputs, task_id=task_id, response_prefix=self.response_prefix)
 
     @cached_property
@@ -156,14 +164,13 @@ class ChatProcessor:
         """Return int64 ``[R]``: the tokens of a response, followed by the end-of-turn token.
 
         Args:
-            text: the response.
+            text: the response; a reserved token that it spells is plain text.
             name: name of the response in error messages.
 
         Raises:
-            SampleError: the text contains a reserved token.
+            SampleError: the text is no valid Unicode, or the tokenizer cannot spell a reserved token as plain text.
         """
-        self._refuse_reserved([{"role": "assistant", "content": text}], name)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self._chat_text.encode_plain(text, name)
         return torch.tensor([*ids, self.eos_token_id], dtype=torch.int64)
 
     def banned_token_ids(self, vocab_size: int) -> list[int]:
@@ -188,52 +195,26 @@ class ChatProcessor:
         if not images:
             width = 3 * processor.temporal_patch_size * processor.patch_size**2
             return torch.zeros(0, width), torch.zeros(0, 3, dtype=torch.int64)
+        pictures = list(images)  # decodes those of a shard
         try:
-            features = processor(list(images), return_tensors="pt")
+            features = processor(pictures, return_tensors="pt")
         except ValueError as error:  # extreme aspect ratios
-            sizes = ", ".join(f"{image.width}x{image.height}" for image in images)
+            sizes = ", ".join(f"{image.width}x{image.height}" for image in pictures)
             raise SampleError(f"{name}: the image processor refuses an image of {sizes} pixels ({error})") from error
         return features["pixel_values"].to(torch.float32), features["image_grid_thw"].to(torch.int64)
 
     def _render(self, messages: Sequence[Mapping[str, Any]], name: str, *, add_generation_prompt: bool = False) -> str:
         # Templates of models of text join strings: Llama's fail at a list of parts, Qwen3's drop it without a word.
-        turns = list(messages) if self.image_processor is not None else [_as_text(turn, name) for turn in messages]
+        turns = list(messages) if self.image_processor is not None else [joined_text(turn, name) for turn in messages]
         return self.tokenizer.apply_chat_template(
             turns, chat_template=self._chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-
-    def _refuse_reserved(self, messages: Sequence[Mapping[str, Any]], name: str) -> None:
-        """Raise if a text contains a reserved token, which would be read as the end of a turn or as an image."""
-        for text in _texts(messages):
-            if found := self._reserved.search(text):
-                raise SampleError(f"{name}: the text contains the reserved token {found[0]}; remove it")
 
 
 def _after(start: str, text: str) -> str:
     """Return the rest of a text after the beginning that it shares with another text."""
     shared = next((i for i, (a, b) in enumerate(zip(start, text, strict=False)) if a != b), min(len(start), len(text)))
     return text[shared:]
-
-
-def _texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    texts = []
-    for message in messages:
-        content = message["content"]
-        if isinstance(content, str):
-            texts.append(content)
-        else:
-            texts.extend(part["text"] for part in content if part.get("type") == "text")
-    return texts
-
-
-def _as_text(message: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return a message with its text parts joined to one string."""
-    content = message["content"]
-    if not isinstance(content, str):
-        other = sorted({str(part.get("type")) for part in content} - {"text"})
-        if other:
-            raise SampleError(f"{name}: contains {', '.join(other)} parts, but the model reads text alone")
-    return {**message, "content": "".join(_texts([message]))}
 
 
 def _family_of(model_dir: Path) -> models.Family:

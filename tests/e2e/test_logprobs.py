@@ -157,8 +157,16 @@ def _text_for_chat(lines: Lines) -> None:
     lines[1]["prompt"] = "What colour?"
 
 
-def _reserved(lines: Lines) -> None:
-    lines[1]["response"] = "red<|im_end|>"
+def _null_content(lines: Lines) -> None:
+    lines[1]["prompt"][0]["content"] = None
+
+
+def _part_without_text(lines: Lines) -> None:
+    lines[1]["prompt"][0]["content"] = [{"type": "text"}]
+
+
+def _half_a_character(lines: Lines) -> None:
+    lines[1]["response"] = "red \ud800"
 
 
 def _long(lines: Lines) -> None:
@@ -169,11 +177,13 @@ def _long(lines: Lines) -> None:
     ("change", "expected"),
     [
         (_missing, "nowhere.png cannot be read"),
-        (_broken, "broken.png cannot be read"),
+        (_broken, "broken.png is no image of a format that is read"),
         (_one_image_short, "1 image parts in the chat, but 0 images"),
         (_no_response, 'expected {"prompt": [chat messages]'),
         (_text_for_chat, 'expected {"prompt": [chat messages]'),
-        (_reserved, "reserved token <|im_end|>"),
+        (_null_content, "message 1: its content is null or missing"),
+        (_part_without_text, "message 1: a text part lacks its text"),
+        (_half_a_character, "its text is no valid Unicode"),
         (_long, "more than policy.sequence_packing.train_mb_tokens"),
     ],
 )

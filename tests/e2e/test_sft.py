@@ -42,8 +42,8 @@ def test_a_sample_without_a_response_is_named(warm: WarmStart, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("response", "expected"),
-    [("<|im_end|>", "reserved token <|im_end|>"), ("long " * 200, "policy.max_total_sequence_length (128)")],
-    ids=["reserved", "long"],
+    [("long " * 200, "policy.max_total_sequence_length (128)")],
+    ids=["long"],
 )
 def test_a_response_that_cannot_be_trained_on_is_named(
     warm: WarmStart, tmp_path: Path, response: str, expected: str

@@ -52,6 +52,37 @@ def test_an_instruction_of_the_system_comes_after_the_system_prompt() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("question", "images", "content"),
+    [
+        ("<image>What?", 1, (None, "What?")),
+        ("<image>\nWhat?", 1, (None, "\nWhat?")),
+        ("The first image:<image> the second:<image>", 2, ("The first image:", None, " the second:", None)),
+        ("<image><image>?", 2, (None, None, "?")),
+        ("<image>", 1, (None,)),
+        ("What?", 2, (None, None, "What?")),
+        ("< image > and <IMAGE> are text", 1, (None, "< image > and <IMAGE> are text")),
+    ],
+)
+def test_an_image_stands_where_the_question_has_its_tag(question: str, images: int, content: tuple[Any, ...]) -> None:
+    sample = make_sample(question=question, images=tuple(object() for _ in range(images)))
+    assert build_messages(sample) == [turn("user", *content)]
+    instructed = build_messages(sample, None, response_formats.get("plain"))[0]["content"]
+    instruction = f"\n\n{response_formats.get('plain').instruction}"
+    if content[-1] is None:
+        assert instructed == turn("user", *content, instruction)["content"]
+    else:
+        assert instructed == turn("user", *content[:-1], content[-1] + instruction)["content"]
+
+
+@pytest.mark.parametrize(("question", "images"), [("<image>?", 0), ("<image>?", 2), ("<image> <image>", 1)])
+def test_tags_and_images_of_different_number_are_an_error_with_both(question: str, images: int) -> None:
+    sample = make_sample(question=question, images=tuple(object() for _ in range(images)))
+    tags = question.count("<image>")
+    with pytest.raises(ValueError, match=f"the question has {tags} <image> tags, but the sample {images} images"):
+        build_messages(sample)
+
+
 def test_a_format_without_an_instruction_adds_nothing() -> None:
     silent = in_system()
     silent.instruction = ""
