@@ -4,6 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
 
 from megatron_g2rpo.collectives import gather
 from megatron_g2rpo.data.errors import DataError
@@ -15,8 +19,8 @@ from megatron_g2rpo.types import Prompt
 def draw(stream: PromptStream, size: int, owned: Sequence[int], groups: ParallelGroups) -> list[Prompt]:
     """Return this data-parallel rank's part of the next ``size`` prompts, the same on all ranks of its replica.
 
-    Of a replica's ranks each decodes every ``model_size``-th prompt, and gives the others token ids and pixels as they
-    are: what a rank gets does not depend on who decoded it. A collective of the replica.
+    Of a replica's ranks each decodes every ``model_size``-th prompt, and gives the others what it made of it, bit for
+    bit: what a rank gets does not depend on who decoded it. A collective of the replica.
 
     Args:
         stream: the prompts; it advances by ``size``.
@@ -29,6 +33,25 @@ def draw(stream: PromptStream, size: int, owned: Sequence[int], groups: Parallel
     """
     if groups.model_size == 1:
         return stream.next_batch(size, owned)
-    share = owned[groups.model_rank :: groups.model_size]
-    parts = gather(lambda: stream.next_batch(size, share), groups.model, (DataError,))
-    return [parts[place % groups.model_size][place // groups.model_size] for place in range(len(owned))]
+    mine: list[Prompt] = []
+
+    def decode() -> list[tuple[Prompt, torch.Size]]:
+        mine.extend(stream.next_batch(size, owned[groups.model_rank :: groups.model_size]))
+        # Pixels are 24 bytes for each of an image's: they travel beside the pickle, without its copies.
+        return [(_with_pixels(prompt, torch.zeros(0)), prompt.inputs.pixel_values.shape) for prompt in mine]
+
+    shares = gather(decode, groups.model, (DataError,))
+    prompts = []
+    for place in range(len(owned)):
+        number, owner = divmod(place, groups.model_size)
+        prompt, shape = shares[owner][number]
+        own = owner == groups.model_rank
+        pixels = mine[number].inputs.pixel_values.contiguous() if own else torch.empty(shape)
+        if pixels.numel():
+            dist.broadcast(pixels, group=groups.model, group_src=owner)
+        prompts.append(_with_pixels(mine[number] if own else prompt, pixels))
+    return prompts
+
+
+def _with_pixels(prompt: Prompt, pixels: torch.Tensor) -> Prompt:
+    return replace(prompt, inputs=replace(prompt.inputs, pixel_values=pixels))
