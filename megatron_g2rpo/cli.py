@@ -245,7 +245,8 @@ def _loop(
 
         local, on_many = _with_local_model(recipe), _launch_needed(recipe)
         if not launch.is_launched() and _is_first():
-            directory.prepare(recipe, fresh=fresh)
+            for note in directory.prepare(recipe, fresh=fresh):
+                typer.echo(note)
         if on_many:
             launch.launch(recipe.cluster.gpus_per_node, [kind, str(path), *overrides])
             return

@@ -16,7 +16,8 @@ from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.recipe.generation_section import Generation
 from megatron_g2rpo.train.assembly import assemble
 from megatron_g2rpo.train.step.generation import generate
-from megatron_g2rpo.train.step.minibatches import check_lengths, owned_prompts, pack_evenly
+from megatron_g2rpo.train.step.minibatches import owned_prompts, pack_evenly
+from megatron_g2rpo.train.step.prompts import draw
 from megatron_g2rpo.types import Rollout
 
 
@@ -38,8 +39,7 @@ def compare(recipe: TrainRecipe, prompts: int, samples: int) -> list[str]:
     engine, policy, groups = components.engine, components.policy, components.policy.groups
     generation, budget = recipe.policy.generation, recipe.policy.sequence_packing.train_mb_tokens
     owned = owned_prompts(prompts, groups.data_rank, groups.data_size)
-    chosen = components.stream.next_batch(prompts, owned)
-    check_lengths(recipe.policy, chosen)
+    chosen = draw(components.stream, prompts, owned, groups)
     engine.load_weights(policy.source())
     rollouts = generate(
         engine,

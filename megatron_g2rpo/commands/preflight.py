@@ -16,7 +16,7 @@ from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.commands.model_dir import local_model_dir
 from megatron_g2rpo.data.dataset import open_dataset
 from megatron_g2rpo.data.errors import DataError
-from megatron_g2rpo.data.shard_index import ShardIndex
+from megatron_g2rpo.data.mixture import Mixture
 from megatron_g2rpo.policy.layouts.layout import LayoutError, check_model_dir, layout_of
 from megatron_g2rpo.recipe import Examined, Recipe, RecipeError, SftRecipe, TrainRecipe
 from megatron_g2rpo.recipe.errors import Fault
@@ -79,17 +79,23 @@ def _model(examined: Examined, download: bool) -> Iterator[Fault]:
 
 
 def _data(examined: Examined) -> Iterator[Fault]:
+    recipe = examined.recipe
     for part in ("train", "validation"):
-        path = _value(examined, "data", part, "path")
-        if not isinstance(path, str) or not path:
-            continue
-        try:
-            if examined.recipe is None:
-                ShardIndex(path)
-            else:
-                open_dataset(path, examined.recipe.env)
-        except DataError as error:
-            yield Fault(f"data.{part}.path", f"data.{part}.path: {error}")
+        key, listed, indices = f"data.{part}.path", _value(examined, "data", part, "path"), []
+        entries = listed if isinstance(listed, list) else [listed]
+        for entry in entries:
+            path = entry.get("path") if isinstance(entry, dict) else entry
+            if not isinstance(path, str) or not path:
+                continue  # the recipe's own fault, or no dataset at all
+            try:
+                indices.append(open_dataset(path, None if recipe is None else recipe.env))
+            except DataError as error:
+                yield Fault(key, f"{key}: {error}")
+        if len(indices) == len(entries):
+            try:
+                Mixture(indices)
+            except DataError as error:
+                yield Fault(key, f"{key}: {error}")
 
 
 def _value(examined: Examined, *keys: str) -> Any:

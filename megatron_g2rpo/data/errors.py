@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors of a dataset as a whole, and of one sample."""
 
+UNREADABLE = "unreadable"
+
 
 class DataError(ValueError):
     """A dataset cannot be used, because of a shard, the index, a task or a setting; the message says what to do."""
@@ -10,4 +12,15 @@ class SampleError(DataError):
     """One sample cannot be used, such as one with a broken image or json; the message names shard and sample.
 
     It is the only data error that ``data.on_bad_sample: skip`` counts instead of raising.
+
+    Args:
+        message: what is wrong, and what to do.
+        reason: kind of the fault in one word, under which skipped samples are counted: ``too_long``, ``reference``, ...
+
+    Attributes:
+        reason: see the argument.
     """
+
+    def __init__(self, message: str, reason: str = UNREADABLE) -> None:
+        super().__init__(message)
+        self.reason = reason

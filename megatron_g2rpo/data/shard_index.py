@@ -103,6 +103,11 @@ class ShardIndex:
     def __len__(self) -> int:
         return sum(len(entries) for entries in self._entries.values())
 
+    @property
+    def checksums(self) -> Mapping[str, str]:
+        """File name of each shard in use -> the sha256 that the index recorded, hex digits."""
+        return dict(self._sha256)
+
     def entries(self, task: str) -> Sequence[Entry]:
         """Return the entries of one task's samples, in the order of the shards.
 

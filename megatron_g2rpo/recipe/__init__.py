@@ -8,7 +8,7 @@ recipe defines; ``dump`` writes a recipe out in full. Attribute names are the YA
 from megatron_g2rpo.recipe.env_section import Env, Task, Trapezoid
 from megatron_g2rpo.recipe.errors import RecipeError
 from megatron_g2rpo.recipe.generation_section import VllmServerConfig
-from megatron_g2rpo.recipe.identity import describe_layout, dump, fingerprint, identity
+from megatron_g2rpo.recipe.identity import describe_layout, dump, fingerprint, flatten, identity, may_change, settings
 from megatron_g2rpo.recipe.layers import EXEMPLARS
 from megatron_g2rpo.recipe.load import Examined, examine, listed, load
 from megatron_g2rpo.recipe.policy_section import (
@@ -40,7 +40,10 @@ __all__ = [
     "dump",
     "examine",
     "fingerprint",
+    "flatten",
     "identity",
     "listed",
     "load",
+    "may_change",
+    "settings",
 ]

@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
+from megatron_g2rpo.recipe.keys import dotted, quoted, split
+
 
 class RecipeError(ValueError):
     """A recipe that cannot be used; the message names the file, the key and what to do."""
@@ -35,9 +37,10 @@ def find_origin(origins: Mapping[str, Origin], key: str) -> Origin | None:
     if key in origins:
         return origins[key]
     below = next((origin for known, origin in origins.items() if known.startswith(f"{key}.")), None)
-    if below is not None or "." not in key:
+    *around, _ = split(key)
+    if below is not None or not around:
         return below
-    return find_origin(origins, key.rpartition(".")[0])
+    return find_origin(origins, dotted(*around))
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Fault:
             error: pydantic's error.
             where: dotted key of the section that was validated; empty for the whole recipe.
         """
-        key = ".".join([*([where] if where else []), *map(str, error["loc"])])
+        key = ".".join([*([where] if where else []), *map(quoted, map(str, error["loc"]))])
         return cls(key, f"'{key}': {error['msg']}, got {shown(error['input'])}")
 
     def located(self, origins: Mapping[str, Origin]) -> str:

@@ -9,25 +9,37 @@ from typing import Any
 
 import yaml
 
+from megatron_g2rpo.recipe.keys import quoted
 from megatron_g2rpo.recipe.policy_section import DistributedDataParallelConfig, MegatronConfig
 from megatron_g2rpo.recipe.schema import Recipe, TrainRecipe
 
 # Keys that may change between a run and its continuation: they move work over machines, memory or disk, or decide when
-# something is looked at or ends, and leave what is learned as it is (up to the rounding of another order of sums).
+# something is looked at or ends, and leave what was learned so far as it is (up to the rounding of another order of
+# sums). Some change what is learned from there on, such as the pixels of an image: they are what the error about a
+# sample advises. `train.run.directory` says which keys a continuation has changed.
 NOT_IDENTITY = (
     "imports",
     "cluster",
     "logger",
     "checkpointing",
+    "data.on_bad_sample",
+    # Where the data is; what is in it is known to the position of the stream (data/stream.py).
+    "data.train.path",
+    "data.validation",
+    "data.max_pixels",
+    "data.min_pixels",
     "grpo.max_num_steps",
+    "grpo.max_val_samples",
     "grpo.val_period",
     "grpo.val_at_start",
     "grpo.val_at_end",
     "grpo.task_gradient_period",
     "sft.max_num_steps",
+    "sft.max_val_samples",
     "sft.val_period",
     "sft.val_at_start",
     "sft.val_at_end",
+    "policy.max_total_sequence_length",
     "policy.logprob_chunk_size",
     "policy.sequence_packing",
     "policy.generation.batch_size",
@@ -51,6 +63,9 @@ NOT_IDENTITY = (
     "policy.megatron_cfg.distributed_data_parallel_config.use_distributed_optimizer",
 )
 
+# All keys that begin so: how validation samples.
+_NOT_IDENTITY_PREFIXES = ("policy.generation.val_",)
+
 _SECTIONS = ("imports", "grpo", "sft", "loss_fn", "checkpointing", "policy", "data", "env", "logger", "cluster")
 
 
@@ -66,13 +81,18 @@ def identity(recipe: Recipe) -> dict[str, Any]:
 
     The number of steps is among them only where the learning rate decays towards the last step.
     """
-    flat = _flatten(recipe.model_dump(mode="json"), "")
-    kept = {key: value for key, value in flat.items() if not _is_excluded(key)}
+    flat = settings(recipe)
+    kept = {key: value for key, value in flat.items() if not may_change(key)}
     scheduler = recipe.policy.megatron_cfg.scheduler
     if scheduler.lr_decay_style != "constant" and scheduler.lr_decay_steps is None:
         last_step = "grpo.max_num_steps" if isinstance(recipe, TrainRecipe) else "sft.max_num_steps"
         kept[last_step] = flat[last_step]
     return kept
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """Return dotted key -> value of every key of a recipe."""
+    return flatten(recipe.model_dump(mode="json"))
 
 
 def fingerprint(recipe: Recipe) -> str:
@@ -144,15 +164,18 @@ def _optimizer(ddp: DistributedDataParallelConfig) -> str:
     return "; ".join([f"optimizer: {where}", *overlaps])
 
 
-def _is_excluded(key: str) -> bool:
-    return any(key == excluded or key.startswith(f"{excluded}.") for excluded in NOT_IDENTITY)
+def may_change(key: str) -> bool:
+    """Return whether a dotted key is no part of the identity, whatever else the recipe says."""
+    excluded = any(key == excluded or key.startswith(f"{excluded}.") for excluded in NOT_IDENTITY)
+    return excluded or key.startswith(_NOT_IDENTITY_PREFIXES)
 
 
-def _flatten(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted key -> value of nested mappings; an empty mapping is a value."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{quoted(key)}."))
         else:
-            flat[f"{prefix}{key}"] = value
+            flat[f"{prefix}{quoted(key)}"] = value
     return flat

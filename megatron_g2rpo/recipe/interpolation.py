@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interpolation: ``${section.key}``, ``${.sibling}``, ``${oc.env:NAME}`` and NeMo-RL's arithmetic, ``${mul:a,b}``."""
+"""Interpolation: ``${section.key}``, ``${.sibling}``, ``${oc.env:NAME}`` and NeMo-RL's arithmetic, ``${mul:a,b}``.
+
+A part of a key that has a dot or a blank stands in quotes, as on the command line: ``${env.tasks."v1.0".length}``.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from megatron_g2rpo.recipe.errors import Origin, RecipeError, find_origin
+from megatron_g2rpo.recipe.keys import split
 
 Number = int | float
 
@@ -45,6 +49,37 @@ _RESOLVERS: dict[str, Callable[[Number, Number], Number]] = {
 }
 
 
+# OmegaConf's grammar has no quotes within keys: such a reference becomes a call of this resolver.
+_AT = "at_key"
+_QUOTED_KEY = re.compile(r"""\$\{([^${}:,.\s]+(?:\.(?:"[^"{}]+"|'[^'{}]+'|[^${}:,.\s"']+))+)\}""")
+
+
+def _bracketed(value: Any) -> Any:
+    """Return a tree in which references with quoted parts are calls of the resolver ``at_key``."""
+    if isinstance(value, dict):
+        return {key: _bracketed(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_bracketed(each) for each in value]
+    if isinstance(value, str) and ('"' in value or "'" in value):
+        return _QUOTED_KEY.sub(_as_call, value)
+    return value
+
+
+def _as_call(found: re.Match[str]) -> str:
+    key = found[1]
+    if '"' not in key and "'" not in key:
+        return found[0]
+    first, *others = split(key)
+    return f"${{{_AT}:'{first}{''.join(f'[{part}]' for part in others)}'}}"
+
+
+def _at_key(key: str, *, _root_: Any) -> Any:
+    found = OmegaConf.select(_root_, key, default=_AT)
+    if isinstance(found, str) and found == _AT:
+        raise KeyError(f"the interpolation names no key: {key}")
+    return found
+
+
 def resolve(tree: dict[str, Any], origins: Mapping[str, Origin]) -> dict[str, Any]:
     """Replace every interpolation by its value.
 
@@ -55,11 +90,14 @@ def resolve(tree: dict[str, Any], origins: Mapping[str, Origin]) -> dict[str, An
         # OmegaConf's registry is global to the process: another library may hold the same names.
         # "error": `${mul:abc,2}` is a mistake, not "abcabc".
         OmegaConf.register_resolver(name, function, replace=True, annotation_validation="error")
+    OmegaConf.register_resolver(_AT, _at_key, replace=True)
     try:
-        resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True, throw_on_missing=True)
+        resolved = OmegaConf.to_container(OmegaConf.create(_bracketed(tree)), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = re.sub(r"\[(\d+)\]", r".\1", str(error.full_key or ""))
-        where = find_origin(origins, key)
+        # OmegaConf writes no quotes.
+        quoted = {".".join(split(known)): known for known in origins if '"' in known or "'" in known}
+        where = find_origin(origins, quoted.get(key, key))
         if isinstance(error, MissingMandatoryValue):
             problem = "must be given: it is ??? in the recipe"
         else:

@@ -1,14 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The valid keys of a recipe, and the valid key that is nearest to a wrong one."""
+"""Dotted keys: written, split, the valid ones of a recipe, and the valid one that is nearest to a wrong one.
+
+A part of a key that holds a dot, such as a task's name, stands in quotes: ``env.tasks."mathvista_v1.0".length``.
+"""
 
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from megatron_g2rpo.recipe.base import Section
+
+# A part in quotes, or without what would make it end elsewhere or be read as an option of the command line.
+PART = r"""(?:"[^"]+"|'[^']+'|[^\s."'=\-][^\s."'=]*)"""
+KEY = re.compile(rf"{PART}(?:\.{PART})*")
+_PART = re.compile(r"""(?:"[^"]+"|'[^']+')(?=\.|$)|[^.]+""")
+
+
+def dotted(*parts: str | int) -> str:
+    """Return the parts as one dotted key, with quotes around those that hold a dot or a quote."""
+    return ".".join(quoted(str(part)) for part in parts)
+
+
+def quoted(part: str) -> str:
+    """Return one part of a key in the form that it has in a dotted key."""
+    if "." not in part and '"' not in part:
+        return part
+    return f'"{part}"' if '"' not in part else f"'{part}'"
+
+
+def split(key: str) -> list[str]:
+    """Return the parts of a dotted key, without quotes: the inverse of ``dotted``."""
+    parts = _PART.findall(key)
+    return [part[1:-1] if len(part) > 2 and part[0] == part[-1] and part[0] in "\"'" else part for part in parts]
+
+
+def is_text(recipe: type[Section], path: Sequence[str]) -> bool:
+    """Return whether the value of a key is text, or text or null, and nothing else."""
+    *around, name = path
+    section = _section_at(recipe, around)
+    field = section.model_fields.get(name) if section is not None else None
+    return field is not None and _is_text(field.annotation)
+
+
+def _is_text(annotation: Any) -> bool:
+    if get_origin(annotation) is Annotated:
+        return _is_text(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        arguments = [argument for argument in get_args(annotation) if argument is not type(None)]
+        return bool(arguments) and all(_is_text(argument) for argument in arguments)
+    return annotation is str
 
 
 def dotted_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
@@ -36,13 +80,13 @@ def nearest_key(recipe: type[Section], path: Sequence[str]) -> str:
     siblings = list(section.model_fields) if section is not None else []
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     if close:
-        return ".".join([*around, *close])
+        return dotted(*around, *close)
     everywhere = list(dotted_keys(recipe))
     names = {key.rpartition(".")[2]: key for key in reversed(everywhere)}
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
     if close:
         return names[close[0]]
-    return difflib.get_close_matches(".".join(path), everywhere, n=1, cutoff=0.0)[0]
+    return difflib.get_close_matches(dotted(*path), everywhere, n=1, cutoff=0.0)[0]
 
 
 def _section_at(section: type[Section], path: Sequence[str]) -> type[Section] | None:

@@ -10,21 +10,20 @@ which add up. A mapping that holds ``_override_: true`` replaces the inherited o
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_g2rpo.recipe import imports
 from megatron_g2rpo.recipe.errors import Origin, RecipeError
+from megatron_g2rpo.recipe.keys import KEY, is_text, quoted, split
+from megatron_g2rpo.recipe.schema import SftRecipe, TrainRecipe
 from megatron_g2rpo.recipe.source import Document, read_document, read_value
 
 DEFAULTS = "defaults"
 REPLACE = "_override_"
 # Complete recipes, shipped with the package: they hold every key, and recipes anywhere inherit from them by name.
 EXEMPLARS = Path(__file__).parent / "exemplars"
-
-_KEY = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*")
 
 
 def load_layers(path: Path, overrides: Sequence[str] = ()) -> Document:
@@ -111,7 +110,7 @@ def _merge(
     for key, value in top.items():
         if key == REPLACE:
             continue
-        dotted = f"{prefix}{key}"
+        dotted = f"{prefix}{quoted(key)}"
         if isinstance(value, dict):
             below = merged.get(key)
             merged[key] = _merge(below if isinstance(below, dict) else {}, value, f"{dotted}.", origins, top_origins)
@@ -127,18 +126,25 @@ def _forget(origins: dict[str, Origin], prefix: str) -> None:
 
 
 def parse_override(text: str) -> Document:
-    """Parse an override ``a.b=value`` into a document of its own; the value is typed as YAML.
+    """Parse an override ``a.b=value`` into a document of its own; the value is typed as YAML, or text where it must be.
 
     Raises:
         RecipeError: the text has no ``=`` or no dotted key, or the value is empty or not YAML.
     """
-    key, equals, value = text.partition("=")
+    found = KEY.match(text)
+    key, rest = (found.group(), text[found.end() :]) if found else ("", text)
     if text[:1] in ("+", "~"):
         raise RecipeError(f"override '{text}': write key=value without '+' or '~'; every key exists in the exemplar")
-    if not equals or not _KEY.fullmatch(key):
-        raise RecipeError(f"override '{text}': expected key=value with a dotted key, such as grpo.max_num_steps=10")
+    if not key or not rest.startswith("="):
+        raise RecipeError(
+            f"override '{text}': expected key=value with a dotted key, such as grpo.max_num_steps=10; a name with a dot "
+            "or a blank stands in quotes, 'env.tasks.\"my data\".length=null'"
+        )
+    value = rest[1:]
     if not value.strip():
         raise RecipeError(f"override '{text}': no value given; write {key}=null or {key}='\"\"' if you mean that")
-    document = read_value(value, key, text)
+    # Of a key that both kinds of recipe have, both say the same.
+    path = split(key)
+    document = read_value(value, key, text, is_text=is_text(TrainRecipe, path) or is_text(SftRecipe, path))
     _locate_imports(document, Path.cwd())
     return document

@@ -15,9 +15,10 @@ from megatron_g2rpo.recipe.env_section import complete_tasks
 from megatron_g2rpo.recipe.errors import Fault, Origin, RecipeError, find_origin, shown
 from megatron_g2rpo.recipe.imports import IMPORTS, import_all
 from megatron_g2rpo.recipe.interpolation import resolve
-from megatron_g2rpo.recipe.keys import nearest_key
+from megatron_g2rpo.recipe.keys import dotted, nearest_key
 from megatron_g2rpo.recipe.layers import load_layers
 from megatron_g2rpo.recipe.names import check_names
+from megatron_g2rpo.recipe.paths import expand_paths
 from megatron_g2rpo.recipe.schema import Recipe, SftRecipe, TrainRecipe
 from megatron_g2rpo.recipe.source import Document
 
@@ -75,12 +76,12 @@ def examine(path: str | Path, overrides: Sequence[str], kind: Literal["train", "
     _refuse_other_kind(document, kind, path)
     import_all(document.tree.get(IMPORTS, []), document.origins.get(IMPORTS))
     tree = complete_tasks(resolve(document.tree, document.origins))
-    faults = [fault.located(document.origins) for fault in check_names(tree)]
+    faults = [fault.located(document.origins) for fault in (*expand_paths(tree), *check_names(tree))]
     model, recipe = _KINDS[kind], None
     try:
         recipe = model.model_validate(tree)
     except ValidationError as error:
-        faults += [_describe(fault, model, document.origins) for fault in error.errors(include_url=False)]
+        faults += [_describe(fault, model, document) for fault in error.errors(include_url=False)]
     return Examined(None if faults else recipe, tree, document.origins, tuple(faults))
 
 
@@ -99,9 +100,10 @@ def _refuse_other_kind(document: Document, kind: str, path: str | Path) -> None:
             raise RecipeError(f"{where}: recipe {path} has a section '{section}': it is for {other}, not for {kind}")
 
 
-def _describe(fault: ErrorDetails, recipe: type[TrainRecipe] | type[SftRecipe], origins: Mapping[str, Origin]) -> str:
+def _describe(fault: ErrorDetails, recipe: type[TrainRecipe] | type[SftRecipe], document: Document) -> str:
+    origins = document.origins
     path = [str(part) for part in fault["loc"]]
-    key, context = ".".join(path), fault.get("ctx", {})
+    key, context = dotted(*path), fault.get("ctx", {})
     if fault["type"] == "conflict":
         prefix = f"{key}." if key else ""
         named = [(f"{prefix}{name}", find_origin(origins, f"{prefix}{name}")) for name in context["keys"]]
@@ -109,10 +111,22 @@ def _describe(fault: ErrorDetails, recipe: type[TrainRecipe] | type[SftRecipe], 
         return f"{context['message']}; set by {where}"
     where = find_origin(origins, key)
     start = f"{where}: " if where else ""
+    if fault["type"] == "extra_forbidden" and "." in path[-1]:
+        return f"{start}key {key} has a dot; nest the keys, one mapping per level"
     if fault["type"] == "extra_forbidden":
         return f"{start}unknown key '{key}'; nearest valid key: {nearest_key(recipe, path)}"
     if fault["type"] == "missing":
         return f"{start}missing key '{key}'"
     if fault["type"] in _NOT_A_MAPPING:
         return f"{start}'{key}' must be a mapping of keys, got {shown(fault['input'])}"
-    return Fault.of(fault).located(origins)
+    return Fault.of(fault).located(origins) + _hint(fault, document.tree)
+
+
+def _hint(fault: ErrorDetails, tree: Mapping[str, Any]) -> str:
+    """What to do about a number or a truth value that an environment variable gives as text."""
+    written: Any = tree
+    for part in fault["loc"]:
+        written = written.get(part) if isinstance(written, dict) else None
+    if not isinstance(written, str) or "oc.env" not in written or not isinstance(fault["input"], str):
+        return ""
+    return f"; an environment variable is text: write ${{oc.decode:{written}}}"

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_g2rpo import registry
 from megatron_g2rpo.recipe.errors import Fault
 from megatron_g2rpo.recipe.grpo_section import AdvEstimator
+from megatron_g2rpo.recipe.keys import dotted, quoted
 from megatron_g2rpo.recipe.loss_section import LossFn
 from megatron_g2rpo.recipe.named import checked_options, complete, unknown
 from megatron_g2rpo.registry import Registry
@@ -92,7 +93,7 @@ def _tasks(env: dict[str, Any]) -> Iterator[Fault]:
     yield from _weights(env, "env")
     named = {"env.default_task": _mapping(env, "default_task")}
     tasks = _mapping(env, "tasks")
-    named |= {f"env.tasks.{task}": settings for task in tasks if (settings := _mapping(tasks, task))}
+    named |= {dotted("env", "tasks", task): settings for task in tasks if (settings := _mapping(tasks, task))}
     said: list[Any] = []  # no set: a wrong value may be a list
     for where, task in named.items():
         for key, kind in (("answer_format", registry.answer_formats), ("response_format", registry.response_formats)):
@@ -106,7 +107,7 @@ def _tasks(env: dict[str, Any]) -> Iterator[Fault]:
 
 def _weights(section: dict[str, Any], where: str) -> Iterator[Fault]:
     for name in _mapping(section, "reward_weights"):
-        yield from _known(registry.reward_parts, name, f"{where}.reward_weights.{name}")
+        yield from _known(registry.reward_parts, name, f"{where}.reward_weights.{quoted(str(name))}")
 
 
 def _known(kind: Registry[Any], name: Any, where: str) -> Iterator[Fault]:

@@ -12,6 +12,7 @@ from megatron_g2rpo.recipe.base import Section, conflict
 from megatron_g2rpo.recipe.data_section import Data
 from megatron_g2rpo.recipe.env_section import Env
 from megatron_g2rpo.recipe.grpo_section import Grpo, Sft
+from megatron_g2rpo.recipe.keys import dotted
 from megatron_g2rpo.recipe.loss_section import LossFn
 from megatron_g2rpo.recipe.policy_section import Policy
 from megatron_g2rpo.recipe.run_sections import Checkpointing, Cluster, Logger
@@ -43,10 +44,22 @@ class _Common(Section):
         """Number of copies of the model."""
         return self.world_size // self.policy.megatron_cfg.model_parallel_size
 
-    def _check(self, max_num_optimizer_steps: int) -> None:
+    def _check(self, loop: Grpo | Sft, section: str, max_num_optimizer_steps: int) -> None:
         self._check_layout()
         self._check_tasks()
         self._check_schedule(max_num_optimizer_steps)
+        self._check_validation(loop, section)
+
+    def _check_validation(self, loop: Grpo | Sft, section: str) -> None:
+        asked = [name for name in ("val_period", "val_at_start", "val_at_end") if getattr(loop, name)]
+        if self.data.validation is None and asked:
+            keys = [f"{section}.{name}" for name in asked]
+            raise conflict(
+                f"there is no data to validate on: name it in data.validation.path, or set {', '.join(keys)} to 0 or "
+                "false",
+                "data.validation",
+                *keys,
+            )
 
     def _check_layout(self) -> None:
         megatron = self.policy.megatron_cfg
@@ -66,7 +79,7 @@ class _Common(Section):
         for task in self.data.task_weights:
             if task not in self.env.tasks:
                 near = difflib.get_close_matches(task, tasks, n=1, cutoff=0.0)[0]
-                raise conflict(f"'{task}' is not a task of env.tasks (nearest: {near})", f"data.task_weights.{task}")
+                raise conflict(f"'{task}' is not a task of env.tasks (nearest: {near})", dotted("data", "task_weights", task))
         if not any(self.data.task_weights.get(task, 1.0) for task in tasks):
             raise conflict("every task has weight 0: there is nothing to draw", "data.task_weights")
         longest = self.policy.generation.max_new_tokens
@@ -75,7 +88,7 @@ class _Common(Section):
                 raise conflict(
                     f"no response of {task} can earn the full length reward: it begins at "
                     f"{settings.length.peak_start} tokens, a response has at most {longest}",
-                    f"env.tasks.{task}.length.peak_start",
+                    dotted("env", "tasks", task, "length", "peak_start"),
                     "policy.generation.max_new_tokens",
                 )
 
@@ -140,11 +153,11 @@ class TrainRecipe(_Common):
             )
         self._check_parts()
         self._check_groups(self.grpo.num_generations_per_prompt)
-        self._check(self.grpo.max_num_steps * self.num_updates_per_step)
+        self._check(self.grpo, "grpo", self.grpo.max_num_steps * self.num_updates_per_step)
         return self
 
     def _check_parts(self) -> None:
-        by_task = {f"env.tasks.{task}.reward_weights": self.env.tasks[task].reward_weights for task in self.env.tasks}
+        by_task = {dotted("env", "tasks", task, "reward_weights"): self.env.tasks[task].reward_weights for task in self.env.tasks}
         weights = {"env.reward_weights": self.env.reward_weights, **by_task}
         weighed = [f"{key}.overlong" for key, parts in weights.items() if "overlong" in parts]
         if self.grpo.overlong == "penalise" and weighed:
@@ -171,7 +184,7 @@ class SftRecipe(_Common):
 
     @model_validator(mode="after")
     def _between_sections(self) -> SftRecipe:
-        self._check(self.sft.max_num_steps)
+        self._check(self.sft, "sft", self.sft.max_num_steps)
         return self
 
 

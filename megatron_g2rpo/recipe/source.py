@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from megatron_g2rpo.recipe.errors import Origin, RecipeError
+from megatron_g2rpo.recipe.keys import dotted, quoted, split
 
 # Without this, YAML 1.1 reads `1e-6` as a string: it wants a dot in every float.
 _FLOAT = re.compile(
@@ -21,6 +22,9 @@ _FLOAT = re.compile(
            | \.(?:nan|NaN|NAN) )$""",
     re.VERBOSE,
 )
+
+
+_NULL = ("null", "Null", "NULL", "~")
 
 
 class _Loader(yaml.SafeLoader):
@@ -67,20 +71,24 @@ def read_document(path: Path) -> Document:
     return Document(tree, reader.origins)
 
 
-def read_value(text: str, key: str, source: str) -> Document:
+def read_value(text: str, key: str, source: str, *, is_text: bool = False) -> Document:
     """Read a command-line value by the rules of YAML files: ``3``, ``1e-6``, ``null``, ``[a, b]``, ``{low: 0.2}``.
 
     Args:
         text: text of the value.
         key: dotted key that the value is for.
         source: the override as it was typed, for errors.
+        is_text: whether the key takes nothing but text (or null). What is neither in quotes nor in brackets is then
+            taken as it stands: ``Answer: yes or no`` is no mapping.
 
     Raises:
         RecipeError: the value is not YAML.
     """
+    key = dotted(*split(key))
     reader = _Reader(text, source, has_lines=False)
-    tree = reader.read(f"{key}.")
-    for part in reversed(key.split(".")):
+    stands = is_text and text.strip()[:1] not in ("'", '"', "[", "{") and text.strip() not in _NULL
+    tree = text.strip() if stands else reader.read(f"{key}.")
+    for part in reversed(split(key)):
         tree = {part: tree}
     return Document(tree, {key: Origin(source), **reader.origins})
 
@@ -122,10 +130,8 @@ class _Reader:
             key = loader.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise RecipeError(f"{origin}: key {key!r} is not text; write it in quotes")
-            if "." in key:
-                raise RecipeError(f"{origin}: key '{key}' has a dot; nest the keys, one mapping per level")
-            self.origins[f"{prefix}{key}"] = origin
-            tree[key] = self._value(loader, value_node, f"{prefix}{key}.", (*around, node))
+            self.origins[f"{prefix}{quoted(key)}"] = origin
+            tree[key] = self._value(loader, value_node, f"{prefix}{quoted(key)}.", (*around, node))
         return tree
 
     def _refuse_repeated_keys(self, node: yaml.MappingNode) -> None:

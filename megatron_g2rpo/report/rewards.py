@@ -53,7 +53,13 @@ def changes(lines: list[dict[str, float]], metric: str) -> list[Change]:
     if len(validations) < 2:
         raise ReportError("the run has fewer than two validations: nothing to compare (grpo.val_at_start, val_at_end)")
     first, last = validations[0], validations[-1]
-    tasks = [key.split("/")[1] for key in first if key.startswith(PREFIX) and key.endswith(f"/{metric}")]
+    # A task's name may have slashes of its own.
+    ends = (PREFIX, f"/{metric}")
+    tasks = [
+        key.removeprefix(ends[0]).removesuffix(ends[1])
+        for key in first
+        if key.startswith(ends[0]) and key.endswith(ends[1])
+    ]
     rows = [Change(task, first[f"{PREFIX}{task}/{metric}"], last[f"{PREFIX}{task}/{metric}"]) for task in tasks]
     return [*rows, Change(MEAN, first[f"{PREFIX}mean_{metric}"], last[f"{PREFIX}mean_{metric}"])]
 
@@ -64,7 +70,10 @@ def text_only_accuracy(run: Path) -> dict[str, float]:
     The card is ``card.json`` in the folder above the validation shards: ``{"text_only_accuracy": {task: number}}``.
     """
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    card = Path(recipe["data"]["validation"]["path"]).parent / "card.json"
+    path = (recipe["data"]["validation"] or {}).get("path")
+    if not isinstance(path, str):  # none, or several datasets, of which each has a card of its own
+        return {}
+    card = Path(path).parent / "card.json"
     return json.loads(card.read_text()).get("text_only_accuracy", {}) if card.exists() else {}
 
 

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import AutoConfig
 
-from megatron_g2rpo.data.dataset import open_dataset
+from megatron_g2rpo.data import checks
+from megatron_g2rpo.data.dataset import open_datasets
+from megatron_g2rpo.data.errors import DataError, SampleError
+from megatron_g2rpo.data.mixture import Mixture
 from megatron_g2rpo.data.packing import Packer
 from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.data.stream import PromptStream, number_tasks, validation_prompts
@@ -35,7 +39,8 @@ class Components:
         packer: packs sequences into micro-batches.
         engine: turns prompts into rollouts.
         stream: the training prompts.
-        validation: the held-out prompts that this rank answers.
+        validation: the held-out prompts that this rank answers; empty on every rank where ``data.validation`` is null.
+        left_out: reason -> number of held-out samples, of all ranks, that cannot be used (``on_bad_sample: skip``).
         tasks: task names in the order of their ids, which is sorted.
         history: what the advantage estimator remembers of earlier steps.
         reference: the policy as it was before the run, where the loss or the reward measures the distance from it.
@@ -48,6 +53,7 @@ class Components:
     engine: engines.Engine
     stream: PromptStream
     validation: list[Prompt]
+    left_out: Mapping[str, int]
     tasks: tuple[str, ...]
     history: History
     reference: ReferencePolicy | None
@@ -57,7 +63,7 @@ def assemble(recipe: Recipe) -> Components:
     """Build everything a loop needs. Cheap checks come first: data and layout errors appear before weights are read.
 
     Raises:
-        DataError: the data cannot be used, see ``open_dataset`` and ``PromptStream``.
+        DataError: the data cannot be used, see ``open_datasets`` and ``PromptStream``; or no held-out sample can.
         LayoutError: the model cannot be split as the recipe asks.
         CheckpointError: the weights of ``policy.model_name`` do not fit its config.
         ValueError: the engine cannot be built, see ``rollout.base``.
@@ -75,8 +81,8 @@ def assemble(recipe: Recipe) -> Components:
         data.system_prompt,
         response_formats.by_task(recipe.env, data.response_format) if data.format_instruction else None,
     )
-    train_index = open_dataset(data.train.path, recipe.env)
-    validation_index = open_dataset(data.validation.path, recipe.env)
+    train_data = open_datasets(data.train, recipe.env)
+    held_out = None if data.validation is None else open_datasets(data.validation, recipe.env)
     vocab_size = (
         AutoConfig.from_pretrained(recipe.policy.model_name, local_files_only=True).get_text_config().vocab_size
     )
@@ -87,14 +93,15 @@ def assemble(recipe: Recipe) -> Components:
     )
     task_ids = number_tasks(recipe.env.tasks)
     stream = PromptStream(
-        train_index,
+        train_data,
         data.task_weights,
         loop.seed,
         processor,
         data.on_bad_sample,
-        need_response=not isinstance(recipe, TrainRecipe),
+        checks=_training_checks(recipe, processor),
         task_ids=task_ids,
     )
+    validation, left_out = _validation(recipe, held_out, processor, task_ids)
     return Components(
         device=device,
         processor=processor,
@@ -102,19 +109,54 @@ def assemble(recipe: Recipe) -> Components:
         packer=packer_for(processor, policy.layout),
         engine=engine_for(recipe.policy, processor, device, banned),
         stream=stream,
-        validation=validation_prompts(
-            validation_index,
-            loop.max_val_samples,
-            processor,
-            data.on_bad_sample,
-            rows=slice(torch.distributed.get_rank(), None, torch.distributed.get_world_size()),
-            task_ids=task_ids,
-        ),
+        validation=validation,
+        left_out=left_out,
         tasks=tuple(task_ids),
         history=History(),
         # Now, before the run's newest checkpoint is read.
         reference=ReferencePolicy(policy) if _needs_reference(recipe) else None,
     )
+
+
+def _training_checks(recipe: Recipe, processor: ChatProcessor) -> list[checks.Check]:
+    if isinstance(recipe, TrainRecipe):
+        return _answered_checks(recipe)
+    return [checks.response_fits(processor, recipe.policy.max_total_sequence_length)]
+
+
+def _answered_checks(recipe: Recipe) -> list[checks.Check]:
+    """What a prompt that the policy answers must hold."""
+    readable = checks.reference_is_readable(checks.scored_formats(recipe.env))
+    return [checks.prompt_fits(recipe.policy), readable]
+
+
+def _validation(
+    recipe: Recipe, held_out: Mixture | None, processor: ChatProcessor, task_ids: Mapping[str, int]
+) -> tuple[list[Prompt], Mapping[str, int]]:
+    """This rank's held-out prompts, and how many samples of all ranks are left out, by reason. A collective."""
+    if held_out is None:
+        return [], {}
+    loop = recipe.grpo if isinstance(recipe, TrainRecipe) else recipe.sft
+    errors: list[SampleError] = []
+    prompts = validation_prompts(
+        held_out,
+        loop.max_val_samples,
+        processor,
+        recipe.data.on_bad_sample,
+        rows=slice(torch.distributed.get_rank(), None, torch.distributed.get_world_size()),
+        task_ids=task_ids,
+        checks=_answered_checks(recipe),
+        on_skipped=errors.append,
+    )
+    usable = torch.tensor([len(prompts)])
+    torch.distributed.all_reduce(usable)
+    mine = (Counter(error.reason for error in errors), str(errors[0]) if errors else None)
+    everyone = [mine] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    if usable == 0:
+        first = next((message for _, message in everyone if message is not None), "there is none")
+        raise DataError(f"data.validation: no held-out sample can be used; the first: {first}")
+    return prompts, sum((reasons for reasons, _ in everyone), Counter())
 
 
 def _needs_reference(recipe: Recipe) -> bool:

@@ -95,7 +95,7 @@ def g2rpo_step(
         The metrics of the step.
     """
     policy, reference, timers = components.policy, components.reference, Timers(components.device)
-    loss_fn, data_parallel, skipped = recipe.loss_fn, policy.groups.data, components.stream.num_skipped
+    loss_fn, data_parallel, skipped = recipe.loss_fn, policy.groups.data, components.stream.skipped.copy()
 
     collected = collect(recipe, components, step, timers)
     rollouts, rewards = collected.rollouts, collected.rewards
@@ -130,7 +130,7 @@ def g2rpo_step(
         env=recipe.env, truncated_ratio=loss_fn.importance_sampling.truncated_ratio, process_group=data_parallel,
     )  # fmt: skip
     metrics |= collected.metrics
-    metrics |= skipped_metrics(components.stream.num_skipped - skipped, data_parallel)
+    metrics |= skipped_metrics(components.stream.skipped - skipped)
     return {**metrics, **timers.metrics()}
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_g2rpo.data.errors import SampleError
 from megatron_g2rpo.data.packing import PackSequence
 from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.recipe import SftRecipe
@@ -22,6 +21,7 @@ from megatron_g2rpo.train.run.loop import Run
 from megatron_g2rpo.train.step.losses import sft_loss
 from megatron_g2rpo.train.step.metrics import skipped_metrics
 from megatron_g2rpo.train.step.minibatches import owned_prompts, pack_evenly
+from megatron_g2rpo.train.step.prompts import draw
 from megatron_g2rpo.train.step.timers import Timers
 from megatron_g2rpo.types import Prompt
 
@@ -63,34 +63,27 @@ def sft_step(recipe: SftRecipe, components: Components) -> dict[str, float]:
         The metrics of the step.
 
     Raises:
-        SampleError: a sample's prompt and response are longer than ``policy.max_total_sequence_length``.
+        SampleError: a sample cannot be used, see ``PromptStream.next_batch``.
     """
     policy, stream, groups = components.policy, components.stream, components.policy.groups
-    timers, skipped = Timers(components.device), stream.num_skipped
-    size, limit = recipe.policy.train_global_batch_size, recipe.policy.max_total_sequence_length
+    timers, skipped = Timers(components.device), stream.skipped.copy()
+    size = recipe.policy.train_global_batch_size
     with timers("data"):
-        prompts = stream.next_batch(size, owned_prompts(size, groups.data_rank, groups.data_size))
-        sequences = [_sequence(components.processor, prompt, limit) for prompt in prompts]
+        prompts = draw(stream, size, owned_prompts(size, groups.data_rank, groups.data_size), groups)
+        sequences = [_sequence(components.processor, prompt) for prompt in prompts]
         budget = recipe.policy.sequence_packing.train_mb_tokens
         micro_batches = pack_evenly(components.packer, sequences, budget, groups.data)
     with timers("update"):
         metrics = policy.update(micro_batches, sft_loss)
     named = {f"train/{name}": value for name, value in metrics.items()}
-    return {**named, **skipped_metrics(stream.num_skipped - skipped, groups.data), **timers.metrics()}
+    return {**named, **skipped_metrics(stream.skipped - skipped), **timers.metrics()}
 
 
-def _sequence(processor: ChatProcessor, prompt: Prompt, limit: int) -> PackSequence:
-    assert prompt.sample.response is not None  # the stream was asked for samples with one
-    sequence = PackSequence(
+def _sequence(processor: ChatProcessor, prompt: Prompt) -> PackSequence:
+    assert prompt.sample.response is not None  # the stream checked that there is one, and that it fits
+    response = continuation(prompt.sample.response, prompt.response_prefix)
+    return PackSequence(
         inputs=prompt.inputs,
-        response_ids=processor.encode_response(
-            continuation(prompt.sample.response, prompt.response_prefix), name=f"sample {prompt.key}"
-        ),
+        response_ids=processor.encode_response(response, name=f"sample {prompt.key}"),
         task_id=prompt.task_id,
     )
-    if sequence.length > limit:
-        raise SampleError(
-            f"sample {prompt.key}: prompt and response have {sequence.length} tokens, more than "
-            f"policy.max_total_sequence_length ({limit})"
-        )
-    return sequence

@@ -11,8 +11,9 @@ import pytest
 from megatron_g2rpo.commands import launch
 from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.data.shard_index import ShardIndex
+from megatron_g2rpo.data.shard_writer import ShardWriter
 from megatron_g2rpo.data.stream import PromptStream
-from tests.e2e.toy import Toy, break_image, call, command, error_of, metrics, only_error, write_shards
+from tests.e2e.toy import TASKS, Toy, break_image, call, command, error_of, metrics, only_error, sample, write_shards
 
 TENSOR_PARALLEL = "policy.megatron_cfg.tensor_model_parallel_size"
 PIPELINE_PARALLEL = "policy.megatron_cfg.pipeline_model_parallel_size"
@@ -65,12 +66,89 @@ def test_an_undecodable_image_is_named_or_skipped_and_counted(own: Toy, tmp_path
     assert lines[2]["train/num_tokens"] > 0
 
 
-def test_a_reward_that_raises_names_the_sample(own: Toy, tmp_path: Path) -> None:
+def test_a_reference_that_cannot_be_read_is_named_before_anything_is_sampled(own: Toy, tmp_path: Path) -> None:
     shutil.rmtree(own.data / "train")
     write_shards(own.data / "train", 4, answer_format="numeric", answer="many")
     message = error_of("train", recipe_of(own, tmp_path), *BARE)
-    assert message.startswith("reward accuracy 'numeric' of sample shard-000000/")
-    assert "raised ValueError: the reference answer 'many' is not a number" in message
+    assert message.startswith("sample shard-000000/")
+    assert "the reference 'many' cannot be read under answer format 'numeric'" in message
+    assert "data.on_bad_sample=skip" in message
+
+
+def mended(toy: Toy, broken: list[int]) -> None:
+    """Write the training shards anew, whole but for the answers of some samples of the task ``sum``."""
+    shutil.rmtree(toy.data / "train")
+    with ShardWriter(toy.data / "train", samples_per_shard=9) as writer:
+        for number in range(4):
+            for task in TASKS:
+                fields, images = sample(task, number)
+                if task == "sum" and number in broken:
+                    fields["answer"] = "many"
+                writer.write(f"{task}-{number}", fields, images)
+
+
+def test_a_run_that_a_bad_sample_has_stopped_goes_on_by_every_remedy_that_is_named(own: Toy, tmp_path: Path) -> None:
+    """A whole epoch of the task is drawn from step 1 to 2: the first step is saved, or the bad sample is met at once."""
+    drawn = (*BARE, "grpo.dynamic_sampling.enabled=false", "checkpointing.save_period=1")
+    recipe, run = recipe_of(own, tmp_path), tmp_path / "run"
+    mended(own, [])
+    stream = PromptStream(ShardIndex(own.data / "train"), {}, 42, ChatProcessor(own.model))
+    first = {prompt.key.split("/")[1] for prompt in stream.next_batch(6)}
+    (late,) = sorted(number for number in range(4) if f"sum-{number}" not in first)[:1]
+    mended(own, [late])
+    assert call("train", recipe, *drawn).exit_code == 0
+    two = (*drawn, "grpo.max_num_steps=2")
+    message = error_of("train", recipe, *two)
+    assert f"/sum-{late}," in message
+
+    shutil.copytree(run, tmp_path / "stopped")
+    result = call("train", recipe, *two, "data.on_bad_sample=skip")
+    assert result.exit_code == 0, result.output
+    assert "the run goes on with other settings (data.on_bad_sample: error before, skip now" in result.output
+    lines = metrics(run)
+    assert lines[2]["train/skipped_samples"] == lines[2]["train/skipped/reference"] >= 1
+
+    shutil.rmtree(run)
+    shutil.copytree(tmp_path / "stopped", run)
+    mended(own, [])
+    result = call("train", recipe, *two)
+    assert result.exit_code == 0, result.output
+    assert "the data changed since the checkpoint, in place: the run goes on with the samples of shard-00000" in (
+        result.output
+    )
+    assert metrics(run)[2]["train/skipped_samples"] == 0
+
+    shutil.rmtree(run)
+    shutil.copytree(tmp_path / "stopped", run)
+    shutil.copytree(own.data / "train", tmp_path / "elsewhere")
+    moved = f"data.train.path={tmp_path / 'elsewhere'}"
+    tight = error_of("train", recipe, *two, moved, "policy.max_total_sequence_length=40")
+    assert "raise policy.max_total_sequence_length" in tight
+    result = call("train", recipe, *two, moved, "policy.max_total_sequence_length=256")
+    assert result.exit_code == 0, result.output
+
+
+def test_held_out_samples_that_cannot_be_used_are_named_or_counted(own: Toy, tmp_path: Path) -> None:
+    broken = [break_image(own.data / "val", "colour", number) for number in range(2)]
+    one = ("grpo.max_num_steps=1", "grpo.val_at_end=false", "checkpointing.export_hf=false")
+    assert error_of("train", recipe_of(own, tmp_path), *one).startswith(tuple(broken))
+    result = call("train", recipe_of(own, tmp_path), *one, "data.on_bad_sample=skip")
+    assert result.exit_code == 0, result.output
+    assert metrics(tmp_path / "run")[0]["val/skipped/unreadable"] == 2.0
+
+    shutil.rmtree(own.data / "val")
+    write_shards(own.data / "val", 2, answer_format="numeric", answer="many")
+    message = error_of("train", recipe_of(own, tmp_path), *one, "data.on_bad_sample=skip", "--fresh")
+    assert message.startswith("data.validation: no held-out sample can be used; the first: sample shard-000000/")
+
+
+def test_without_validation_data_and_with_several_training_sets_a_run_runs(own: Toy, tmp_path: Path) -> None:
+    write_shards(tmp_path / "more", 2)
+    shutil.rmtree(own.data / "val")
+    listed = f"data.train.path=[{own.data / 'train'}, {{path: {tmp_path / 'more'}, weight: 2}}]"
+    result = call("train", recipe_of(own, tmp_path), *BARE, "data.validation=null", listed)
+    assert result.exit_code == 0, result.output
+    assert list(metrics(tmp_path / "run")) == [1]
 
 
 @pytest.mark.parametrize(

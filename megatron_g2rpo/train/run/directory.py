@@ -11,11 +11,13 @@ import yaml
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.recipe import Recipe
 from megatron_g2rpo.train.run.logs import METRICS_FILE
+from megatron_g2rpo.train.run.model_fingerprint import model_fingerprint
 
 RECIPE_FILE, IDENTITY_FILE = "recipe.yaml", "identity.yaml"
 SHOWN_DIFFERENCES = 5
 # Of the keys of a recipe; releases up to 0.1 wrote none.
 _VERSION, VERSION = "identity_version", 2
+_MODEL = "model_fingerprint"
 _NEW_OF_TASKS = ("response_format", "reward_weights")
 
 
@@ -23,12 +25,15 @@ class RunDirectoryError(ValueError):
     """The run directory cannot be used for this recipe."""
 
 
-def prepare(recipe: Recipe, *, fresh: bool) -> None:
+def prepare(recipe: Recipe, *, fresh: bool) -> list[str]:
     """Claim the run directory for a recipe; one process of the job calls it before the loop starts.
 
     An empty or new directory is claimed, and so is one that an attempt left without a result. One of the same recipe
     (layout, logging and length of the run aside) is continued. ``fresh`` renames what an earlier run left; nothing is
     deleted.
+
+    Returns:
+        A line for the user if the continuation has changed keys that it may change; else nothing.
 
     Raises:
         RunDirectoryError: the directory belongs to another recipe (the keys that differ are named), holds files that
@@ -38,12 +43,14 @@ def prepare(recipe: Recipe, *, fresh: bool) -> None:
     if fresh:
         for path in (checkpoints, directory):
             _move_aside(path)
-    identity = recipes.identity(recipe)
+    identity = {**recipes.identity(recipe), _MODEL: model_fingerprint(recipe.policy.model_name)}
+    notes: list[str] = []
     claimed = directory / IDENTITY_FILE
     has_checkpoints = any(checkpoints.glob("step_*"))
     if claimed.exists():
         if has_checkpoints or (directory / METRICS_FILE).exists():
             _check_same(identity, yaml.safe_load(claimed.read_text()), directory)
+            notes = _changed(recipe, directory / RECIPE_FILE)
     elif directory.exists() and any(directory.iterdir()):
         raise RunDirectoryError(
             f"logger.log_dir: {directory} holds files, but no {IDENTITY_FILE}: it is not a run directory; name another"
@@ -56,6 +63,20 @@ def prepare(recipe: Recipe, *, fresh: bool) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     claimed.write_text(yaml.safe_dump({**identity, _VERSION: VERSION}, sort_keys=True))
     (directory / RECIPE_FILE).write_text(recipes.dump(recipe))
+    return notes
+
+
+def _changed(recipe: Recipe, before: Path) -> list[str]:
+    """Say which keys differ from those that the run had before; all may."""
+    if not before.exists():
+        return []
+    mine, theirs = recipes.settings(recipe), recipes.flatten(yaml.safe_load(before.read_text()))
+    keys = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+    if not keys:
+        return []
+    shown = "; ".join(f"{key}: {theirs.get(key)} before, {mine.get(key)} now" for key in keys[:SHOWN_DIFFERENCES])
+    more = f" and {len(keys) - SHOWN_DIFFERENCES} more" if len(keys) > SHOWN_DIFFERENCES else ""
+    return [f"the run goes on with other settings ({shown}{more})"]
 
 
 def _move_aside(path: Path) -> None:
@@ -78,7 +99,11 @@ def _check_same(mine: dict, theirs: dict, directory: Path) -> None:
         tasks = {key for key in known if key.startswith("env.tasks.") and key.rpartition(".")[2] not in _NEW_OF_TASKS}
         weights = {key for key in theirs if key.startswith("env.reward_weights.")} - {"env.reward_weights.structure"}
         known = (mine.keys() & theirs.keys()) | tasks | weights
-    keys = sorted(key for key in known - {_VERSION} if mine.get(key) != theirs.get(key))
+    # Keys that an earlier release counted, and that may change by now.
+    known = {key for key in known if key in mine or not recipes.may_change(key)} - {_VERSION, _MODEL}
+    if mine[_MODEL] is not None and mine[_MODEL] == theirs.get(_MODEL):
+        known -= {"policy.model_name"}  # the same model at another place
+    keys = sorted(key for key in known if mine.get(key) != theirs.get(key))
     if not keys:
         return
     shown = "; ".join(f"{key}: {theirs.get(key)} there, {mine.get(key)} here" for key in keys[:SHOWN_DIFFERENCES])

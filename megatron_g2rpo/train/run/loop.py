@@ -40,10 +40,13 @@ class Run:
         self._checkpoints = Checkpoints(recipe.checkpointing.checkpoint_dir, recipe.checkpointing.keep_latest_k)
         self.first_step = 0
         self._validated = False
+        grpo = recipe.grpo if isinstance(recipe, TrainRecipe) else None
+        size = recipe.policy.train_global_batch_size if grpo is None else grpo.num_prompts_per_step
+        self._notes = components.stream.shortages(size)
         latest = self._checkpoints.latest() if recipe.checkpointing.enabled else None
         if latest is not None:
             state = self._checkpoints.load(latest, components.policy)
-            components.stream.load_state_dict(state["stream"])
+            self._notes += components.stream.load_state_dict(state["stream"])
             components.history.load_state_dict(state["history"])
             self.first_step = state["step"]
 
@@ -60,8 +63,10 @@ class Run:
     def validate_at_start(self, log: MetricsLog) -> None:
         """Validate the policy before the first step and log it as step 0, if the recipe asks for it.
 
-        A run that is resumed does nothing.
+        A run that is resumed does not validate. What the user must know of the data is said first.
         """
+        for note in self._notes:
+            log.note(note)
         if self.first_step == 0 and self._loop.val_at_start:
             log.log(StepMetrics(step=0, values=self._validate(log)))
 

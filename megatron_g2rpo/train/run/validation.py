@@ -26,7 +26,8 @@ class Validation:
     Attributes:
         metrics: ``val/<task>/{reward,accuracy,format,response_tokens}``, of greedy responses with ``greedy_`` before
             the name, and ``val/mean_reward``, ``val/mean_greedy_reward``, ``val/mean_accuracy``...: means over tasks of
-            equal weight. ``accuracy`` and ``format`` are there where the recipe weighs them.
+            equal weight. ``accuracy`` and ``format`` are there where the recipe weighs them. ``val/skipped_samples``
+            and ``val/skipped/<reason>`` count what was left out, if anything was (``data.on_bad_sample: skip``).
         examples: greedy rollouts of this rank, the first of each task.
         warnings: lines about greedy responses without an answer.
     """
@@ -68,6 +69,9 @@ def validate(recipe: Recipe, components: Components) -> Validation:
             warnings = answer_warnings(rollouts, recipe.env, recipe.data.response_format, None)
             seen: set[str] = set()
             examples = [r for r in rollouts if not (r.prompt.task in seen or seen.add(r.prompt.task))]
+    if components.left_out:
+        metrics["val/skipped_samples"] = float(sum(components.left_out.values()))
+        metrics.update({f"val/skipped/{reason}": float(n) for reason, n in sorted(components.left_out.items())})
     return Validation(metrics=metrics, examples=examples, warnings=warnings)
 
 

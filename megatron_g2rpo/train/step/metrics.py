@@ -7,6 +7,7 @@ task names in the order of their ids, ``process_group`` the data-parallel ranks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -58,16 +59,25 @@ def step_metrics(
     }
 
 
-def skipped_metrics(skipped: int, process_group: dist.ProcessGroup) -> dict[str, float]:
+def skipped_metrics(skipped: Mapping[str, int]) -> dict[str, float]:
     """``train/skipped_samples``: bad samples that a step replaced (``data.on_bad_sample: skip``). A collective.
 
+    Where there are any, ``train/skipped/<reason>`` counts them by reason (``SampleError.reason``).
+
     Args:
-        skipped: samples that this rank replaced during the step.
-        process_group: the data-parallel ranks.
+        skipped: reason -> samples that this process replaced during the step.
     """
-    total = torch.tensor([skipped])
-    dist.all_reduce(total, group=process_group)
-    return {"train/skipped_samples": float(total)}
+    total = torch.tensor([sum(skipped.values())])
+    dist.all_reduce(total)
+    metrics = {"train/skipped_samples": float(total)}
+    if total == 0:
+        return metrics
+    everyone: list[Mapping[str, int]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, dict(skipped))
+    reasons: Counter[str] = Counter()
+    for counts in everyone:
+        reasons.update(counts)
+    return {**metrics, **{f"train/skipped/{reason}": float(reasons[reason]) for reason in sorted(reasons)}}
 
 
 def rollout_metrics(

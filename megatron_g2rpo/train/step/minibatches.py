@@ -10,11 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_g2rpo.data.errors import SampleError
 from megatron_g2rpo.data.packing import Packer, PackSequence, with_advantages
 from megatron_g2rpo.recipe import Policy
 from megatron_g2rpo.recipe.grpo_section import Grpo
-from megatron_g2rpo.types import PackedBatch, Prompt, Rollout
+from megatron_g2rpo.types import PackedBatch, Rollout
 
 
 def owned_prompts(size: int, data_rank: int, data_size: int) -> range:
@@ -26,26 +25,6 @@ def owned_prompts(size: int, data_rank: int, data_size: int) -> range:
         data_size: number of data-parallel ranks.
     """
     return range(data_rank, size, data_size)
-
-
-def check_lengths(policy: Policy, prompts: Sequence[Prompt]) -> None:
-    """Refuse a prompt that leaves no room for a response.
-
-    Args:
-        policy: the recipe's section, which bounds the tokens of a sequence and of its response.
-        prompts: the prompts to check.
-
-    Raises:
-        SampleError: a prompt is too long; names its sample.
-    """
-    room = policy.max_total_sequence_length - policy.generation.max_new_tokens
-    for prompt in prompts:
-        if len(prompt.inputs.token_ids) > room:
-            raise SampleError(
-                f"sample {prompt.key}: its prompt has {len(prompt.inputs.token_ids)} tokens, more than the {room} that "
-                "policy.max_total_sequence_length leaves beside policy.generation.max_new_tokens; lower "
-                "data.max_pixels, or raise policy.max_total_sequence_length"
-            )
 
 
 @dataclass(frozen=True)

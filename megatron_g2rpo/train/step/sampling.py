@@ -24,7 +24,8 @@ from megatron_g2rpo.tasks.scoring import score
 from megatron_g2rpo.train.assembly import Components
 from megatron_g2rpo.train.step.advantages import tie_tolerance
 from megatron_g2rpo.train.step.generation import generate
-from megatron_g2rpo.train.step.minibatches import check_lengths, owned_prompts
+from megatron_g2rpo.train.step.minibatches import owned_prompts
+from megatron_g2rpo.train.step.prompts import draw
 from megatron_g2rpo.train.step.timers import Timers
 from megatron_g2rpo.types import Rewards, Rollout, task_ids_of
 
@@ -115,8 +116,7 @@ def _round(
     groups = components.policy.groups
     owned = owned_prompts(size, groups.data_rank, groups.data_size)
     with timers("data"):
-        prompts = components.stream.next_batch(size, owned)
-        check_lengths(recipe.policy, prompts)
+        prompts = draw(components.stream, size, owned, groups)
     with timers("generation"):
         rollouts = generate(
             components.engine,

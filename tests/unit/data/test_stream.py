@@ -9,7 +9,7 @@ from megatron_g2rpo.data.errors import DataError, SampleError
 from megatron_g2rpo.data.shard_index import ShardIndex
 from megatron_g2rpo.data.shard_writer import ShardWriter
 from megatron_g2rpo.data.stream import PromptStream, number_tasks, validation_prompts
-from tests.unit.data.conftest import TASK_SIZES, break_image, make_fields, make_png, write_dataset
+from tests.unit.data.conftest import TASK_SIZES, break_image, make_fields, write_dataset
 
 
 @pytest.fixture
@@ -22,6 +22,19 @@ def make_stream(dataset, processor):
 
 def keys(prompts):
     return [prompt.key for prompt in prompts]
+
+
+# Of weights {"vqa": 2.5}, seed 7 and a broken ocr-4, as release 0.1 drew them.
+GOLDEN = """1/vqa-4 1/math-3 2/vqa-7 1/ocr-6 2/vqa-10 2/vqa-9 0/math-2 0/ocr-0 2/vqa-11 1/vqa-5 0/math-0 2/vqa-8 1/ocr-5
+2/vqa-6 1/vqa-3 0/math-1 1/ocr-6 0/vqa-1 0/vqa-2 1/math-4 0/vqa-0 0/ocr-1 0/vqa-2 1/vqa-4 1/math-3 1/ocr-3 2/vqa-10
+1/vqa-5 0/math-2 0/vqa-0 0/ocr-2 2/vqa-7 2/vqa-11 0/math-1 1/ocr-5 1/vqa-3 0/vqa-1 1/math-4 2/vqa-6 1/ocr-6"""
+
+
+def test_one_dataset_is_drawn_from_as_ever(dataset, make_stream):
+    """A run that a release began goes on with the samples that it would have drawn, replacements included."""
+    break_image(dataset, "ocr", 4)
+    drawn = make_stream({"vqa": 2.5}, 7, on_bad_sample="skip").next_batch(40)
+    assert [key.removeprefix("shard-00000") for key in keys(drawn)] == GOLDEN.split()
 
 
 def test_the_stream_does_not_depend_on_how_it_is_cut_into_batches(make_stream):
@@ -125,8 +138,8 @@ def test_skip_replaces_the_bad_sample_within_its_task_counts_it_and_moves_nothin
     drawn = stream.next_batch(60)
     bad = [row for row, key in enumerate(clean) if key.endswith("/ocr-4")]
     assert len(bad) >= 2
-    assert stream.num_skipped >= len(bad)  # a replacement may hit the bad sample again
-    assert len(caplog.messages) == stream.num_skipped
+    assert stream.skipped.total() >= len(bad)  # a replacement may hit the bad sample again
+    assert len(caplog.messages) == stream.skipped.total()
     assert all("sample 'ocr-4'" in message for message in caplog.messages)
     for row, (before, now) in enumerate(zip(clean, drawn, strict=True)):
         assert now.key == before if row not in bad else (now.task == "ocr" and now.key != before)
@@ -138,7 +151,7 @@ def test_with_skip_a_rank_that_decodes_its_own_rows_gets_the_same_replacements(d
     expected = keys(whole.next_batch(60))
     second_half = make_stream(on_bad_sample="skip")
     assert keys(second_half.next_batch(60, range(30, 60))) == expected[30:]
-    assert 0 < second_half.num_skipped < whole.num_skipped
+    assert 0 < second_half.skipped.total() < whole.skipped.total()
 
 
 def test_a_task_with_nothing_but_bad_samples_is_an_error(tmp_path, processor):
@@ -146,18 +159,110 @@ def test_a_task_with_nothing_but_bad_samples_is_an_error(tmp_path, processor):
         for n in range(3):
             writer.write(f"vqa-{n}", make_fields("vqa", n), [b"no image"])
     stream = PromptStream(ShardIndex(tmp_path), {}, 0, processor, "skip")
-    with pytest.raises(DataError, match="task 'vqa': 32 undecodable samples in a row"):
+    with pytest.raises(DataError, match="task 'vqa': 32 samples in a row cannot be used; the last one: .*cannot be decoded"):
         stream.next_batch(1)
 
 
-def test_supervised_training_needs_a_response_in_every_sample(tmp_path, processor):
-    with ShardWriter(tmp_path) as writer:
-        writer.write("good", make_fields("vqa", 0), [make_png(0)])
-        writer.write("bare", make_fields("vqa", 1, response=None), [make_png(1)])
-    index = ShardIndex(tmp_path)
-    assert len(PromptStream(index, {}, 0, processor).next_batch(2)) == 2
-    with pytest.raises(DataError, match="sample shard-000000/bare has no response"):
-        PromptStream(index, {}, 0, processor, "skip", need_response=True).next_batch(2)
+def rewrite(dataset, key, change):
+    """Write the shards anew with one sample's fields and images changed, as someone who repairs a dataset does."""
+    index = ShardIndex(dataset)
+    samples = [
+        (entry.key, index.read_fields(entry), [_bytes(entry, suffix) for suffix in index.read_fields(entry)["images"]])
+        for shard in index.shards
+        for entry in sorted(
+            (entry for task in index.tasks for entry in index.entries(task) if entry.shard == shard),
+            key=lambda entry: entry.members["json"][0],
+        )
+    ]
+    for shard in index.shards:
+        shard.unlink()
+    with ShardWriter(dataset, 9) as writer:
+        for name, fields, images in samples:
+            fields.pop("images")
+            writer.write(*(change(name, fields, images) if name == key else (name, fields, images)))
+
+
+def _bytes(entry, suffix):
+    offset, length = entry.members[suffix]
+    return entry.shard.read_bytes()[offset : offset + length]
+
+
+def test_a_shard_repaired_in_place_continues_and_is_named(dataset, make_stream):
+    stream = make_stream()
+    stream.next_batch(11, range(0))
+    state, expected = stream.state_dict(), keys(stream.next_batch(31))
+    rewrite(dataset, "ocr-4", lambda key, fields, images: (key, {**fields, "answer": "repaired"}, images))
+    resumed = make_stream()
+    (warning,) = resumed.load_state_dict(state)
+    assert "shard-000001.tar" in warning
+    assert "shard-000000" not in warning
+    assert keys(resumed.next_batch(31)) == expected
+
+
+def test_an_untouched_dataset_continues_without_a_word(make_stream):
+    assert make_stream().load_state_dict(make_stream().state_dict()) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda key, fields, images: ("other", fields, images), lambda key, fields, images: (key, fields | TASK, images)],
+    ids=["another key", "another task"],
+)
+def test_a_shard_with_other_samples_is_refused_and_named(dataset, make_stream, change):
+    state = make_stream().state_dict()
+    rewrite(dataset, "ocr-4", change)
+    with pytest.raises(DataError, match=r"another dataset fingerprint .*shards with other samples: shard-000001\.tar"):
+        make_stream().load_state_dict(state)
+
+
+TASK = {"task": "vqa"}
+
+
+def test_the_state_of_a_release_that_saved_no_shards_continues(make_stream):
+    state = make_stream().state_dict()
+    old = {key: state[key] for key in ("position", "seed", "task shares", "dataset fingerprint")}
+    assert make_stream().load_state_dict(old) == []
+    with pytest.raises(DataError, match="another dataset fingerprint"):
+        make_stream().load_state_dict(old | {"dataset fingerprint": "0"})
+
+
+def refuse(task, reason):
+    def check(prompt):
+        if prompt.task == task and prompt.key.endswith("-4"):
+            raise SampleError(f"sample {prompt.key} is refused", reason)
+
+    return check
+
+
+def test_what_a_check_refuses_is_an_error_or_replaced_and_counted_by_reason(dataset, make_stream):
+    clean = keys(make_stream().next_batch(60))
+    checks = (refuse("math", "too_long"), refuse("vqa", "reference"))
+    with pytest.raises(SampleError, match=r"sample .*-4 is refused"):
+        make_stream(checks=checks).next_batch(60)
+    stream = make_stream(on_bad_sample="skip", checks=checks)
+    drawn = stream.next_batch(60)
+    for before, now in zip(clean, keys(drawn), strict=True):
+        assert (before == now) is not before.endswith(("math-4", "vqa-4"))
+    assert stream.skipped.keys() == {"too_long", "reference"}
+    assert all(count > 0 for count in stream.skipped.values())
+
+
+def test_fewer_samples_than_a_step_needs_are_told(make_stream):
+    assert make_stream().shortages(15) == []
+    (line,) = make_stream().shortages(18)
+    assert "a step's 18 prompts need" in line
+    assert line.endswith("math has 5 for 6")
+
+
+def test_validation_leaves_out_what_a_check_refuses_and_says_why(dataset, processor):
+    errors = []
+    prompts = validation_prompts(
+        ShardIndex(dataset), 6, processor, "skip", checks=[refuse("vqa", "too_long")], on_skipped=errors.append
+    )
+    assert [error.reason for error in errors] == ["too_long"]
+    assert "vqa-4" not in [prompt.key.split("/")[1] for prompt in prompts]
+    with pytest.raises(SampleError, match="is refused"):
+        validation_prompts(ShardIndex(dataset), 6, processor, checks=[refuse("vqa", "too_long")])
 
 
 def test_validation_takes_the_first_of_every_task(dataset, processor):

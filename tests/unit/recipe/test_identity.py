@@ -45,6 +45,11 @@ def fingerprint(*overrides: str) -> str:
         ["policy.logprob_chunk_size=null"],
         ["grpo.max_num_steps=7", "grpo.val_period=3", "grpo.val_at_start=false"],
         [f"{MEGATRON}.optimizer.weight_decay=1.0e-2"],
+        # What the error about a sample advises, validation, and where things are.
+        ["data.on_bad_sample=skip", "data.max_pixels=100000", "policy.max_total_sequence_length=99999"],
+        ["data.validation.path=elsewhere", "grpo.max_val_samples=3", "policy.generation.val_temperature=0.5"],
+        ["data.validation=null", "grpo.val_period=0", "grpo.val_at_start=false", "grpo.val_at_end=false"],
+        ["data.train.path=elsewhere"],
     ],
 )
 def test_a_run_may_continue_with_another_layout_or_length(overrides: list[str]) -> None:
@@ -65,7 +70,6 @@ def test_a_run_may_continue_with_another_layout_or_length(overrides: list[str]) 
         f"{MEGATRON}.freeze_vision=true",
         f"{DDP}.grad_reduce_in_fp32=false",
         "policy.generation.temperature=0.9",
-        "data.train.path=elsewhere",
         "data.task_weights={ocr: 2.0}",
         "env.tasks.ocr.length=null",
         "env.reward_weights.length=0.0",

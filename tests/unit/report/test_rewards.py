@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from matplotlib import pyplot as plt
 
-from megatron_g2rpo.report.rewards import Change, ReportError, changes, draw, read_metrics
+from megatron_g2rpo.report.rewards import Change, ReportError, changes, draw, read_metrics, text_only_accuracy
 
 METRICS = ("reward", "greedy_reward", "accuracy", "greedy_accuracy")
 
@@ -29,6 +29,20 @@ def write_run(run: Path, *validations: float) -> Path:
 def test_first_and_last_validation_are_compared(tmp_path: Path) -> None:
     found = changes(read_metrics(write_run(tmp_path, 0.1, 0.9, 0.4)), "reward")
     assert found == [Change("ocr", 0.1, 0.4), Change("mean over tasks", 0.1, 0.4)]
+
+
+def test_a_task_s_name_may_have_slashes_and_dots(tmp_path: Path) -> None:
+    names = {"hiyouga/geometry3k": 0.2, "mathvista_v1.0": 0.4, "reward": 0.6}
+    line = {f"val/{task}/{prefix}reward": value for task, value in names.items() for prefix in ("", "greedy_")}
+    lines = [{"step": step, "val/mean_reward": 0.3, **line} for step in (0, 1)]
+    assert [change.task for change in changes(lines, "reward")] == [*names, "mean over tasks"]
+
+
+def test_a_run_on_several_validation_sets_has_no_card(tmp_path: Path) -> None:
+    write_run(tmp_path, 0.1, 0.2)
+    for path in ("null", "{path: [a, b]}"):
+        (tmp_path / "recipe.yaml").write_text(f"data: {{validation: {path}}}\n")
+        assert text_only_accuracy(tmp_path) == {}
 
 
 @pytest.mark.parametrize("values", [(0.8, 0.3), (0.3, 0.8), (0.0, 0.0)], ids=["fell", "rose", "nothing"])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.recipe import TrainRecipe
@@ -33,6 +34,48 @@ def test_the_same_run_may_change_its_length_and_layout(run: Path, make_recipe: M
     prepare(longer, fresh=False)
     assert recipes.load(run / "recipe.yaml", [], "train") == longer
     assert (run / "metrics.jsonl").exists()
+
+
+def test_what_an_error_advises_may_change_and_is_said_in_one_line(run: Path, make_recipe: MakeRecipe) -> None:
+    assert prepare(make_recipe(), fresh=False) == []
+    begin(run)
+    advised = ("data.on_bad_sample=skip", "data.max_pixels=4096", "policy.max_total_sequence_length=8192")
+    (line,) = prepare(make_recipe(*advised, "data.validation.path=elsewhere"), fresh=False)
+    assert "data.on_bad_sample: error before, skip now" in line
+    assert "policy.max_total_sequence_length: 4096 before, 8192 now" in line
+    assert "data.validation.path: data/val before, elsewhere now" in line
+    assert prepare(make_recipe(*advised, "data.validation.path=elsewhere"), fresh=False) == []
+
+
+def test_an_identity_of_a_release_that_counted_these_keys_is_continued(run: Path, make_recipe: MakeRecipe) -> None:
+    prepare(make_recipe(), fresh=False)
+    begin(run)
+    claimed = yaml.safe_load((run / "identity.yaml").read_text())
+    claimed |= {"data.on_bad_sample": "error", "data.train.path": "elsewhere", "data.validation.path": "elsewhere"}
+    (run / "identity.yaml").write_text(yaml.safe_dump(claimed))
+    prepare(make_recipe("data.on_bad_sample=skip"), fresh=False)
+
+
+def write_model(directory: Path, weights: bytes) -> Path:
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    (directory / "model.safetensors").write_bytes(bytes(300_000) + weights + bytes(300_000))
+    return directory
+
+
+def test_the_same_model_may_lie_elsewhere_and_another_may_not(
+    run: Path, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    first, copy, other = (
+        write_model(tmp_path / name, weights) for name, weights in (("a", b"1"), ("b", b"1"), ("c", b"2"))
+    )
+    prepare(make_recipe(f"policy.model_name={first}"), fresh=False)
+    begin(run)
+    (line,) = prepare(make_recipe(f"policy.model_name={copy}"), fresh=False)
+    assert f"policy.model_name: {first} before, {copy} now" in line
+    for foreign in (other, "organisation/name"):
+        with pytest.raises(RunDirectoryError, match=rf"policy\.model_name: {copy} there, {foreign} here"):
+            prepare(make_recipe(f"policy.model_name={foreign}"), fresh=False)
 
 
 def test_another_recipe_is_refused_with_the_keys_that_differ(run: Path, make_recipe: MakeRecipe) -> None:

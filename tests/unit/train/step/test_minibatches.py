@@ -11,11 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_g2rpo.data.errors import SampleError
 from megatron_g2rpo.data.packing import Packer, response_values
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.recipe import TrainRecipe
-from megatron_g2rpo.train.step.minibatches import check_lengths, owned_prompts, pack_minibatches
+from megatron_g2rpo.train.step.minibatches import owned_prompts, pack_minibatches
 from megatron_g2rpo.types import ModelInputs, PackedBatch, Prompt, Rollout, Sample
 
 MakeRecipe = Callable[..., TrainRecipe]
@@ -206,9 +205,3 @@ def test_ranks_own_every_prompt_once() -> None:
     for size, ranks in ((6, 1), (6, 4), (2, 3)):
         owned = [owned_prompts(size, rank, ranks) for rank in range(ranks)]
         assert sorted(number for numbers in owned for number in numbers) == list(range(size))
-
-
-def test_a_prompt_that_leaves_no_room_is_named(recipe: MakeRecipe) -> None:
-    check_lengths(recipe().policy, [prompt(0, tokens=16)])
-    with pytest.raises(SampleError, match="sample s/3: its prompt has 17 tokens, more than the 16"):
-        check_lengths(recipe().policy, [prompt(0, tokens=16), prompt(3, tokens=17)])

@@ -28,7 +28,7 @@ class Stream:
     """Prompts by their number in the stream."""
 
     def __init__(self, position: int = 0) -> None:
-        self.position, self.num_skipped = position, 0
+        self.position = position
 
     def next_batch(self, n: int, rows: range) -> list[Prompt]:
         first, self.position = self.position, self.position + n
