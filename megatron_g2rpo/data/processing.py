@@ -84,7 +84,6 @@ class ChatProcessor:
         if self.tokenizer.eos_token_id is None:
             raise DataError(f"{model_dir}: the tokenizer names no end-of-turn token (eos_token)")
         self.image_token_id: int = NO_TOKEN if vision is None else vocabulary[vision.tokens.image]
-        self.video_token_id: int = NO_TOKEN if vision is None else vocabulary[vision.tokens.video]
         self.vision_token_ids: list[int] = [vocabulary[token] for token in vision_tokens]
         self.eos_token_id: int = self.tokenizer.eos_token_id
         pad = self.tokenizer.pad_token_id

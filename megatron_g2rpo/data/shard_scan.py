@@ -8,8 +8,8 @@ import logging
 import re
 import tarfile
 import zlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,38 +36,54 @@ def scan_shard(path: Path, *, skip_bad: bool = False) -> dict[str, Any]:
         skip_bad: leave samples that cannot be used out, each with a warning, instead of raising.
 
     Raises:
-        DataError: the file is no tar, or a damaged one.
+        DataError: the file is no tar, a damaged one, or cannot be read.
         SampleError: a sample has a member twice or one that is a link or stored sparsely, its json cannot be used, or
             it names an image that does not exist.
     """
-    with path.open("rb") as file:
-        members = [member for member in _members(path, file) if not _LEFT_BY_PACKERS.search(member.name)]
-        samples, strays = _by_key(members, _keys(members, file))
-        records, formats = [], {}
-        for key, parts in samples.items():
-            try:
-                record, answer_format = _record(path.name, key, parts, file)
-            except SampleError as error:
-                if not skip_bad:
-                    raise
-                _logger.warning("left out: %s", error)
-                continue
-            records.append(record)
-            formats.setdefault(record["task"], set()).add(answer_format)
+    try:
+        with path.open("rb") as file:
+            members = [member for member in _members(path, file) if not _LEFT_BY_PACKERS.search(member.name)]
+            samples, strays = _by_key(members, _keys(members, file))
+            records, formats = _records(path.name, samples, file, skip_bad=skip_bad)
+        size, digest = path.stat().st_size, sha256_of(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     if strays:
+        examples = ", ".join(strays[:5]) + (", ..." if len(strays) > 5 else "")
         _logger.warning(
             "shard %s: %d members belong to no sample, for there is no json of their key: %s",
-            path.name, len(strays), ", ".join(strays[:5]) + (", ..." if len(strays) > 5 else ""),
-        )  # fmt: skip
+            path.name,
+            len(strays),
+            examples,
+        )
     return {
         "name": path.name,
-        "bytes": path.stat().st_size,
-        "sha256": sha256_of(path),
+        "bytes": size,
+        "sha256": digest,
         "num_samples": len(records),
         "tasks": dict(sorted(Counter(record["task"] for record in records).items())),
         "answer_formats": {task: sorted(names) for task, names in sorted(formats.items())},
         "samples": records,
     }
+
+
+def _records(
+    shard: str, samples: Mapping[str, Sequence[tarfile.TarInfo]], file: BinaryIO, *, skip_bad: bool
+) -> tuple[list[dict[str, Any]], dict[str, set[str]]]:
+    """Return the entries of all samples in the index, and task -> names of its answer formats."""
+    records: list[dict[str, Any]] = []
+    formats: defaultdict[str, set[str]] = defaultdict(set)
+    for key, parts in samples.items():
+        try:
+            record, answer_format = _record(shard, key, parts, file)
+        except SampleError as error:
+            if not skip_bad:
+                raise
+            _logger.warning("left out: %s", error)
+            continue
+        records.append(record)
+        formats[record["task"]].add(answer_format)
+    return records, formats
 
 
 def _members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:

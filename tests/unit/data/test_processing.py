@@ -346,8 +346,18 @@ def test_a_video_part_is_refused(processor):
 
 
 def test_an_image_of_impossible_shape_is_named(processor):
-    with pytest.raises(SampleError, match="sample s/1: the image processor refuses an image of 900x4 pixels"):
-        processor.encode(ask(None), [make_image(900, 4)], name="sample s/1")
+    for width, height in ((900, 4), (1, 300)):
+        message = f"sample s/1: the image processor refuses an image of {width}x{height} pixels"
+        with pytest.raises(SampleError, match=message):
+            processor.encode(ask(None), [make_image(width, height)], name="sample s/1")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 150), (3, 3)])
+def test_the_smallest_images_are_encoded(processor, size):
+    """Whose shape a processor could take for channels first."""
+    inputs = processor.encode(ask(None), [make_image(*size)])
+    assert inputs.pixel_values.shape == (int(inputs.image_grid_thw.prod()), 384)
+    assert inputs.pixel_values.isfinite().all()
 
 
 def test_the_directory_loads_with_transformers_and_the_model_reads_the_inputs(model_dir, processor):

@@ -204,6 +204,12 @@ def test_a_file_that_is_no_tar_is_named(tmp_path, content):
         write_index(tmp_path)
 
 
+def test_a_shard_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "s.tar").mkdir()
+    with pytest.raises(DataError, match=r"s\.tar: cannot be read \(Is a directory\)"):
+        write_index(tmp_path)
+
+
 @pytest.mark.parametrize("field", REQUIRED_FIELDS)
 def test_a_missing_field_is_named(tmp_path, field):
     fields = json.loads(record())
