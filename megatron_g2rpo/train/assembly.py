@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig
 
 from megatron_g2rpo.data.dataset import open_dataset
 from megatron_g2rpo.data.packing import Packer
@@ -77,11 +76,8 @@ def assemble(recipe: Recipe) -> Components:
     )
     train_index = open_dataset(data.train.path, recipe.env)
     validation_index = open_dataset(data.validation.path, recipe.env)
-    vocab_size = (
-        AutoConfig.from_pretrained(recipe.policy.model_name, local_files_only=True).get_text_config().vocab_size
-    )
     # What no engine samples has no probability in the policy either: both then speak of one distribution.
-    banned = processor.banned_token_ids(vocab_size)
+    banned = processor.banned_token_ids(processor.vocab_size)
     policy = MegatronPolicy(
         recipe.policy, device, seed=loop.seed, max_steps=loop.max_num_steps * updates, banned_token_ids=banned
     )
@@ -150,7 +146,7 @@ def engine_for(
         device=device.torch_device,
         dtype=DTYPES[policy.precision],
         nccl=device.nccl,
-        eos_token_ids=[processor.eos_token_id],
+        eos_token_ids=processor.eos_token_ids,
         pad_token_id=processor.pad_token_id,
         banned_token_ids=banned_token_ids,
         image_token_id=processor.image_token_id,

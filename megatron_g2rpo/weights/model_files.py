@@ -108,6 +108,8 @@ def _set_image_size(directory: Path, size: Mapping[str, int] | None) -> None:
 def _set_eos_tokens(directory: Path, ids: tuple[int, ...]) -> None:
     path = directory / GENERATION
     if not path.is_file():
+        if len(ids) > 1:  # else what ends a response is the tokenizer's own end token, as readers take it
+            path.write_text(json.dumps({"eos_token_id": list(ids)}, indent=2) + "\n")
         return
 
     def change(tree: dict[str, Any]) -> None:
