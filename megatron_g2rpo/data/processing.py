@@ -100,8 +100,8 @@ class ChatProcessor:
         if beyond := [i for i in needed if not 0 <= i < self.vocab_size]:
             tokens = ", ".join(f"{token} ({i})" for token, i in zip(self._names(beyond), beyond, strict=True))
             raise DataError(
-                f"{model_dir}: the model's embedding has {self.vocab_size} rows, but the tokenizer or generation_config "
-                f"names tokens beyond: {tokens}; use the tokenizer that the model was trained with, or resize the "
+                f"{model_dir}: the model's embedding has {self.vocab_size} rows, but tokenizer or generation_config "
+                f"name tokens beyond: {tokens}; use the tokenizer that the model was trained with, or resize the "
                 "embedding (resize_token_embeddings of transformers)"
             )
         reserved = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
@@ -124,8 +124,9 @@ class ChatProcessor:
             float32 ``[V, D]`` and ``image_grid_thw`` int64 ``[I, 3]``.
 
         Raises:
-            SampleError: a text contains a reserved token, or one that the model's embedding has no row for, there are more or fewer image parts than images, a part is a
-                video, the image processor refuses the shape of an image, or a text-only model is given an image.
+            SampleError: a text contains a reserved token, or one that the model's embedding has no row for; there are
+                more or fewer image parts than images, a part is a video, the image processor refuses the shape of an
+                image, or a text-only model is given an image.
         """
         self._refuse_reserved(messages, name)
         pixel_values, image_grid_thw = self._encode_images(images, name)
@@ -222,8 +223,8 @@ class ChatProcessor:
         """Raise if the model's embedding has no row for a token, as of a tokenizer that is larger than it."""
         if beyond := sorted({i for i in ids if i >= self.vocab_size}):
             raise SampleError(
-                f"{name}: contains the token {self._names(beyond[:1])[0]!r} (id {beyond[0]}), but the model's embedding "
-                f"has {self.vocab_size} rows; remove it from the text"
+                f"{name}: contains the token {self._names(beyond[:1])[0]!r} (id {beyond[0]}), but the model's "
+                f"embedding has {self.vocab_size} rows; remove it from the text"
             )
 
     def _encode_images(self, images: Sequence[Image.Image], name: str) -> tuple[Tensor, Tensor]:

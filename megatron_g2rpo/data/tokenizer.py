@@ -25,20 +25,20 @@ def load_tokenizer(model_dir: Path) -> Any:
     """
     if not has_tokenizer(model_dir):  # transformers would make an empty one for some families
         raise DataError(
-            f"{model_dir} has no tokenizer (none of {', '.join(TOKENIZERS)}): copy tokenizer.json, tokenizer_config.json "
-            "and chat_template.jinja from the model that this one was made of"
+            f"{model_dir} has no tokenizer (none of {', '.join(TOKENIZERS)}): copy tokenizer.json, "
+            "tokenizer_config.json and chat_template.jinja from the model that this one was made of"
         )
     try:
         return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001 (the tokenizers library raises bare ones)
+    except Exception as error:
         raise DataError(f"{model_dir}: the tokenizer cannot be read ({error})") from error
 
 
 def load_chat_template(model_dir: Path, tokenizer: Any) -> str:
     """Return the chat template, the one named ``default`` where there are several.
 
-    It is looked for in ``chat_template.jinja``, ``chat_template.json``, ``processor_config.json``, and in the tokenizer,
-    whose template may lie in ``tokenizer_config.json`` as text or as a list of named ones.
+    It is looked for in ``chat_template.jinja``, ``chat_template.json``, ``processor_config.json``, and in the
+    tokenizer, whose template may lie in ``tokenizer_config.json`` as text or as a list of named ones.
 
     Raises:
         DataError: there is no template, or there are several and none is the default.

@@ -76,7 +76,7 @@ def read_metadata(directory: Path) -> Metadata:
         raise CheckpointError(f"{path} does not exist, so the checkpoint is not whole; use another one") from error
     except CheckpointError as error:
         raise CheckpointError(f"{path} is not to be trusted: {error}") from error
-    except Exception as error:  # noqa: BLE001 (a damaged pickle raises whatever its bytes happen to mean)
+    except Exception as error:
         raise CheckpointError(f"{path} is damaged ({error!r}); use another checkpoint") from error
     if not isinstance(metadata, Metadata):
         raise CheckpointError(f"{path} is damaged: it holds a {type(metadata).__name__}; use another checkpoint")

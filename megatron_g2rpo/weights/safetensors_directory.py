@@ -142,8 +142,8 @@ def _index(directory: Path) -> dict[str, str] | None:
         raise CheckpointError(f"{path} names files outside of its directory: {_listed(elsewhere)}")
     if absent := sorted(name for name in files if not (directory / name).is_file()):
         raise CheckpointError(
-            f"{path} names files that are not there: {_listed(absent)}; copy them, or remove the index if it belongs to "
-            "another model"
+            f"{path} names files that are not there: {_listed(absent)}; copy them, or remove the index if it belongs "
+            "to another model"
         )
     return {name: file for name, file in weight_map.items() if not name.endswith(_COMPUTED)}
 
@@ -161,7 +161,7 @@ def _chosen(directory: Path, present: list[Path]) -> list[Path]:
         raise CheckpointError(f"{directory}: of weights there is only {_listed([p.name for p in others])} ({what})")
     pickled = sorted(path.name for path in directory.glob("pytorch_model*.bin"))
     hint = (
-        f"; {_listed(pickled)} can be read by transformers: load the model there, and save_pretrained writes safetensors"
+        f"; {_listed(pickled)} can be read by transformers, whose save_pretrained then writes safetensors"
         if pickled
         else ""
     )
