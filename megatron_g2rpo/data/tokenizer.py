@@ -79,7 +79,7 @@ def named_eos_tokens(model_dir: Path) -> list[int]:
     except ValueError as error:
         raise DataError(str(error)) from error
     ids = named if isinstance(named, list) else [] if named is None else [named]
-    if not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
+    if not all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in ids):
         raise DataError(f"{path}: eos_token_id is {json.dumps(named)}, not a token's id or a list of them")
     return ids
 

@@ -200,7 +200,7 @@ def test_the_beginning_of_the_next_turn_is_no_end(copied):
     assert start not in ChatProcessor(copied).eos_token_ids
 
 
-@pytest.mark.parametrize("named", ["<|im_end|>", [1.5], {"a": 1}, True])
+@pytest.mark.parametrize("named", ["<|im_end|>", [1.5], {"a": 1}, True, -1])
 def test_what_is_no_id_is_named(copied, named):
     edit(copied / "generation_config.json", eos_token_id=named)
     with pytest.raises(DataError, match=r"generation_config\.json: eos_token_id is .*, not a token's id or a list"):
