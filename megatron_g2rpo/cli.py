@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -82,6 +83,14 @@ def plan(
     _with_errors(run)
 
 
+def _checked_size(text: str) -> str:
+    """Return a size as it was given, if it is one."""
+    size = re.fullmatch(r"(\d+(\.\d+)?) ?[KMGT]B", text, re.IGNORECASE)
+    if size is None or not float(size[1]):
+        raise typer.BadParameter(f"{text!r} is no size; write a number above 0 with KB, MB, GB or TB, as in 5GB")
+    return text
+
+
 Dtype = Annotated[
     Literal["float32", "bfloat16"] | None,
     typer.Option("--dtype", help="Data type of the result; default: that of the source."),
@@ -108,7 +117,9 @@ def convert_export(
     overrides: Overrides = None,
     nproc: Nproc = None,
     dtype: Dtype = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest size of one safetensors file.")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option(help="Largest size of one safetensors file.", callback=_checked_size)
+    ] = "5GB",
     model: Annotated[Path | None, typer.Option(help="Hugging Face directory with config and tokenizer.")] = None,
 ) -> None:
     """Write a Megatron checkpoint, of `convert import` or a run's step_N, as a Hugging Face directory.
@@ -288,12 +299,18 @@ def _with_huge_pages() -> None:
 
 
 def _import(source: Path, target: Path, overrides: list[str], nproc: int | None, dtype: str | None) -> None:
-    from megatron_g2rpo.commands.convert.common import check_target, precision_of, remove_on_failure
+    from megatron_g2rpo.commands.convert.common import (
+        check_target,
+        precision_of,
+        remove_on_failure,
+        warn_without_tokenizer,
+    )
     from megatron_g2rpo.commands.launch import is_launched, launch
     from megatron_g2rpo.weights import SafetensorsDirectory
 
     if not is_launched():
         check_target(target)
+        warn_without_tokenizer(source)
     dtype = dtype or precision_of(SafetensorsDirectory(source).dtypes, source)
     recipe = _policy_recipe([f"policy.model_name={source}", f"policy.precision={dtype}", *overrides], nproc)
     if _launch_needed(recipe):
@@ -317,7 +334,12 @@ def _export(
     max_shard_size: str,
     model: Path | None,
 ) -> None:
-    from megatron_g2rpo.commands.convert.common import check_target, precision_of, remove_on_failure
+    from megatron_g2rpo.commands.convert.common import (
+        check_target,
+        precision_of,
+        remove_on_failure,
+        warn_without_tokenizer,
+    )
     from megatron_g2rpo.commands.convert.export_hf import export, model_files
     from megatron_g2rpo.commands.launch import is_launched, launch
     from megatron_g2rpo.weights.megatron_checkpoint import MegatronCheckpoint
@@ -328,6 +350,8 @@ def _export(
     dtype = dtype or precision_of(checkpoint.dtypes, source)
     recipe = _policy_recipe([f"policy.model_name={model_files(source, model)}", *overrides], nproc)
     directory = Path(recipe.policy.model_name)
+    if not is_launched():
+        warn_without_tokenizer(directory)
     if _launch_needed(recipe):
         options = ["--max-shard-size", max_shard_size, "--model", str(directory), "--dtype", dtype]
         with remove_on_failure(target):

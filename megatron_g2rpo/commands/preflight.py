@@ -17,9 +17,12 @@ from megatron_g2rpo.commands.model_dir import local_model_dir
 from megatron_g2rpo.data.dataset import open_dataset
 from megatron_g2rpo.data.errors import DataError
 from megatron_g2rpo.data.mixture import Mixture
+from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.policy.layouts.layout import LayoutError, check_model_dir, layout_of
 from megatron_g2rpo.recipe import Examined, Recipe, RecipeError, SftRecipe, TrainRecipe
 from megatron_g2rpo.recipe.errors import Fault
+from megatron_g2rpo.weights import CheckpointError, SafetensorsDirectory
+from megatron_g2rpo.weights.checkpoint_metadata import read_metadata
 
 # What the hub would be asked for; anything else that is no directory is a mistake.
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -76,6 +79,25 @@ def _model(examined: Examined, download: bool) -> Iterator[Fault]:
         yield Fault(named.group() if named else key, str(error))
     except (OSError, ValueError) as error:
         yield Fault(key, f"{key}: {directory} is not a model directory ({error})")
+        return
+    yield from _model_files(directory, examined.recipe)
+
+
+def _model_files(directory: Path, recipe: Recipe) -> Iterator[Fault]:
+    """What is wrong with a model's tokenizer, processor and weights, of which only the headers are read."""
+    key, checkpoint = "policy.model_name", recipe.policy.pretrained_checkpoint
+    try:
+        ChatProcessor(directory, recipe.data.min_pixels, recipe.data.max_pixels)
+    except DataError as error:
+        yield Fault(key, f"{key}: {error}")
+    try:
+        if checkpoint is not None:
+            key = "policy.pretrained_checkpoint"
+            read_metadata(Path(checkpoint))
+        elif recipe.policy.init == "pretrained":
+            SafetensorsDirectory(directory)
+    except CheckpointError as error:
+        yield Fault(key, f"{key}: {error}")
 
 
 def _data(examined: Examined) -> Iterator[Fault]:

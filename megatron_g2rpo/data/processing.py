@@ -8,23 +8,25 @@ that of the model family (``models.base.Vision.image_processor``).
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from megatron_g2rpo import models
 from megatron_g2rpo.data.chat_text import ChatText, checked_messages, joined_text
 from megatron_g2rpo.data.errors import DataError, SampleError
+from megatron_g2rpo.data.tokenizer import load_chat_template, load_tokenizer, named_eos_tokens, turn_end
+from megatron_g2rpo.models.directory import load_config
 from megatron_g2rpo.tasks.prompts import build_messages
 from megatron_g2rpo.tasks.response_formats import ResponseFormat
 from megatron_g2rpo.types import ModelInputs, Prompt, Sample
+from megatron_g2rpo.weights import ProcessorSettings
 
 NO_TOKEN = -1
 
@@ -39,6 +41,10 @@ class ChatProcessor:
         vision_token_ids: image and video placeholders and the tokens around them, which a policy must never sample.
         image_token_id: the placeholder of images; ``NO_TOKEN`` for a text-only model.
         spatial_merge_size: number of patches along one side that merge into one image token.
+        eos_token_id: the token that ends the assistant's turn: the chat template's, else the tokenizer's.
+        eos_token_ids: all tokens that end a response, this one first: the tokenizer's, and those that
+            generation_config.json names.
+        vocab_size: number of rows of the model's embedding.
 
     Args:
         model_dir: a Hugging Face directory; nothing is downloaded. Its config.json names the model family, which says
@@ -51,8 +57,8 @@ class ChatProcessor:
 
     Raises:
         DataError: the directory does not exist, its model family is unknown, its image processor is another family's,
-            it has no chat template or no end-of-turn token, its tokenizer lacks a vision token, or the pixel bounds
-            are in the wrong order.
+            it has no tokenizer, no chat template or no end-of-turn token, its tokenizer lacks a vision token, a token
+            that every run needs lies beyond the model's embedding, or the pixel bounds are in the wrong order.
     """
 
     def __init__(
@@ -64,7 +70,7 @@ class ChatProcessor:
         instructed: Mapping[str, ResponseFormat] | None = None,
     ) -> None:
         model_dir = Path(model_dir)
-        self.family = _family_of(model_dir)
+        self.family, self.vocab_size = _family_of(model_dir)
         vision = self.family.vision
         self.image_processor: Any = None
         if vision is not None:
@@ -72,22 +78,32 @@ class ChatProcessor:
                 self.image_processor = vision.image_processor(model_dir, min_pixels, max_pixels)
             except ValueError as error:
                 raise DataError(str(error)) from error
-        self.tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        self.tokenizer = load_tokenizer(model_dir)
         self.system_prompt, self._instructed = system_prompt, dict(instructed or {})
         self.spatial_merge_size: int = self.image_processor.merge_size if self.image_processor is not None else 1
-        self._chat_template = _load_chat_template(model_dir, self.tokenizer)
+        self._chat_template = load_chat_template(model_dir, self.tokenizer)
         vocabulary = self.tokenizer.get_vocab()
         vision_tokens = () if vision is None else vision.tokens.all
         for token in vision_tokens:
             if token not in vocabulary:
                 raise DataError(f"{model_dir}: the tokenizer has no token {token}, which its config.json's family has")
-        if self.tokenizer.eos_token_id is None:
-            raise DataError(f"{model_dir}: the tokenizer names no end-of-turn token (eos_token)")
         self.image_token_id: int = NO_TOKEN if vision is None else vocabulary[vision.tokens.image]
         self.vision_token_ids: list[int] = [vocabulary[token] for token in vision_tokens]
-        self.eos_token_id: int = self.tokenizer.eos_token_id
+        ends = [self._turn_end(), self.tokenizer.eos_token_id, *named_eos_tokens(model_dir)]
+        self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys(each for each in ends if each is not None))
+        if not self.eos_token_ids:
+            raise DataError(f"{model_dir}: the tokenizer names no end-of-turn token (eos_token)")
+        self.eos_token_id: int = self.eos_token_ids[0]
         pad = self.tokenizer.pad_token_id
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
+        needed = (*self.vision_token_ids, *self.eos_token_ids, self.pad_token_id)
+        if beyond := [i for i in needed if not 0 <= i < self.vocab_size]:
+            tokens = ", ".join(f"{token} ({i})" for token, i in zip(self._names(beyond), beyond, strict=True))
+            raise DataError(
+                f"{model_dir}: the model's embedding has {self.vocab_size} rows, but tokenizer or generation_config "
+                f"name tokens beyond: {tokens}; use the tokenizer that the model was trained with, or resize the "
+                "embedding (resize_token_embeddings of transformers)"
+            )
         self._chat_text = ChatText(self.tokenizer)
 
     def encode(
@@ -106,13 +122,15 @@ class ChatProcessor:
             float32 ``[V, D]`` and ``image_grid_thw`` int64 ``[I, 3]``.
 
         Raises:
-            SampleError: the messages are not of this form, there are more or fewer image parts than images, an image
-                cannot be decoded, the image processor refuses its shape, or a text-only model is given an image.
+            SampleError: the messages are not of this form, a text has a token that the model's embedding has no row
+                for, there are more or fewer image parts than images, an image cannot be decoded, the image processor
+                refuses its shape, or a text-only model is given an image.
         """
         turns, hidden = self._chat_text.hide(checked_messages(messages, name), name)
         pixel_values, image_grid_thw = self._encode_images(images, name)
         text = self._render(turns, name, add_generation_prompt=True)
         token_ids = torch.tensor(self._chat_text.encode(text, hidden, name), dtype=torch.int64)
+        self._refuse_beyond(token_ids.tolist(), name)
         is_image = token_ids == self.image_token_id
         if int(is_image.sum()) != len(images):
             raise SampleError(f"{name}: {int(is_image.sum())} image parts in the chat, but {len(images)} images")
@@ -167,9 +185,11 @@ class ChatProcessor:
             name: name of the response in error messages.
 
         Raises:
-            SampleError: the text is no valid Unicode, or the tokenizer cannot spell a reserved token as plain text.
+            SampleError: the text is no valid Unicode, the tokenizer cannot spell a reserved token as plain text, or the
+                model's embedding has no row for a token.
         """
         ids = self._chat_text.encode_plain(text, name)
+        self._refuse_beyond(ids, name)
         return torch.tensor([*ids, self.eos_token_id], dtype=torch.int64)
 
     def banned_token_ids(self, vocab_size: int) -> list[int]:
@@ -178,12 +198,41 @@ class ChatProcessor:
         Args:
             vocab_size: number of rows of the model's embedding.
         """
-        return sorted({*self.vision_token_ids, *range(len(self.tokenizer), vocab_size)})
+        no_token = set(range(vocab_size)) - set(self.tokenizer.get_vocab().values())
+        return sorted({*self.vision_token_ids, *no_token})
 
     def decode(self, token_ids: Tensor | Sequence[int]) -> str:
         """Return the text of token ids, without special tokens."""
         ids = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    @property
+    def settings(self) -> ProcessorSettings:
+        """What an export of the run must say of this processor."""
+        size = None if self.image_processor is None else self.image_processor.size
+        image_size = None if size is None else {key: size[key] for key in ("shortest_edge", "longest_edge")}
+        return ProcessorSettings(image_size, self.eos_token_ids)
+
+    def _turn_end(self) -> int | None:
+        """Return the token with which the chat template ends the assistant's turn; None if it does not say."""
+        ask, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "§"}
+        try:
+            answered = self._render([ask, answer], "prompt")
+        except TemplateError:  # a template for prompts alone
+            return None
+        header = _after(self._render([ask], "prompt"), self._render([ask], "prompt", add_generation_prompt=True))
+        return turn_end(self.tokenizer, answered, "§", header)
+
+    def _names(self, ids: Sequence[int]) -> list[str]:
+        return [str(token) for token in self.tokenizer.convert_ids_to_tokens(list(ids))]
+
+    def _refuse_beyond(self, ids: Sequence[int], name: str) -> None:
+        """Raise if the model's embedding has no row for a token, as of a tokenizer that is larger than it."""
+        if beyond := sorted({i for i in ids if i >= self.vocab_size}):
+            raise SampleError(
+                f"{name}: contains the token {self._names(beyond[:1])[0]!r} (id {beyond[0]}), but the model's "
+                f"embedding has {self.vocab_size} rows; remove it from the text"
+            )
 
     def _encode_images(self, images: Sequence[Image.Image], name: str) -> tuple[Tensor, Tensor]:
         processor = self.image_processor
@@ -216,23 +265,10 @@ def _after(start: str, text: str) -> str:
     return text[shared:]
 
 
-def _family_of(model_dir: Path) -> models.Family:
-    config = model_dir / "config.json"
-    if not config.exists():
-        raise DataError(f"{config} does not exist: a Hugging Face model directory is needed")
+def _family_of(model_dir: Path) -> tuple[models.Family, int]:
+    """Return the family that a directory's config.json names, and the number of rows of the model's embedding."""
     try:
-        return models.family(json.loads(config.read_text()).get("model_type", ""))
-    except ValueError as error:
-        raise DataError(f"{config}: {error}") from error
-
-
-def _load_chat_template(model_dir: Path, tokenizer: Any) -> str:
-    """Return the chat template, looked up as ``AutoProcessor`` does: ``chat_template.jinja``, ``.json``, tokenizer."""
-    jinja, as_json = model_dir / "chat_template.jinja", model_dir / "chat_template.json"
-    if jinja.exists():
-        return jinja.read_text()
-    if as_json.exists():
-        return json.loads(as_json.read_text())["chat_template"]
-    if isinstance(tokenizer.chat_template, str):
-        return tokenizer.chat_template
-    raise DataError(f"{model_dir} has no chat template (chat_template.jinja)")
+        config = load_config(model_dir)
+    except (OSError, ValueError) as error:
+        raise DataError(str(error)) from error
+    return models.family(config.model_type), config.get_text_config().vocab_size

@@ -6,7 +6,7 @@ Shape letters: V patches (four of them make a merged token), v hidden size of th
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ from megatron_g2rpo.models.base import VisionGeometry, VisionTokens
 from megatron_g2rpo.models.dense_decoder import DenseDecoder
 from megatron_g2rpo.models.positions import mrope_positions
 from megatron_g2rpo.models.rotary import RotaryAngles, interleaved_axes, inverse_frequencies
+from megatron_g2rpo.weights.model_files import IMAGE_PROCESSOR, PROCESSOR, image_processor_config
 from megatron_g2rpo.weights.rules import Replicated
 from megatron_g2rpo.weights.table import Row
 
+# One processor under many names: of three generations of Qwen, and of transformers' implementations.
+_PROCESSOR_TYPES = re.compile(r"Qwen(2|2_5_|3)VLImageProcessor(Fast|Pil)?")
 _FP32, _INT64 = torch.float32.itemsize, torch.int64.itemsize
 
 
@@ -66,13 +69,18 @@ class Qwen3VLVision:
         """
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-        path = model_dir / "preprocessor_config.json"
-        if not path.exists():
-            raise ValueError(f"{path} does not exist, but the model sees images")
-        kind = json.loads(path.read_text()).get("image_processor_type", "")
-        if not kind.startswith("Qwen2VLImageProcessor"):
+        found = image_processor_config(model_dir)
+        if found is None:
             raise ValueError(
-                f"{path}: image_processor_type is {kind!r}; Qwen3-VL's is Qwen2VLImageProcessor or ...Fast"
+                f"{model_dir} has neither {IMAGE_PROCESSOR} nor a {PROCESSOR} with an image_processor, but the model "
+                "sees images: copy it from the model that this one was made of"
+            )
+        path, config = found
+        kind = config.get("image_processor_type", "")
+        if not _PROCESSOR_TYPES.fullmatch(kind):
+            raise ValueError(
+                f"{path}: image_processor_type is {kind!r}; Qwen3-VL's is Qwen2VLImageProcessor, also called "
+                "Qwen3VLImageProcessor or ...Fast"
             )
         bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         given: dict[str, Any] = {key: value for key, value in bounds.items() if value is not None}

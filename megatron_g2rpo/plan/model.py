@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig
 
 from megatron_g2rpo import models
-from megatron_g2rpo.models.directory import local_model_dir
+from megatron_g2rpo.models.directory import load_config, local_model_dir
 from megatron_g2rpo.plan.vision import vision_of
 from megatron_g2rpo.policy.layouts.layout import Layout
 from megatron_g2rpo.weights.hf_model import published_tensors
@@ -75,8 +74,8 @@ def read_config(name: str) -> Any:
         ) from error
     if not (directory / CONFIG).is_file():
         raise ModelConfigError(f"policy.model_name: the directory {name} has no {CONFIG}, which is what a plan reads")
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
     try:
+        config = load_config(directory)
         vision_of(config)
     except ValueError as error:
         raise ModelConfigError(f"policy.model_name: {name}: {error}") from error

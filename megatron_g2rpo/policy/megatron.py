@@ -17,9 +17,9 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
-from transformers import AutoConfig
 
 from megatron_g2rpo import models, weights
+from megatron_g2rpo.models.directory import load_config
 from megatron_g2rpo.policy import sharded_state
 from megatron_g2rpo.policy.config import transformer_config
 from megatron_g2rpo.policy.device import Device
@@ -90,7 +90,7 @@ class MegatronPolicy:
         on_loaded: sharded_state.Advance | None = None,
     ) -> None:
         self.settings, self.device = settings, device
-        self.hf_config = AutoConfig.from_pretrained(settings.model_name, local_files_only=True)
+        self.hf_config = load_config(settings.model_name)
         self.layout = layout_of(settings.megatron_cfg)
         check_layout(self.hf_config, self.layout)
         self.groups: ParallelGroups = initialize(device, self.layout, seed)

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -33,6 +32,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
 
+from megatron_g2rpo.policy import checkpoint_reading
 from megatron_g2rpo.weights import CheckpointError
 from megatron_g2rpo.weights.megatron_checkpoint import MegatronCheckpoint
 
@@ -63,7 +63,7 @@ def load_weights(model: MegatronModule, directory: str | Path, dtype: torch.dtyp
     template: Any = {"model": model.sharded_state_dict()}
     _keep_what_is_in_place(template)
     try:
-        state: Any = dist_checkpointing.load(sharded_state_dict=template, checkpoint_dir=str(directory))
+        state: Any = checkpoint_reading.load(template, directory)
     except (CheckpointingException, KeyError, ValueError) as error:
         raise CheckpointError(f"{directory} does not fit the model of policy.model_name: {error}") from error
     model.load_state_dict(state["model"])

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig
 
 from megatron_g2rpo.data import checks
 from megatron_g2rpo.data.dataset import open_datasets
@@ -83,11 +82,8 @@ def assemble(recipe: Recipe) -> Components:
     )
     train_data = open_datasets(data.train, recipe.env)
     held_out = None if data.validation is None else open_datasets(data.validation, recipe.env)
-    vocab_size = (
-        AutoConfig.from_pretrained(recipe.policy.model_name, local_files_only=True).get_text_config().vocab_size
-    )
     # What no engine samples has no probability in the policy either: both then speak of one distribution.
-    banned = processor.banned_token_ids(vocab_size)
+    banned = processor.banned_token_ids(processor.vocab_size)
     policy = MegatronPolicy(
         recipe.policy, device, seed=loop.seed, max_steps=loop.max_num_steps * updates, banned_token_ids=banned
     )
@@ -192,7 +188,7 @@ def engine_for(
         device=device.torch_device,
         dtype=DTYPES[policy.precision],
         nccl=device.nccl,
-        eos_token_ids=[processor.eos_token_id],
+        eos_token_ids=processor.eos_token_ids,
         pad_token_id=processor.pad_token_id,
         banned_token_ids=banned_token_ids,
         image_token_id=processor.image_token_id,

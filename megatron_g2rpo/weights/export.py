@@ -14,20 +14,11 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
-from megatron_g2rpo.weights.safetensors_directory import INDEX_NAME
+from megatron_g2rpo.weights.model_files import ProcessorSettings, copy_model_files
+from megatron_g2rpo.weights.safetensors_directory import FLOATING, INDEX_NAME
 
-# Files that are copied beside the weights: configuration, tokenizer, processors, chat template, licence.
-_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md")
 _NAMES = "model{suffix}.safetensors"
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
-
-
-def copy_model_files(source: str | Path, target: str | Path) -> None:
-    """Copy the files that a Hugging Face directory holds beside its weights."""
-    for pattern in _COPIED:
-        for file in Path(source).glob(pattern):
-            if file.name != INDEX_NAME:
-                shutil.copy2(file, Path(target) / file.name)
+_DTYPES = {dtype: name for name, dtype in FLOATING.items()}
 
 
 def export_hf(
@@ -38,6 +29,7 @@ def export_hf(
     source: str | Path,
     write: bool,
     max_shard_size: int | str = "5GB",
+    settings: ProcessorSettings | None = None,
 ) -> None:
     """Write a Hugging Face directory that ``from_pretrained`` loads.
 
@@ -53,6 +45,7 @@ def export_hf(
         write: whether this rank writes.
         max_shard_size: largest size of one safetensors file, a number of bytes or a string such as ``"5GB"``; a larger
             tensor has a file of its own.
+        settings: what the copied files must say of the run's processor; None to leave them as they are.
 
     Raises:
         ValueError: a tensor is not in ``specs``, came twice, has another shape or dtype, or did not come.
@@ -62,7 +55,7 @@ def export_hf(
             pass
         return
     with (
-        hf_directory(directory, specs, source=source) as partial,
+        hf_directory(directory, specs, source=source, settings=settings) as partial,
         ShardedWriter(partial, specs, max_shard_size=max_shard_size) as writer,
     ):
         for name, tensor in tensors:
@@ -75,7 +68,13 @@ def partial_path(directory: str | Path) -> Path:
 
 
 @contextmanager
-def hf_directory(directory: str | Path, specs: Mapping[str, Tensor], *, source: str | Path) -> Iterator[Path]:
+def hf_directory(
+    directory: str | Path,
+    specs: Mapping[str, Tensor],
+    *,
+    source: str | Path,
+    settings: ProcessorSettings | None = None,
+) -> Iterator[Path]:
     """Open a directory to write weights into; on leaving the context it gets its other files and its final name.
 
     The path that the context yields is ``partial_path(directory)``. The directory is removed if the body raises.
@@ -84,13 +83,14 @@ def hf_directory(directory: str | Path, specs: Mapping[str, Tensor], *, source: 
         directory: the final directory; it is replaced if it exists.
         specs: every tensor that will be written, by name, on the meta device.
         source: the model directory whose other files are copied.
+        settings: what these files must say of the run's processor; None to leave them as they are.
     """
     directory, partial = Path(directory), partial_path(directory)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        copy_model_files(source, partial)
+        copy_model_files(source, partial, settings)
         dtypes = {spec.dtype for spec in specs.values()}
         if len(dtypes) == 1:
             _name_dtype(partial / "config.json", str(dtypes.pop()).removeprefix("torch."))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import re
@@ -19,14 +18,13 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_g2rpo.weights.checkpoint_metadata import read_metadata
 from megatron_g2rpo.weights.rules import Vocabulary, padded_rows
 from megatron_g2rpo.weights.safetensors_directory import CheckpointError
 from megatron_g2rpo.weights.table import Entry, UnmappedParameter, WeightTable
 
 # Folder of a checkpoint that holds the model's config, tokenizer and processor.
 MODEL_FILES = "huggingface"
-METADATA = "metadata.json"
-_BACKEND = "torch_dist"
 _OPTIMIZER = "optimizer."
 _STACKED = re.compile(r"(.*\bdecoder\.layers\.)(?!\d)(.*)")
 
@@ -39,24 +37,17 @@ class MegatronCheckpoint(Mapping[str, Tensor]):
     decoder's layers is one tensor, its first axis the layers, unless the layers differ. Here it is one tensor per
     layer. Optimizer state and entries that are not tensors are left out.
 
-    That format's list of tensors is a pickle: open only checkpoints that you trust.
-
     Attributes:
         directory: the checkpoint's directory.
 
     Raises:
-        CheckpointError: the directory is no megatron-core checkpoint, or one of another format.
+        CheckpointError: the directory is no megatron-core checkpoint that can be read; see ``read_metadata``.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        if not (self.directory / METADATA).is_file():
-            raise CheckpointError(f"{directory} is no Megatron checkpoint: it has no {METADATA}")
-        backend = json.loads((self.directory / METADATA).read_text()).get("sharded_backend")
-        if backend != _BACKEND:
-            raise CheckpointError(f"{directory}: its format is {backend!r}; {_BACKEND!r} is the one that is read")
+        metadata = read_metadata(self.directory)  # not the reader's own, which runs what the file says
         self._reader = FileSystemReader(self.directory)
-        metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._stored = {
             key: entry

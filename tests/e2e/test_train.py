@@ -124,8 +124,9 @@ def test_the_export_answers_as_the_policy_does(toy: Toy, straight: Path) -> None
     rollouts = components.engine.generate(prompts, 1, temperature=0.0, seed=0, group_ids=list(range(36)))
     assert len({rollout.text for rollout in rollouts}) > 3, "answers that are all alike prove little"
     chat = ChatProcessor(exported)
+    ends = chat.eos_token_ids
     for rollout in rollouts:
-        answer = hf_greedy(model, rollout.prompt.inputs, 32, ends=[chat.eos_token_id], pad=chat.pad_token_id, banned=[])
+        answer = hf_greedy(model, rollout.prompt.inputs, 32, ends=ends, pad=chat.pad_token_id, banned=[])
         assert answer == rollout.response_ids.tolist(), rollout.prompt.key
 
 

@@ -9,20 +9,33 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_g2rpo.types import DTYPES
 from megatron_g2rpo.weights import CheckpointError, partial_path
+from megatron_g2rpo.weights.model_files import TOKENIZERS, has_tokenizer
 
 
 def check_target(target: Path) -> None:
-    """Refuse a target that exists.
+    """Refuse a target that exists; a symlink does, wherever it points.
 
     Raises:
         FileExistsError: naming it.
     """
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise FileExistsError(f"{target} exists already; choose another place, or remove it first")
+
+
+def warn_without_tokenizer(directory: Path) -> None:
+    """Say on stderr that a directory, which is converted all the same, has no tokenizer."""
+    if not has_tokenizer(directory):
+        typer.echo(
+            f"warning: {directory} has no tokenizer (none of {', '.join(TOKENIZERS)}), and neither has the result: "
+            "before it can be trained or served, copy tokenizer.json, tokenizer_config.json and chat_template.jinja "
+            "there",
+            err=True,
+        )
 
 
 def precision_of(dtypes: set[torch.dtype], where: Path) -> str:

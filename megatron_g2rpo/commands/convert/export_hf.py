@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig
 
 from megatron_g2rpo import models, weights
 from megatron_g2rpo.commands.convert.common import progress_bar
+from megatron_g2rpo.models.directory import load_config
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.types import DTYPES
 from megatron_g2rpo.weights.hf_model import published_tensors
@@ -57,7 +57,7 @@ def export(checkpoint: MegatronCheckpoint, target: Path, *, source: Path, dtype:
     Raises:
         CheckpointError: its weights do not fit the config; all that does not is listed.
     """
-    hf_config = AutoConfig.from_pretrained(source, local_files_only=True)
+    hf_config = load_config(source)
     entries, stored = hf_contents(
         checkpoint, models.family(hf_config.model_type).weights(hf_config), published_tensors(hf_config)
     )

@@ -15,6 +15,7 @@ from megatron_g2rpo.policy.device import init_process_group, select, set_cpu_thr
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.recipe import Recipe
 from megatron_g2rpo.train.run.checkpoints import write_checkpoint
+from megatron_g2rpo.weights import SafetensorsDirectory
 
 
 def import_hf(recipe: Recipe, target: Path) -> None:
@@ -30,8 +31,7 @@ def import_hf(recipe: Recipe, target: Path) -> None:
     device = select(recipe.cluster.device)
     if device.kind == "cpu":
         set_cpu_threads(recipe.cluster.gpus_per_node)
-    size = sum(file.stat().st_size for file in Path(recipe.policy.model_name).glob("*.safetensors"))
-    share = size // recipe.policy.megatron_cfg.model_parallel_size
+    share = SafetensorsDirectory(recipe.policy.model_name).nbytes // recipe.policy.megatron_cfg.model_parallel_size
     init_process_group(device)
     with progress_bar("reading", share, show=dist.get_rank() == 0) as advance:
         policy = MegatronPolicy(recipe.policy, device, seed=0, max_steps=None, on_loaded=advance)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_g2rpo import models
+from megatron_g2rpo.models.directory import load_config
 from megatron_g2rpo.recipe import MegatronConfig
 
 
@@ -181,9 +182,11 @@ def check_model_dir(directory: str | Path, layout: Layout) -> None:
     """Run ``check_layout`` for the model in a Hugging Face directory.
 
     Raises:
-        LayoutError: see ``check_layout``.
+        LayoutError: see ``check_layout``; or config.json cannot be read.
         OSError: the directory has no readable config.json.
     """
-    from transformers import AutoConfig
-
-    check_layout(AutoConfig.from_pretrained(directory, local_files_only=True), layout)
+    try:
+        config = load_config(directory)
+    except ValueError as error:
+        raise LayoutError(f"policy.model_name: {error}") from error
+    check_layout(config, layout)

@@ -20,9 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
+from megatron_g2rpo.models.directory import load_config
 from megatron_g2rpo.rollout import base
 from megatron_g2rpo.rollout.transformers.decoding import ATTENTION, PreallocatedCache
 from megatron_g2rpo.rollout.transformers.sampling import draw, uniforms
@@ -360,7 +361,7 @@ class TransformersEngine:
 
 def _empty_model(model: str | PathLike[str] | PreTrainedConfig, device: torch.device, dtype: torch.dtype):
     """Build the model with uninitialised parameters, in eval mode; buffers are computed, not read."""
-    config = copy.deepcopy(model) if isinstance(model, PreTrainedConfig) else AutoConfig.from_pretrained(model)
+    config = copy.deepcopy(model) if isinstance(model, PreTrainedConfig) else load_config(model)
     # Not `.to(dtype)`: that would also round the rotary tables, which the constructor keeps in fp32.
     with device, no_init_weights():
         built = model_class(config).from_config(config, dtype=dtype, attn_implementation=ATTENTION)

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from megatron_g2rpo.policy import checkpoint_reading
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from megatron_g2rpo.weights import copy_model_files, partial_path
+from megatron_g2rpo.weights import ProcessorSettings, copy_model_files, partial_path
 from megatron_g2rpo.weights.megatron_checkpoint import MODEL_FILES
 
 _NAME = re.compile(r"step_(\d+)")
@@ -25,7 +26,9 @@ _NAME = re.compile(r"step_(\d+)")
 filesystem_async._results_queue = queue.Queue()
 
 
-def write_checkpoint(directory: Path, policy: MegatronPolicy, state: dict[str, Any]) -> None:
+def write_checkpoint(
+    directory: Path, policy: MegatronPolicy, state: dict[str, Any], settings: ProcessorSettings | None = None
+) -> None:
     """Write a state in megatron-core's distributed format, with what its model directory holds beside weights.
 
     A collective of all ranks. The directory appears whole: it is written beside its place and renamed.
@@ -34,6 +37,7 @@ def write_checkpoint(directory: Path, policy: MegatronPolicy, state: dict[str, A
         directory: the directory to write; replaced if it exists.
         policy: whose state it is.
         state: a sharded state dict, and plain values that are equal on every rank.
+        settings: what the model directory's files must say of the run's processor; None to leave them as they are.
     """
     partial = partial_path(directory)
     if dist.get_rank() == 0:
@@ -45,7 +49,7 @@ def write_checkpoint(directory: Path, policy: MegatronPolicy, state: dict[str, A
     dist.barrier()
     if dist.get_rank() == 0:
         (partial / MODEL_FILES).mkdir()
-        copy_model_files(policy.settings.model_name, partial / MODEL_FILES)
+        copy_model_files(policy.settings.model_name, partial / MODEL_FILES, settings)
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
     dist.barrier()
@@ -60,9 +64,13 @@ class Checkpoints:
     Args:
         directory: the directory that holds the checkpoints.
         keep_latest_k: how many checkpoints to keep; None for all.
+        settings: see ``write_checkpoint``.
     """
 
-    def __init__(self, directory: str | Path, keep_latest_k: int | None) -> None:
+    def __init__(
+        self, directory: str | Path, keep_latest_k: int | None, settings: ProcessorSettings | None = None
+    ) -> None:
+        self._settings = settings
         self._directory = Path(directory)
         self._keep = keep_latest_k
 
@@ -82,7 +90,7 @@ class Checkpoints:
             for left in self._directory.glob("step_*.partial"):  # by a job that was killed while it saved
                 shutil.rmtree(left)
         everything = {**policy.sharded_state_dict(), "loop": {"step": step, **state}}
-        write_checkpoint(self._directory / f"step_{step}", policy, everything)
+        write_checkpoint(self._directory / f"step_{step}", policy, everything, self._settings)
         if dist.get_rank() == 0:
             self._prune()
         dist.barrier()
@@ -94,9 +102,8 @@ class Checkpoints:
             ``step`` and the plain values given to ``save``.
         """
         with policy.device.megatron():
-            loaded: Any = dist_checkpointing.load(
-                sharded_state_dict={**policy.sharded_state_dict(is_loading=True), "loop": {}},
-                checkpoint_dir=str(self._directory / f"step_{step}"),
+            loaded: Any = checkpoint_reading.load(
+                {**policy.sharded_state_dict(is_loading=True), "loop": {}}, self._directory / f"step_{step}"
             )
             loop = loaded.pop("loop")
             policy.load_state_dict(loaded)

@@ -37,7 +37,8 @@ class Run:
     def __init__(self, recipe: Recipe, components: Components) -> None:
         self._recipe, self._components = recipe, components
         self._loop = recipe.grpo if isinstance(recipe, TrainRecipe) else recipe.sft
-        self._checkpoints = Checkpoints(recipe.checkpointing.checkpoint_dir, recipe.checkpointing.keep_latest_k)
+        options = recipe.checkpointing
+        self._checkpoints = Checkpoints(options.checkpoint_dir, options.keep_latest_k, components.processor.settings)
         self.first_step = 0
         self._validated = False
         grpo = recipe.grpo if isinstance(recipe, TrainRecipe) else None
@@ -146,6 +147,7 @@ class Run:
             directory,
             source=self._recipe.policy.model_name,
             write=dist.get_rank() == 0,
+            settings=self._components.processor.settings,
         )
         dist.barrier()
         return directory

@@ -429,7 +429,7 @@ def test_a_directory_that_is_not_there_is_an_error(tmp_path):
 
 def test_a_model_that_sees_needs_its_image_processor(copied):
     (copied / "preprocessor_config.json").unlink()
-    with pytest.raises(DataError, match=r"preprocessor_config\.json does not exist, but the model sees images"):
+    with pytest.raises(DataError, match=r"has neither preprocessor_config\.json nor a processor_config\.json"):
         ChatProcessor(copied)
 
 

@@ -8,6 +8,8 @@ tests/parallel/test_convert.py.
 from __future__ import annotations
 
 import json
+import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from megatron_g2rpo.commands.convert.export_hf import export
+from megatron_g2rpo.policy import checkpoint_reading
 from megatron_g2rpo.weights import CheckpointError, SafetensorsDirectory
+from megatron_g2rpo.weights.checkpoint_metadata import METADATA, TENSORS, read_metadata
 from megatron_g2rpo.weights.hf_model import published_tensors
-from megatron_g2rpo.weights.megatron_checkpoint import METADATA, MegatronCheckpoint, hf_contents
+from megatron_g2rpo.weights.megatron_checkpoint import MegatronCheckpoint, hf_contents
 from tests.common.text_models import make_text_model
 from tests.common.tiny_model import table_for
 
@@ -162,3 +166,70 @@ def test_what_is_no_checkpoint_is_named(model, tmp_path):
     write(tmp_path, {"w": torch.ones(1)}, backend="zarr")
     with pytest.raises(CheckpointError, match=r"its format is 'zarr'; 'torch_dist' is the one that is read"):
         MegatronCheckpoint(tmp_path)
+
+
+class Payload:
+    """What a pickle can do: it makes a file as it is read."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("route", ["export", "policy", "entry"])
+def test_code_in_a_checkpoint_is_not_run(model, tmp_path, route, monkeypatch):
+    """In the list of tensors, which exports and runs read, and in an entry that is no tensor."""
+    ran = tmp_path / "ran"
+    state = stored(model)
+    if route == "entry":
+        state["loop"] = Payload(ran)
+    checkpoint = write(tmp_path / "checkpoint", state)
+    assert not ran.exists(), "writing does not run it"
+    if route != "entry":
+        path = checkpoint / TENSORS
+        metadata = pickle.loads(path.read_bytes())
+        metadata.planner_data = Payload(ran)
+        path.write_bytes(pickle.dumps(metadata))
+        with pytest.raises(CheckpointError, match=rf"{path} is not to be trusted: it names posix\.mkdir"):
+            MegatronCheckpoint(checkpoint) if route == "export" else checkpoint_reading.load({}, checkpoint)
+    else:
+        target = {"loop": None}
+        monkeypatch.setattr(
+            checkpoint_reading.dist_checkpointing,
+            "load",
+            lambda sharded_state_dict, checkpoint_dir: dcp.load(sharded_state_dict, checkpoint_id=checkpoint_dir),
+        )
+        with pytest.raises(CheckpointError, match=f"{checkpoint} cannot be read: rank 0: .*Weights only load failed"):
+            checkpoint_reading.load(target, checkpoint)
+    assert not ran.exists()
+
+
+def test_the_guard_would_notice(model, tmp_path):
+    """Without it, torch's own reader runs the payload."""
+    ran = tmp_path / "ran"
+    path = write(tmp_path / "checkpoint", stored(model)) / TENSORS
+    metadata = pickle.loads(path.read_bytes())
+    metadata.planner_data = Payload(ran)
+    path.write_bytes(pickle.dumps(metadata))
+    dcp.FileSystemReader(path.parent).read_metadata()
+    assert ran.exists()
+
+
+def test_a_damaged_description_is_named(model, tmp_path):
+    checkpoint = write(tmp_path, stored(model))
+    whole = (checkpoint / TENSORS).read_bytes()
+    for broken in (whole[: len(whole) // 2], b"", b"no pickle", pickle.dumps({"a": 1})):
+        (checkpoint / TENSORS).write_bytes(broken)
+        with pytest.raises(CheckpointError, match=rf"{checkpoint / TENSORS} is damaged"):
+            MegatronCheckpoint(checkpoint)
+    (checkpoint / TENSORS).unlink()
+    with pytest.raises(
+        CheckpointError, match=rf"{checkpoint / TENSORS} does not exist, so the checkpoint is not whole"
+    ):
+        read_metadata(checkpoint)
+    for broken in ("{", "", "[]", "{}"):
+        (checkpoint / METADATA).write_text(broken)
+        with pytest.raises(CheckpointError, match=rf"{checkpoint / METADATA} is damaged"):
+            MegatronCheckpoint(checkpoint)

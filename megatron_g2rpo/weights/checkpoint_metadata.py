@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads what a megatron-core checkpoint says of itself, without running what it says.
+
+``.metadata``, the list of a ``torch.distributed.checkpoint``'s tensors, is a pickle, and a pickle names functions to
+call. torch and megatron-core call whatever it names. Here only the classes are known that such a list consists of.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron_g2rpo.weights.safetensors_directory import CheckpointError
+
+METADATA, TENSORS = "metadata.json", ".metadata"
+_BACKEND = "torch_dist"
+_DCP = "torch.distributed.checkpoint."
+# What a list of tensors holds, by module: data classes and enumerations, sizes, paths, and torch's layout by its name.
+_CLASSES = {
+    _DCP + "metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    _DCP + "planner": ("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
+    _DCP + "filesystem": ("_StorageInfo",),
+    "collections": ("OrderedDict",),
+    "pathlib": ("PosixPath", "PurePosixPath"),
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+}
+
+
+class _KnownClasses(pickle.Unpickler):
+    """An unpickler that finds the classes of ``_CLASSES`` and torch's dtypes, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        raise CheckpointError(f"it names {module}.{name}, which no list of tensors holds and which is not run")
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """Return the list of a checkpoint's tensors.
+
+    Raises:
+        CheckpointError: the directory is no megatron-core checkpoint, or one of another format; a file is missing or
+            damaged, or names something to run. Names the file.
+    """
+    path = directory / METADATA
+    if not path.is_file():
+        raise CheckpointError(f"{directory} is no Megatron checkpoint: it has no {METADATA}")
+    try:
+        backend = json.loads(path.read_text())["sharded_backend"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r}); use another checkpoint") from error
+    if backend != _BACKEND:
+        raise CheckpointError(f"{directory}: its format is {backend!r}; {_BACKEND!r} is the one that is read")
+    path = directory / TENSORS
+    try:
+        with path.open("rb") as file:
+            metadata = _KnownClasses(file).load()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist, so the checkpoint is not whole; use another one") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is not to be trusted: {error}") from error
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged ({error!r}); use another checkpoint") from error
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{path} is damaged: it holds a {type(metadata).__name__}; use another checkpoint")
+    return metadata
