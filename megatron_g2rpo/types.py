@@ -114,11 +114,12 @@ class Rollout:
         prompt: the prompt that was answered.
         group_id: id of the prompt's group, unique in the global batch (all ranks).
         sample_index: index of this response in its group, 0-based.
-        response_ids: int64 ``[R]``, the end-of-turn token included when it was sampled.
+        response_ids: int64 ``[R]``, the token included that ended it: an end-of-turn token, or the one that completed a
+            stop string.
         logprobs: float32 ``[R]``, log-probability of each sampled token under the distribution that it was drawn from:
             *at the sampling temperature*, over the tokens that can be sampled.
-        text: the decoded response without special tokens that end the turn.
-        truncated: True when the token limit ended the response, not an end-of-turn token.
+        text: the decoded response without special tokens that end the turn; it ends with the stop string that ended it.
+        truncated: True when the token limit ended the response, not an end-of-turn token or a stop string.
     """
 
     prompt: Prompt
@@ -144,8 +145,8 @@ class Response:
         thinking: the reasoning in it, as the response format finds it; None if there is none.
         answer: the final answer in it, as the response format finds it; None if there is none.
         is_well_formed: whether the text follows the response format in full.
-        num_tokens: response tokens, the end-of-turn token included when it was sampled.
-        truncated: True when the token limit ended the response, not an end-of-turn token.
+        num_tokens: response tokens, the one included that ended the response.
+        truncated: True when the token limit ended the response, not an end-of-turn token or a stop string.
         sample_index: index of the response in its group, 0-based.
     """
 

@@ -11,6 +11,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from megatron_g2rpo.recipe.base import Section, Text, conflict
 
 Address = Annotated[str, Field(pattern=r"^https?://[^/\s]+$")]
+# A share of probability; null: off.
+Share = Annotated[float, Field(gt=0.0, le=1.0)] | None
+StopStrings = Annotated[tuple[Text, ...], Field(strict=False)] | None
 
 
 class VllmConfig(Section):
@@ -74,8 +77,24 @@ class Generation(Section):
     """Largest number of tokens in a response; a longer response is truncated."""
     temperature: PositiveFloat
     """Sampling temperature in training; log-probabilities and entropies are taken at it as well."""
+    top_p: Share
+    """Training: sample from the most likely tokens whose probabilities first add up to this share; null: from all."""
+    top_k: PositiveInt | None
+    """Training: sample from this many most likely tokens; null: from all."""
+    min_p: Share
+    """Training: sample from tokens with at least this share of the largest probability; null: from all."""
+    stop_strings: StopStrings
+    """Training: text that ends a response, which it is part of; null: end-of-turn tokens alone end it."""
     val_temperature: PositiveFloat
     """Temperature of the sampled validation; greedy validation is always run beside it."""
+    val_top_p: Share
+    """``top_p`` of the sampled validation."""
+    val_top_k: PositiveInt | None
+    """``top_k`` of the sampled validation."""
+    val_min_p: Share
+    """``min_p`` of the sampled validation."""
+    val_stop_strings: StopStrings
+    """``stop_strings`` of validation, sampled and greedy."""
     batch_size: PositiveInt
     """Number of sequences decoded together on one rank (vLLM: ``max_num_seqs``); changes speed and memory only."""
     gap_warning: PositiveFloat
@@ -85,6 +104,19 @@ class Generation(Section):
     """Settings of vLLM, for the backends ``vllm`` and ``vllm_server``."""
     vllm_server_cfg: VllmServerConfig
     """Settings of the backend ``vllm_server``."""
+
+    @model_validator(mode="after")
+    def _whole_distribution(self) -> Generation:
+        filters = [name for name in ("top_p", "top_k", "min_p") if getattr(self, name) is not None]
+        if filters:
+            raise conflict(
+                f"{' and '.join(filters)} would filter the tokens that training rollouts are sampled from: the "
+                "trainer's log-probabilities are over all tokens, so the surrogate's ratio and the metrics of the "
+                "mismatch with the engine would compare two distributions; filter in validation (val_top_p, "
+                "val_top_k, val_min_p), or lower the temperature, which the trainer applies as well",
+                *filters,
+            )
+        return self
 
     @model_validator(mode="after")
     def _servers(self) -> Generation:

@@ -15,6 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.data.processing import ChatProcessor
+from megatron_g2rpo.rollout.base import Sampling
 from megatron_g2rpo.train.assembly import assemble
 from megatron_g2rpo.train.g2rpo import g2rpo_step
 from megatron_g2rpo.train.run.loop import Run
@@ -121,7 +122,9 @@ def test_the_export_answers_as_the_policy_does(toy: Toy, straight: Path) -> None
     components.engine.load_weights(components.policy.stream())
     prompts = components.validation
     assert len(prompts) == 36
-    rollouts = components.engine.generate(prompts, 1, temperature=0.0, seed=0, group_ids=list(range(36)))
+    rollouts = components.engine.generate(
+        prompts, 1, sampling=Sampling(temperature=0.0), seed=0, group_ids=list(range(36))
+    )
     assert len({rollout.text for rollout in rollouts}) > 3, "answers that are all alike prove little"
     chat = ChatProcessor(exported)
     for rollout in rollouts:

@@ -24,11 +24,17 @@ from vllm.sampling_params import RequestOutputKind
 
 from megatron_g2rpo.recipe import Policy
 from megatron_g2rpo.rollout import base
+from megatron_g2rpo.rollout.stop_strings import read_response
 from megatron_g2rpo.types import ModelInputs, Prompt, Rollout
 
 # What every engine of ours must be started with: log-probabilities of the distribution that was sampled from, at its
 # temperature and without banned tokens; pixels taken as they come.
 ENGINE_ARGUMENTS = {"logprobs_mode": "processed_logprobs", "mm_device_do_normalize": False, "generation_config": "vllm"}
+# What a request over HTTP says of its sampling parameters; the server sets how its output comes by itself.
+PARAMETERS = (
+    *("n", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "logprobs", "logit_bias"),
+    *("stop", "stop_token_ids", "ignore_eos", "detokenize"),
+)
 # Added to the logit of a banned token. Finite, because JSON has no infinity.
 _NEVER = -1e30
 
@@ -142,31 +148,39 @@ class Translator:
             )
         return places
 
-    def sampling(self, prompt: Prompt, n: int, temperature: float, seed: int) -> SamplingParams:
+    def parameters(self, prompt: Prompt, n: int, sampling: base.Sampling, seed: int) -> SamplingParams:
         """Return vLLM's sampling parameters for a prompt. Sample ``i`` has a generator of its own (vLLM: seed + i).
 
         A greedy response is requested once only: ``rollouts`` repeats it.
         """
+        greedy = sampling.temperature == 0
         return SamplingParams(
-            n=1 if temperature == 0 else n,
-            temperature=temperature,
-            seed=None if temperature == 0 else _seed(seed, prompt.key),
+            n=1 if greedy else n,
+            temperature=sampling.temperature,
+            top_p=1.0 if sampling.top_p is None else sampling.top_p,
+            top_k=0 if sampling.top_k is None else sampling.top_k,
+            min_p=0.0 if sampling.min_p is None else sampling.min_p,
+            seed=None if greedy else _seed(seed, prompt.key),
             max_tokens=self._max_new_tokens,
             logprobs=0,
             logit_bias=dict.fromkeys(sorted(self._banned), _NEVER) or None,
             stop_token_ids=sorted(self._eos),
             ignore_eos=True,  # the model directory's own end tokens; ours are above
-            detokenize=False,
+            stop=list(sampling.stop_strings),
+            detokenize=bool(sampling.stop_strings),  # vLLM looks for them in its own text
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def rollouts(self, prompt: Prompt, group_id: int, n: int, answers: Sequence[Answer]) -> list[Rollout]:
+    def rollouts(
+        self, prompt: Prompt, group_id: int, n: int, sampling: base.Sampling, answers: Sequence[Answer]
+    ) -> list[Rollout]:
         """Return the rollouts of one group.
 
         Args:
             prompt: the prompt that was asked.
             group_id: id of its group.
             n: number of responses that were requested.
+            sampling: how they were to be sampled.
             answers: vLLM's answers, in the order of its samples: ``n`` of them, or one that stands for all.
 
         Raises:
@@ -175,10 +189,10 @@ class Translator:
         if len(answers) not in (1, n):
             raise RuntimeError(f"prompt {prompt.key!r}: vLLM gave {len(answers)} of {n} answers")
         everyone = list(answers) if len(answers) == n else [answers[0]] * n
-        return [self._rollout(prompt, group_id, index, *answer) for index, answer in enumerate(everyone)]
+        return [self._rollout(prompt, group_id, index, sampling, answer) for index, answer in enumerate(everyone)]
 
     def _rollout(
-        self, prompt: Prompt, group_id: int, sample_index: int, token_ids: Sequence[int], logprobs: Sequence[float]
+        self, prompt: Prompt, group_id: int, sample_index: int, sampling: base.Sampling, answer: Answer
     ) -> Rollout:
         """Return the rollout of one answer.
 
@@ -187,7 +201,8 @@ class Translator:
                 token that must not be sampled; prompt and sample are named.
         """
         name = f"prompt {prompt.key!r}, sample {sample_index}"
-        values = torch.tensor(logprobs, dtype=torch.float32)
+        token_ids = list(answer.token_ids)
+        values = torch.tensor(answer.logprobs, dtype=torch.float32)
         if not token_ids or len(values) != len(token_ids) or not values.isfinite().all():
             raise RuntimeError(
                 f"{name}: vLLM answered {len(token_ids)} tokens with {int(values.isfinite().sum())} finite "
@@ -195,14 +210,16 @@ class Translator:
             )
         if not self._banned.isdisjoint(token_ids):
             raise RuntimeError(f"{name}: vLLM sampled banned tokens: {sorted(self._banned.intersection(token_ids))}")
-        truncated = token_ids[-1] not in self._eos
+        text, truncated = read_response(
+            token_ids, eos_token_ids=self._eos, stop_strings=sampling.stop_strings, decode=self._decode
+        )
         return Rollout(
             prompt=prompt,
             group_id=group_id,
             sample_index=sample_index,
             response_ids=torch.tensor(token_ids, dtype=torch.int64),
             logprobs=values,
-            text=self._decode(list(token_ids if truncated else token_ids[:-1])),
+            text=text,
             truncated=truncated,
         )
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_g2rpo.collectives import together
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from megatron_g2rpo.rollout.base import Engine, EngineUnavailable
+from megatron_g2rpo.rollout.base import Engine, EngineUnavailable, Sampling
 from megatron_g2rpo.types import Prompt, Rollout
 
 
@@ -20,7 +20,7 @@ def generate(
     prompts: Sequence[Prompt],
     n: int,
     *,
-    temperature: float,
+    sampling: Sampling,
     seed: int,
     group_ids: Sequence[int],
 ) -> list[Rollout]:
@@ -35,7 +35,7 @@ def generate(
         policy: whose layout says which prompts are this rank's, and whose weights a lost engine is given again.
         prompts: the prompts of this data-parallel rank.
         n: responses per prompt.
-        temperature: temperature of the sampling distribution; 0 is greedy.
+        sampling: the distribution to sample from, and text that ends a response.
         seed: seed of every random draw.
         group_ids: one per prompt, unique over all ranks.
 
@@ -52,7 +52,7 @@ def generate(
         policy,
         [prompts[index] for index in share],
         n,
-        temperature=temperature,
+        sampling=sampling,
         seed=seed,
         group_ids=[group_ids[index] for index in share],
     )
@@ -74,7 +74,7 @@ def answers(
     prompts: Sequence[Prompt],
     n: int,
     *,
-    temperature: float,
+    sampling: Sampling,
     seed: int,
     group_ids: Sequence[int],
 ) -> list[Rollout]:
@@ -89,7 +89,7 @@ def answers(
     while True:
         try:
             return together(
-                lambda: engine.generate(prompts, n, temperature=temperature, seed=seed, group_ids=group_ids),
+                lambda: engine.generate(prompts, n, sampling=sampling, seed=seed, group_ids=group_ids),
                 errors=(EngineUnavailable,),
             )
         except EngineUnavailable as error:

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_g2rpo.data.packing import Packer, PackSequence, response_values
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import LossTerms, MegatronPolicy
+from megatron_g2rpo.rollout.base import Sampling
 from megatron_g2rpo.rollout.transformers.engine import TransformersEngine
 from megatron_g2rpo.types import ModelInputs, Prompt, Sample, TokenStats
 from tests.common.parity import TEMPERATURE
@@ -98,11 +99,11 @@ def test_the_engine_answers_as_transformers_generates(tmp_path: Path, name: str)
         )
         for index, item in enumerate(sequences(model.config.vocab_size))
     ]
-    for rollout in engine.generate(prompts, 1, temperature=0.0, seed=0, group_ids=[0, 1, 2]):
+    for rollout in engine.generate(prompts, 1, sampling=Sampling(temperature=0.0), seed=0, group_ids=[0, 1, 2]):
         ids = rollout.prompt.inputs.token_ids[None]
         output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
         assert output[0, ids.shape[1] :].tolist() == rollout.response_ids.tolist()
-    sampled = engine.generate(prompts, 3, temperature=0.7, seed=0, group_ids=[0, 1, 2])
+    sampled = engine.generate(prompts, 3, sampling=Sampling(temperature=0.7), seed=0, group_ids=[0, 1, 2])
     for rollout in sampled:
         ids = torch.cat([rollout.prompt.inputs.token_ids, rollout.response_ids])
         start = len(rollout.prompt.inputs.token_ids) - 1
@@ -124,4 +125,10 @@ def test_an_image_for_a_model_of_text_is_an_error(tmp_path: Path) -> None:
     )
     sample = Sample(key="s/1", task="t", question="", answer="", answer_format="exact")
     with pytest.raises(ValueError, match="prompt 's/1' has images, but Qwen3ForCausalLM reads text alone"):
-        engine.generate([Prompt(sample=sample, inputs=inputs, task_id=0)], 1, temperature=0.0, seed=0, group_ids=[0])
+        engine.generate(
+            [Prompt(sample=sample, inputs=inputs, task_id=0)],
+            1,
+            sampling=Sampling(temperature=0.0),
+            seed=0,
+            group_ids=[0],
+        )
