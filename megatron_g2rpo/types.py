@@ -120,6 +120,8 @@ class Rollout:
             *at the sampling temperature*, over the tokens that can be sampled.
         text: the decoded response without special tokens that end the turn; it ends with the stop string that ended it.
         truncated: True when the token limit ended the response, not an end-of-turn token or a stop string.
+        kept_ids: int64 ``[R, K]``, the ids that each token was sampled from where filters left others out, -1 where
+            there are fewer than K; None where all tokens could be sampled, or nobody asked.
     """
 
     prompt: Prompt
@@ -129,6 +131,7 @@ class Rollout:
     logprobs: Tensor
     text: str
     truncated: bool
+    kept_ids: Tensor | None = None
 
 
 def task_ids_of(rollouts: Sequence[Rollout]) -> Tensor:
@@ -241,6 +244,8 @@ class PackedBatch:
         reference_logprobs: float32 ``[S]`` under the reference policy, or None where there is none.
         importance_weights: float32 ``[S]``, factor of the surrogate's loss that corrects for what the rollout engine
             sampled from; None for 1.
+        kept_ids: int64 ``[K, S]``, the ids that each label was sampled from, -1 where there are fewer than K: the
+            policy's distribution at that place is over them alone. None for the whole vocabulary.
         token_weights: float32 ``[S]``; the loss is ``sum(weight * token_loss) / global token count``. Equal to
             ``loss_mask`` for token averaging.
     """
@@ -263,6 +268,7 @@ class PackedBatch:
     old_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
     importance_weights: Tensor | None = None
+    kept_ids: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -275,7 +281,8 @@ class TokenStats:
     """Per-token statistics of a packed row under the policy.
 
     Attributes:
-        logprobs: float32 ``[S]``, log-probability of ``labels`` at the given temperature; 0 where there is no label.
+        logprobs: float32 ``[S]``, log-probability of ``labels`` at the given temperature (among
+            ``PackedBatch.kept_ids``, where there are any); 0 where there is no label.
         entropy: float32 ``[S]``, entropy (nats) of the policy's distribution at the same temperature; 0 where there is
             no label.
     """

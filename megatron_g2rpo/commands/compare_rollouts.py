@@ -74,7 +74,8 @@ def trainer_logprobs(
         float32 ``[R]`` for each rollout.
     """
     sequences = [
-        PackSequence(inputs=r.prompt.inputs, response_ids=r.response_ids, task_id=r.prompt.task_id) for r in rollouts
+        PackSequence(inputs=r.prompt.inputs, response_ids=r.response_ids, task_id=r.prompt.task_id, kept_ids=r.kept_ids)
+        for r in rollouts
     ]
     batches = pack_evenly(packer, sequences, budget, policy.groups.data)
     found: dict[int, Tensor] = {}

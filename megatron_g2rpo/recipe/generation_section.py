@@ -77,20 +77,22 @@ class Generation(Section):
     """Largest number of tokens in a response; a longer response is truncated."""
     temperature: PositiveFloat
     """Sampling temperature in training; log-probabilities and entropies are taken at it as well."""
+    top_k: Annotated[int, Field(ge=1, le=128)] | None
+    """Training: sample from this many most likely tokens, which the trainer's distribution is then over as well; null:
+    from all tokens."""
     top_p: Share
-    """Training: sample from the most likely tokens whose probabilities first add up to this share; null: from all."""
-    top_k: PositiveInt | None
-    """Training: sample from this many most likely tokens; null: from all."""
+    """Training: sample from the most likely tokens whose probabilities first add up to this share, among those that
+    ``top_k`` keeps; null: from all of these."""
     min_p: Share
-    """Training: sample from tokens with at least this share of the largest probability; null: from all."""
+    """Training: sample from tokens with at least this share of the largest probability; needs ``top_k``; null: off."""
     stop_strings: StopStrings
     """Training: text that ends a response, which it is part of; null: end-of-turn tokens alone end it."""
     val_temperature: PositiveFloat
     """Temperature of the sampled validation; greedy validation is always run beside it."""
-    val_top_p: Share
-    """``top_p`` of the sampled validation."""
     val_top_k: PositiveInt | None
     """``top_k`` of the sampled validation."""
+    val_top_p: Share
+    """``top_p`` of the sampled validation."""
     val_min_p: Share
     """``min_p`` of the sampled validation."""
     val_stop_strings: StopStrings
@@ -106,14 +108,14 @@ class Generation(Section):
     """Settings of the backend ``vllm_server``."""
 
     @model_validator(mode="after")
-    def _whole_distribution(self) -> Generation:
-        filters = [name for name in ("top_p", "top_k", "min_p") if getattr(self, name) is not None]
-        if filters:
+    def _replayable(self) -> Generation:
+        filters = [name for name in ("top_p", "min_p") if getattr(self, name) is not None]
+        if filters and self.top_k is None:
             raise conflict(
-                f"{' and '.join(filters)} would filter the tokens that training rollouts are sampled from: the "
-                "trainer's log-probabilities are over all tokens, so the surrogate's ratio and the metrics of the "
-                "mismatch with the engine would compare two distributions; filter in validation (val_top_p, "
-                "val_top_k, val_min_p), or lower the temperature, which the trainer applies as well",
+                f"{' and '.join(filters)} without top_k would keep any number of tokens: the trainer's distribution is "
+                "over the tokens that a response was sampled from, or the surrogate's ratio and the metrics of the "
+                "mismatch with the engine would compare two distributions; set top_k as well, at most 128, or filter "
+                "in validation alone (val_top_p, val_min_p)",
                 *filters,
             )
         return self

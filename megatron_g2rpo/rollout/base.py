@@ -53,9 +53,11 @@ class Sampling:
         top_k: number of most likely tokens that are kept; those that tie with the last are kept too.
         min_p: tokens are kept whose probability is at least this share of the largest one, in (0, 1].
         stop_strings: text that ends a response; see ``rollout.stop_strings``.
+        return_kept: whether rollouts say what the filters kept, ``Rollout.kept_ids``; needs ``top_k``, which bounds how
+            much that is.
 
     Raises:
-        ValueError: a value is out of its range, or a stop string is empty.
+        ValueError: a value is out of its range, a stop string is empty, or ``return_kept`` lacks ``top_k``.
     """
 
     temperature: float
@@ -63,6 +65,7 @@ class Sampling:
     top_k: int | None = None
     min_p: float | None = None
     stop_strings: tuple[str, ...] = ()
+    return_kept: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < math.inf:
@@ -75,16 +78,22 @@ class Sampling:
             raise ValueError(f"top_k must be at least 1, not {self.top_k}")
         if "" in self.stop_strings:
             raise ValueError("an empty stop string would end every response")
+        if self.return_kept and (self.top_k is None or self.temperature == 0):
+            raise ValueError("what is kept can be returned where top_k bounds it and sampling is not greedy")
 
     @classmethod
     def of_training(cls, generation: Generation) -> Sampling:
-        """Return how a recipe samples the rollouts that are trained on."""
+        """Return how a recipe samples the rollouts that are trained on.
+
+        Where it filters, rollouts say what was kept, so that the trainer's distribution is over the same tokens.
+        """
         return cls(
             temperature=generation.temperature,
             top_p=generation.top_p,
             top_k=generation.top_k,
             min_p=generation.min_p,
             stop_strings=generation.stop_strings or (),
+            return_kept=generation.top_k is not None,
         )
 
     @classmethod

@@ -46,12 +46,14 @@ class _Sequence(NamedTuple):
 class _Responses(NamedTuple):
     """What was decoded: tokens and their log-probabilities, each ``[N, T]``, and the lengths of the responses ``[N]``.
 
-    A length includes the token that ended the response; what follows it is undefined.
+    A length includes the token that ended the response; what follows it is undefined. ``kept``, int64 ``[N, T, K]``,
+    says what each token was drawn from, where that was asked for.
     """
 
     tokens: Tensor
     logprobs: Tensor
     lengths: Tensor
+    kept: Tensor | None
 
 
 @dataclass
@@ -234,6 +236,7 @@ class TransformersEngine:
                     logprobs=responses.logprobs[index, :length].clone(),
                     text=text,
                     truncated=truncated,
+                    kept_ids=None if responses.kept is None else responses.kept[index, :length].clone(),
                 )
         return [rollouts[sequence] for sequence in sorted(rollouts)]
 
@@ -266,6 +269,7 @@ class TransformersEngine:
         lengths = torch.full((len(sequences),), limit, device=self._device)
         stops = sampling.stop_strings
         tails = [Tail(stops, self._decode_text) for _ in sequences] if stops else []
+        kept: list[Tensor] = []
         batch = self._prefill(prompts, sequences)
         for step in range(limit):
             logits = self._model.lm_head(batch.hidden)
@@ -274,6 +278,9 @@ class TransformersEngine:
             drawn = draw(logits, number, sampling=sampling, allowed=self._allowed)
             tokens[batch.sequence_ids, step] = drawn.tokens
             logprobs[batch.sequence_ids, step] = drawn.logprobs.float()
+            if drawn.kept is not None:
+                of_all = drawn.kept.new_full((len(sequences), drawn.kept.shape[1]), -1)
+                kept.append(of_all.index_copy(0, batch.sequence_ids, drawn.kept).t().cpu())
             ended = torch.isin(drawn.tokens, self._eos)
             if tails:
                 ended |= self._stopped(batch, drawn.tokens, ended, tails)
@@ -283,7 +290,9 @@ class TransformersEngine:
             if step + 1 == limit or not batch.running.any():
                 break
             self._advance(batch, drawn.tokens, limit - step - 1)
-        return _Responses(tokens.cpu(), logprobs.cpu(), lengths.cpu())
+        # [T, K, N], as pad_sequence wants it: the number of tokens that are kept differs from step to step.
+        drawn_from = pad_sequence(kept, batch_first=True, padding_value=-1).permute(2, 0, 1) if kept else None
+        return _Responses(tokens.cpu(), logprobs.cpu(), lengths.cpu(), drawn_from)
 
     def _stopped(self, batch: _Batch, tokens: Tensor, ended: Tensor, tails: list[Tail]) -> Tensor:
         """Return bool ``[B]``: which of the drawn ``tokens [B]``, no end tokens, complete a stop string."""

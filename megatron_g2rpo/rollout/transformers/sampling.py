@@ -44,10 +44,13 @@ class Draw(NamedTuple):
         tokens: int64 ``[B]``.
         logprobs: float64 ``[B]``, their log-probabilities under the distribution that they were drawn from
             (at temperature 1 when greedy).
+        kept: int64 ``[B, K]``, the tokens that each was drawn from, -1 where there are fewer than K; None where nobody
+            asked.
     """
 
     tokens: Tensor
     logprobs: Tensor
+    kept: Tensor | None
 
 
 def draw(logits: Tensor, uniform: Tensor | None, *, sampling: Sampling, allowed: Tensor) -> Draw:
@@ -73,7 +76,14 @@ def draw(logits: Tensor, uniform: Tensor | None, *, sampling: Sampling, allowed:
         target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
         index = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
     logprobs = scores.gather(1, index[:, None])[:, 0] - top - total.log()
-    return Draw(allowed[index], logprobs)
+    return Draw(allowed[index], logprobs, _kept(scores, allowed) if sampling.return_kept else None)
+
+
+def _kept(scores: Tensor, allowed: Tensor) -> Tensor:
+    """Return the allowed tokens whose scores ``[B, A]`` are finite: int64 ``[B, K]``, -1 where there are fewer."""
+    most = int(scores.isfinite().sum(-1).max())
+    likeliest = scores.topk(most, dim=-1)
+    return allowed[likeliest.indices].masked_fill(likeliest.values.isinf(), -1)
 
 
 def filtered(scores: Tensor, sampling: Sampling) -> Tensor:

@@ -162,7 +162,8 @@ def _answers(output: Any) -> list[Answer]:
     assert isinstance(output, RequestOutput)
     answers = []
     for answer in sorted(output.outputs, key=lambda answer: answer.index):
-        ids = list(answer.token_ids)
-        places = zip(answer.logprobs or [], ids, strict=False)
-        answers.append(Answer(ids, [place[token].logprob for place, token in places]))
+        ids, places = list(answer.token_ids), answer.logprobs or []
+        logprobs = [place[token].logprob for place, token in zip(places, ids, strict=False)]
+        likeliest = [{token: each.logprob for token, each in place.items()} for place in places]
+        answers.append(Answer(ids, logprobs, likeliest))
     return answers

@@ -288,4 +288,5 @@ class _Client:
 def _answer(choice: dict[str, Any]) -> Answer:
     places = (choice["logprobs"] or {}).get("content") or []
     values = [place["logprob"] for place in places]
-    return Answer(choice["token_ids"], [-math.inf if value <= _NOT_FINITE else value for value in values])
+    likeliest = [{each["token_id"]: each["logprob"] for each in place["top_logprobs"]} for place in places]
+    return Answer(choice["token_ids"], [-math.inf if value <= _NOT_FINITE else value for value in values], likeliest)

@@ -10,12 +10,14 @@ normalised a second time, so engine and trainer can differ in arithmetic alone. 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.feature_extraction_utils import BatchFeature
 from vllm import SamplingParams
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
@@ -37,6 +39,13 @@ PARAMETERS = (
 )
 # Added to the logit of a banned token. Finite, because JSON has no infinity.
 _NEVER = -1e30
+# The lowest log-probability of a token that filters keep; vLLM's API sends one below it for minus infinity, and that of
+# a banned token is lower still.
+_LEAST = -9000.0
+# Tokens beyond ``top_k`` that vLLM is asked for: it keeps those that tie with the last, in bfloat16 often some.
+_TIES = 64
+# Largest distance from 1 of the probabilities of the tokens that vLLM says it kept; float32 sums are far below it.
+_MASS = 1e-3
 
 
 def engine_arguments(policy: Policy, dtype: str) -> dict[str, Any]:
@@ -53,6 +62,8 @@ def engine_arguments(policy: Policy, dtype: str) -> dict[str, Any]:
         "kv_cache_memory_bytes": options.kv_cache_memory_bytes,
         "enforce_eager": options.enforce_eager,
         "limit_mm_per_prompt": {"image": options.images_per_prompt, "video": 0},
+        # At least vLLM's own default.
+        "max_logprobs": max(20, 0 if generation.top_k is None else generation.top_k + _TIES),
         "skip_mm_profiling": options.kv_cache_memory_bytes is not None,
         # Where a prompt is cut, the draw at the cut is taken back, which a CPU's random generator can not do.
         "enable_chunked_prefill": not current_platform.is_cpu(),
@@ -62,10 +73,17 @@ def engine_arguments(policy: Policy, dtype: str) -> dict[str, Any]:
 
 
 class Answer(NamedTuple):
-    """One response that vLLM sampled: its tokens, and the log-probability of each."""
+    """One response that vLLM sampled.
+
+    Attributes:
+        token_ids: its tokens.
+        logprobs: the log-probability of each.
+        likeliest: for each, the log-probabilities of the likeliest tokens by id, as many as the request asked for.
+    """
 
     token_ids: Sequence[int]
     logprobs: Sequence[float]
+    likeliest: Sequence[Mapping[int, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -162,7 +180,7 @@ class Translator:
             min_p=0.0 if sampling.min_p is None else sampling.min_p,
             seed=None if greedy else _seed(seed, prompt.key),
             max_tokens=self._max_new_tokens,
-            logprobs=0,
+            logprobs=sampling.top_k + _TIES if sampling.return_kept and sampling.top_k is not None else 0,
             logit_bias=dict.fromkeys(sorted(self._banned), _NEVER) or None,
             stop_token_ids=sorted(self._eos),
             ignore_eos=True,  # the model directory's own end tokens; ours are above
@@ -221,7 +239,27 @@ class Translator:
             logprobs=values,
             text=text,
             truncated=truncated,
+            kept_ids=_kept(answer, name) if sampling.return_kept else None,
         )
+
+
+def _kept(answer: Answer, name: str) -> Tensor:
+    """Return the tokens that each token of an answer was sampled from: int64 ``[R, K]``, -1 where there are fewer.
+
+    Raises:
+        RuntimeError: they are not all there, or the sampled token is not among them; ``name`` says whose they are.
+    """
+    rows: list[Tensor] = []
+    for token, likeliest in zip(answer.token_ids, answer.likeliest, strict=True):
+        kept = {other: value for other, value in likeliest.items() if value > _LEAST}
+        mass = math.fsum(map(math.exp, kept.values()))
+        if token not in kept or abs(mass - 1.0) > _MASS:
+            raise RuntimeError(
+                f"{name}: the {len(kept)} tokens that vLLM says it kept have probability {mass:.4f} together, not 1; "
+                f"policy.generation.top_k ties with more than {_TIES} others: raise it, or lower top_p"
+            )
+        rows.append(torch.tensor(sorted(kept)))
+    return pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
 def _hashes(inputs: ModelInputs) -> list[str]:

@@ -85,14 +85,22 @@ def answers(
 
     Raises:
         EngineUnavailable: on every rank, if the engine was lost on any, so that none waits for another in a collective.
+        RuntimeError: the engine did not return what was kept, where that was asked for.
     """
     while True:
         try:
-            return together(
+            rollouts = together(
                 lambda: engine.generate(prompts, n, sampling=sampling, seed=seed, group_ids=group_ids),
                 errors=(EngineUnavailable,),
             )
+            break
         except EngineUnavailable as error:
             if not error.wait:
                 raise
         engine.load_weights(policy.source())
+    if sampling.return_kept and any(rollout.kept_ids is None for rollout in rollouts):
+        raise RuntimeError(
+            f"{type(engine).__name__} filters by policy.generation.top_k, but its rollouts do not say what it kept "
+            "(Rollout.kept_ids): the trainer's log-probabilities would be those of another distribution"
+        )
+    return rollouts
