@@ -113,6 +113,46 @@ def test_the_engine_answers_as_transformers_generates(tmp_path: Path, name: str)
         assert float((rollout.logprobs - theirs).abs().max()) <= TOLERANCE
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_policy_gives_what_a_filtering_engine_sampled_from(tmp_path: Path, temperature: float) -> None:
+    """Its distribution is over the tokens that were kept: else engine and trainer would be nats apart."""
+    make_text_model(tmp_path, "qwen3", tied=True)
+    policy = MegatronPolicy(layout_options(tmp_path), select("cpu"), seed=0, max_steps=3)
+    engine = TransformersEngine(
+        tmp_path, device="cpu", dtype=torch.float32, eos_token_ids=[1], pad_token_id=0, banned_token_ids=[],
+        decode=str, max_new_tokens=12, batch_size=4,
+    )  # fmt: skip
+    engine.load_weights(policy.stream())
+    vocab = policy.model.language_model.output_layer.vocab_size
+    prompts = [
+        Prompt(
+            sample=Sample(key=str(index), task="t", question="", answer="", answer_format="exact"),
+            inputs=item.inputs,
+            task_id=0,
+        )
+        for index, item in enumerate(sequences(vocab))
+    ]
+    sampling = Sampling(temperature=temperature, top_k=9, top_p=0.8, min_p=0.01, return_kept=True)
+    rollouts = engine.generate(prompts, 3, sampling=sampling, seed=0, group_ids=[0, 1, 2])
+    packer = Packer(image_token_id=-1, spatial_merge_size=1, pad_token_id=0)
+
+    def gap(kept: bool) -> float:
+        items = [
+            PackSequence(inputs=r.prompt.inputs, response_ids=r.response_ids, kept_ids=r.kept_ids if kept else None)
+            for r in rollouts
+        ]
+        batches = packer.pack(items, budget=300)
+        found = {
+            index: values
+            for batch, stats in zip(batches, policy.logprobs(batches, temperature), strict=True)
+            for index, values in response_values(batch, stats.logprobs).items()
+        }
+        return max(float((rollouts[index].logprobs - values).abs().max()) for index, values in found.items())
+
+    assert gap(kept=True) <= TOLERANCE
+    assert gap(kept=False) > 0.1
+
+
 def test_an_image_for_a_model_of_text_is_an_error(tmp_path: Path) -> None:
     make_text_model(tmp_path, "qwen3", tied=True)
     engine = TransformersEngine(

@@ -401,3 +401,21 @@ def test_logprobs_of_a_filtered_distribution_are_those_of_what_is_kept(reference
         table = filtered(predicting.double() / 0.7, sampling).log_softmax(-1)
         expected = table.gather(1, rollout.response_ids[:, None])[:, 0].float()
         torch.testing.assert_close(rollout.logprobs, expected, rtol=0, atol=ATOL)
+
+
+def test_rollouts_say_what_each_token_was_sampled_from(reference, prompts):
+    filters = {"top_k": 12, "top_p": 0.9, "return_kept": True}
+    sampling = Sampling(temperature=1.0, **filters)
+    counts = set()
+    for rollout in generate(loaded(reference, batch_size=5), prompts, 4, **filters):
+        logits = hf_logits(reference[1], rollout.prompt.inputs, rollout.response_ids)
+        predicting = logits[len(rollout.prompt.inputs.token_ids) - 1 : -1].detach()
+        predicting[:, list(TOKENS.banned)] = -torch.inf
+        expected = filtered(predicting.double(), sampling).isfinite()
+        assert rollout.kept_ids.shape[0] == len(rollout.response_ids)
+        for kept, row in zip(rollout.kept_ids, expected, strict=True):
+            counts.add(int(row.sum()))
+            assert sorted(kept[kept >= 0].tolist()) == row.nonzero()[:, 0].tolist()
+        assert (rollout.kept_ids == rollout.response_ids[:, None]).any(1).all()
+    assert len(counts) > 1, "top_p should leave different numbers of tokens"
+    assert all(rollout.kept_ids is None for rollout in generate(loaded(reference), prompts[:1], 1, top_k=12))
