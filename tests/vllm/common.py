@@ -116,10 +116,23 @@ def forward_logprobs(model: Qwen3VLForConditionalGeneration, rollout: Rollout, t
 @torch.no_grad()
 def filtered_logprobs(model: Qwen3VLForConditionalGeneration, rollout: Rollout, sampling: base.Sampling) -> Tensor:
     """The same over the tokens that pass filters, those of the embedded engine."""
+    table = _filtered(model, rollout, sampling).log_softmax(-1)
+    return table.gather(1, rollout.response_ids[:, None])[:, 0].float()
+
+
+def kept_by_filters(
+    model: Qwen3VLForConditionalGeneration, rollout: Rollout, sampling: base.Sampling
+) -> list[list[int]]:
+    """Ids that each token of a response could be sampled from, ascending."""
+    return [row.nonzero()[:, 0].tolist() for row in _filtered(model, rollout, sampling).isfinite()]
+
+
+@torch.no_grad()
+def _filtered(model: Qwen3VLForConditionalGeneration, rollout: Rollout, sampling: base.Sampling) -> Tensor:
     logits = hf_logits(model, rollout.prompt.inputs, rollout.response_ids)
     predicting = logits[len(rollout.prompt.inputs.token_ids) - 1 : -1].double() / sampling.temperature
     predicting[:, banned()] = -torch.inf
-    return filtered(predicting, sampling).log_softmax(-1).gather(1, rollout.response_ids[:, None])[:, 0].float()
+    return filtered(predicting, sampling)
 
 
 def greedy(model: Qwen3VLForConditionalGeneration, prompt: Prompt, max_new_tokens: int) -> list[int]:

@@ -22,6 +22,7 @@ from tests.vllm.common import (
     forward_logprobs,
     generate,
     greedy,
+    kept_by_filters,
     make_prompts,
     named,
     tokens_of,
@@ -36,7 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def bare() -> VllmEngine:
-    return VllmEngine(common.context(common.load_recipe()))
+    return VllmEngine(common.context(common.load_recipe("policy.generation.top_k=20")))
 
 
 @pytest.fixture
@@ -87,6 +88,17 @@ def test_logprobs_of_a_filtered_distribution_are_those_of_what_the_embedded_engi
     for rollout in generate(engine, prompts, 4, **asdict(sampling)):
         expected = filtered_logprobs(models[0], rollout, sampling)
         torch.testing.assert_close(rollout.logprobs, expected, rtol=0, atol=ATOL)
+
+
+def test_rollouts_say_what_each_token_was_sampled_from(engine, models, prompts):
+    filters = {"top_k": 20, "top_p": 0.9}
+    counts = set()
+    for rollout in generate(engine, prompts, 4, return_kept=True, **filters):
+        expected = kept_by_filters(models[0], rollout, base.Sampling(temperature=1.0, **filters))
+        assert [row[row >= 0].tolist() for row in rollout.kept_ids] == expected
+        assert (rollout.kept_ids == rollout.response_ids[:, None]).any(1).all()
+        counts |= set(map(len, expected))
+    assert len(counts) > 1, "top_p should leave different numbers of tokens"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

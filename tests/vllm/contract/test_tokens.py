@@ -75,11 +75,16 @@ def test_a_request_says_to_the_server_what_the_engine_in_process_is_told(engine,
                     assert there[name].field.keep_on_cpu == here[name].field.keep_on_cpu
 
 
-def answered(*logprobs: float) -> dict[str, Any]:
-    """A choice as vLLM's server makes it of an engine's output and sends it."""
+def answered(*logprobs: float, others: dict[int, float] | None = None) -> dict[str, Any]:
+    """A choice as vLLM's server makes it of an engine's output and sends it; each token beside the same others."""
     ids = list(range(7, 7 + len(logprobs)))
-    places = [{token: Logprob(logprob=value, rank=1)} for token, value in zip(ids, logprobs, strict=True)]
-    content = ServingTokens._create_tokens_logprobs(None, ids, places, 0)  # type: ignore[arg-type]
+    places = [
+        {token: Logprob(logprob=value, rank=1)}
+        | {other: Logprob(logprob=logprob, rank=2) for other, logprob in (others or {}).items()}
+        for token, value in zip(ids, logprobs, strict=True)
+    ]
+    asked = 1 + len(others or {})
+    content = ServingTokens._create_tokens_logprobs(None, ids, places, asked)  # type: ignore[arg-type]
     choice = GenerateTokensChoice(
         index=0, token_ids=ids, logprobs=content, weight_versions=[WeightVersionSpan(VERSION, 0, len(ids))]
     )
@@ -89,8 +94,21 @@ def answered(*logprobs: float) -> dict[str, Any]:
 
 def test_an_answer_carries_tokens_logprobs_and_the_version_of_its_weights():
     choice = answered(-0.25, -3.5)
-    assert server_engine._answer(choice) == ([7, 8], [-0.25, -3.5])
+    assert server_engine._answer(choice)[:2] == ([7, 8], [-0.25, -3.5])
     assert {span["version"] for span in choice["weight_versions"]} == {VERSION}
+
+
+def test_an_answer_says_what_its_tokens_were_sampled_from(tmp_path):
+    """Tokens that the filters left out have no probability; over HTTP that is a number."""
+    (prompt,) = common.make_prompts(1)
+    translator = Translator(common.context(settings(tmp_path)))
+    sampling = Sampling(temperature=1.0, top_k=2, return_kept=True)
+    choice = answered(math.log(0.75), math.log(0.75), others={30: math.log(0.25), 31: -math.inf})
+    (rollout,) = translator.rollouts(prompt, 0, 1, sampling, [server_engine._answer(choice)])
+    assert rollout.kept_ids.tolist() == [[7, 30], [8, 30]]
+    lacking = answered(math.log(0.75), others={30: math.log(0.2)})
+    with pytest.raises(RuntimeError, match=r"sample 0: the 2 tokens .* have probability 0\.9500 together, not 1"):
+        translator.rollouts(prompt, 0, 1, sampling, [server_engine._answer(lacking)])
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
