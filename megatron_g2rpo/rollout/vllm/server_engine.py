@@ -24,7 +24,7 @@ from vllm.utils.network_utils import get_ip, get_open_port
 from megatron_g2rpo.collectives import from_first
 from megatron_g2rpo.rollout import base
 from megatron_g2rpo.rollout.vllm.http_client import Request, Server, ServerLost, Servers
-from megatron_g2rpo.rollout.vllm.translate import ENGINE_ARGUMENTS, PARAMETERS, Answer, Translator
+from megatron_g2rpo.rollout.vllm.translate import ENGINE_ARGUMENTS, PARAMETERS, Answer, Translator, num_logprobs
 from megatron_g2rpo.rollout.vllm.weight_transfer import FILES, FilesTrainer, Source, backend_of
 from megatron_g2rpo.types import Prompt, Rollout
 from megatron_g2rpo.weights import WeightSource
@@ -56,6 +56,7 @@ class VllmServerEngine:
         generation = context.policy.generation
         self._options = generation.vllm_server_cfg
         self._translator = Translator(context)
+        self._num_logprobs = num_logprobs(generation.top_k)
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         self._servers = Servers(self._options, first=self._rank)
         self._method = backend_of(self._options.weight_transfer, between_gpus=context.nccl)
@@ -175,6 +176,10 @@ class VllmServerEngine:
         }
         wanted = {name: ENGINE_ARGUMENTS[name] for name in ("logprobs_mode", "mm_device_do_normalize")}
         wanted["weight transfer"] = self._method
+        if self._num_logprobs:
+            found["max_logprobs"], wanted["max_logprobs"] = model["max_logprobs"], self._num_logprobs
+            if model["max_logprobs"] == -1 or model["max_logprobs"] > self._num_logprobs:  # more is no fault; -1: all
+                found["max_logprobs"] = self._num_logprobs
         if found != wanted:
             raise ValueError(
                 f"{server.address} was started with {found}, but must have {wanted}; start it with "

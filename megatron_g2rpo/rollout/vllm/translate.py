@@ -43,9 +43,18 @@ _NEVER = -1e30
 # a banned token is lower still.
 _LEAST = -9000.0
 # Tokens beyond ``top_k`` that vLLM is asked for: it keeps those that tie with the last, in bfloat16 often some.
-_TIES = 64
+_TIES = 32
+_DEFAULT_MAX_LOGPROBS = 20  # of vllm.EngineArgs
 # Largest distance from 1 of the probabilities of the tokens that vLLM says it kept; float32 sums are far below it.
 _MASS = 1e-3
+
+
+def num_logprobs(top_k: int | None) -> int:
+    """Return how many log-probabilities of each place a request asks for, so that what ``top_k`` keeps is among them.
+
+    Without ``top_k`` that is none but the sampled token's, which always comes.
+    """
+    return 0 if top_k is None else top_k + _TIES
 
 
 def engine_arguments(policy: Policy, dtype: str) -> dict[str, Any]:
@@ -62,8 +71,7 @@ def engine_arguments(policy: Policy, dtype: str) -> dict[str, Any]:
         "kv_cache_memory_bytes": options.kv_cache_memory_bytes,
         "enforce_eager": options.enforce_eager,
         "limit_mm_per_prompt": {"image": options.images_per_prompt, "video": 0},
-        # At least vLLM's own default.
-        "max_logprobs": max(20, 0 if generation.top_k is None else generation.top_k + _TIES),
+        "max_logprobs": max(_DEFAULT_MAX_LOGPROBS, num_logprobs(generation.top_k)),
         "skip_mm_profiling": options.kv_cache_memory_bytes is not None,
         # Where a prompt is cut, the draw at the cut is taken back, which a CPU's random generator can not do.
         "enable_chunked_prefill": not current_platform.is_cpu(),
@@ -180,7 +188,7 @@ class Translator:
             min_p=0.0 if sampling.min_p is None else sampling.min_p,
             seed=None if greedy else _seed(seed, prompt.key),
             max_tokens=self._max_new_tokens,
-            logprobs=sampling.top_k + _TIES if sampling.return_kept and sampling.top_k is not None else 0,
+            logprobs=num_logprobs(sampling.top_k if sampling.return_kept else None),
             logit_bias=dict.fromkeys(sorted(self._banned), _NEVER) or None,
             stop_token_ids=sorted(self._eos),
             ignore_eos=True,  # the model directory's own end tokens; ours are above
