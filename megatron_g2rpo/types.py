@@ -123,11 +123,14 @@ class Rollout:
         prompt: the prompt that was answered.
         group_id: id of the prompt's group, unique in the global batch (all ranks).
         sample_index: index of this response in its group, 0-based.
-        response_ids: int64 ``[R]``, the end-of-turn token included when it was sampled.
+        response_ids: int64 ``[R]``, the token included that ended it: an end-of-turn token, or the one that completed a
+            stop string.
         logprobs: float32 ``[R]``, log-probability of each sampled token under the distribution that it was drawn from:
             *at the sampling temperature*, over the tokens that can be sampled.
-        text: the decoded response without special tokens that end the turn.
-        truncated: True when the token limit ended the response, not an end-of-turn token.
+        text: the decoded response without special tokens that end the turn; it ends with the stop string that ended it.
+        truncated: True when the token limit ended the response, not an end-of-turn token or a stop string.
+        kept_ids: int64 ``[R, K]``, the ids that each token was sampled from where filters left others out, -1 where
+            there are fewer than K; None where all tokens could be sampled, or nobody asked.
     """
 
     prompt: Prompt
@@ -137,6 +140,7 @@ class Rollout:
     logprobs: Tensor
     text: str
     truncated: bool
+    kept_ids: Tensor | None = None
 
 
 def task_ids_of(rollouts: Sequence[Rollout]) -> Tensor:
@@ -153,8 +157,8 @@ class Response:
         thinking: the reasoning in it, as the response format finds it; None if there is none.
         answer: the final answer in it, as the response format finds it; None if there is none.
         is_well_formed: whether the text follows the response format in full.
-        num_tokens: response tokens, the end-of-turn token included when it was sampled.
-        truncated: True when the token limit ended the response, not an end-of-turn token.
+        num_tokens: response tokens, the one included that ended the response.
+        truncated: True when the token limit ended the response, not an end-of-turn token or a stop string.
         sample_index: index of the response in its group, 0-based.
     """
 
@@ -249,6 +253,8 @@ class PackedBatch:
         reference_logprobs: float32 ``[S]`` under the reference policy, or None where there is none.
         importance_weights: float32 ``[S]``, factor of the surrogate's loss that corrects for what the rollout engine
             sampled from; None for 1.
+        kept_ids: int64 ``[K, S]``, the ids that each label was sampled from, -1 where there are fewer than K: the
+            policy's distribution at that place is over them alone. None for the whole vocabulary.
         token_weights: float32 ``[S]``; the loss is ``sum(weight * token_loss) / global token count``. Equal to
             ``loss_mask`` for token averaging.
     """
@@ -271,6 +277,7 @@ class PackedBatch:
     old_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
     importance_weights: Tensor | None = None
+    kept_ids: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -283,7 +290,8 @@ class TokenStats:
     """Per-token statistics of a packed row under the policy.
 
     Attributes:
-        logprobs: float32 ``[S]``, log-probability of ``labels`` at the given temperature; 0 where there is no label.
+        logprobs: float32 ``[S]``, log-probability of ``labels`` at the given temperature (among
+            ``PackedBatch.kept_ids``, where there are any); 0 where there is no label.
         entropy: float32 ``[S]``, entropy (nats) of the policy's distribution at the same temperature; 0 where there is
             no label.
     """

@@ -14,6 +14,7 @@ from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.recipe.generation_section import Generation
+from megatron_g2rpo.rollout.base import Sampling
 from megatron_g2rpo.train.assembly import assemble
 from megatron_g2rpo.train.step.generation import generate
 from megatron_g2rpo.train.step.minibatches import owned_prompts, pack_evenly
@@ -46,7 +47,7 @@ def compare(recipe: TrainRecipe, prompts: int, samples: int) -> list[str]:
         policy,
         chosen,
         samples,
-        temperature=generation.temperature,
+        sampling=Sampling.of_training(generation),
         seed=recipe.grpo.seed,
         group_ids=list(owned),
     )
@@ -73,7 +74,8 @@ def trainer_logprobs(
         float32 ``[R]`` for each rollout.
     """
     sequences = [
-        PackSequence(inputs=r.prompt.inputs, response_ids=r.response_ids, task_id=r.prompt.task_id) for r in rollouts
+        PackSequence(inputs=r.prompt.inputs, response_ids=r.response_ids, task_id=r.prompt.task_id, kept_ids=r.kept_ids)
+        for r in rollouts
     ]
     batches = pack_evenly(packer, sequences, budget, policy.groups.data)
     found: dict[int, Tensor] = {}

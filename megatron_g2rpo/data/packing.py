@@ -29,6 +29,8 @@ class PackSequence:
             training.
         token_weight: weight of every response token in the loss sum.
         in_loss: False keeps the sequence out of the loss (an overlong response).
+        kept_ids: int64 ``[R, K]``, the ids that each token was sampled from, -1 for none; None for all. All sequences
+            of a row have them, or none.
     """
 
     inputs: ModelInputs
@@ -38,6 +40,7 @@ class PackSequence:
     behaviour_logprobs: Tensor | None = None
     token_weight: float = 1.0
     in_loss: bool = True
+    kept_ids: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -174,6 +177,7 @@ class Packer:
             pixel_values=torch.cat([inputs.pixel_values for inputs in distinct.values()]),
             image_grid_thw=torch.cat([inputs.image_grid_thw for inputs in distinct.values()]),
             sequence_ids=torch.tensor(members),
+            kept_ids=_kept_ids(parts, padded),
         )
 
     def _features(self, inputs: ModelInputs) -> int:
@@ -246,6 +250,22 @@ class Packer:
 def round_up(value: int, multiple: int) -> int:
     """Return the smallest multiple that is not below a value."""
     return -(-value // multiple) * multiple
+
+
+def _kept_ids(parts: Sequence[PackSequence], padded: Sequence[int]) -> Tensor | None:
+    """Return the ids that each label of a row was sampled from, int64 ``[K, S]``; None where all could be sampled."""
+    known = [part.kept_ids for part in parts if part.kept_ids is not None]
+    if not known:
+        return None
+    if len(known) != len(parts):
+        raise ValueError(f"of {len(parts)} sequences, {len(known)} say what their tokens were sampled from: all must")
+    row = torch.full((max(kept.shape[1] for kept in known), sum(padded)), -1)
+    start = 0
+    for part, kept, size in zip(parts, known, padded, strict=True):
+        first = start + len(part.inputs.token_ids) - 1  # as in Packer._fields
+        row[: kept.shape[1], first : first + len(kept)] = kept.t()
+        start += size
+    return row
 
 
 def _offsets(lengths: Sequence[int]) -> Tensor:

@@ -40,6 +40,7 @@ def linear_logprobs(
     vocab_size: int,
     temperature: float = 1.0,
     banned_token_ids: Tensor | None = None,
+    kept_ids: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
@@ -58,6 +59,9 @@ def linear_logprobs(
         temperature: number > 0 that divides the logits.
         banned_token_ids: int64 ``[E]``, the same on every rank: ids that the policy never samples. They take no
             probability, and no gradient reaches their rows: the distribution is that of the tokens that can be sampled.
+        kept_ids: int64 ``[K, S]``, the same on every rank of the group: for each token with a label the ids that it was
+            sampled from, -1 where there are fewer than K. All others take no probability there: the distribution, its
+            entropy and the gradients are those of the kept ids. None keeps all.
         group: tensor-parallel process group; None when the vocabulary is whole.
         chunk_size: number of tokens whose float32 logits are held at once. Seven eighths of them are kept from the
             forward to the backward pass, which takes an eighth to compute the others again. None keeps all logits.
@@ -66,8 +70,8 @@ def linear_logprobs(
         float32 ``[2, S]``, the same on every rank of the group: log-probabilities, entropies.
 
     Raises:
-        ValueError: a label is not in the vocabulary or is banned, the ranks hold less than the vocabulary, or the
-            temperature or the chunk size is not positive.
+        ValueError: a label is not in the vocabulary, is banned or is not kept, the ranks hold less than the vocabulary,
+            or the temperature or the chunk size is not positive.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
@@ -85,12 +89,18 @@ def linear_logprobs(
     never = labels[labelled][torch.isin(labels[labelled], banned_token_ids)]
     if len(never):
         raise ValueError(f"label {int(never[0])} is one of the tokens that the policy never samples")
+    if kept_ids is not None:
+        kept_ids = kept_ids[:, labelled]
+        left_out = labels[labelled][(kept_ids != labels[labelled]).all(dim=0)]
+        if len(left_out):
+            raise ValueError(f"label {int(left_out[0])} is not among the tokens that it was sampled from")
     first = rank * held
     width = min(max(vocab_size - first, 0), held)
     share = _Share(
         first=first,
         width=width,
         banned_token_ids=banned_token_ids[(banned_token_ids >= first) & (banned_token_ids < first + width)] - first,
+        kept_ids=None if kept_ids is None else kept_ids.t() - first,
         temperature=temperature,
         group=group if ranks > 1 else None,
     )
@@ -105,6 +115,8 @@ class _Share:
         first: vocabulary id of this rank's first column of logits.
         width: C, number of this rank's columns without padding; 0 where all are padding.
         banned_token_ids: int64, numbers of this rank's columns that take no probability.
+        kept_ids: int64 ``[L, K]``, numbers of the columns that take probability for each token, of which those that are
+            not among this rank's columns count for nothing; None where all take some.
         temperature: number that divides the logits.
         group: tensor-parallel process group; None when this rank holds the whole vocabulary.
     """
@@ -112,17 +124,25 @@ class _Share:
     first: int
     width: int
     banned_token_ids: Tensor
+    kept_ids: Tensor | None
     temperature: float
     group: dist.ProcessGroup | None
 
-    def exclude(self, logits: Tensor, columns: slice) -> None:
-        """Set the logits ``[tokens, columns]`` of banned tokens so that they take no probability, in place."""
+    def exclude(self, logits: Tensor, tokens: slice, columns: slice) -> None:
+        """Set the logits ``[tokens, columns]`` of what is banned or not kept so that it takes no probability."""
         if len(self.banned_token_ids):
             among = (
                 self.banned_token_ids[(self.banned_token_ids >= columns.start) & (self.banned_token_ids < columns.stop)]
                 - columns.start
             )
             logits.index_fill_(1, among, _NEVER)
+        if self.kept_ids is not None:
+            width = _length(columns)
+            index = self.kept_ids[tokens] - columns.start
+            # What is kept elsewhere is marked in a column behind the last.
+            index = torch.where((index >= 0) & (index < width), index, width)
+            others = torch.ones(len(index), width + 1, dtype=torch.bool, device=logits.device)
+            logits.masked_fill_(others.scatter_(1, index, False)[:, :width], _NEVER)
 
     def place(self, labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
         """Return each label's index in these columns (any index where it is not among them), and whether it is."""
@@ -184,7 +204,7 @@ def _forward(
     kept = None
     for chunk in chunks.of_tokens() if share.width else []:
         kept = _product(hidden[chunk], weight[: share.width].t(), out=_view(memory, _length(chunk), share.width))
-        share.exclude(kept, slice(0, share.width))
+        share.exclude(kept, chunk, slice(0, share.width))
         for tokens, logits, exp_y in _tiles(kept, chunk.start):
             peak[tokens] = logits.div_(share.temperature).amax(dim=1)
             y = logits.sub_(peak[tokens, None])
@@ -234,7 +254,8 @@ def _backward(
     memory = grad.new_empty(len(hidden) * max((_length(columns) for columns in parts), default=0))
     for columns in parts:
         logits = _view(memory, len(hidden), _length(columns))
-        share.exclude(_product(hidden[:computed], weight[columns].t(), out=logits[:computed]), columns)
+        again = _product(hidden[:computed], weight[columns].t(), out=logits[:computed])
+        share.exclude(again, slice(0, computed), columns)
         if kept is not None:
             logits[computed:] = kept[:, columns]
         for tokens, tile, exp_y in _tiles(logits, 0):

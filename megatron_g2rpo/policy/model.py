@@ -143,7 +143,9 @@ class PolicyModel(MegatronModule):
         if not self.post_process:
             return hidden
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.language_model.output_layer(hidden, batch.labels, weight=weight, temperature=temperature)
+        return self.language_model.output_layer(
+            hidden, batch.labels, weight=weight, temperature=temperature, kept_ids=batch.kept_ids
+        )
 
     def _embed(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
         """Return embeddings ``[S, 1, h]`` with image features in place, and deepstack ``[K, S, 1, h]`` or None.

@@ -81,7 +81,12 @@ class LogprobOutputLayer(ColumnParallelLinear):
         return layer.train(output_layer.training)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, hidden: Tensor, labels: Tensor, weight: Tensor | None = None, temperature: float = 1.0
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        weight: Tensor | None = None,
+        temperature: float = 1.0,
+        kept_ids: Tensor | None = None,
     ) -> Tensor:
         """Compute the labels' log-probabilities and the entropies; see ``linear_logprobs``.
 
@@ -91,6 +96,7 @@ class LogprobOutputLayer(ColumnParallelLinear):
             labels: int64 ``[S]`` vocabulary ids, the same on every tensor-parallel rank.
             weight: the output matrix, where this layer has none of its own.
             temperature: temperature of the policy's distribution.
+            kept_ids: int64 ``[K, S]``, the ids that each label was sampled from, -1 for none; None for all.
 
         Returns:
             float32 ``[2, S]`` log-probabilities and entropies, the same on every tensor-parallel rank.
@@ -117,6 +123,7 @@ class LogprobOutputLayer(ColumnParallelLinear):
             vocab_size=self.vocab_size,
             temperature=temperature,
             banned_token_ids=self.banned_token_ids,
+            kept_ids=kept_ids,
             group=self.tp_group,  # pyright: ignore[reportArgumentType]  # annotated by its first assignment
             chunk_size=self.chunk_size,
         )

@@ -11,6 +11,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from megatron_g2rpo.recipe.base import Section, Text, conflict
 
 Address = Annotated[str, Field(pattern=r"^https?://[^/\s]+$")]
+# A share of probability; null: off.
+Share = Annotated[float, Field(gt=0.0, le=1.0)] | None
+StopStrings = Annotated[tuple[Text, ...], Field(strict=False)] | None
 
 
 class VllmConfig(Section):
@@ -74,8 +77,26 @@ class Generation(Section):
     """Largest number of tokens in a response; a longer response is truncated."""
     temperature: PositiveFloat
     """Sampling temperature in training; log-probabilities and entropies are taken at it as well."""
+    top_k: Annotated[int, Field(ge=1, le=128)] | None
+    """Training: sample from this many most likely tokens, which the trainer's distribution is then over as well; null:
+    from all tokens."""
+    top_p: Share
+    """Training: sample from the most likely tokens whose probabilities first add up to this share, among those that
+    ``top_k`` keeps; null: from all of these."""
+    min_p: Share
+    """Training: sample from tokens with at least this share of the largest probability; needs ``top_k``; null: off."""
+    stop_strings: StopStrings
+    """Training: text that ends a response, which it is part of; null: end-of-turn tokens alone end it."""
     val_temperature: PositiveFloat
     """Temperature of the sampled validation; greedy validation is always run beside it."""
+    val_top_k: PositiveInt | None
+    """``top_k`` of the sampled validation."""
+    val_top_p: Share
+    """``top_p`` of the sampled validation."""
+    val_min_p: Share
+    """``min_p`` of the sampled validation."""
+    val_stop_strings: StopStrings
+    """``stop_strings`` of validation, sampled and greedy."""
     batch_size: PositiveInt
     """Number of sequences decoded together on one rank (vLLM: ``max_num_seqs``); changes speed and memory only."""
     gap_warning: PositiveFloat
@@ -85,6 +106,19 @@ class Generation(Section):
     """Settings of vLLM, for the backends ``vllm`` and ``vllm_server``."""
     vllm_server_cfg: VllmServerConfig
     """Settings of the backend ``vllm_server``."""
+
+    @model_validator(mode="after")
+    def _replayable(self) -> Generation:
+        filters = [name for name in ("top_p", "min_p") if getattr(self, name) is not None]
+        if filters and self.top_k is None:
+            raise conflict(
+                f"{' and '.join(filters)} without top_k would keep any number of tokens: the trainer's distribution is "
+                "over the tokens that a response was sampled from, or the surrogate's ratio and the metrics of the "
+                "mismatch with the engine would compare two distributions; set top_k as well, at most 128, or filter "
+                "in validation alone (val_top_p, val_min_p)",
+                *filters,
+            )
+        return self
 
     @model_validator(mode="after")
     def _servers(self) -> Generation:

@@ -19,6 +19,7 @@ import torch
 
 from megatron_g2rpo import registry
 from megatron_g2rpo.recipe import Policy
+from megatron_g2rpo.recipe.generation_section import Generation
 from megatron_g2rpo.types import Prompt, Rollout
 from megatron_g2rpo.weights import WeightSource
 
@@ -37,6 +38,79 @@ class EngineUnavailable(RuntimeError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(type(self), wait=self.wait), self.args
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How responses are sampled: the distribution of each token, and text that ends a response.
+
+    The logits are divided by the temperature; then tokens are filtered out, in vLLM's order: by ``min_p``, by
+    ``top_k``, by ``top_p`` of what is left. A filter that is None keeps all tokens.
+
+    Attributes:
+        temperature: number that divides the logits; 0 is greedy, and no filter changes that.
+        top_p: the most likely tokens are kept whose probabilities first add up to this share, in (0, 1].
+        top_k: number of most likely tokens that are kept; those that tie with the last are kept too.
+        min_p: tokens are kept whose probability is at least this share of the largest one, in (0, 1].
+        stop_strings: text that ends a response; see ``rollout.stop_strings``.
+        return_kept: whether rollouts say what the filters kept, ``Rollout.kept_ids``; needs ``top_k``, which bounds how
+            much that is.
+
+    Raises:
+        ValueError: a value is out of its range, a stop string is empty, or ``return_kept`` lacks ``top_k``.
+    """
+
+    temperature: float
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    stop_strings: tuple[str, ...] = ()
+    return_kept: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < math.inf:
+            raise ValueError(f"need a finite temperature >= 0, not {self.temperature}")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value <= 1.0:
+                raise ValueError(f"{name} must be above 0 and at most 1, not {value}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, not {self.top_k}")
+        if "" in self.stop_strings:
+            raise ValueError("an empty stop string would end every response")
+        if self.return_kept and (self.top_k is None or self.temperature == 0):
+            raise ValueError("what is kept can be returned where top_k bounds it and sampling is not greedy")
+
+    @classmethod
+    def of_training(cls, generation: Generation) -> Sampling:
+        """Return how a recipe samples the rollouts that are trained on.
+
+        Where it filters, rollouts say what was kept, so that the trainer's distribution is over the same tokens.
+        """
+        return cls(
+            temperature=generation.temperature,
+            top_p=generation.top_p,
+            top_k=generation.top_k,
+            min_p=generation.min_p,
+            stop_strings=generation.stop_strings or (),
+            return_kept=generation.top_k is not None,
+        )
+
+    @classmethod
+    def of_validation(cls, generation: Generation) -> Sampling:
+        """Return how a recipe samples in validation."""
+        return cls(
+            temperature=generation.val_temperature,
+            top_p=generation.val_top_p,
+            top_k=generation.val_top_k,
+            min_p=generation.val_min_p,
+            stop_strings=generation.val_stop_strings or (),
+        )
+
+    @property
+    def greedily(self) -> Sampling:
+        """The most likely token at each place, with the same stop strings."""
+        return Sampling(temperature=0.0, stop_strings=self.stop_strings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,20 +162,22 @@ class Engine(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[Prompt], n: int, *, temperature: float, seed: int, group_ids: Sequence[int]
+        self, prompts: Sequence[Prompt], n: int, *, sampling: Sampling, seed: int, group_ids: Sequence[int]
     ) -> list[Rollout]:
         """Sample ``n`` responses to each prompt, ordered by prompt and then by ``sample_index``.
 
         The sampled tokens are a function of the weights, ``seed``, the prompt and ``sample_index``: they must not
         depend on which prompts share a call, a batch or a rank (but for float noise on a boundary of a distribution).
-        Greedy responses report log-probabilities at temperature 1.
+        A response ends with an end token, with the token that completes a stop string, or at the token limit. The
+        log-probabilities are those of the distribution that was sampled from, temperature and filters included; greedy
+        responses report them at temperature 1, unfiltered.
 
         Every rank calls it, also with no prompts: ranks may share an engine.
 
         Args:
             prompts: this rank's prompts; none gives an empty list.
             n: responses per prompt.
-            temperature: temperature of the sampling distribution; 0 is greedy.
+            sampling: the distribution to sample from, and text that ends a response.
             seed: seed of every random draw; give each step its own.
             group_ids: id of each prompt's group, unique over all ranks; the rollouts carry it.
 
@@ -115,16 +191,16 @@ class Engine(Protocol):
         ...
 
 
-def check_request(prompts: Sequence[Prompt], n: int, temperature: float, group_ids: Sequence[int]) -> None:
+def check_request(prompts: Sequence[Prompt], n: int, group_ids: Sequence[int]) -> None:
     """Check the arguments of ``Engine.generate``.
 
     Raises:
-        ValueError: lists of different lengths, no sample, or a temperature below 0 or not finite.
+        ValueError: lists of different lengths, or no sample.
     """
     if len(group_ids) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts, but {len(group_ids)} group_ids")
-    if n < 1 or not 0.0 <= temperature < math.inf:
-        raise ValueError(f"need n >= 1 and a finite temperature >= 0, not n={n}, temperature={temperature}")
+    if n < 1:
+        raise ValueError(f"need n >= 1, not {n}")
 
 
 register = registry.engines.register

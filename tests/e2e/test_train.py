@@ -15,6 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.data.processing import ChatProcessor
+from megatron_g2rpo.rollout.base import Sampling
 from megatron_g2rpo.train.assembly import assemble
 from megatron_g2rpo.train.g2rpo import g2rpo_step
 from megatron_g2rpo.train.run.loop import Run
@@ -121,7 +122,9 @@ def test_the_export_answers_as_the_policy_does(toy: Toy, straight: Path) -> None
     components.engine.load_weights(components.policy.stream())
     prompts = components.validation
     assert len(prompts) == 36
-    rollouts = components.engine.generate(prompts, 1, temperature=0.0, seed=0, group_ids=list(range(36)))
+    rollouts = components.engine.generate(
+        prompts, 1, sampling=Sampling(temperature=0.0), seed=0, group_ids=list(range(36))
+    )
     assert len({rollout.text for rollout in rollouts}) > 3, "answers that are all alike prove little"
     chat = ChatProcessor(exported)
     ends = chat.eos_token_ids
@@ -150,6 +153,38 @@ def test_a_run_continues_at_another_layout(toy: Toy, straight: Path, tmp_path: P
     assert list(resumed) == [1, 2]
     # Adam's first step divides a gradient by its own size: where that is nothing but rounding, so is the step.
     assert_same_step(resumed[2], expected[2], 1e-4)
+
+
+# The policy was taught to end with </answer> and its end token; the stop string comes first.
+FILTERED = "policy.generation={top_k: 8, top_p: 0.95, stop_strings: [</answer>], val_top_p: 0.9, val_stop_strings: [a]}"
+
+
+def test_a_run_that_filters_is_measured_in_what_it_sampled_from(toy: Toy, straight: Path, tmp_path: Path) -> None:
+    recipe = toy.recipe(tmp_path / "recipe.yaml", logger={"log_dir": str(tmp_path / "run")})
+    succeed("train", recipe, *BARE, "grpo.val_at_start=true", FILTERED)
+    lines = metrics(tmp_path / "run")
+    line, expected = lines[1], metrics(straight)[1]
+    assert line["train/rollout_gap_max"] < 1e-4
+    assert line["train/ratio"] == 1.0
+    assert line["train/entropy"] < expected["train/entropy"], "that of the tokens that were kept"
+    # Without its end token a right answer is a token shorter, and no less well-formed.
+    assert line["train/response_tokens"] < expected["train/response_tokens"]
+    assert line["train/format"] > 0.0
+    # Validation has stop strings of its own, which end every response in <thinking>.
+    assert lines[0]["val/mean_truncated"] == lines[0]["val/mean_greedy_truncated"] == 0.0
+    assert lines[0]["val/mean_response_tokens"] < line["train/response_tokens"] / 2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", LAYOUTS_OF_TWO)
+def test_two_ranks_filter_as_one_does(toy: Toy, tmp_path: Path, layout: str) -> None:
+    recipe = toy.recipe(tmp_path / "recipe.yaml")
+    runs = [tmp_path / "one", tmp_path / "two"]
+    succeed("train", recipe, *BARE, FILTERED, f"logger.log_dir={runs[0]}")
+    succeed("train", recipe, "--nproc", "2", *BARE, FILTERED, *LAYOUTS_OF_TWO[layout], f"logger.log_dir={runs[1]}")
+    one, two = (metrics(run)[1] for run in runs)
+    assert_same_step(two, one, FIVE_DIGITS)
+    assert two["train/rollout_gap_max"] < 1e-4
 
 
 def assert_same_step(line: dict[str, float], expected: dict[str, float], tolerance: float) -> None:

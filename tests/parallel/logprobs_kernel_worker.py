@@ -55,9 +55,9 @@ def with_gradients(
 
 
 def whole(
-    hidden: Tensor, weight: Tensor, labels: Tensor, grad: Tensor, vocab: int, banned_token_ids: Tensor | None = None
+    hidden: Tensor, weight: Tensor, labels: Tensor, grad: Tensor, vocab: int, **excluded: Tensor | None
 ) -> Results:
-    keywords = {"vocab_size": vocab, "temperature": TEMPERATURE, "banned_token_ids": banned_token_ids}
+    keywords = {"vocab_size": vocab, "temperature": TEMPERATURE, **excluded}
     return with_gradients(lambda h, w: linear_logprobs(h, w, labels, **keywords), hidden, weight, grad)
 
 
@@ -87,14 +87,20 @@ def check_kernel(
     labelled: bool,
     chunk: int | None,
     first_kept: int = 0,
+    kept: int | None = None,
 ) -> None:
-    """Tokens before ``first_kept`` are banned."""
+    """Tokens before ``first_kept`` are banned; labels are sampled from the ``kept`` tokens from theirs on, or all."""
     rank = dist.get_rank(group)
     name = f"vocabulary {vocab}, from token {first_kept}, scale {scale}, labelled {labelled}, chunk {chunk}"
     hidden, weight, labels, grad = case(vocab, scale, labelled)
     labels = labels.clamp(min=first_kept).where(labels != NO_LABEL, NO_LABEL)
-    banned_token_ids = torch.arange(first_kept)
-    expected = whole(hidden, weight, labels, grad, vocab, banned_token_ids)
+    excluded = {"banned_token_ids": torch.arange(first_kept), "kept_ids": None}
+    if kept is not None:
+        # Some lie on one rank, some on both, and -1 stands for those beyond the vocabulary.
+        ids = labels.clamp(min=0) + torch.arange(kept)[:, None]
+        excluded["kept_ids"] = torch.where(ids < vocab, ids, -1)
+        name += f", {kept} kept"
+    expected = whole(hidden, weight, labels, grad, vocab, **excluded)
     with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
         ours = with_gradients(
             lambda h, w: linear_logprobs(
@@ -103,7 +109,7 @@ def check_kernel(
                 labels,
                 vocab_size=vocab,
                 temperature=TEMPERATURE,
-                banned_token_ids=banned_token_ids,
+                **excluded,
                 group=group,
                 chunk_size=chunk,
             ),
@@ -164,6 +170,8 @@ def main() -> None:
         check_kernel(report, group, vocab=50, scale=1.0, labelled=True, chunk=chunk, first_kept=5)
         # The first rank holds banned tokens only.
         check_kernel(report, group, vocab=54, scale=1.0, labelled=True, chunk=chunk, first_kept=PADDED // 2)
+        check_kernel(report, group, vocab=50, scale=1.0, labelled=True, chunk=chunk, kept=12)
+        check_kernel(report, group, vocab=20, scale=1.0, labelled=True, chunk=chunk, kept=2)
         check_kernel(report, group, vocab=50, scale=4096.0, labelled=True, chunk=chunk)
         check_kernel(report, group, vocab=50, scale=1.0, labelled=False, chunk=chunk)
     for sequence_parallel in (False, True):

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo import weights
 from megatron_g2rpo.commands.compare_rollouts import trainer_logprobs
+from megatron_g2rpo.rollout.base import Sampling
 from megatron_g2rpo.train.assembly import assemble
 from megatron_g2rpo.train.g2rpo import g2rpo_step
 from megatron_g2rpo.train.step.generation import answers, generate
@@ -46,14 +47,16 @@ def main() -> None:
     prompts = components.stream.next_batch(PROMPTS, owned)
     budget = settings.policy.sequence_packing.train_mb_tokens
     for temperature in (1.0, 0.7):
-        rollouts = generate(engine, policy, prompts, 4, temperature=temperature, seed=7, group_ids=list(owned))
+        sampling = Sampling(temperature=temperature)
+        rollouts = generate(engine, policy, prompts, 4, sampling=sampling, seed=7, group_ids=list(owned))
         own = trainer_logprobs(policy, components.packer, rollouts, budget, temperature)
         for rollout, expected in zip(rollouts, own, strict=True):
             torch.testing.assert_close(rollout.logprobs, expected, rtol=0, atol=ATOL)
     # Validation's prompts, whose images the engine has seen under older weights.
     mine = components.validation
+    greedily, group_ids = Sampling(temperature=0.0), list(range(len(mine)))
     for _ in range(2):
-        greedy = answers(engine, policy, mine, 1, temperature=0.0, seed=0, group_ids=list(range(len(mine))))
+        greedy = answers(engine, policy, mine, 1, sampling=greedily, seed=0, group_ids=group_ids)
     found: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, {r.prompt.key: r.response_ids.tolist() for r in greedy})
     first = dist.get_rank() == 0

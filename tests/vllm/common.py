@@ -17,6 +17,7 @@ from megatron_g2rpo import recipe
 from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.rollout import base
+from megatron_g2rpo.rollout.transformers.sampling import filtered
 from megatron_g2rpo.types import Prompt, Rollout, Sample
 from tests.common.tiny_model import hf_greedy, hf_logits, randomise
 
@@ -95,9 +96,10 @@ def banned() -> list[int]:
     return processor.banned_token_ids(rows)
 
 
-def generate(engine: base.Engine, prompts: Sequence[Prompt], n: int = 4, *, temperature: float = 1.0, seed: int = 5):
+def generate(engine: base.Engine, prompts: Sequence[Prompt], n: int = 4, *, seed: int = 5, **sampling: object):
     """With group ids that count the prompts."""
-    return engine.generate(prompts, n, temperature=temperature, seed=seed, group_ids=list(range(len(prompts))))
+    drawn = base.Sampling(**{"temperature": 1.0, **sampling})  # type: ignore[arg-type]
+    return engine.generate(prompts, n, sampling=drawn, seed=seed, group_ids=list(range(len(prompts))))
 
 
 def tokens_of(rollouts: Sequence[Rollout]) -> dict[tuple[str, int], list[int]]:
@@ -108,10 +110,29 @@ def tokens_of(rollouts: Sequence[Rollout]) -> dict[tuple[str, int], list[int]]:
 @torch.no_grad()
 def forward_logprobs(model: Qwen3VLForConditionalGeneration, rollout: Rollout, temperature: float = 1.0) -> Tensor:
     """Log-probabilities of a response by transformers' own forward pass, banned tokens left out: float32 ``[R]``."""
+    return filtered_logprobs(model, rollout, base.Sampling(temperature=temperature))
+
+
+@torch.no_grad()
+def filtered_logprobs(model: Qwen3VLForConditionalGeneration, rollout: Rollout, sampling: base.Sampling) -> Tensor:
+    """The same over the tokens that pass filters, those of the embedded engine."""
+    table = _filtered(model, rollout, sampling).log_softmax(-1)
+    return table.gather(1, rollout.response_ids[:, None])[:, 0].float()
+
+
+def kept_by_filters(
+    model: Qwen3VLForConditionalGeneration, rollout: Rollout, sampling: base.Sampling
+) -> list[list[int]]:
+    """Ids that each token of a response could be sampled from, ascending."""
+    return [row.nonzero()[:, 0].tolist() for row in _filtered(model, rollout, sampling).isfinite()]
+
+
+@torch.no_grad()
+def _filtered(model: Qwen3VLForConditionalGeneration, rollout: Rollout, sampling: base.Sampling) -> Tensor:
     logits = hf_logits(model, rollout.prompt.inputs, rollout.response_ids)
-    predicting = logits[len(rollout.prompt.inputs.token_ids) - 1 : -1].double() / temperature
+    predicting = logits[len(rollout.prompt.inputs.token_ids) - 1 : -1].double() / sampling.temperature
     predicting[:, banned()] = -torch.inf
-    return predicting.log_softmax(-1).gather(1, rollout.response_ids[:, None])[:, 0].float()
+    return filtered(predicting, sampling)
 
 
 def greedy(model: Qwen3VLForConditionalGeneration, prompt: Prompt, max_new_tokens: int) -> list[int]:

@@ -6,14 +6,27 @@ One engine serves all tests of the module: a process can hold vLLM's distributed
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
+from megatron_g2rpo.data.processing import ChatProcessor
+from megatron_g2rpo.rollout import base
+from megatron_g2rpo.rollout.stop_strings import Tail, until_stop
 from megatron_g2rpo.rollout.vllm.engine import VllmEngine
 from tests.vllm import common
-from tests.vllm.common import ATOL, forward_logprobs, generate, greedy, make_prompts, named, tokens_of
+from tests.vllm.common import (
+    ATOL,
+    filtered_logprobs,
+    forward_logprobs,
+    generate,
+    greedy,
+    kept_by_filters,
+    make_prompts,
+    named,
+    tokens_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def bare() -> VllmEngine:
-    return VllmEngine(common.context(common.load_recipe()))
+    return VllmEngine(common.context(common.load_recipe("policy.generation.top_k=20")))
 
 
 @pytest.fixture
@@ -57,6 +70,61 @@ def test_logprobs_are_those_of_a_plain_forward_at_the_temperature(engine, models
     for rollout in rollouts:
         expected = forward_logprobs(models[0], rollout, temperature)
         torch.testing.assert_close(rollout.logprobs, expected, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        base.Sampling(temperature=1.0, top_k=20),
+        base.Sampling(temperature=0.7, top_p=0.8),
+        base.Sampling(temperature=1.0, min_p=0.1),
+        base.Sampling(temperature=1.0, min_p=0.02, top_k=12, top_p=0.8),
+    ],
+    ids=["top_k", "top_p", "min_p", "all"],
+)
+def test_logprobs_of_a_filtered_distribution_are_those_of_what_the_embedded_engine_keeps(
+    engine, models, prompts, sampling
+):
+    for rollout in generate(engine, prompts, 4, **asdict(sampling)):
+        expected = filtered_logprobs(models[0], rollout, sampling)
+        torch.testing.assert_close(rollout.logprobs, expected, rtol=0, atol=ATOL)
+
+
+def test_rollouts_say_what_each_token_was_sampled_from(engine, models, prompts):
+    filters = {"top_k": 20, "top_p": 0.9}
+    counts = set()
+    for rollout in generate(engine, prompts, 4, return_kept=True, **filters):
+        expected = kept_by_filters(models[0], rollout, base.Sampling(temperature=1.0, **filters))
+        assert [row[row >= 0].tolist() for row in rollout.kept_ids] == expected
+        assert (rollout.kept_ids == rollout.response_ids[:, None]).any(1).all()
+        counts |= set(map(len, expected))
+    assert len(counts) > 1, "top_p should leave different numbers of tokens"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(engine, prompts, temperature):
+    """By the embedded engine's rule: what is decoded is searched after each token."""
+    decode = ChatProcessor(common.POLICY).decode
+    free = generate(engine, prompts, 4, temperature=temperature)
+    # From inside of one token to inside of another.
+    texts = [decode(r.response_ids[4:8]) for r in free[::5] if len(r.response_ids) > 10]
+    stops = tuple({text[1:-1] for text in texts if len(text) > 4 and text.isascii()})
+    assert stops
+    stopped = 0
+    cut = generate(engine, prompts, 4, temperature=temperature, stop_strings=stops)
+    for before, after in zip(free, cut, strict=True):
+        tail, ids = Tail(stops, decode), before.response_ids.tolist()
+        going = ids[:-1] if ids[-1] in common.ENDS else ids
+        length = next((place for place, token in enumerate(going, start=1) if tail.completes(token)), None)
+        assert after.response_ids.tolist() == ids[:length], "the same draws, cut"
+        if length is not None:
+            stopped += 1
+            assert not after.truncated
+            assert after.text == until_stop(decode(ids[:length]), stops)
+            assert after.text.endswith(stops)
+        else:
+            assert (after.truncated, after.text) == (before.truncated, before.text)
+    assert stopped >= len(stops)
 
 
 def test_greedy_logprobs_are_reported_at_temperature_one(engine, models, prompts):
@@ -125,10 +193,10 @@ def test_more_prompts_than_fit_one_forward_pass(engine, models):
 
 
 def test_rollouts_are_ordered_and_carry_their_group(engine, prompts):
-    rollouts = engine.generate(prompts[:3], 3, temperature=1.0, seed=5, group_ids=[40, 7, 12])
+    rollouts = engine.generate(prompts[:3], 3, sampling=base.Sampling(temperature=1.0), seed=5, group_ids=[40, 7, 12])
     expected = [(f"shard/{i}", group, s) for i, group in enumerate([40, 7, 12]) for s in range(3)]
     assert [(r.prompt.key, r.group_id, r.sample_index) for r in rollouts] == expected
-    assert engine.generate([], 3, temperature=1.0, seed=5, group_ids=[]) == []
+    assert engine.generate([], 3, sampling=base.Sampling(temperature=1.0), seed=5, group_ids=[]) == []
     for rollout in rollouts:
         assert len(rollout.response_ids) == len(rollout.logprobs) <= 48
         assert rollout.truncated == (len(rollout.response_ids) == 48 and rollout.response_ids[-1] not in common.ENDS)

@@ -24,6 +24,7 @@ from megatron_g2rpo.rollout.vllm import serve
 from megatron_g2rpo.rollout.vllm.http_client import API_KEY, Server
 from megatron_g2rpo.rollout.vllm.serve import RequireKey, command
 from megatron_g2rpo.rollout.vllm.server_engine import VllmServerEngine
+from megatron_g2rpo.rollout.vllm.translate import num_logprobs
 from tests.vllm import common
 from tests.vllm.application import parse, serving
 
@@ -160,18 +161,30 @@ class OneServer:
         return self._client.request(method, path).raise_for_status()
 
 
-def check(arguments: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def check(arguments: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, top_k: int | None = None) -> None:
     """What the engine thinks of a server with these arguments, by vLLM's own account of its configuration."""
     monkeypatch.setattr(server_info, "_get_system_env_info_cached", dict)  # asks pip and nvidia-smi, for ten seconds
     engine = object.__new__(VllmServerEngine)
     with serving(arguments) as client:
         client.app.state.vllm_config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
         engine._servers, engine._method = OneServer(client), "files"  # type: ignore[assignment]
+        engine._num_logprobs = num_logprobs(top_k)
         engine._check(Server("http://127.0.0.1:8123"))
 
 
 def test_the_trainer_accepts_a_server_that_was_started_by_the_command(monkeypatch):
     check(parse(), monkeypatch)
+
+
+@pytest.mark.parametrize("of_server", [30, 40])
+def test_a_server_gives_as_many_logprobs_as_a_recipe_with_top_k_needs(monkeypatch, of_server):
+    check(parse(f"policy.generation.top_k={of_server}"), monkeypatch, top_k=30)
+
+
+@pytest.mark.parametrize("override", ["policy.generation.top_k=20", "policy.generation.top_k=null"])
+def test_a_server_that_gives_fewer_logprobs_than_top_k_needs_is_refused(monkeypatch, override):
+    with pytest.raises(ValueError, match=r"'max_logprobs': \d+\}, but must have .*'max_logprobs': 62"):
+        check(parse(override), monkeypatch, top_k=30)
 
 
 @pytest.mark.parametrize(

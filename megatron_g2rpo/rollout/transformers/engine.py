@@ -25,6 +25,7 @@ from transformers.initialization import no_init_weights
 
 from megatron_g2rpo.models.directory import load_config
 from megatron_g2rpo.rollout import base
+from megatron_g2rpo.rollout.stop_strings import Tail, read_response
 from megatron_g2rpo.rollout.transformers.decoding import ATTENTION, PreallocatedCache
 from megatron_g2rpo.rollout.transformers.sampling import draw, uniforms
 from megatron_g2rpo.types import Prompt, Rollout
@@ -44,10 +45,16 @@ class _Sequence(NamedTuple):
 
 
 class _Responses(NamedTuple):
-    """Decoded tokens and their log-probabilities, each ``[N, T]``; undefined after a sequence's first end token."""
+    """What was decoded: tokens and their log-probabilities, each ``[N, T]``, and the lengths of the responses ``[N]``.
+
+    A length includes the token that ended the response; what follows it is undefined. ``kept``, int64 ``[N, T, K]``,
+    says what each token was drawn from, where that was asked for.
+    """
 
     tokens: Tensor
     logprobs: Tensor
+    lengths: Tensor
+    kept: Tensor | None
 
 
 @dataclass
@@ -61,7 +68,7 @@ class _Batch:
         position: int64 ``[B]``, mRoPE position of the next token (the same in all three axes: it is text).
         visible: bool ``[B, P + T]``, False on the padding between a prompt and its response.
         sequence_ids: int64 ``[B]``, index of each of them in the list of sequences that the batch began with.
-        running: bool ``[B]``, False once the end token was drawn.
+        running: bool ``[B]``, False once the token was drawn that ends the response.
     """
 
     cache: PreallocatedCache
@@ -126,6 +133,7 @@ class TransformersEngine:
         if outside:
             raise ValueError(f"special token ids {outside} lie outside the model's vocabulary of {vocab}")
         self._pad = pad_token_id
+        self._eos_ids = frozenset(eos_token_ids)
         self._eos = torch.tensor(list(eos_token_ids), device=self._device)
         banned = set(banned_token_ids)
         self._allowed = torch.tensor([i for i in range(vocab) if i not in banned], device=self._device)
@@ -189,7 +197,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Prompt], n: int, *, temperature: float, seed: int, group_ids: Sequence[int]
+        self, prompts: Sequence[Prompt], n: int, *, sampling: base.Sampling, seed: int, group_ids: Sequence[int]
     ) -> list[Rollout]:
         """Sample ``n`` responses to each prompt; see ``base.Engine.generate``.
 
@@ -202,7 +210,7 @@ class TransformersEngine:
         """
         if not self._loaded:
             raise RuntimeError("the rollout engine has no complete set of weights: call load_weights first")
-        base.check_request(prompts, n, temperature, group_ids)
+        base.check_request(prompts, n, group_ids)
         for prompt in prompts:
             self._check_prompt(prompt)
         sequences = [_Sequence(p, s) for p in range(len(prompts)) for s in range(n)]
@@ -211,18 +219,25 @@ class TransformersEngine:
         rollouts: dict[_Sequence, Rollout] = {}
         for start in range(0, len(sequences), self._batch_size):
             together = sequences[start : start + self._batch_size]
-            responses = self._respond(prompts, together, temperature, seed)
+            responses = self._respond(prompts, together, sampling, seed)
             for index, sequence in enumerate(together):
-                length, truncated = self._length(responses.tokens[index])
+                length = int(responses.lengths[index])
                 ids = responses.tokens[index, :length].clone()
+                text, truncated = read_response(
+                    ids.tolist(),
+                    eos_token_ids=self._eos_ids,
+                    stop_strings=sampling.stop_strings,
+                    decode=self._decode_text,
+                )
                 rollouts[sequence] = Rollout(
                     prompt=prompts[sequence.prompt],
                     group_id=group_ids[sequence.prompt],
                     sample_index=sequence.sample,
                     response_ids=ids,
                     logprobs=responses.logprobs[index, :length].clone(),
-                    text=self._decode_text(ids.tolist() if truncated else ids[:-1].tolist()),
+                    text=text,
                     truncated=truncated,
+                    kept_ids=None if responses.kept is None else responses.kept[index, :length].clone(),
                 )
         return [rollouts[sequence] for sequence in sorted(rollouts)]
 
@@ -241,35 +256,50 @@ class TransformersEngine:
                 f"where its image grids ask for {expected}, and it has {len(inputs.pixel_values)} of {patches} patches"
             )
 
-    def _length(self, tokens: Tensor) -> tuple[int, bool]:
-        """Return the length of the response in ``tokens [T]``, end token included, and whether it was truncated."""
-        ends = torch.isin(tokens, self._eos.cpu()).nonzero()
-        return (len(tokens), True) if len(ends) == 0 else (int(ends[0]) + 1, False)
-
     def _respond(
-        self, prompts: Sequence[Prompt], sequences: list[_Sequence], temperature: float, seed: int
+        self, prompts: Sequence[Prompt], sequences: list[_Sequence], sampling: base.Sampling, seed: int
     ) -> _Responses:
         """Decode one batch; sequences of the same prompt share its prefill. Returns tensors on the CPU."""
         limit = self._max_new_tokens
         uniform = None
-        if temperature > 0:
+        if sampling.temperature > 0:
             numbers = [uniforms(seed, prompts[each.prompt].key, each.sample, limit) for each in sequences]
             uniform = torch.stack(numbers).to(self._device)
         tokens = torch.zeros(len(sequences), limit, dtype=torch.int64, device=self._device)
         logprobs = torch.zeros(len(sequences), limit, device=self._device)
+        lengths = torch.full((len(sequences),), limit, device=self._device)
+        stops = sampling.stop_strings
+        tails = [Tail(stops, self._decode_text) for _ in sequences] if stops else []
+        kept: list[Tensor] = []
         batch = self._prefill(prompts, sequences)
         for step in range(limit):
             logits = self._model.lm_head(batch.hidden)
             self._check_finite(logits, prompts, sequences, batch.sequence_ids, step)
             number = None if uniform is None else uniform[batch.sequence_ids, step]
-            drawn = draw(logits, number, temperature=temperature, allowed=self._allowed)
+            drawn = draw(logits, number, sampling=sampling, allowed=self._allowed)
             tokens[batch.sequence_ids, step] = drawn.tokens
             logprobs[batch.sequence_ids, step] = drawn.logprobs.float()
-            batch.running &= ~torch.isin(drawn.tokens, self._eos)
+            if drawn.kept is not None:
+                of_all = drawn.kept.new_full((len(sequences), drawn.kept.shape[1]), -1)
+                kept.append(of_all.index_copy(0, batch.sequence_ids, drawn.kept).t().cpu())
+            ended = torch.isin(drawn.tokens, self._eos)
+            if tails:
+                ended |= self._stopped(batch, drawn.tokens, ended, tails)
+            ended &= batch.running
+            lengths[batch.sequence_ids[ended]] = step + 1
+            batch.running &= ~ended
             if step + 1 == limit or not batch.running.any():
                 break
             self._advance(batch, drawn.tokens, limit - step - 1)
-        return _Responses(tokens.cpu(), logprobs.cpu())
+        # [T, K, N], as pad_sequence wants it: the number of tokens that are kept differs from step to step.
+        drawn_from = pad_sequence(kept, batch_first=True, padding_value=-1).permute(2, 0, 1) if kept else None
+        return _Responses(tokens.cpu(), logprobs.cpu(), lengths.cpu(), drawn_from)
+
+    def _stopped(self, batch: _Batch, tokens: Tensor, ended: Tensor, tails: list[Tail]) -> Tensor:
+        """Return bool ``[B]``: which of the drawn ``tokens [B]``, no end tokens, complete a stop string."""
+        going = (batch.running & ~ended).tolist()
+        rows = zip(going, batch.sequence_ids.tolist(), tokens.tolist(), strict=True)
+        return torch.tensor([on and tails[each].completes(token) for on, each, token in rows], device=self._device)
 
     def _prefill(self, prompts: Sequence[Prompt], sequences: list[_Sequence]) -> _Batch:
         """Prefill the distinct prompts, padded on the right, and give every sequence a copy of its prompt's cache."""

@@ -10,10 +10,13 @@ distribution across the number: about once in a million tokens in fp32.
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from megatron_g2rpo.rollout.base import Sampling
 
 
 def uniforms(seed: int, key: str, sample_index: int, count: int) -> Tensor:
@@ -41,23 +44,28 @@ class Draw(NamedTuple):
         tokens: int64 ``[B]``.
         logprobs: float64 ``[B]``, their log-probabilities under the distribution that they were drawn from
             (at temperature 1 when greedy).
+        kept: int64 ``[B, K]``, the tokens that each was drawn from, -1 where there are fewer than K; None where nobody
+            asked.
     """
 
     tokens: Tensor
     logprobs: Tensor
+    kept: Tensor | None
 
 
-def draw(logits: Tensor, uniform: Tensor | None, *, temperature: float, allowed: Tensor) -> Draw:
-    """Draw one token per sequence from ``softmax(logits / temperature)`` over the allowed tokens.
+def draw(logits: Tensor, uniform: Tensor | None, *, sampling: Sampling, allowed: Tensor) -> Draw:
+    """Draw one token per sequence from ``softmax(logits / temperature)`` over the allowed tokens that pass the filters.
 
     Args:
         logits: ``[B, V]``, finite.
         uniform: float64 ``[B]`` in [0, 1); None takes the most likely allowed token (greedy).
-        temperature: sampling temperature, above 0; not used when greedy.
+        sampling: temperature, above 0, and filters; not used when greedy.
         allowed: int64 ``[A]``, ascending ids of the tokens that may be drawn; the others have probability 0.
     """
-    scores = logits.double() if uniform is None else logits.double() / temperature
+    scores = logits.double() if uniform is None else logits.double() / sampling.temperature
     scores = scores[:, allowed]
+    if uniform is not None:
+        scores = filtered(scores, sampling)
     top = scores.amax(-1)
     cumulative = (scores - top[:, None]).exp().cumsum(-1)
     total = cumulative[:, -1]
@@ -68,4 +76,35 @@ def draw(logits: Tensor, uniform: Tensor | None, *, temperature: float, allowed:
         target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
         index = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
     logprobs = scores.gather(1, index[:, None])[:, 0] - top - total.log()
-    return Draw(allowed[index], logprobs)
+    return Draw(allowed[index], logprobs, _kept(scores, allowed) if sampling.return_kept else None)
+
+
+def _kept(scores: Tensor, allowed: Tensor) -> Tensor:
+    """Return the allowed tokens whose scores ``[B, A]`` are finite: int64 ``[B, K]``, -1 where there are fewer."""
+    most = int(scores.isfinite().sum(-1).max())
+    likeliest = scores.topk(most, dim=-1)
+    return allowed[likeliest.indices].masked_fill(likeliest.values.isinf(), -1)
+
+
+def filtered(scores: Tensor, sampling: Sampling) -> Tensor:
+    """Return the scores with minus infinity at the tokens that the filters leave out.
+
+    The filters follow one another as in vLLM's sampler (``vllm/v1/sample/sampler.py``): ``min_p``, then ``top_k``, then
+    ``top_p`` of the probability that is left. The most likely token always stays.
+
+    Args:
+        scores: float64 ``[B, A]``, logits divided by the temperature.
+        sampling: the filters; those that are None change nothing.
+    """
+    if sampling.min_p is not None:
+        least = scores.amax(-1, keepdim=True) + math.log(sampling.min_p)
+        scores = scores.masked_fill(scores < least, -math.inf)
+    if sampling.top_k is not None and sampling.top_k < scores.shape[1]:
+        last = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
+        scores = scores.masked_fill(scores < last, -math.inf)
+    if sampling.top_p is not None and sampling.top_p < 1.0:
+        ascending, places = scores.sort(dim=-1)
+        left_out = ascending.softmax(-1).cumsum(-1) <= 1.0 - sampling.top_p
+        left_out[:, -1] = False
+        scores = scores.masked_fill(torch.zeros_like(left_out).scatter(1, places, left_out), -math.inf)
+    return scores

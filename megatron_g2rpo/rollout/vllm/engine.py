@@ -107,7 +107,7 @@ class VllmEngine:
         self._llm.llm_engine.reset_encoder_cache()
 
     def generate(
-        self, prompts: Sequence[Prompt], n: int, *, temperature: float, seed: int, group_ids: Sequence[int]
+        self, prompts: Sequence[Prompt], n: int, *, sampling: base.Sampling, seed: int, group_ids: Sequence[int]
     ) -> list[Rollout]:
         """Sample ``n`` responses to each prompt; see ``base.Engine.generate``.
 
@@ -117,17 +117,17 @@ class VllmEngine:
         """
         if not self._loaded:
             raise RuntimeError("the rollout engine has no complete set of weights: call load_weights first")
-        base.check_request(prompts, n, temperature, group_ids)
+        base.check_request(prompts, n, group_ids)
         all_prompts, first = self._with_peers(prompts)
         inputs = [self._input(prompt) for prompt in all_prompts]
-        parameters = [self._translator.sampling(prompt, n, temperature, seed) for prompt in all_prompts]
+        parameters = [self._translator.parameters(prompt, n, sampling, seed) for prompt in all_prompts]
         # vLLM's own `generate` takes text and images; prompts that are rendered already enter one layer below it.
         self._llm._render_and_add_requests(inputs, parameters)
         outputs = self._llm.wait_for_completion(use_tqdm=False)
         rollouts: list[Rollout] = []
         mine = outputs[first : first + len(prompts)]
         for prompt, group_id, output in zip(prompts, group_ids, mine, strict=True):
-            rollouts += self._translator.rollouts(prompt, group_id, n, _answers(output))
+            rollouts += self._translator.rollouts(prompt, group_id, n, sampling, _answers(output))
         return rollouts
 
     def release(self) -> None:
@@ -162,7 +162,8 @@ def _answers(output: Any) -> list[Answer]:
     assert isinstance(output, RequestOutput)
     answers = []
     for answer in sorted(output.outputs, key=lambda answer: answer.index):
-        ids = list(answer.token_ids)
-        places = zip(answer.logprobs or [], ids, strict=False)
-        answers.append(Answer(ids, [place[token].logprob for place, token in places]))
+        ids, places = list(answer.token_ids), answer.logprobs or []
+        logprobs = [place[token].logprob for place, token in zip(places, ids, strict=False)]
+        likeliest = [{token: each.logprob for token, each in place.items()} for place in places]
+        answers.append(Answer(ids, logprobs, likeliest))
     return answers

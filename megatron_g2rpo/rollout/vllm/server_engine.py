@@ -24,7 +24,7 @@ from vllm.utils.network_utils import get_ip, get_open_port
 from megatron_g2rpo.collectives import from_first
 from megatron_g2rpo.rollout import base
 from megatron_g2rpo.rollout.vllm.http_client import Request, Server, ServerLost, Servers
-from megatron_g2rpo.rollout.vllm.translate import ENGINE_ARGUMENTS, Answer, Translator
+from megatron_g2rpo.rollout.vllm.translate import ENGINE_ARGUMENTS, PARAMETERS, Answer, Translator, num_logprobs
 from megatron_g2rpo.rollout.vllm.weight_transfer import FILES, FilesTrainer, Source, backend_of
 from megatron_g2rpo.types import Prompt, Rollout
 from megatron_g2rpo.weights import WeightSource
@@ -56,6 +56,7 @@ class VllmServerEngine:
         generation = context.policy.generation
         self._options = generation.vllm_server_cfg
         self._translator = Translator(context)
+        self._num_logprobs = num_logprobs(generation.top_k)
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         self._servers = Servers(self._options, first=self._rank)
         self._method = backend_of(self._options.weight_transfer, between_gpus=context.nccl)
@@ -109,7 +110,7 @@ class VllmServerEngine:
         self._version = version
 
     def generate(
-        self, prompts: Sequence[Prompt], n: int, *, temperature: float, seed: int, group_ids: Sequence[int]
+        self, prompts: Sequence[Prompt], n: int, *, sampling: base.Sampling, seed: int, group_ids: Sequence[int]
     ) -> list[Rollout]:
         """Sample ``n`` responses to each prompt; see ``base.Engine.generate``.
 
@@ -120,32 +121,23 @@ class VllmServerEngine:
         """
         if self._version is None:
             raise RuntimeError("the rollout servers have no weights: call load_weights first")
-        base.check_request(prompts, n, temperature, group_ids)
-        requests = [self._request(prompt, n, temperature, seed) for prompt in prompts]
+        base.check_request(prompts, n, group_ids)
+        requests = [self._request(prompt, n, sampling, seed) for prompt in prompts]
         answers = self._servers.generate(requests, self._version)
         rollouts: list[Rollout] = []
         for prompt, group_id, choices in zip(prompts, group_ids, answers, strict=True):
-            rollouts += self._translator.rollouts(prompt, group_id, n, [_answer(choice) for choice in choices])
+            chosen = [_answer(choice) for choice in choices]
+            rollouts += self._translator.rollouts(prompt, group_id, n, sampling, chosen)
         return rollouts
 
     def release(self) -> None:
         """Do nothing: the servers do not use this process's memory."""
 
-    def _request(self, prompt: Prompt, n: int, temperature: float, seed: int) -> Request:
-        sampling, images = self._translator.sampling(prompt, n, temperature, seed), self._translator.images(prompt)
+    def _request(self, prompt: Prompt, n: int, sampling: base.Sampling, seed: int) -> Request:
+        parameters, images = self._translator.parameters(prompt, n, sampling, seed), self._translator.images(prompt)
         body: dict[str, Any] = {
             "token_ids": prompt.inputs.token_ids.tolist(),
-            "sampling_params": {
-                "n": sampling.n,
-                "temperature": sampling.temperature,
-                "seed": sampling.seed,
-                "max_tokens": sampling.max_tokens,
-                "logprobs": sampling.logprobs,
-                "logit_bias": sampling.logit_bias,
-                "stop_token_ids": sampling.stop_token_ids,
-                "ignore_eos": sampling.ignore_eos,
-                "detokenize": sampling.detokenize,
-            },
+            "sampling_params": {name: getattr(parameters, name) for name in PARAMETERS},
         }
         if images is not None:
             body["features"] = {
@@ -184,6 +176,10 @@ class VllmServerEngine:
         }
         wanted = {name: ENGINE_ARGUMENTS[name] for name in ("logprobs_mode", "mm_device_do_normalize")}
         wanted["weight transfer"] = self._method
+        if self._num_logprobs:
+            found["max_logprobs"], wanted["max_logprobs"] = model["max_logprobs"], self._num_logprobs
+            if model["max_logprobs"] == -1 or model["max_logprobs"] > self._num_logprobs:  # more is no fault; -1: all
+                found["max_logprobs"] = self._num_logprobs
         if found != wanted:
             raise ValueError(
                 f"{server.address} was started with {found}, but must have {wanted}; start it with "
@@ -297,4 +293,5 @@ class _Client:
 def _answer(choice: dict[str, Any]) -> Answer:
     places = (choice["logprobs"] or {}).get("content") or []
     values = [place["logprob"] for place in places]
-    return Answer(choice["token_ids"], [-math.inf if value <= _NOT_FINITE else value for value in values])
+    likeliest = [{each["token_id"]: each["logprob"] for each in place["top_logprobs"]} for place in places]
+    return Answer(choice["token_ids"], [-math.inf if value <= _NOT_FINITE else value for value in values], likeliest)

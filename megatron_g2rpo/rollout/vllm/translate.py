@@ -10,12 +10,14 @@ normalised a second time, so engine and trainer can differ in arithmetic alone. 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.feature_extraction_utils import BatchFeature
 from vllm import SamplingParams
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
@@ -24,13 +26,35 @@ from vllm.sampling_params import RequestOutputKind
 
 from megatron_g2rpo.recipe import Policy
 from megatron_g2rpo.rollout import base
+from megatron_g2rpo.rollout.stop_strings import read_response
 from megatron_g2rpo.types import ModelInputs, Prompt, Rollout
 
 # What every engine of ours must be started with: log-probabilities of the distribution that was sampled from, at its
 # temperature and without banned tokens; pixels taken as they come.
 ENGINE_ARGUMENTS = {"logprobs_mode": "processed_logprobs", "mm_device_do_normalize": False, "generation_config": "vllm"}
+# What a request over HTTP says of its sampling parameters; the server sets how its output comes by itself.
+PARAMETERS = (
+    *("n", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "logprobs", "logit_bias"),
+    *("stop", "stop_token_ids", "ignore_eos", "detokenize"),
+)
 # Added to the logit of a banned token. Finite, because JSON has no infinity.
 _NEVER = -1e30
+# The lowest log-probability of a token that filters keep; vLLM's API sends one below it for minus infinity, and that of
+# a banned token is lower still.
+_LEAST = -9000.0
+# Tokens beyond ``top_k`` that vLLM is asked for: it keeps those that tie with the last, in bfloat16 often some.
+_TIES = 32
+_DEFAULT_MAX_LOGPROBS = 20  # of vllm.EngineArgs
+# Largest distance from 1 of the probabilities of the tokens that vLLM says it kept; float32 sums are far below it.
+_MASS = 1e-3
+
+
+def num_logprobs(top_k: int | None) -> int:
+    """Return how many log-probabilities of each place a request asks for, so that what ``top_k`` keeps is among them.
+
+    Without ``top_k`` that is none but the sampled token's, which always comes.
+    """
+    return 0 if top_k is None else top_k + _TIES
 
 
 def engine_arguments(policy: Policy, dtype: str) -> dict[str, Any]:
@@ -47,6 +71,7 @@ def engine_arguments(policy: Policy, dtype: str) -> dict[str, Any]:
         "kv_cache_memory_bytes": options.kv_cache_memory_bytes,
         "enforce_eager": options.enforce_eager,
         "limit_mm_per_prompt": {"image": options.images_per_prompt, "video": 0},
+        "max_logprobs": max(_DEFAULT_MAX_LOGPROBS, num_logprobs(generation.top_k)),
         "skip_mm_profiling": options.kv_cache_memory_bytes is not None,
         # Where a prompt is cut, the draw at the cut is taken back, which a CPU's random generator can not do.
         "enable_chunked_prefill": not current_platform.is_cpu(),
@@ -56,10 +81,17 @@ def engine_arguments(policy: Policy, dtype: str) -> dict[str, Any]:
 
 
 class Answer(NamedTuple):
-    """One response that vLLM sampled: its tokens, and the log-probability of each."""
+    """One response that vLLM sampled.
+
+    Attributes:
+        token_ids: its tokens.
+        logprobs: the log-probability of each.
+        likeliest: for each, the log-probabilities of the likeliest tokens by id, as many as the request asked for.
+    """
 
     token_ids: Sequence[int]
     logprobs: Sequence[float]
+    likeliest: Sequence[Mapping[int, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -142,31 +174,39 @@ class Translator:
             )
         return places
 
-    def sampling(self, prompt: Prompt, n: int, temperature: float, seed: int) -> SamplingParams:
+    def parameters(self, prompt: Prompt, n: int, sampling: base.Sampling, seed: int) -> SamplingParams:
         """Return vLLM's sampling parameters for a prompt. Sample ``i`` has a generator of its own (vLLM: seed + i).
 
         A greedy response is requested once only: ``rollouts`` repeats it.
         """
+        greedy = sampling.temperature == 0
         return SamplingParams(
-            n=1 if temperature == 0 else n,
-            temperature=temperature,
-            seed=None if temperature == 0 else _seed(seed, prompt.key),
+            n=1 if greedy else n,
+            temperature=sampling.temperature,
+            top_p=1.0 if sampling.top_p is None else sampling.top_p,
+            top_k=0 if sampling.top_k is None else sampling.top_k,
+            min_p=0.0 if sampling.min_p is None else sampling.min_p,
+            seed=None if greedy else _seed(seed, prompt.key),
             max_tokens=self._max_new_tokens,
-            logprobs=0,
+            logprobs=num_logprobs(sampling.top_k if sampling.return_kept else None),
             logit_bias=dict.fromkeys(sorted(self._banned), _NEVER) or None,
             stop_token_ids=sorted(self._eos),
             ignore_eos=True,  # the model directory's own end tokens; ours are above
-            detokenize=False,
+            stop=list(sampling.stop_strings),
+            detokenize=bool(sampling.stop_strings),  # vLLM looks for them in its own text
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def rollouts(self, prompt: Prompt, group_id: int, n: int, answers: Sequence[Answer]) -> list[Rollout]:
+    def rollouts(
+        self, prompt: Prompt, group_id: int, n: int, sampling: base.Sampling, answers: Sequence[Answer]
+    ) -> list[Rollout]:
         """Return the rollouts of one group.
 
         Args:
             prompt: the prompt that was asked.
             group_id: id of its group.
             n: number of responses that were requested.
+            sampling: how they were to be sampled.
             answers: vLLM's answers, in the order of its samples: ``n`` of them, or one that stands for all.
 
         Raises:
@@ -175,10 +215,10 @@ class Translator:
         if len(answers) not in (1, n):
             raise RuntimeError(f"prompt {prompt.key!r}: vLLM gave {len(answers)} of {n} answers")
         everyone = list(answers) if len(answers) == n else [answers[0]] * n
-        return [self._rollout(prompt, group_id, index, *answer) for index, answer in enumerate(everyone)]
+        return [self._rollout(prompt, group_id, index, sampling, answer) for index, answer in enumerate(everyone)]
 
     def _rollout(
-        self, prompt: Prompt, group_id: int, sample_index: int, token_ids: Sequence[int], logprobs: Sequence[float]
+        self, prompt: Prompt, group_id: int, sample_index: int, sampling: base.Sampling, answer: Answer
     ) -> Rollout:
         """Return the rollout of one answer.
 
@@ -187,7 +227,8 @@ class Translator:
                 token that must not be sampled; prompt and sample are named.
         """
         name = f"prompt {prompt.key!r}, sample {sample_index}"
-        values = torch.tensor(logprobs, dtype=torch.float32)
+        token_ids = list(answer.token_ids)
+        values = torch.tensor(answer.logprobs, dtype=torch.float32)
         if not token_ids or len(values) != len(token_ids) or not values.isfinite().all():
             raise RuntimeError(
                 f"{name}: vLLM answered {len(token_ids)} tokens with {int(values.isfinite().sum())} finite "
@@ -195,16 +236,38 @@ class Translator:
             )
         if not self._banned.isdisjoint(token_ids):
             raise RuntimeError(f"{name}: vLLM sampled banned tokens: {sorted(self._banned.intersection(token_ids))}")
-        truncated = token_ids[-1] not in self._eos
+        text, truncated = read_response(
+            token_ids, eos_token_ids=self._eos, stop_strings=sampling.stop_strings, decode=self._decode
+        )
         return Rollout(
             prompt=prompt,
             group_id=group_id,
             sample_index=sample_index,
             response_ids=torch.tensor(token_ids, dtype=torch.int64),
             logprobs=values,
-            text=self._decode(list(token_ids if truncated else token_ids[:-1])),
+            text=text,
             truncated=truncated,
+            kept_ids=_kept(answer, name) if sampling.return_kept else None,
         )
+
+
+def _kept(answer: Answer, name: str) -> Tensor:
+    """Return the tokens that each token of an answer was sampled from: int64 ``[R, K]``, -1 where there are fewer.
+
+    Raises:
+        RuntimeError: they are not all there, or the sampled token is not among them; ``name`` says whose they are.
+    """
+    rows: list[Tensor] = []
+    for token, likeliest in zip(answer.token_ids, answer.likeliest, strict=True):
+        kept = {other: value for other, value in likeliest.items() if value > _LEAST}
+        mass = math.fsum(map(math.exp, kept.values()))
+        if token not in kept or abs(mass - 1.0) > _MASS:
+            raise RuntimeError(
+                f"{name}: the {len(kept)} tokens that vLLM says it kept have probability {mass:.4f} together, not 1; "
+                f"policy.generation.top_k ties with more than {_TIES} others: raise it, or lower top_p"
+            )
+        rows.append(torch.tensor(sorted(kept)))
+    return pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
 def _hashes(inputs: ModelInputs) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
+from megatron_g2rpo.rollout.base import Sampling
 from megatron_g2rpo.tasks.scoring import score
 from megatron_g2rpo.train.assembly import Components
 from megatron_g2rpo.train.step.generation import answers
@@ -47,13 +48,14 @@ def validate(recipe: Recipe, components: Components) -> Validation:
     examples: list[Rollout] = []
     warnings: list[str] = []
     prompts = components.validation
-    for prefix, temperature in (("", recipe.policy.generation.val_temperature), ("greedy_", 0.0)):
+    sampled = Sampling.of_validation(recipe.policy.generation)
+    for prefix, sampling in (("", sampled), ("greedy_", sampled.greedily)):
         rollouts = answers(
             components.engine,
             components.policy,
             prompts,
             1,
-            temperature=temperature,
+            sampling=sampling,
             seed=VALIDATION_SEED,
             group_ids=list(range(len(prompts))),
         )

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_g2rpo.collectives import together
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from megatron_g2rpo.rollout.base import Engine, EngineUnavailable
+from megatron_g2rpo.rollout.base import Engine, EngineUnavailable, Sampling
 from megatron_g2rpo.types import Prompt, Rollout
 
 
@@ -20,7 +20,7 @@ def generate(
     prompts: Sequence[Prompt],
     n: int,
     *,
-    temperature: float,
+    sampling: Sampling,
     seed: int,
     group_ids: Sequence[int],
 ) -> list[Rollout]:
@@ -35,7 +35,7 @@ def generate(
         policy: whose layout says which prompts are this rank's, and whose weights a lost engine is given again.
         prompts: the prompts of this data-parallel rank.
         n: responses per prompt.
-        temperature: temperature of the sampling distribution; 0 is greedy.
+        sampling: the distribution to sample from, and text that ends a response.
         seed: seed of every random draw.
         group_ids: one per prompt, unique over all ranks.
 
@@ -52,7 +52,7 @@ def generate(
         policy,
         [prompts[index] for index in share],
         n,
-        temperature=temperature,
+        sampling=sampling,
         seed=seed,
         group_ids=[group_ids[index] for index in share],
     )
@@ -74,7 +74,7 @@ def answers(
     prompts: Sequence[Prompt],
     n: int,
     *,
-    temperature: float,
+    sampling: Sampling,
     seed: int,
     group_ids: Sequence[int],
 ) -> list[Rollout]:
@@ -85,14 +85,22 @@ def answers(
 
     Raises:
         EngineUnavailable: on every rank, if the engine was lost on any, so that none waits for another in a collective.
+        RuntimeError: the engine did not return what was kept, where that was asked for.
     """
     while True:
         try:
-            return together(
-                lambda: engine.generate(prompts, n, temperature=temperature, seed=seed, group_ids=group_ids),
+            rollouts = together(
+                lambda: engine.generate(prompts, n, sampling=sampling, seed=seed, group_ids=group_ids),
                 errors=(EngineUnavailable,),
             )
+            break
         except EngineUnavailable as error:
             if not error.wait:
                 raise
         engine.load_weights(policy.source())
+    if sampling.return_kept and any(rollout.kept_ids is None for rollout in rollouts):
+        raise RuntimeError(
+            f"{type(engine).__name__} filters by policy.generation.top_k, but its rollouts do not say what it kept "
+            "(Rollout.kept_ids): the trainer's log-probabilities would be those of another distribution"
+        )
+    return rollouts

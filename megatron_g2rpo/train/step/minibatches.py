@@ -106,6 +106,7 @@ def _sequences(
             response_ids=rollout.response_ids,
             task_id=rollout.prompt.task_id,
             behaviour_logprobs=rollout.logprobs,
+            kept_ids=rollout.kept_ids,
             token_weight=weight,
             in_loss=kept,
         )

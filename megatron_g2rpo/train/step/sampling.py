@@ -20,6 +20,7 @@ from megatron_g2rpo.collectives import from_first
 from megatron_g2rpo.objective import GroupStatistics, sharded_statistics
 from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.recipe.grpo_section import Grpo
+from megatron_g2rpo.rollout.base import Sampling
 from megatron_g2rpo.tasks.scoring import score
 from megatron_g2rpo.train.assembly import Components
 from megatron_g2rpo.train.step.advantages import tie_tolerance
@@ -123,7 +124,7 @@ def _round(
             components.policy,
             prompts,
             recipe.grpo.num_generations_per_prompt,
-            temperature=recipe.policy.generation.temperature,
+            sampling=Sampling.of_training(recipe.policy.generation),
             seed=sampling_seed(recipe.grpo.seed, step, round_),
             group_ids=[first_group + number for number in owned],
         )

@@ -69,6 +69,35 @@ def test_every_field_is_aligned_with_the_predicting_position() -> None:
     assert sorted(seen) == list(range(len(sequences)))
 
 
+def with_kept(sequence: PackSequence, most: int) -> PackSequence:
+    """Each token kept beside up to ``most`` others; what is not used is -1."""
+    ids = sequence.response_ids[:, None] + torch.arange(most + 1)
+    return replace(sequence, kept_ids=ids.masked_fill(torch.arange(most + 1) > torch.arange(len(ids))[:, None], -1))
+
+
+def test_what_a_label_was_sampled_from_stands_where_it_is_predicted() -> None:
+    config = tiny_config()
+    plain = random_sequences(config, samples=3)
+    sequences = [with_kept(sequence, index % 3) for index, sequence in enumerate(plain)]
+    packer = replace(packer_for(config), sequence_multiple=4, row_multiple=8)
+    batches = packer.pack(sequences, budget=120, num_bins=9)
+    widths = set()
+    for batch in batches[:-1]:
+        if batch.kept_ids is None:
+            assert not len(batch.sequence_ids), "a row of padding has no label"
+            continue
+        widths.add(len(batch.kept_ids))
+        for row, kept in response_values(batch, batch.kept_ids.t()).items():
+            assert torch.equal(kept[:, : sequences[row].kept_ids.shape[1]], sequences[row].kept_ids)
+            assert (kept[:, sequences[row].kept_ids.shape[1] :] == -1).all()
+        assert (batch.kept_ids[:, batch.labels == NO_LABEL] == -1).all()
+        assert (batch.kept_ids == batch.labels).any(0)[batch.labels != NO_LABEL].all()
+    assert widths
+    assert all(batch.kept_ids is None for batch in packer.pack(plain, budget=120))
+    with pytest.raises(ValueError, match=r"of 2 sequences, 1 say what their tokens were sampled from"):
+        packer.pack([plain[0], sequences[1]], budget=1000)
+
+
 def test_samples_of_a_group_share_one_copy_of_their_images() -> None:
     config = tiny_config()
     inputs = random_inputs(config, grids=[((4, 6),)])[0]

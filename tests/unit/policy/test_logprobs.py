@@ -354,3 +354,70 @@ def test_what_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as raised:
         linear_logprobs(torch.zeros(2, 4), torch.zeros(PADDED, 4), **arguments)
     assert str(raised.value) == message
+
+
+# Tokens that filters kept when the label was sampled.
+
+
+def kept_by_token(labels: Tensor) -> Tensor:
+    """Four ids a token, its label and three others, and a fifth, -1, which stands for none: int64 ``[5, S]``."""
+    generator = torch.Generator().manual_seed(1)
+    others = torch.stack([torch.randperm(VOCAB, generator=generator)[:8] for _ in labels])
+    rows = [
+        [int(label), *(i for i in row.tolist() if i != label)][:4] for label, row in zip(labels, others, strict=True)
+    ]
+    return torch.tensor([[*row[1:], -1, row[0]] for row in rows]).t()
+
+
+def kept_oracle(hidden: Tensor, weight: Tensor, labels: Tensor, kept: Tensor, temperature: float) -> Tensor:
+    """Token by token, over the logits of its kept ids alone."""
+    columns = []
+    for h, label, ids in zip(hidden, labels.tolist(), kept.t(), strict=True):
+        ids = ids[ids >= 0]
+        if label == NO_LABEL:
+            columns.append(hidden.new_zeros(2) + 0.0 * h.sum())
+            continue
+        log_p = (weight[ids] @ h / temperature).log_softmax(-1)
+        columns.append(torch.stack([log_p[ids.tolist().index(label)], -(log_p.exp() * log_p).sum()]))
+    return torch.stack(columns, dim=1)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_distribution_is_that_of_the_kept_tokens(chunk: int | None, temperature: float) -> None:
+    """Log-probabilities, entropies and both gradients."""
+    hidden, weight, labels, grad = case()
+    kept = kept_by_token(labels.clamp(min=0))
+    keywords = {"vocab_size": VOCAB, "temperature": temperature, "chunk_size": chunk}
+    actual = with_gradients(lambda h, w: linear_logprobs(h, w, labels, kept_ids=kept, **keywords), hidden, weight, grad)
+    exact = with_gradients(
+        lambda h, w: kept_oracle(h, w, labels, kept, temperature), hidden.double(), weight.double(), grad
+    )
+    for name, expected in exact.items():
+        assert error(actual[name], expected) < TOLERANCE, name
+    # Negative: over the whole vocabulary it is another distribution.
+    whole = linear_logprobs(hidden, weight, labels, **keywords)
+    assert (whole - actual["output"]).abs().max() > 0.1
+
+
+def test_keeping_all_tokens_changes_no_bit() -> None:
+    hidden, weight, labels, grad = case()
+    everything = torch.arange(VOCAB)[:, None].expand(-1, len(labels))
+    results = [
+        with_gradients(
+            lambda h, w, kept=kept: linear_logprobs(h, w, labels, vocab_size=VOCAB, chunk_size=3, kept_ids=kept),
+            hidden,
+            weight,
+            grad,
+        )
+        for kept in (None, everything)
+    ]
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_a_label_that_was_not_kept_is_refused() -> None:
+    hidden, weight, labels, _ = case()
+    kept = kept_by_token(labels.clamp(min=0))
+    kept[kept == labels[5]] = -1
+    with pytest.raises(ValueError, match=f"label {int(labels[5])} is not among the tokens that it was sampled from"):
+        linear_logprobs(hidden, weight, labels, vocab_size=VOCAB, kept_ids=kept)

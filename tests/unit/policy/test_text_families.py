@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_g2rpo.data.packing import Packer, PackSequence, response_values
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import LossTerms, MegatronPolicy
+from megatron_g2rpo.rollout.base import Sampling
 from megatron_g2rpo.rollout.transformers.engine import TransformersEngine
 from megatron_g2rpo.types import ModelInputs, Prompt, Sample, TokenStats
 from tests.common.parity import TEMPERATURE
@@ -98,11 +99,11 @@ def test_the_engine_answers_as_transformers_generates(tmp_path: Path, name: str)
         )
         for index, item in enumerate(sequences(model.config.vocab_size))
     ]
-    for rollout in engine.generate(prompts, 1, temperature=0.0, seed=0, group_ids=[0, 1, 2]):
+    for rollout in engine.generate(prompts, 1, sampling=Sampling(temperature=0.0), seed=0, group_ids=[0, 1, 2]):
         ids = rollout.prompt.inputs.token_ids[None]
         output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
         assert output[0, ids.shape[1] :].tolist() == rollout.response_ids.tolist()
-    sampled = engine.generate(prompts, 3, temperature=0.7, seed=0, group_ids=[0, 1, 2])
+    sampled = engine.generate(prompts, 3, sampling=Sampling(temperature=0.7), seed=0, group_ids=[0, 1, 2])
     for rollout in sampled:
         ids = torch.cat([rollout.prompt.inputs.token_ids, rollout.response_ids])
         start = len(rollout.prompt.inputs.token_ids) - 1
@@ -110,6 +111,46 @@ def test_the_engine_answers_as_transformers_generates(tmp_path: Path, name: str)
             log_p = (model(input_ids=ids[None], use_cache=False).logits[0, start:-1] / 0.7).log_softmax(-1)
         theirs = log_p.gather(1, rollout.response_ids[:, None]).squeeze(1)
         assert float((rollout.logprobs - theirs).abs().max()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_policy_gives_what_a_filtering_engine_sampled_from(tmp_path: Path, temperature: float) -> None:
+    """Its distribution is over the tokens that were kept: else engine and trainer would be nats apart."""
+    make_text_model(tmp_path, "qwen3", tied=True)
+    policy = MegatronPolicy(layout_options(tmp_path), select("cpu"), seed=0, max_steps=3)
+    engine = TransformersEngine(
+        tmp_path, device="cpu", dtype=torch.float32, eos_token_ids=[1], pad_token_id=0, banned_token_ids=[],
+        decode=str, max_new_tokens=12, batch_size=4,
+    )  # fmt: skip
+    engine.load_weights(policy.stream())
+    vocab = policy.model.language_model.output_layer.vocab_size
+    prompts = [
+        Prompt(
+            sample=Sample(key=str(index), task="t", question="", answer="", answer_format="exact"),
+            inputs=item.inputs,
+            task_id=0,
+        )
+        for index, item in enumerate(sequences(vocab))
+    ]
+    sampling = Sampling(temperature=temperature, top_k=9, top_p=0.8, min_p=0.01, return_kept=True)
+    rollouts = engine.generate(prompts, 3, sampling=sampling, seed=0, group_ids=[0, 1, 2])
+    packer = Packer(image_token_id=-1, spatial_merge_size=1, pad_token_id=0)
+
+    def gap(kept: bool) -> float:
+        items = [
+            PackSequence(inputs=r.prompt.inputs, response_ids=r.response_ids, kept_ids=r.kept_ids if kept else None)
+            for r in rollouts
+        ]
+        batches = packer.pack(items, budget=300)
+        found = {
+            index: values
+            for batch, stats in zip(batches, policy.logprobs(batches, temperature), strict=True)
+            for index, values in response_values(batch, stats.logprobs).items()
+        }
+        return max(float((rollouts[index].logprobs - values).abs().max()) for index, values in found.items())
+
+    assert gap(kept=True) <= TOLERANCE
+    assert gap(kept=False) > 0.1
 
 
 def test_an_image_for_a_model_of_text_is_an_error(tmp_path: Path) -> None:
@@ -124,4 +165,10 @@ def test_an_image_for_a_model_of_text_is_an_error(tmp_path: Path) -> None:
     )
     sample = Sample(key="s/1", task="t", question="", answer="", answer_format="exact")
     with pytest.raises(ValueError, match="prompt 's/1' has images, but Qwen3ForCausalLM reads text alone"):
-        engine.generate([Prompt(sample=sample, inputs=inputs, task_id=0)], 1, temperature=0.0, seed=0, group_ids=[0])
+        engine.generate(
+            [Prompt(sample=sample, inputs=inputs, task_id=0)],
+            1,
+            sampling=Sampling(temperature=0.0),
+            seed=0,
+            group_ids=[0],
+        )

@@ -138,7 +138,8 @@ def test_the_papers_run_has_the_papers_hyperparameters() -> None:
     assert (paper.grpo.num_prompts_per_step, paper.grpo.num_generations_per_prompt) == (512, 8)
     assert paper.policy.train_global_batch_size == 128 * 8
     assert (optimizer.lr, optimizer.weight_decay, optimizer.clip_grad) == (2e-6, 0.01, 1.0)
-    assert (generation.temperature, generation.val_temperature, generation.max_new_tokens) == (1.0, 0.7, 4096)
+    assert (generation.temperature, generation.max_new_tokens) == (1.0, 4096)
+    assert (generation.val_temperature, generation.val_top_p) == (0.7, 0.95)
     assert paper.policy.max_total_sequence_length == 16384 + 4096
     assert paper.data.max_pixels == 1048576
     assert (paper.loss_fn.ratio_clip_min, paper.loss_fn.ratio_clip_max, paper.loss_fn.ratio_clip_c) == (0.2, 0.3, 3.0)

@@ -23,3 +23,25 @@ def test_a_name_can_not_be_registered_twice():
     engine = base.get("transformers")
     with pytest.raises(ValueError, match="'transformers' is registered twice"):
         base.register("transformers")(type("Another", (engine,), {}))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": 0},
+        {"min_p": -0.1},
+        {"min_p": 1.5},
+        {"stop_strings": ("end", "")},
+        {"return_kept": True},
+        {"return_kept": True, "top_k": 5, "temperature": 0.0},
+    ],
+    ids=str,
+)
+def test_a_distribution_that_can_not_be_sampled_from_is_refused(fields):
+    with pytest.raises(ValueError, match=r"temperature|top_p|top_k|min_p|an empty stop string|top_k bounds it"):
+        base.Sampling(**{"temperature": 1.0, **fields})

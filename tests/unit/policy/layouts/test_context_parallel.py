@@ -38,9 +38,19 @@ def test_the_split_of_two_sequences_by_hand() -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_shares_put_together_are_the_row(size: int) -> None:
     for batch in rows(size):
+        batch = replace(batch, kept_ids=torch.stack([batch.labels, batch.labels + 1]))
         shares = [context_parallel.split(batch, size, rank) for rank in range(size)]
         places = context_parallel.gathered_places(batch.cu_seqlens_padded, size)
-        for name in ("tokens", "labels", "position_ids", "segment_ids", "loss_mask", "vision_index", "token_weights"):
+        for name in (
+            "tokens",
+            "labels",
+            "position_ids",
+            "segment_ids",
+            "loss_mask",
+            "vision_index",
+            "token_weights",
+            "kept_ids",
+        ):
             whole = torch.cat([getattr(share, name) for share in shares], dim=-1)[..., places]
             assert torch.equal(whole, getattr(batch, name)), name
         assert sum(share.num_tokens for share in shares) == batch.num_tokens

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 from scipy import stats
 
+from megatron_g2rpo.rollout.base import Sampling
 from megatron_g2rpo.rollout.transformers.engine import TransformersEngine
+from megatron_g2rpo.rollout.transformers.sampling import filtered
 from tests.common.tiny_model import as_prompt, hf_greedy, hf_logits, make_tiny_qwen3vl, random_inputs, special_tokens
 
 VOCAB = 160
@@ -56,8 +58,9 @@ def loaded(reference, **changes):
     return engine
 
 
-def generate(engine, prompts, n=4, *, temperature=1.0, seed=5):
-    return engine.generate(prompts, n, temperature=temperature, seed=seed, group_ids=list(range(len(prompts))))
+def generate(engine, prompts, n=4, *, seed=5, **sampling):
+    sampling = Sampling(**{"temperature": 1.0, **sampling})
+    return engine.generate(prompts, n, sampling=sampling, seed=seed, group_ids=list(range(len(prompts))))
 
 
 def tokens_of(rollouts):
@@ -285,13 +288,13 @@ def test_the_global_random_state_and_gradients_are_left_alone(reference, prompts
 
 def test_rollouts_are_ordered_by_prompt_and_sample_and_carry_their_group(reference, prompts):
     engine = loaded(reference)
-    rollouts = engine.generate(prompts, 3, temperature=1.0, seed=5, group_ids=[40, 7, 12, 3, 90])
+    rollouts = engine.generate(prompts, 3, sampling=Sampling(temperature=1.0), seed=5, group_ids=[40, 7, 12, 3, 90])
     assert [(r.prompt.key, r.group_id, r.sample_index) for r in rollouts] == [
         (prompt.key, group, sample)
         for prompt, group in zip(prompts, [40, 7, 12, 3, 90], strict=True)
         for sample in range(3)
     ]
-    assert engine.generate([], 3, temperature=1.0, seed=5, group_ids=[]) == []
+    assert engine.generate([], 3, sampling=Sampling(temperature=1.0), seed=5, group_ids=[]) == []
 
 
 def test_a_response_ends_with_its_first_end_token_or_is_truncated(reference, prompts):
@@ -346,10 +349,73 @@ def test_impossible_settings_are_refused(reference, changes, message):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"n": 0}, {"temperature": -0.1}, {"temperature": float("nan")}, {"group_ids": [1]}],
-    ids=["no sample", "negative temperature", "nan temperature", "a group too few"],
+    [{"n": 0}, {"group_ids": [1]}],
+    ids=["no sample", "a group too few"],
 )
 def test_impossible_requests_are_refused(reference, prompts, arguments):
-    request = {"n": 2, "temperature": 1.0, "seed": 0, "group_ids": [0, 1], **arguments}
+    request = {"n": 2, "sampling": Sampling(temperature=1.0), "seed": 0, "group_ids": [0, 1], **arguments}
     with pytest.raises(ValueError):
         loaded(reference).generate(prompts[:2], request.pop("n"), **request)
+
+
+# Stop strings and filters.
+
+
+def spelled(ids):
+    """Each token is two letters, so that a stop string can span tokens and end inside of one."""
+    return "".join("abcdefghij"[i % 10] + "klmnopqrst"[i // 10 % 10] for i in ids)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(reference, prompts, temperature):
+    engine = loaded(reference, decode=spelled, eos_token_ids=(TOKENS.eos,))
+    free = generate(engine, prompts, 4, temperature=temperature)
+    # From the middle of one token to the middle of the next: letters that a response is known to contain.
+    stops = tuple({spelled(r.response_ids[5:7].tolist())[1:3] for r in free[::3] if len(r.response_ids) > 8})
+    assert stops
+    stopped = 0
+    for before, after in zip(
+        free, generate(engine, prompts, 4, temperature=temperature, stop_strings=stops), strict=True
+    ):
+        text = spelled(before.response_ids.tolist())
+        ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
+        length = -(-min(ends) // 2) if ends else len(before.response_ids)
+        assert torch.equal(after.response_ids, before.response_ids[:length]), "the same draws, cut"
+        # A batch of other sizes sums in another order.
+        torch.testing.assert_close(after.logprobs, before.logprobs[:length], rtol=0, atol=ATOL)
+        if ends:
+            stopped += 1
+            assert not after.truncated
+            assert after.text == text[: min(ends)]
+        else:
+            assert (after.truncated, after.text) == (before.truncated, before.text)
+    assert stopped >= len(stops)
+
+
+def test_logprobs_of_a_filtered_distribution_are_those_of_what_is_kept(reference, prompts):
+    sampling = Sampling(temperature=0.7, top_k=12, top_p=0.9)
+    for rollout in generate(loaded(reference), prompts, 4, temperature=0.7, top_k=12, top_p=0.9):
+        logits = hf_logits(reference[1], rollout.prompt.inputs, rollout.response_ids)
+        predicting = logits[len(rollout.prompt.inputs.token_ids) - 1 : -1].detach()
+        predicting[:, list(TOKENS.banned)] = -torch.inf
+        table = filtered(predicting.double() / 0.7, sampling).log_softmax(-1)
+        expected = table.gather(1, rollout.response_ids[:, None])[:, 0].float()
+        torch.testing.assert_close(rollout.logprobs, expected, rtol=0, atol=ATOL)
+
+
+def test_rollouts_say_what_each_token_was_sampled_from(reference, prompts):
+    filters = {"top_k": 12, "top_p": 0.9, "return_kept": True}
+    sampling = Sampling(temperature=1.0, **filters)
+    counts = set()
+    for rollout in generate(loaded(reference, batch_size=5), prompts, 4, **filters):
+        logits = hf_logits(reference[1], rollout.prompt.inputs, rollout.response_ids)
+        predicting = logits[len(rollout.prompt.inputs.token_ids) - 1 : -1].detach()
+        predicting[:, list(TOKENS.banned)] = -torch.inf
+        expected = filtered(predicting.double(), sampling).isfinite()
+        assert rollout.kept_ids.shape[0] == len(rollout.response_ids)
+        for kept, row in zip(rollout.kept_ids, expected, strict=True):
+            counts.add(int(row.sum()))
+            assert sorted(kept[kept >= 0].tolist()) == row.nonzero()[:, 0].tolist()
+        assert (rollout.kept_ids == rollout.response_ids[:, None]).any(1).all()
+    assert len(counts) > 1, "top_p should leave different numbers of tokens"
+    assert all(rollout.kept_ids is None for rollout in generate(loaded(reference), prompts[:1], 1, top_k=12))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.recipe import TrainRecipe
-from megatron_g2rpo.rollout.base import EngineUnavailable
+from megatron_g2rpo.rollout.base import EngineUnavailable, Sampling
 from megatron_g2rpo.train.step.sampling import Collected, collect
 from megatron_g2rpo.train.step.timers import Timers
 from megatron_g2rpo.types import ModelInputs, Prompt, Rewards, Rollout, Sample
@@ -55,7 +55,7 @@ class Engine:
         self.releases += 1
 
     def generate(
-        self, prompts: Sequence[Prompt], n: int, *, temperature: float, seed: int, group_ids: Sequence[int]
+        self, prompts: Sequence[Prompt], n: int, *, sampling: Sampling, seed: int, group_ids: Sequence[int]
     ) -> list[Rollout]:
         if self.losses:
             raise self.losses.pop()
