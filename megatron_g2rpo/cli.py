@@ -194,6 +194,56 @@ def data_import(
     _with_errors(run)
 
 
+Workers = Annotated[int, typer.Option(min=1, help="Processes that look at samples.")]
+DataPath = Annotated[Path, typer.Argument(help="Dataset of shards.", metavar="DATA", show_default=False)]
+OptionalRecipe = Annotated[
+    Path | None,
+    typer.Argument(help="Recipe whose limits, tasks and model count.", metavar="[RECIPE]", show_default=False),
+]
+
+
+@data.command("check")
+def data_check(
+    path: DataPath,
+    recipe: OptionalRecipe = None,
+    overrides: Overrides = None,
+    validation: Annotated[
+        Path | None, typer.Option(help="Held-out dataset that must have other images; default: the recipe's.")
+    ] = None,
+    workers: Workers = 1,
+    out: Annotated[Path | None, typer.Option(help="JSON-lines file for all faults.")] = None,
+) -> None:
+    """Look at every sample: images, references, lengths, repetitions. Exit code 1 if a run could not use them all."""
+
+    def run() -> None:
+        from megatron_g2rpo.commands import data_check as command
+
+        if not command.run(path, recipe, overrides or [], validation=validation, workers=workers, out=out):
+            raise typer.Exit(1)
+
+    _with_errors(run)
+
+
+@data.command("show")
+def data_show(
+    path: DataPath,
+    recipe: OptionalRecipe = None,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Page to write (HTML).")] = Path("samples.html"),
+    task: Annotated[str | None, typer.Option(help="Only samples of this task.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Number of samples of each task.")] = 5,
+) -> None:
+    """Write a page of samples, with their prompts and pictures as the model gets them."""
+
+    def run() -> None:
+        from megatron_g2rpo.commands import data_show as command
+
+        count = command.run(path, recipe, overrides or [], out=out, task=task, limit=limit)
+        typer.echo(f"wrote {count} samples to {out}")
+
+    _with_errors(run)
+
+
 @app.command()
 def serve(
     recipe: RecipePath,
