@@ -47,6 +47,7 @@ class Engine:
         self.losses: list[EngineUnavailable] = []
         self.asked: list[list[int]] = []
         self.seeds: list[int] = []
+        self.samplings: list[Sampling] = []
 
     def load_weights(self, weights: Iterable[Any]) -> None:
         self.loads += 1
@@ -61,6 +62,7 @@ class Engine:
             raise self.losses.pop()
         self.asked.append([int(prompt.key) for prompt in prompts])
         self.seeds.append(seed)
+        self.samplings.append(sampling)
         return [
             Rollout(
                 prompt=prompt,
@@ -140,6 +142,11 @@ def test_without_dynamic_sampling_a_step_is_the_next_prompts(components: Any, re
     assert groups(collected) == [0, 1, 2, 3]
     assert collected.metrics == {}
     assert components.engine.asked == [[0, 1, 2, 3]]
+
+
+def test_rollouts_are_sampled_as_the_recipe_says_for_training(components: Any, recipe: MakeRecipe) -> None:
+    run(recipe("policy.generation={temperature: 0.9, stop_strings: [a, b], val_stop_strings: [c]}"), components)
+    assert components.engine.samplings == [Sampling(temperature=0.9, stop_strings=("a", "b"))]
 
 
 def test_groups_without_signal_are_replaced_round_by_round(components: Any, recipe: MakeRecipe) -> None:
@@ -229,6 +236,13 @@ def test_an_engine_that_may_be_waited_for_is_given_the_weights_again_and_asked_a
     assert components.engine.loads == 3
     assert components.engine.asked == [[0, 1, 2, 3]]
     assert [r.prompt.key for r in collected.rollouts] == [r.prompt.key for r in expected.rollouts]
+
+
+def test_an_engine_that_filters_and_does_not_say_what_it_kept_ends_the_step(
+    components: Any, recipe: MakeRecipe
+) -> None:
+    with pytest.raises(RuntimeError, match=r"^Engine filters by .*top_k, but its rollouts do not say what it kept"):
+        run(recipe("policy.generation.top_k=5"), components)
 
 
 def test_an_engine_that_is_lost_ends_the_step(components: Any, recipe: MakeRecipe) -> None:
