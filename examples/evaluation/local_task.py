@@ -45,7 +45,7 @@ metadata:
   version: 1.0
 """
 
-UTILS = '''\
+UTILS = """\
 # Written by examples/evaluation/local_task.py of megatron_g2rpo.
 import io
 import json
@@ -66,13 +66,18 @@ def question(doc, lmms_eval_specific_kwargs=None):
 def score(doc, results):
     pictures, extra = images(doc), json.loads(doc["extra"])
     return {"accuracy": score_answer(doc["answer_format"], results[0], doc["answer"], images=pictures, extra=extra)}
-'''
+"""
 
 
 def chosen(index: ShardIndex, limit: int | None) -> Iterator[Entry]:
     """The entries of all tasks in turn, so that a limit leaves as many of each as there are."""
     longest = max(len(index.entries(task)) for task in index.tasks)
-    turns = (index.entries(task)[place] for place in range(longest) for task in index.tasks if place < len(index.entries(task)))
+    turns = (
+        index.entries(task)[place]
+        for place in range(longest)
+        for task in index.tasks
+        if place < len(index.entries(task))
+    )
     for number, entry in enumerate(turns):
         if number == limit:
             return

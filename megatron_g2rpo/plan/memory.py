@@ -246,9 +246,7 @@ def _engine(recipe: Recipe, model: Model, assumptions: Assumptions) -> engine.En
     prompt_tokens = policy.max_total_sequence_length - generation.max_new_tokens
     return engine.EngineMemory(
         weights=nbytes * model.numel,
-        cache=engine.cache(
-            model.config.text_config, generation.batch_size, policy.max_total_sequence_length, nbytes
-        ),
+        cache=engine.cache(model.config.text_config, generation.batch_size, policy.max_total_sequence_length, nbytes),
         working=engine.working(
             model.config,
             -(-generation.batch_size // samples),

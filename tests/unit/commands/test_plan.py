@@ -245,7 +245,9 @@ def test_vllm_that_does_not_sleep_holds_its_share_throughout(model: Model) -> No
 
 
 def test_a_share_that_does_not_hold_the_model_is_refused_by_name() -> None:
-    code, output = invoke(str(PAPER), *PLAIN, VLLM[0], "policy.generation.vllm_cfg.tensor_parallel_size=1", f"{SHARE}=0.1")
+    code, output = invoke(
+        str(PAPER), *PLAIN, VLLM[0], "policy.generation.vllm_cfg.tensor_parallel_size=1", f"{SHARE}=0.1"
+    )
     assert code == 1
     assert SHARE in output
     assert "weights take 17." in output
