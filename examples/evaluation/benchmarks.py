@@ -81,8 +81,10 @@ def chat_template(processor: ChatProcessor, response_format: str) -> str:
     if not layout.instruction:
         return processor.chat_template
     if layout.placement != "question":
-        raise ValueError(f"response format {response_format}: its instruction stands in the system prompt; give it "
-                         "to the harness, --model-args system_prompt=FILE, and use --no-instruction")  # fmt: skip
+        raise ValueError(
+            f"response format {response_format}: its instruction stands in the system prompt; use --no-instruction, "
+            "and give it to the harness"
+        )
     return INSTRUCTED.format(paragraph=json.dumps(f"\n\n{layout.instruction}")) + processor.chat_template
 
 
@@ -142,7 +144,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", help="tasks of lmms-eval instead, such as one of local_task.py")
     parser.add_argument("--include-path", type=Path, help="directory with further tasks")
     parser.add_argument("--harness", type=Path, default=Path(".venv-lmms/bin/python"),
-                        help="Python with lmms-eval==0.7.3 (default: %(default)s, which `make lmms-eval` sets up)")  # fmt: skip
+                        help="Python with lmms-eval 0.7.3 (default: %(default)s, of `make lmms-eval`)")  # fmt: skip
     parser.add_argument("--response-format", default="thinking_answer", help="as in data.response_format")
     parser.add_argument("--no-instruction", action="store_true", help="as data.format_instruction: false")
     parser.add_argument("--max-new-tokens", type=int, default=4096, help="longest response, tokens")
