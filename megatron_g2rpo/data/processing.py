@@ -37,6 +37,7 @@ class ChatProcessor:
     Attributes:
         family: the model family that the directory's config.json names.
         tokenizer: the directory's tokenizer.
+        chat_template: the directory's chat template.
         image_processor: the directory's image processor, in its PIL implementation; None for a text-only model.
         vision_token_ids: image and video placeholders and the tokens around them, which a policy must never sample.
         image_token_id: the placeholder of images; ``NO_TOKEN`` for a text-only model.
@@ -81,7 +82,7 @@ class ChatProcessor:
         self.tokenizer = load_tokenizer(model_dir)
         self.system_prompt, self._instructed = system_prompt, dict(instructed or {})
         self.spatial_merge_size: int = self.image_processor.merge_size if self.image_processor is not None else 1
-        self._chat_template = load_chat_template(model_dir, self.tokenizer)
+        self.chat_template = load_chat_template(model_dir, self.tokenizer)
         vocabulary = self.tokenizer.get_vocab()
         vision_tokens = () if vision is None else vision.tokens.all
         for token in vision_tokens:
@@ -255,7 +256,7 @@ class ChatProcessor:
         # Templates of models of text join strings: Llama's fail at a list of parts, Qwen3's drop it without a word.
         turns = list(messages) if self.image_processor is not None else [joined_text(turn, name) for turn in messages]
         return self.tokenizer.apply_chat_template(
-            turns, chat_template=self._chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
+            turns, chat_template=self.chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
         )
 
 

@@ -1,15 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of the embedded rollout engine (``rollout.transformers.engine``), of which every process runs a whole one."""
+"""Memory of the rollout engine in the training processes.
+
+Every process runs a whole embedded engine (``rollout.transformers.engine``), whose tensors are counted. vLLM
+(``rollout.vllm.engine``) takes the share of a GPU that the recipe gives it and fills it with its cache, so its share is
+counted, and checked to hold the model.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_g2rpo.models.rotary import head_dim
 from megatron_g2rpo.plan import vision
 from megatron_g2rpo.plan.activations import FP32
+from megatron_g2rpo.recipe import Policy
 
 _FLOAT64 = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineMemory:
+    """Memory of the rollout engine on one rank, in bytes.
+
+    Attributes:
+        weights: bytes that it holds through the whole run.
+        cache: bytes of the key/value cache in generation; of vLLM that sleeps between generations, all that it takes.
+        working: bytes that prefill or decoding holds beside the cache.
+        streamed: bytes of its weights while they are replaced, where it does not hold them through the whole run.
+    """
+
+    weights: int
+    cache: int
+    working: int
+    streamed: int
+
+
+NONE = EngineMemory(weights=0, cache=0, working=0, streamed=0)  # servers hold the model on devices of their own
+
+
+def vllm(policy: Policy, hf_config: Any, numel: int, nbytes: int, gpu_memory: float) -> EngineMemory:
+    """Return what vLLM takes in the training processes: its share of the GPU, asleep or not.
+
+    Args:
+        policy: the recipe's section.
+        hf_config: transformers' configuration of the model.
+        numel: number of the model's parameters.
+        nbytes: bytes of a weight's element.
+        gpu_memory: bytes of one GPU.
+
+    Raises:
+        ValueError: the share does not hold the weights and the cache of one sequence.
+    """
+    options = policy.generation.vllm_cfg
+    share, weights = round(options.gpu_memory_utilization * gpu_memory), nbytes * numel // options.tensor_parallel_size
+    one = cache(hf_config.text_config, 1, policy.max_total_sequence_length, nbytes) // options.tensor_parallel_size
+    if weights + one > share:
+        raise ValueError(
+            f"policy.generation.vllm_cfg.gpu_memory_utilization: {options.gpu_memory_utilization} of a GPU is "
+            f"{share / 1e9:.1f} GB, but weights take {weights / 1e9:.1f} GB and the cache of one sequence "
+            f"{one / 1e9:.1f} GB; raise it, or policy.generation.vllm_cfg.tensor_parallel_size"
+        )
+    if options.sleep:
+        return EngineMemory(weights=0, cache=share, working=0, streamed=weights)
+    return EngineMemory(weights=share, cache=0, working=0, streamed=0)
 
 
 def cache(text: Any, sequences: int, tokens: int, nbytes: int) -> int:

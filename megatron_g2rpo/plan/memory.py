@@ -39,7 +39,7 @@ class StageMemory:
         boundary: bytes of one micro-batch's input from the previous stage and output for the next stage.
         update_working: bytes that a forward or backward pass holds beside the kept activations, at most.
         optimizer_working: bytes that the optimizer step holds beside its state.
-        cache: bytes of the key/value cache in generation.
+        cache: bytes of the key/value cache in generation; of vLLM that sleeps between generations, all that it takes.
         generation_working: bytes that prefill or decoding holds beside the cache.
         stream_working: bytes of the weights on their way to the rollout engine.
     """
@@ -215,15 +215,12 @@ def _stage(
     first, last = stage == 0, stage == layout.pipeline - 1
     kept = kept_of_row(recipe, model.config, layout, batches.row, stage)
     size = activations.sizes(text, layout, batches.row.tokens, nbytes)
-    generation = policy.generation
-    samples = recipe.grpo.num_generations_per_prompt if isinstance(recipe, TrainRecipe) else 1
-    prompt_tokens = policy.max_total_sequence_length - generation.max_new_tokens
-    embedded = generation.backend == "transformers"  # a server holds the model on devices of its own
+    engines = _engine(recipe, model, assumptions)
     return StageMemory(
         stage=stage,
         layers=layout.stage_layers(text.num_hidden_layers)[stage],
         state=state,
-        engine_weights=nbytes * model.numel if embedded else 0,
+        engine_weights=engines.weights,
         in_flight=min(layout.pipeline - stage, batches.count),
         layer_activations=kept.layers,
         vision_activations=kept.vision,
@@ -231,19 +228,34 @@ def _stage(
         boundary=_boundary(nbytes * size.shared * size.hidden, recompute_of(recipe), nbytes, first=first, last=last),
         update_working=update_working(recipe, model.config, layout, batches.row, stage),
         optimizer_working=_optimizer_working(parameters, state, parallelism, layout),
-        cache=engine.cache(text, generation.batch_size, policy.max_total_sequence_length, nbytes) if embedded else 0,
-        generation_working=engine.working(
+        cache=engines.cache,
+        generation_working=engines.working,
+        # A parameter's shards, and the tensors that they are joined to.
+        stream_working=engines.streamed + 2 * nbytes * max(tensor.numel() for tensor in model.tensors.values()),
+    )
+
+
+def _engine(recipe: Recipe, model: Model, assumptions: Assumptions) -> engine.EngineMemory:
+    policy, nbytes = recipe.policy, element_bytes(recipe)
+    generation = policy.generation
+    if generation.backend == "vllm":
+        return engine.vllm(policy, model.config, model.numel, nbytes, assumptions.gpu_memory)
+    if generation.backend != "transformers":
+        return engine.NONE
+    samples = recipe.grpo.num_generations_per_prompt if isinstance(recipe, TrainRecipe) else 1
+    prompt_tokens = policy.max_total_sequence_length - generation.max_new_tokens
+    return engine.EngineMemory(
+        weights=nbytes * model.numel,
+        cache=engine.cache(model.config.text_config, generation.batch_size, policy.max_total_sequence_length, nbytes),
+        working=engine.working(
             model.config,
             -(-generation.batch_size // samples),
             prompt_tokens,
             min(assumptions.image_tokens, prompt_tokens),
             generation.batch_size,
             nbytes,
-        )
-        if embedded
-        else 0,
-        # A parameter's shards, and the tensors that they are joined to.
-        stream_working=2 * nbytes * max(tensor.numel() for tensor in model.tensors.values()),
+        ),
+        streamed=0,
     )
 
 

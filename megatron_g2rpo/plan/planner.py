@@ -82,22 +82,31 @@ def load_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
     return recipes.load(path, overrides, "train")
 
 
-def make_plan(recipe: Recipe, model: Model, mean_tokens: int | None = None, image_tokens: int | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    model: Model,
+    mean_tokens: int | None = None,
+    image_tokens: int | None = None,
+    *,
+    gpu_memory: float = 80e9,
+) -> Plan:
     """Make the plan of a recipe.
 
     Args:
         recipe: the validated recipe.
         model: the model of the recipe's ``policy.model_name``.
         mean_tokens, image_tokens: assumptions about the data, see ``rows.assume``.
+        gpu_memory: bytes of one GPU.
 
     Raises:
         LayoutError: the model cannot be split as the recipe asks; names the recipe key.
-        ValueError: an assumption is out of range, or a sequence does not fit into a row.
+        ValueError: an assumption is out of range, a sequence does not fit into a row, or vLLM's share of the GPU does
+            not hold the model.
     """
     layout = layout_of(recipe.policy.megatron_cfg)
     check_layout(model.config, layout)
     check_recompute(layout.stage_layers(model.config.text_config.num_hidden_layers), recipe.policy.megatron_cfg)
-    assumptions = assume(recipe, model.config, mean_tokens, image_tokens)
+    assumptions = assume(recipe, model.config, mean_tokens, image_tokens, gpu_memory)
     batches = micro_batches(recipe, layout, assumptions)
     return Plan(
         recipe=recipe,

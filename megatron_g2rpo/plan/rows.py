@@ -25,14 +25,16 @@ class Assumptions:
     Attributes:
         sequence_tokens: number of tokens of every sequence, prompt and response.
         image_tokens: number of tokens of the one image of every prompt, after merging; 0 for text-only prompts.
+        gpu_memory: bytes of one GPU, of which vLLM in the training processes takes a share.
     """
 
     sequence_tokens: int
     image_tokens: int
+    gpu_memory: float
 
 
 def assume(
-    recipe: Recipe, hf_config: Any, mean_tokens: int | None = None, image_tokens: int | None = None
+    recipe: Recipe, hf_config: Any, mean_tokens: int | None, image_tokens: int | None, gpu_memory: float
 ) -> Assumptions:
     """Return the assumptions about the data: the worst case, unless the caller gives numbers.
 
@@ -43,6 +45,7 @@ def assume(
             ``policy.max_total_sequence_length``.
         image_tokens: number of image tokens of a prompt; None for an image of ``data.max_pixels``, or, where the recipe
             leaves that to the image processor, for a prompt that is all image.
+        gpu_memory: bytes of one GPU.
 
     Raises:
         ValueError: a number is out of the range that the recipe allows.
@@ -58,7 +61,7 @@ def assume(
         image_tokens = limit if pixels is None else min(limit, max(pixels // side**2, 1))
     if not 0 <= image_tokens <= limit:
         raise ValueError(f"--image-tokens {image_tokens} does not fit into a prompt: it has room for {limit} tokens")
-    return Assumptions(sequence_tokens=tokens, image_tokens=image_tokens)
+    return Assumptions(sequence_tokens=tokens, image_tokens=image_tokens, gpu_memory=gpu_memory)
 
 
 @dataclass(frozen=True)

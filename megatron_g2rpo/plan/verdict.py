@@ -12,6 +12,7 @@ from megatron_g2rpo.recipe import Recipe
 _MEGATRON = "policy.megatron_cfg."
 _ROW = "policy.sequence_packing.train_mb_tokens"
 _BATCH = "policy.generation.batch_size"
+_SHARE = "policy.generation.vllm_cfg.gpu_memory_utilization"
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,16 @@ def _switches(recipe: Recipe) -> Iterator[str]:
 
 
 def _halves(recipe: Recipe) -> Iterator[list[str]]:
-    """Iterate over smaller decoding batches, down to one sequence, then shorter packed rows, down to one sequence."""
-    size = recipe.policy.generation.batch_size
-    while size > 1:
+    """Iterate over smaller decoding batches, down to one sequence, then shorter packed rows, down to one sequence.
+
+    vLLM, which fills what it is given, is given less instead: down to a tenth of a GPU.
+    """
+    generation = recipe.policy.generation
+    size, tenths = generation.batch_size, round(10 * generation.vllm_cfg.gpu_memory_utilization)
+    while generation.backend == "vllm" and tenths > 1:
+        tenths -= 1
+        yield [f"{_SHARE}={tenths / 10}"]
+    while generation.backend == "transformers" and size > 1:
         size //= 2
         yield [f"{_BATCH}={size}"]
     row, longest = recipe.policy.sequence_packing.train_mb_tokens, recipe.policy.max_total_sequence_length

@@ -61,7 +61,7 @@ class ResponseFormat(ABC):
 
     def read(self, rollout: Rollout) -> Response:
         """Read the response of a rollout in this format."""
-        text = self._begun(rollout.prompt.response_prefix) + rollout.text
+        text = self.begun(rollout.prompt.response_prefix) + rollout.text
         return Response(
             text=rollout.text,
             thinking=self.find_thinking(text),
@@ -72,7 +72,7 @@ class ResponseFormat(ABC):
             sample_index=rollout.sample_index,
         )
 
-    def _begun(self, prefix: str) -> str:
+    def begun(self, prefix: str) -> str:
         """Return the part of the prompt's end that belongs to this format; a tag of another format does not."""
         start = prefix.rfind(self.opening) if self.opening else -1
         return prefix[start:] if start >= 0 else ""

@@ -31,6 +31,7 @@ PLAIN = [
     f"{MEGATRON}recompute_granularity=null",
     f"{MEGATRON}distributed_data_parallel_config.overlap_param_gather=false",
     f"{MEGATRON}distributed_data_parallel_config.use_distributed_optimizer=false",
+    "policy.generation.backend=transformers",
     "policy.generation.batch_size=8",
 ]
 
@@ -221,7 +222,38 @@ def test_servers_leave_the_trainers_memory_alone(model: Model) -> None:
         assert with_engine.persistent - without.persistent == with_engine.engine_weights > 0
 
 
-def test_vllm_beside_the_trainer_is_not_guessed_at() -> None:
-    code, output = invoke(str(PAPER), *PLAIN, "policy.generation.backend=vllm")
+VLLM = ("policy.generation.backend=vllm", "policy.generation.vllm_cfg.tensor_parallel_size=4")
+SHARE = "policy.generation.vllm_cfg.gpu_memory_utilization"
+
+
+def test_vllm_that_sleeps_takes_its_share_of_the_gpu_in_generation_alone(model: Model) -> None:
+    for stage in plan(model, *VLLM, f"{SHARE}=0.4", gpu_memory=100_000_000_000).stages:
+        assert stage.engine_weights == 0
+        assert stage.phases["generation"] == 40_000_000_000
+        # Its weights, a quarter of the model in bfloat16, are awake while they are replaced.
+        assert stage.phases["weight stream"] > 2 * model.numel // 4
+
+
+def test_vllm_that_does_not_sleep_holds_its_share_throughout(model: Model) -> None:
+    asleep, awake = (
+        plan(model, *VLLM, f"policy.generation.vllm_cfg.sleep={sleep}", gpu_memory=100_000_000_000)
+        for sleep in ("true", "false")
+    )
+    for with_sleep, without in zip(asleep.stages, awake.stages, strict=True):
+        assert without.persistent - with_sleep.persistent == 40_000_000_000
+        assert without.phases["generation"] == 0
+
+
+def test_a_share_that_does_not_hold_the_model_is_refused_by_name() -> None:
+    code, output = invoke(
+        str(PAPER), *PLAIN, VLLM[0], "policy.generation.vllm_cfg.tensor_parallel_size=1", f"{SHARE}=0.1"
+    )
     assert code == 1
-    assert "gpu_memory_utilization leaves" in output
+    assert SHARE in output
+    assert "weights take 17." in output
+
+
+def test_vllm_that_does_not_fit_is_given_less(model: Model) -> None:
+    full = plan(model, *VLLM, f"{SHARE}=0.9")
+    assert ("policy.generation.vllm_cfg.gpu_memory_utilization=0.8",) in list(changes(full))
+    assert not any("batch_size" in override for change in changes(full) for override in change)
