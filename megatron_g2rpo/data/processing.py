@@ -211,7 +211,7 @@ class ChatProcessor:
     def settings(self) -> ProcessorSettings:
         """What an export of the run must say of this processor."""
         size = None if self.image_processor is None else self.image_processor.size
-        image_size = None if size is None else {key: size[key] for key in ("shortest_edge", "longest_edge")}
+        image_size = None if size is None else {key: each for key, each in dict(size).items() if each is not None}
         return ProcessorSettings(image_size, self.eos_token_ids)
 
     def _turn_end(self) -> int | None:
