@@ -50,6 +50,7 @@ class Sample:
         answer_format: name of an answer format in ``tasks`` (``exact``, ``box_iou``, ...).
         images: RGB images, in the order in which they precede the question.
         response: a full target response for supervised training; None where the dataset has none.
+        resized_sizes: (width, height) in pixels of each image as the model gets it; empty where nobody has resized them.
         extra: all further fields of the sample's json, unchanged, such as its provenance, or values that a user's
             answer format or reward part needs.
     """
@@ -61,6 +62,7 @@ class Sample:
     answer_format: str
     images: Sequence[Any] = ()
     response: str | None = None
+    resized_sizes: Sequence[tuple[int, int]] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 

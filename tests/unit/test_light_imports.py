@@ -40,7 +40,7 @@ for room in ROOMS:
 COMPUTE = """
 import torch
 from megatron_g2rpo.objective import gaussian_advantages, group_statistics
-from megatron_g2rpo.tasks.parsing import parse_number
+from megatron_g2rpo.tasks.answers.numbers import parse_number
 rewards, groups, tasks = torch.tensor([0.0, 1.0, 5.0, 9.0]), torch.tensor([0, 0, 1, 1]), torch.zeros(4).long()
 advantages = gaussian_advantages(rewards, groups, tasks)
 assert torch.equal(advantages, -advantages.flip(0)) and advantages[0] < 0, advantages
