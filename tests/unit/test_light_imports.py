@@ -77,6 +77,12 @@ def test_mathematics_and_tasks_import_and_compute_without_trainer_model_library_
     assert found["tasks"] >= 3
 
 
+def test_answer_formats_import_without_torch_and_without_what_they_compare_with() -> None:
+    """A recipe's names are checked with them, and whoever waits for that does not wait for SymPy."""
+    heavy = ("torch", "numpy", "scipy", "jiwer", "rapidfuzz", "rouge_score", "nltk", "math_verify", "sympy", "PIL")
+    assert modules((*TRAINERS, *heavy), "tasks.answers")["tasks.answers"] >= 10
+
+
 def test_recipes_and_registries_import_without_torch_too() -> None:
     found = modules((*TRAINERS, "torch", "numpy"), "registry", "extend", "recipe")
     assert found["recipe"] >= 10

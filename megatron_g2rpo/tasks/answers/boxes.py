@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_g2rpo import registry
 from megatron_g2rpo.tasks.answers.frames import answer_scale
-from megatron_g2rpo.tasks.answers.reading import readable, unwrap
+from megatron_g2rpo.tasks.answers.reading import readable, reference_of, unwrap
 from megatron_g2rpo.tasks.answers.structured import numbers_of, read_json
 
 if TYPE_CHECKING:
@@ -147,7 +147,8 @@ def box_iou(answer: str, sample: Sample) -> float:
     Several boxes are matched one to one so that the sum of their intersections over unions is largest; it is divided by
     the number of boxes in the longer list. Both may be in frames of their own (``frames``).
     """
-    wanted, scale = reference_boxes(parse_boxes(sample.answer), sample.answer), answer_scale(sample)
+    reference, scale = reference_of(sample), answer_scale(sample)
+    wanted = reference_boxes(parse_boxes(reference), reference)
     return compare_boxes(parse_boxes(answer), wanted, scale)
 
 

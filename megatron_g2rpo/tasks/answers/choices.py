@@ -15,7 +15,7 @@ import unicodedata
 from typing import TYPE_CHECKING
 
 from megatron_g2rpo import registry
-from megatron_g2rpo.tasks.answers.reading import accepted, fold, readable, unwrap
+from megatron_g2rpo.tasks.answers.reading import accepted, fold, readable, reference_of, unwrap
 from megatron_g2rpo.tasks.answers.text import normalise
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def multiple_choice(answer: str, sample: Sample) -> float:
     (``C. dogs``), or of the options that the dataset lists in the field ``options``. A reference that is a JSON list
     accepts each of its labels; one that demands several says ``AC``.
     """
-    return float(any(_is_chosen(answer, reference, sample) for reference in accepted(sample.answer)))
+    return float(any(_is_chosen(answer, reference, sample) for reference in accepted(reference_of(sample))))
 
 
 @register("multiple choice")

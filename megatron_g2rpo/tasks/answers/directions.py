@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from megatron_g2rpo import registry
-from megatron_g2rpo.tasks.answers.reading import fold
+from megatron_g2rpo.tasks.answers.reading import fold, reference_of
 
 if TYPE_CHECKING:
     from megatron_g2rpo.types import Sample
@@ -23,7 +23,7 @@ def axes(answer: str, sample: Sample) -> float:
 
     For a reference with two axes that is 0, 1/2 or 1. An answer that names both directions of an axis names neither.
     """
-    wanted = _directions(sample.answer)
+    wanted = _directions(reference_of(sample))
     if not wanted:
         raise ValueError(f"the reference answer {sample.answer!r} names no direction (left, right, above, below)")
     got = _directions(answer)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
 from megatron_g2rpo import registry
-from megatron_g2rpo.tasks.answers.numbers import is_same, read_number
+from megatron_g2rpo.tasks.answers.numbers import is_same, read_number, size_of
 from megatron_g2rpo.tasks.answers.reading import best, unwrap
 
 if TYPE_CHECKING:
@@ -24,17 +25,19 @@ if TYPE_CHECKING:
 
 register = registry.answer_formats.register
 
-_LONGEST = 200  # characters that are handed to SymPy
+# What is handed to SymPy, so that the worst takes about a second (measured on what has hung it or its parser).
+_LONGEST = 200  # characters
 _MOST_OPERATIONS = 40
+_MOST_COMMAS = 16
+_DEEPEST = 8  # brackets in brackets
+_MOST_TERMS = 12  # product of the exponents of brackets, which may be expanded
 _OPERATION = re.compile(r"[-+*/^=,!|<>]|\\[a-zA-Z]+")
 _ENDLESS = re.compile(
-    r"\\(?:sum|prod|i{1,3}nt|oint|lim|binom|dbinom|tbinom|choose|pmod|bmod|uparrow)\b"
-    r"|\^\s*\{?\s*[-+]?\s*\d{3,}"  # a large exponent
-    r"|\d{2,}\s*[)}\]]*\s*!|!\s*[)}\]]*\s*!|\^[^+*=,]*!|[)}\]]\s*!"  # a large factorial
-    r"|\d{30,}"
-    r"|\^[^a-zA-Z=,]{0,60}\^"  # a tower of numbers
-    r"|\d\s*\}?\s*\^[^=,]*\^"
+    r"\\(?:sum|prod|i{1,3}nt|oint|lim|[dt]?binom|choose|pmod|bmod|uparrow)(?![a-zA-Z])"
+    r"|\d{30,}|\d{3,}\s*!|[!)}\]]\s*!|\^[^-+*=,]*!"  # long numbers, large factorials
 )
+_POWER_OF_BRACKET = re.compile(r"[)\]}]\s*\^\s*\{?\s*[-+]?\s*(\d+)")
+_COMMAND = re.compile(r"\\[a-zA-Z]+")
 _RADICAL = re.compile(r"√\s*(\d+(?:\.\d+)?|[a-zA-Z])")
 _RADICAL_IN_BRACKETS = re.compile(r"(?:√|(?<![\\a-zA-Z])sqrt)\s*\(([^()]*)\)")
 _POWER_IN_BRACKETS = re.compile(r"\^\s*\(([^()]*)\)")
@@ -47,7 +50,9 @@ _SYMBOLS = {
     **{"β": r"\beta ", "**": "^", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "±": r"\pm "},
 }
 _WORD = re.compile(r"(?<![\\a-zA-Z])(pi|infinity|theta|alpha|beta|sin|cos|tan|log|ln)(?![a-zA-Z])")
-_SAID_OF_TEXT = re.compile(r"\\(?:left|right|displaystyle|[,;:!]|q?quad)(?![a-zA-Z])|\\ |~|[\s{}]")
+_UNSEEN = re.compile(r"\\(?:left|right|displaystyle|q?quad)(?![a-zA-Z])|\\[,;:! ]|~")
+_BLANKS = re.compile(r"(?<!\w)\s+|\s+(?!\w)")
+_ONE_IN_BRACES = re.compile(r"\{\s*(\w|\\[a-zA-Z]+)\s*\}")
 
 
 @register("math")
@@ -63,26 +68,31 @@ def mathematical(answer: str, sample: Sample) -> float:
 
 
 def _read(text: str) -> str | None:
-    return unwrap(text).rstrip(".。") or None
+    text = unwrap(text).rstrip(".。")
+    return text if text.strip("$ ") else None
 
 
 def _are_equal(got: str, wanted: str) -> float:
     if _as_text(got) == _as_text(wanted):
         return 1.0
     mine, yours = read_number(got), read_number(wanted)
-    if mine and yours and _is_plain(mine) and _is_plain(yours):
+    if mine and yours and _are_numbers(mine, yours):
         return float(is_same(mine, yours))
     return float(_verified(got, wanted))
 
 
-def _is_plain(number: Number) -> bool:
-    """Return whether what is written after a number is certainly its unit, and no variable."""
-    return len(number.unit) != 1 or not number.unit.isalpha()
+def _are_numbers(got: Number, wanted: Number) -> bool:
+    """Return whether what is written after the numbers is certainly a unit: a single letter may be a variable."""
+    if size_of(got.unit) and size_of(wanted.unit):
+        return True
+    return not any(len(number.unit) == 1 and number.unit.isalpha() for number in (got, wanted))
 
 
 def _as_text(text: str) -> str:
     """Return a text without what is not seen of LaTeX, for the comparison of texts."""
-    return _SAID_OF_TEXT.sub("", text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")).casefold()
+    text = _UNSEEN.sub("", text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac"))
+    text = _ONE_IN_BRACES.sub(r"\1", _BLANKS.sub("", text))
+    return text.casefold() if len(text) > 1 and text.replace(" ", "").isalpha() else text
 
 
 @functools.lru_cache(maxsize=8192)
@@ -98,9 +108,54 @@ def _parsed(text: str) -> Any:
     if len(text) > _LONGEST:
         return []
     latex = _latex(text)
-    if len(_OPERATION.findall(latex)) > _MOST_OPERATIONS or _ENDLESS.search(latex):
+    if not _is_bounded(latex):
         return []
     return _library().parse(f"${latex}$", parsing_timeout=None, fallback_mode="no_fallback")
+
+
+def _is_bounded(latex: str) -> bool:
+    """Return whether an expression can be read and evaluated in about a second."""
+    if len(_OPERATION.findall(latex)) > _MOST_OPERATIONS or latex.count(",") > _MOST_COMMAS or _ENDLESS.search(latex):
+        return False
+    if math.prod(int(power) for power in _POWER_OF_BRACKET.findall(latex) if power.strip("0")) > _MOST_TERMS:
+        return False
+    exponents = _exponents(latex)
+    return exponents is not None and all(_is_small(exponent) for exponent in exponents)
+
+
+def _exponents(latex: str) -> list[str] | None:
+    """Return the texts of all exponents; None where brackets or powers are nested too deeply, or a power is chained."""
+    found: list[str] = []
+    unclosed: list[tuple[int, bool]] = []
+    after_caret = after_exponent = False
+    for place, each in enumerate(latex):
+        if each in "([{":
+            unclosed.append((place + 1, after_caret or latex.endswith("\\exp", 0, place)))
+            if len(unclosed) > _DEEPEST or sum(is_exponent for _, is_exponent in unclosed) > 2:
+                return None
+            after_caret = after_exponent = False
+        elif each in ")]}" and unclosed:
+            start, is_exponent = unclosed.pop()
+            if is_exponent:
+                found.append(latex[start:place])
+            after_caret, after_exponent = False, is_exponent
+        elif each == "^":
+            if after_exponent:
+                return None
+            after_caret, after_exponent = True, False
+        elif not each.isspace():
+            if after_caret:
+                found.append(each)
+            after_caret, after_exponent = False, after_caret
+    return found
+
+
+def _is_small(exponent: str) -> bool:
+    """Return whether an exponent leaves a number printable: few digits, and no power of numbers in it."""
+    digits = sum(each.isdigit() for each in exponent)
+    if any(each.isalpha() for each in _COMMAND.sub("", exponent)):
+        return digits <= 6
+    return digits <= 3 and (digits <= 2 or "/" in exponent or "frac" in exponent) and "^" not in exponent
 
 
 def _latex(text: str) -> str:

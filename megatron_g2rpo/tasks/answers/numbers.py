@@ -69,7 +69,9 @@ _UNIT_WORD = re.compile(
 )
 _VARIABLES = frozenset("abcdefijknopqruvwxyzBDEGHIMOPQRSUXYZ")  # what is left is a unit: m, g, s, h, l, t, A, C, ...
 _NO_UNIT = frozenset(
-    "or and to by plus minus times over out of pi sqrt sin cos tan log ln exp inf infinity nan mod if when not is".split()
+    "or and to by plus minus times over out of pi sqrt sin cos tan log ln exp inf infinity nan mod if when not is half "
+    "halves third thirds quarter quarters fourth fourths fifth fifths tenth tenths hundredths dozen dozens".split()
+    + _WORDS
 )
 _LENGTHS = {"nm": 1e-9, "um": 1e-6, "mm": 1e-3, "cm": 1e-2, "dm": 0.1, "m": 1.0, "km": 1e3, "in": 0.0254,
             "ft": 0.3048, "yd": 0.9144, "mi": 1609.344}  # fmt: skip
@@ -119,7 +121,8 @@ def read_number(text: str) -> Number | None:
     if len(text) > _LONGEST or not text:
         return None
     text = _plain(text)
-    text = _NUMBER_WORDS.get(text.casefold(), text)
+    first, blank, others = text.partition(" ")
+    text = _NUMBER_WORDS.get(first.casefold(), first) + blank + others
     found = _NUMBER.fullmatch(text)
     if found is None:
         return None

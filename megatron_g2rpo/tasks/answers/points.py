@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_g2rpo import registry
 from megatron_g2rpo.tasks.answers.boxes import mean_of_best_matching, parse_boxes, reference_boxes
 from megatron_g2rpo.tasks.answers.frames import answer_scale
-from megatron_g2rpo.tasks.answers.reading import readable, unwrap
+from megatron_g2rpo.tasks.answers.reading import readable, reference_of, unwrap
 from megatron_g2rpo.tasks.answers.structured import numbers_of, read_json
 
 if TYPE_CHECKING:
@@ -89,19 +89,23 @@ def points(answer: str, sample: Sample) -> float:
 
     Source: the term for points of the type `segmentation` of OneThinker.
     """
-    wanted = readable(parse_points(sample.answer), "a point [x, y] or a list of points", sample.answer)
+    reference = reference_of(sample)
+    wanted = readable(parse_points(reference), "a point [x, y] or a list of points", reference)
     return compare_points(parse_points(answer), wanted, answer_scale(sample))
 
 
 @register("point_in_box")
 def point_in_box(answer: str, sample: Sample) -> float:
-    """Return 1 if the answer is one point inside of a box of the reference, ``[x1, y1, x2, y2]``, its edges included.
+    """Return 1 if the answer is one point inside of the reference's box, ``[x1, y1, x2, y2]``, its edges included.
 
-    It is what benchmarks of screens ask: whether a click would hit.
+    It is what benchmarks of screens ask: whether a click would hit. An answer that is a box stands for its centre.
     """
-    boxes, scale = reference_boxes(parse_boxes(sample.answer), sample.answer), answer_scale(sample)
-    got = parse_points(answer) or []
-    inside = [
-        x1 <= x * scale[0] <= x2 and y1 <= y * scale[1] <= y2 for x, y in got for x1, y1, x2, y2 in boxes
-    ]
-    return float(len(got) == 1 and any(inside))
+    reference, scale = reference_of(sample), answer_scale(sample)
+    wanted = reference_boxes(parse_boxes(reference), reference)
+    x1, y1, x2, y2 = readable(wanted[0] if len(wanted) == 1 else None, "one box [x1, y1, x2, y2]", reference)
+    boxes = parse_boxes(answer)
+    got = [((a + c) / 2, (b + d) / 2) for a, b, c, d in boxes] if boxes else parse_points(answer) or []
+    if len(got) != 1:
+        return 0.0
+    x, y = got[0][0] * scale[0], got[0][1] * scale[1]
+    return float(x1 <= x <= x2 and y1 <= y <= y2)

@@ -115,15 +115,24 @@ def _without_fence(text: str) -> str:
     return inner if line_break and language.strip().isalnum() or not language.strip() else text[3:-3]
 
 
+def reference_of(sample: Sample) -> str:
+    """Return the reference of a sample.
+
+    Raises:
+        ValueError: it is not a text.
+    """
+    if not isinstance(sample.answer, str):
+        raise ValueError(f'the reference answer {sample.answer!r} is not a text; write it as one, "{sample.answer}"')
+    return sample.answer
+
+
 @functools.lru_cache(maxsize=4096)
 def accepted(reference: str) -> tuple[str, ...]:
     """Return the references that a sample accepts: the texts of a JSON list of texts, or the one text that it is.
 
     Raises:
-        ValueError: the list is empty, or the reference is no text.
+        ValueError: the list is empty.
     """
-    if not isinstance(reference, str):
-        raise ValueError(f'the reference answer {reference!r} is not a text; write it as one, "{reference}"')
     text = _without_tags(reference.strip())
     if text.startswith("["):
         try:
@@ -164,6 +173,6 @@ def best(
     Raises:
         ValueError: a reference that cannot be read, also where the answer is unreadable.
     """
-    wanted = [readable(read(reference), kind, reference) for reference in accepted(sample.answer)]
+    wanted = [readable(read(reference), kind, reference) for reference in accepted(reference_of(sample))]
     got = read(answer)
     return 0.0 if got is None else max(compare(got, each) for each in wanted)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_g2rpo import registry
 from megatron_g2rpo.tasks.answers.boxes import boxes_of, compare_boxes, reference_boxes
 from megatron_g2rpo.tasks.answers.frames import answer_scale
-from megatron_g2rpo.tasks.answers.points import Point, compare_points, points_of
-from megatron_g2rpo.tasks.answers.reading import readable
+from megatron_g2rpo.tasks.answers.points import compare_points, points_of
+from megatron_g2rpo.tasks.answers.reading import readable, reference_of
 from megatron_g2rpo.tasks.answers.structured import number_of, read_json
 
 if TYPE_CHECKING:
@@ -36,24 +36,23 @@ def segmentation(answer: str, sample: Sample) -> float:
 
     Source: the two types of segmentation of OneThinker.
     """
-    wanted: Any = read_json(sample.answer)
+    reference = reference_of(sample)
+    wanted: Any = read_json(reference)
     if not isinstance(wanted, dict) or not {"boxes", *_POINTS} <= wanted.keys():
         wanted = None
-    wanted = readable(wanted, _KIND, sample.answer)
-    boxes = reference_boxes(boxes_of(wanted["boxes"]), sample.answer)
-    points = [readable(points_of(wanted[key]), _KIND, sample.answer) for key in _POINTS]
-    moment = readable(number_of(wanted["time"]), _KIND, sample.answer) if "time" in wanted else None
+    wanted = readable(wanted, _KIND, reference)
+    boxes = reference_boxes(boxes_of(wanted["boxes"]), reference)
+    points = [readable(points_of(wanted[key]), _KIND, reference) for key in _POINTS]
+    moment = readable(number_of(wanted["time"]), _KIND, reference) if "time" in wanted else None
     scale, got = answer_scale(sample), read_json(answer)
     if not isinstance(got, dict):
         return 0.0
     box = compare_boxes(boxes_of(got.get("boxes")), boxes, scale)
-    positive, negative = (compare_points(_points(got, key), each, scale) for key, each in zip(_POINTS, points, strict=True))
+    positive, negative = (
+        compare_points(points_of(got.get(key)), each, scale) for key, each in zip(_POINTS, points, strict=True)
+    )
     if moment is None:
         return 0.5 * box + 0.25 * positive + 0.25 * negative
     time = number_of(got.get("time"))
     nearness = 0.0 if time is None else math.exp(-abs(time - moment) / 2)
     return min(1.0, 0.3 * box + 0.3 * nearness + 0.2 * positive + 0.2 * negative)
-
-
-def _points(answer: dict[str, Any], key: str) -> list[Point] | None:
-    return points_of(answer.get(key))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_g2rpo import registry
 from megatron_g2rpo.tasks.answers.boxes import Box, is_proper, iou, scaled
 from megatron_g2rpo.tasks.answers.frames import answer_scale
-from megatron_g2rpo.tasks.answers.reading import readable, unwrap
+from megatron_g2rpo.tasks.answers.reading import readable, reference_of, unwrap
 from megatron_g2rpo.tasks.answers.structured import number_of, numbers_of, read_json
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def temporal_grounding(answer: str, sample: Sample) -> float:
 
     Source: the type `temporal grounding` of OneThinker.
     """
-    return interval_iou(parse_interval(answer), _reference_interval(sample.answer))
+    return interval_iou(parse_interval(answer), _reference_interval(reference_of(sample)))
 
 
 @register("tracking")
@@ -113,7 +113,7 @@ def tracking(answer: str, sample: Sample) -> float:
 
     Source: the type `tracking` of OneThinker.
     """
-    wanted, scale = _reference_track(sample.answer), answer_scale(sample)
+    wanted, scale = _reference_track(reference_of(sample)), answer_scale(sample)
     return mean_iou(track_of(read_json(answer)), wanted, scale)
 
 
@@ -126,10 +126,11 @@ def spatial_temporal_grounding(answer: str, sample: Sample) -> float:
     Source: the type `spatial-temporal grounding` of OneThinker. Its public code averages over the seconds that both
     have, so that one easy second would be worth as much as all; here a second that the answer lacks is worth 0.
     """
-    value = read_json(sample.answer)
-    wanted = value if isinstance(value, dict) and "time" in value and "boxes" in value else None
-    readable(wanted, "an object with time and boxes", sample.answer)
-    interval, track = _reference_interval(sample.answer), _reference_track(sample.answer)
+    reference = reference_of(sample)
+    value = read_json(reference)
+    whole = value if isinstance(value, dict) and value.keys() >= {"time", "boxes"} else None
+    readable(whole, "an object with time and boxes", reference)
+    interval, track = _reference_interval(reference), _reference_track(reference)
     scale, got = answer_scale(sample), read_json(answer)
     if not isinstance(got, dict):
         return 0.0
