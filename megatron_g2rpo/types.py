@@ -50,7 +50,7 @@ class Sample:
         answer_format: name of an answer format in ``tasks`` (``exact``, ``box_iou``, ...).
         images: RGB images, in the order in which they precede the question.
         response: a full target response for supervised training; None where the dataset has none.
-        resized_sizes: (width, height) in pixels of each image as the model gets it; empty where nobody has resized them.
+        resized_sizes: (width, height) in pixels of each image as the model gets it; empty where none was resized.
         extra: all further fields of the sample's json, unchanged, such as its provenance, or values that a user's
             answer format or reward part needs.
     """

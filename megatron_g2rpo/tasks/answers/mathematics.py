@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_g2rpo import registry
 from megatron_g2rpo.tasks.answers.numbers import is_same, read_number, size_of
-from megatron_g2rpo.tasks.answers.reading import best, unwrap
+from megatron_g2rpo.tasks.answers.reading import best, unwrap, with_carets
 
 if TYPE_CHECKING:
     from megatron_g2rpo.tasks.answers.numbers import Number
@@ -41,14 +41,12 @@ _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _RADICAL = re.compile(r"√\s*(\d+(?:\.\d+)?|[a-zA-Z])")
 _RADICAL_IN_BRACKETS = re.compile(r"(?:√|(?<![\\a-zA-Z])sqrt)\s*\(([^()]*)\)")
 _POWER_IN_BRACKETS = re.compile(r"\^\s*\(([^()]*)\)")
-_SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
-_PLAIN_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _TRAILING_UNIT = re.compile(r"(?<=\S)\s+(?:[mck]?m|degrees?|units?)(?:\^?\{?[23]\}?|[²³])?$")
 _SYMBOLS = {
-    **{"π": r"\pi ", "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "÷": "/", "≤": r"\leq ", "≥": r"\geq "},
-    **{"≠": r"\neq ", "°": r"^{\circ}", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "θ": r"\theta ", "α": r"\alpha "},
-    **{"β": r"\beta ", "**": "^", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "±": r"\pm "},
-}
+    "π": r"\pi ", "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "÷": "/", "≤": r"\leq ", "≥": r"\geq ",
+    "≠": r"\neq ", "°": r"^{\circ}", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "θ": r"\theta ", "α": r"\alpha ",
+    "β": r"\beta ", "**": "^", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "±": r"\pm ",
+}  # fmt: skip
 _WORD = re.compile(r"(?<![\\a-zA-Z])(pi|infinity|theta|alpha|beta|sin|cos|tan|log|ln)(?![a-zA-Z])")
 _UNSEEN = re.compile(r"\\(?:left|right|displaystyle|q?quad)(?![a-zA-Z])|\\[,;:! ]|~")
 _BLANKS = re.compile(r"(?<!\w)\s+|\s+(?!\w)")
@@ -163,7 +161,7 @@ def _latex(text: str) -> str:
     text = _TRAILING_UNIT.sub("", text.strip("$ "))
     for symbol, command in _SYMBOLS.items():
         text = text.replace(symbol, command)
-    text = _SUPERSCRIPTS.sub(lambda found: "^{" + found[0].translate(_PLAIN_SUPERSCRIPTS) + "}", text)
+    text = with_carets(text)
     text = _RADICAL_IN_BRACKETS.sub(r"\\sqrt{\1}", text)
     text = _RADICAL.sub(r"\\sqrt{\1}", text)
     text = _POWER_IN_BRACKETS.sub(r"^{\1}", text)

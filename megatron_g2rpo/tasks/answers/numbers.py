@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_g2rpo import registry
-from megatron_g2rpo.tasks.answers.reading import best, unwrap
+from megatron_g2rpo.tasks.answers.reading import best, unwrap, with_carets
 
 if TYPE_CHECKING:
     from megatron_g2rpo.types import Sample
@@ -49,17 +49,15 @@ _NUMBER = re.compile(
     r")(?P<rest>.*)",
     re.DOTALL,
 )
-_WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
-).split()
+_WORDS = [
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
+]
 _NUMBER_WORDS = {word: str(value) for value, word in enumerate(_WORDS)}
 _SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
 _GLUED_SCALES = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}
 _PERCENT = {"%", "percent", "per cent", "pct"}
 _CURRENCY = "$€£¥₹₩"
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
-_SUPERSCRIPT_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
 _VULGAR = re.compile("[¼-¾⅐-⅞]")
 
 _LETTER = "[^\\W\\d_\u0370-\u03bb\u03bd-\u03ff]"  # of any script but Greek, in which constants are written: pi, not µ
@@ -69,9 +67,12 @@ _UNIT_WORD = re.compile(
 )
 _VARIABLES = frozenset("abcdefijknopqruvwxyzBDEGHIMOPQRSUXYZ")  # what is left is a unit: m, g, s, h, l, t, A, C, ...
 _NO_UNIT = frozenset(
-    "or and to by plus minus times over out of pi sqrt sin cos tan log ln exp inf infinity nan mod if when not is half "
-    "halves third thirds quarter quarters fourth fourths fifth fifths tenth tenths hundredths dozen dozens".split()
-    + _WORDS
+    [
+        *("or", "and", "to", "by", "plus", "minus", "times", "over", "out", "of", "mod", "if", "when", "not", "is"),
+        *("pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "inf", "infinity", "nan"),
+        *("half", "halves", "third", "thirds", "quarter", "quarters", "fourth", "fourths", "fifth", "fifths"),
+        *("tenth", "tenths", "hundredth", "hundredths", "dozen", "dozens", *_WORDS),
+    ]
 )
 _LENGTHS = {"nm": 1e-9, "um": 1e-6, "mm": 1e-3, "cm": 1e-2, "dm": 0.1, "m": 1.0, "km": 1e3, "in": 0.0254,
             "ft": 0.3048, "yd": 0.9144, "mi": 1609.344}  # fmt: skip
@@ -79,13 +80,12 @@ _MASSES = {"mg": 1e-6, "g": 1e-3, "kg": 1.0, "oz": 0.028349523125, "lb": 0.45359
 _TIMES = {"ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
 _KNOWN = {unit: (name, size) for name, table in (("length", _LENGTHS), ("mass", _MASSES), ("time", _TIMES))
           for unit, size in table.items()}  # fmt: skip
+_PREFIXES = {"": "", "kilo": "k", "centi": "c", "milli": "m", "deci": "d", "nano": "n"}
 _SPELLINGS = {
-    **{"µm": "um", "μm": "um", "inch": "in", "inches": "in", "foot": "ft", "feet": "ft", "yard": "yd", "mile": "mi"},
-    **{"lbs": "lb", "pound": "lb", "ounce": "oz", "gram": "g", "kilogram": "kg", "milligram": "mg", "kilo": "kg"},
-    **{"second": "s", "sec": "s", "minute": "min", "hour": "h", "hr": "h", "millisecond": "ms"},
-    **{f"{prefix}met{end}": f"{short}m" for prefix, short in (("", ""), ("kilo", "k"), ("centi", "c"), ("milli", "m"),
-                                                              ("deci", "d"), ("nano", "n")) for end in ("er", "re")},
-}  # fmt: skip
+    "µm": "um", "μm": "um", "inch": "in", "inches": "in", "foot": "ft", "feet": "ft", "yard": "yd", "mile": "mi",
+    "lbs": "lb", "pound": "lb", "ounce": "oz", "gram": "g", "kilogram": "kg", "milligram": "mg", "kilo": "kg",
+    "second": "s", "sec": "s", "minute": "min", "hour": "h", "hr": "h", "millisecond": "ms",
+} | {f"{prefix}met{end}": f"{short}m" for prefix, short in _PREFIXES.items() for end in ("er", "re")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def read_number(text: str) -> Number | None:
 def _plain(text: str) -> str:
     """Write a number without LaTeX, symbols of Unicode, and what introduces it."""
     text = _VULGAR.sub(lambda found: " " + unicodedata.normalize("NFKC", found[0]).replace("\u2044", "/"), text)
-    text = _SUPERSCRIPT_RUN.sub(lambda found: "^" + found[0].translate(_SUPERSCRIPTS), text)
+    text = with_carets(text)
     text = "".join(str(unicodedata.decimal(each, each)) for each in text)
     if "\\" in text or "{" in text:
         text = plain_latex(text)

@@ -36,6 +36,8 @@ _FOLDED: dict[int, str | None] = {
     **dict.fromkeys([0xFE59], "("),
     **dict.fromkeys([0xFE5A], ")"),
 }
+_SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
+_UNRAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _WIDE = re.compile("[\uff00-\uffef]+")
 _PAIRS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("__", "__"), ("*", "*"), ("`", "`"))
 _STYLES = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf)|mbox|boldsymbol|operatorname)\s*\{")
@@ -57,6 +59,11 @@ def fold(text: str) -> str:
         return text
     text = _WIDE.sub(lambda found: unicodedata.normalize("NFKC", found[0]), text)
     return unicodedata.normalize("NFC", text.translate(_FOLDED))
+
+
+def with_carets(text: str) -> str:
+    """Write the superscripts of Unicode as powers: ``x²`` becomes ``x^{2}``."""
+    return _SUPERSCRIPTS.sub(lambda found: "^{" + found[0].translate(_UNRAISED) + "}", text)
 
 
 def unwrap(text: str, *, lead_in: bool = True) -> str:
@@ -112,7 +119,8 @@ def _without_fence(text: str) -> str:
     if not text.startswith("```") or not text.endswith("```") or len(text) <= 6:
         return text
     language, line_break, inner = text[3:-3].partition("\n")
-    return inner if line_break and language.strip().isalnum() or not language.strip() else text[3:-3]
+    named = bool(line_break) and language.strip().isalnum()
+    return inner if named or not language.strip() else text[3:-3]
 
 
 def reference_of(sample: Sample) -> str:

@@ -45,7 +45,11 @@ def numbers_of(value: Any, count: int) -> tuple[float, ...] | None:
 
 def number_of(value: Any) -> float | None:
     """Return a JSON number, or a short text that is one, as a finite float; None for all else."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str) or (isinstance(value, str) and len(value) > 40):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float | str)
+        or (isinstance(value, str) and len(value) > 40)
+    ):
         return None
     try:
         number = float(value)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Texts: equal ones, transcriptions by their errors, and descriptions by the words that they share.
 
-The formats fold Unicode (``reading.fold``) on both sides. A reference may be a JSON list of texts, each of which is right.
+The formats fold Unicode (``reading.fold``) on both sides. A reference may be a JSON list of texts: each is right.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from megatron_g2rpo import registry
-from megatron_g2rpo.tasks.answers.boxes import Box, is_proper, iou, scaled
+from megatron_g2rpo.tasks.answers.boxes import Box, iou, is_proper, scaled
 from megatron_g2rpo.tasks.answers.frames import answer_scale
 from megatron_g2rpo.tasks.answers.reading import readable, reference_of, unwrap
 from megatron_g2rpo.tasks.answers.structured import number_of, numbers_of, read_json

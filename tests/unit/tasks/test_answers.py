@@ -30,7 +30,7 @@ REFERENCES = {
     "points": "[[100, 200], [300, 400]]",
     "regression": "347",
     "relative": "347",
-    "segmentation": '{"boxes": [1, 2, 30, 40], "positive_points": [[1, 2]], "negative_points": [[900, 900]], "time": 3}',
+    "segmentation": '{"boxes": [1, 2, 30, 40], "positive_points": [[1, 2]], "negative_points": [], "time": 3}',
     "spatial grounding": '{"boxes": [1, 2, 30, 40]}',
     "spatial-temporal grounding": '{"time": [1, 3], "boxes": {"1": [1, 2, 30, 40], "2": [1, 2, 30, 50]}}',
     "temporal grounding": '{"time": [12.3, 25.7]}',
@@ -91,7 +91,8 @@ def test_the_reference_itself_is_worth_one(name):
 
 @pytest.mark.parametrize("name", sorted(REFERENCES))
 @pytest.mark.parametrize(
-    "answer", ["", "?", "[1, 2, 3", "[1, 2, 1, 2]", "9" * 400, "9" * 5000 + "/7", "1/0", "\x00", "[[[[", "-", "{}", "[]"]
+    "answer",
+    ["", "?", "[1, 2, 3", "[1, 2, 1, 2]", "9" * 400, "9" * 5000 + "/7", "1/0", "\x00", "[[[[", "-", "{}", "[]"],
 )
 def test_an_answer_that_cannot_be_read_is_worth_nothing_and_is_no_error(name, answer):
     assert accuracy(name, answer, REFERENCES[name]) == 0.0
@@ -245,7 +246,9 @@ def test_several_boxes_are_matched_as_well_as_any_order_can(a, b):
 def test_one_name_of_the_paper_and_one_of_ours_are_the_same_format():
     for answer in ("B", "C. dogs", "dogs", ""):
         assert accuracy("multiple choice", answer, "C. dogs") == accuracy("multiple_choice", answer, "C. dogs")
-    assert accuracy("spatial grounding", "[1, 2, 3, 4]", "[1, 2, 3, 5]") == accuracy("box_iou", "[1, 2, 3, 4]", "[1, 2, 3, 5]")
+    assert accuracy("spatial grounding", "[1, 2, 3, 4]", "[1, 2, 3, 5]") == accuracy(
+        "box_iou", "[1, 2, 3, 4]", "[1, 2, 3, 5]"
+    )
 
 
 def test_the_error_of_a_reference_shows_the_beginning_of_a_long_one():

@@ -30,7 +30,9 @@ number = st.one_of(
     fraction.map(lambda f: f"{f[0]}/{f[1]}"),
     fraction.map(lambda f: rf"$\frac{{{f[0]}}}{{{f[1]}}}$"),
     st.tuples(st.integers(1, 99), st.integers(1, 9)).map(lambda f: rf"{f[0]}\frac{{{f[1]}}}{{10}}"),
-    st.tuples(decimal, st.sampled_from(["%", r"\%", " percent", " cm", "°", r"^\circ", r"\text{ m}^2", " km/h"])).map("".join),
+    st.tuples(decimal, st.sampled_from(["%", r"\%", " percent", " cm", "°", r"^\circ", r"\text{ m}^2", " km/h"])).map(
+        "".join
+    ),
     whole.map("$${}$$".format),
     whole.map("<answer>{}</answer>".format),
 )
@@ -45,12 +47,16 @@ choice = st.one_of(
     st.integers(1, 99).map(str),
 )
 # Without what wraps answers, and without braces, which a box must balance.
-words = st.text("abcXYZ019 .,;:!?'()-/éü猫١ａ\u200f\n", min_size=1, max_size=40).filter(lambda text: text.strip(" \n\u200f"))
+words = st.text("abcXYZ019 .,;:!?'()-/éü猫١ａ\u200f\n", min_size=1, max_size=40).filter(
+    lambda text: text.strip(" \n\u200f")
+)
 some = st.lists(st.sampled_from(["The dog", "runs", "a", "猫", "été", "5"]), min_size=1, max_size=8).map(" ".join)
 texts = st.one_of(words, words.map("<answer>{}</answer>".format), words.map("**{}**".format))
 expression = st.one_of(
     number,
-    st.sampled_from([r"\pi", r"$\frac{\sqrt{2}}{3}$", r"\{1, 2\}", "[0, 1)", "x = 5", "(1, 2)", "yes", r"x^{2}+1 \leq y", "B"]),
+    st.sampled_from(
+        [r"\pi", r"$\frac{\sqrt{2}}{3}$", r"\{1, 2\}", "[0, 1)", "x = 5", "(1, 2)", "yes", r"x^{2}+1 \leq y", "B"]
+    ),
 )
 corner = st.integers(0, 500)
 box = st.tuples(corner, corner, st.integers(1, 500), st.integers(1, 500)).map(
@@ -114,7 +120,9 @@ def test_a_reference_is_worth_one_against_itself_in_each_response_format(name, d
 
 @pytest.mark.parametrize("text", [r"\boxed{5}", r"The answer is \boxed{5}.", r"**\boxed{5}**", r"$\boxed{\text{5}}$"])
 def test_a_box_inside_of_answer_tags_is_read(text):
-    answer = response_formats.get("thinking_answer").read(make_rollout(RESPONSES["thinking_answer"].format(text))).answer
+    answer = (
+        response_formats.get("thinking_answer").read(make_rollout(RESPONSES["thinking_answer"].format(text))).answer
+    )
     for name in ("numeric", "exact", "math", "numerical", "regression", "relative"):
         assert registry.answer_formats.get(name)(answer or "", make_sample(answer="5")) == 1.0
 

@@ -41,6 +41,8 @@ def test_the_golden_pairs_are_many_and_know_every_format_and_each_of_the_sixty_s
     assert all(pair["reason"] for pair in PAIRS)
 
 
-@pytest.mark.parametrize("pair", [pair for pair in PAIRS if "the paper's sample" in pair["reason"]], ids=lambda p: p["answer"][:40])
+@pytest.mark.parametrize(
+    "pair", [pair for pair in PAIRS if "the paper's sample" in pair["reason"]], ids=lambda p: p["answer"][:40]
+)
 def test_the_paper_s_references_are_worth_one_with_their_tags(pair):
     assert score(pair | {"answer": pair["reference"]}) == 1.0
