@@ -3,7 +3,8 @@
 
 Read are ``[x1, y1, x2, y2]``, lists of such, ``{"boxes": ...}``, ``{"bbox_2d": ...}``, ``{"bbox": ...}`` and lists of
 them, fenced or not; ``(x1, y1), (x2, y2)`` with or without ``<box>`` tags; ``{"x1": ..., "y1": ..., "x2": ...}``; and
-four bare numbers. The frame of the coordinates is the data's (``frames``).
+four bare numbers. They are also found in a sentence, or in JSON that is broken around them: that a response is what was
+asked for is for the reward parts ``format`` and ``structure``. The frame of the coordinates is the data's (``frames``).
 """
 
 from __future__ import annotations

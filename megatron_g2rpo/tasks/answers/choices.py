@@ -38,7 +38,7 @@ _SEVERAL = re.compile(
 )
 _BRACKETED_SEVERAL = re.compile(rf"(?:[(\[]\s*{_LABEL}\s*[)\]]\s*){{2,}}\.?")
 _RUN = re.compile(r"[A-J]{2,10}\.?")
-_FURTHER = re.compile(rf"(?:[,;\n]|\band\b)\s*[(\[]?({_LABEL})[.)\]:](?=\s)", re.IGNORECASE)
+_FURTHER = re.compile(rf"(?:[,;\n]|\b(?:and|or)\b)\s*[(\[]?({_LABEL})[.)\]:](?=\s)|\s[(\[]([A-J])[)\]](?=\s)")
 
 
 @register("multiple_choice")
@@ -124,7 +124,7 @@ def parse_choice(text: str, *, labels: Collection[str] = (), is_reference: bool 
     if found is None:
         return None
     rest = text[found.end() : 2000]
-    return _as_labels([found[1], *(each[1] for each in _FURTHER.finditer(rest))])
+    return _as_labels([found[1], *(each[1] or each[2] for each in _FURTHER.finditer(rest))])
 
 
 def _trimmed(text: str) -> str:
