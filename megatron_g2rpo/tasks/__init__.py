@@ -16,6 +16,7 @@ def score_answer(
     reference: str | list[str],
     *,
     images: Sequence[Any] = (),
+    resized_sizes: Sequence[tuple[int, int]] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> float:
     r"""Return how right an answer is by an answer format, 0 to 1: to try one by hand.
@@ -28,6 +29,7 @@ def score_answer(
         answer: the answer's text, as the response format finds it.
         reference: the reference, in the notation of the answer format; a list of texts accepts each of them.
         images: PIL images of the sample, for formats that need their size.
+        resized_sizes: (width, height) in pixels of each image as the model gets it, for boxes in the frame ``resized``.
         extra: further fields of the sample, such as ``box_frame`` or ``options``.
 
     Raises:
@@ -45,6 +47,7 @@ def score_answer(
         answer=reference if isinstance(reference, str) else json.dumps(reference, ensure_ascii=False),
         answer_format=answer_format,
         images=tuple(images),
+        resized_sizes=tuple(resized_sizes),
         extra=dict(extra or {}),
     )
     return float(function(answer, sample))

@@ -46,8 +46,8 @@ def multiple_choice(answer: str, sample: Sample) -> float:
     """Return 1 if answer and reference choose the same label or labels, with or without the option's text; else 0.
 
     An answer without a label is right if it is the text of the right option and of no other: of the reference
-    (``C. dogs``), or of the options that the dataset lists in the field ``options``. A reference that is a JSON list
-    accepts each of its labels; one that demands several says ``AC``.
+    (``C. dogs``), or of the options in the dataset's field ``options``, a list of texts or an object of texts by label.
+    A reference that is a JSON list accepts each of its labels; one that demands several says ``AC``.
     """
     return float(any(_is_chosen(answer, reference, sample) for reference in accepted(reference_of(sample))))
 
@@ -68,7 +68,7 @@ def _is_chosen(answer: str, reference: str, sample: Sample) -> bool:
     if text == normalise(unwrap(reference)):
         return True
     got = parse_choice(answer, labels=options.keys())
-    if got is not None and got <= (options.keys() or got):
+    if got is not None and (not options or got <= options.keys() | wanted):
         return got == wanted
     if options:
         return frozenset(label for label, option in options.items() if option == text) == wanted
@@ -76,16 +76,21 @@ def _is_chosen(answer: str, reference: str, sample: Sample) -> bool:
 
 
 def _options(listed: object) -> dict[str, str]:
-    """Return label -> text, normalised, of options that are listed as texts; labelled in their order if unlabelled."""
+    """Return label -> text, normalised, of options: texts by label, or a list of texts that may begin with labels.
+
+    They are labels if they are ``A``, ``B`` and so on, or 1, 2 ..., in this order: ``E. coli`` begins with none.
+    """
+    if isinstance(listed, dict) and all(isinstance(option, str) for option in listed.values()):
+        return {str(label).upper(): normalise(unwrap(option)) for label, option in listed.items()}
     if not isinstance(listed, list | tuple) or not all(isinstance(option, str) for option in listed):
         return {}
-    options = {}
-    for index, option in enumerate(listed):
-        text = _text_after_label(option)
-        labels = parse_choice(option, is_reference=True) if text is not None else None
-        label = next(iter(labels)) if labels and len(labels) == 1 else chr(ord("A") + index)
-        options[label] = normalise(option if text is None else text)
-    return options
+    letters = [chr(ord("A") + index) for index in range(len(listed))]
+    numbers = [str(index + 1) for index in range(len(listed))]
+    texts = [_text_after_label(option) for option in listed]
+    labels = [min(parse_choice(option, is_reference=True) or {""}) for option in listed]
+    if None in texts or labels not in (letters, numbers):
+        labels, texts = letters, listed
+    return {label: normalise(unwrap(text or "")) for label, text in zip(labels, texts, strict=True)}
 
 
 def _text_after_label(text: str) -> str | None:

@@ -114,12 +114,15 @@ def parse_number(text: str) -> float | None:
     return None if number is None else number.value
 
 
-@functools.lru_cache(maxsize=4096)
 def read_number(text: str) -> Number | None:
     """Return the number that a text is, with what is written beside it; None if it is none."""
     text = unwrap(text)
-    if len(text) > _LONGEST or not text:
-        return None
+    return _read(text) if 0 < len(text) <= _LONGEST else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(text: str) -> Number | None:
+    """Read a number of an unwrapped text. Cached, because the answers of a group repeat."""
     text = _plain(text)
     first, blank, others = text.partition(" ")
     text = _NUMBER_WORDS.get(first.casefold(), first) + blank + others

@@ -145,11 +145,10 @@ def _rouge_scorer() -> tuple[Any, Any]:
         def tokenize(self, text: Any) -> list[str]:
             return list(text)
 
-    stemmer = PorterStemmer()
+    stemmed = functools.lru_cache(maxsize=65_536)(PorterStemmer().stem)
 
-    @functools.lru_cache(maxsize=65_536)
     def stem(word: str) -> str:
         # Short words are left, as in rouge_score's own tokenizer; a "word" of a thousand letters is none.
-        return stemmer.stem(word) if 3 < len(word) < 40 else word
+        return stemmed(word) if 3 < len(word) < 40 else word
 
     return RougeScorer(["rouge1", "rouge2"], tokenizer=Words()), stem

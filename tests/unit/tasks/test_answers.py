@@ -261,6 +261,10 @@ def test_score_answer_tries_a_format_by_hand():
     assert score_answer("math", r"\frac{1}{2}", "0.5") == 1.0
     assert score_answer("exact", "kitten", ["cat", "kitten"]) == 1.0
     assert score_answer("multiple choice", "dogs", "B", extra={"options": ["cats", "dogs"]}) == 1.0
+    assert score_answer("multiple choice", "dogs", "B", extra={"options": {"A": "cats", "B": "dogs"}}) == 1.0
+    frames = {"box_frame": "relative", "answer_frame": "resized"}
+    box = score_answer("box_iou", "[0, 0, 50, 25]", "[0, 0, 500, 500]", resized_sizes=[(100, 50)], extra=frames)
+    assert box == 1.0
 
 
 def test_score_answer_names_the_nearest_of_an_unknown_format():
