@@ -254,7 +254,7 @@ surrogates: Registry[Any] = Registry(
 )
 answer_formats: Registry[Any] = Registry(
     "answer format",
-    builtin=["megatron_g2rpo.tasks.answer_formats"],
+    builtin=["megatron_g2rpo.tasks.answers"],
     positional=["answer", "sample"],
     has_options=False,
 )

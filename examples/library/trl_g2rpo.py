@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
 
 from megatron_g2rpo.objective import gaussian_advantages
-from megatron_g2rpo.tasks.parsing import parse_number
+from megatron_g2rpo.tasks.answers.numbers import parse_number
 
 
 class G2RPOTrainer(GRPOTrainer):

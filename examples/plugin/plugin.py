@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_g2rpo.extend import answer_format, estimator, reward_part
 from megatron_g2rpo.objective import History, RewardBatch, group_statistics
-from megatron_g2rpo.tasks.parsing import parse_number
+from megatron_g2rpo.tasks.answers.numbers import parse_number
 from megatron_g2rpo.types import Response, Sample
 
 

@@ -25,6 +25,7 @@ from typing import Literal
 
 from megatron_g2rpo import registry
 from megatron_g2rpo.recipe import Env
+from megatron_g2rpo.tasks.boxed import find_boxed, last_box
 from megatron_g2rpo.types import Response, Rollout
 
 register = registry.response_formats.register
@@ -181,7 +182,7 @@ class Boxed(ResponseFormat):
     instruction = "Think about the question, step by step, and give the final answer in \\boxed{}."
 
     def find_thinking(self, text: str) -> str | None:
-        box = _last_box(text)
+        box = last_box(text)
         return text[: box[0]].strip() if box else None
 
     def find_answer(self, text: str) -> str | None:
@@ -205,32 +206,3 @@ class Plain(ResponseFormat):
 
     def is_well_formed(self, text: str) -> bool:
         return True
-
-
-def find_boxed(text: str) -> str | None:
-    r"""Return the text in the last complete ``\boxed{...}``, stripped; None if there is none.
-
-    Braces inside it are matched, and escaped ones (``\{``) are not counted.
-    """
-    box = _last_box(text)
-    return text[box[0] + len("\\boxed{") : box[1]].strip() if box else None
-
-
-_BRACES = re.compile(r"\\boxed\{|\\.|\{|\}", re.DOTALL)
-
-
-def _last_box(text: str) -> tuple[int, int] | None:
-    """Return where the last complete box begins, and where its closing brace is.
-
-    It makes one pass over the braces, because a degenerate text may repeat boxes many times.
-    """
-    last: tuple[int, int] | None = None
-    unclosed: list[tuple[int, bool]] = []
-    for token in _BRACES.finditer(text):
-        if token[0].endswith("{") and not token[0].startswith("\\{"):
-            unclosed.append((token.start(), token[0] != "{"))
-        elif token[0] == "}" and unclosed:
-            start, is_box = unclosed.pop()
-            if is_box and (last is None or start > last[0]):
-                last = (start, token.start())
-    return last

@@ -40,7 +40,7 @@ for room in ROOMS:
 COMPUTE = """
 import torch
 from megatron_g2rpo.objective import gaussian_advantages, group_statistics
-from megatron_g2rpo.tasks.parsing import parse_number
+from megatron_g2rpo.tasks.answers.numbers import parse_number
 rewards, groups, tasks = torch.tensor([0.0, 1.0, 5.0, 9.0]), torch.tensor([0, 0, 1, 1]), torch.zeros(4).long()
 advantages = gaussian_advantages(rewards, groups, tasks)
 assert torch.equal(advantages, -advantages.flip(0)) and advantages[0] < 0, advantages
@@ -75,6 +75,12 @@ def test_mathematics_and_tasks_import_and_compute_without_trainer_model_library_
     found = modules(TRAINERS, "objective", "tasks", "types", "collectives", then=COMPUTE)
     assert found["objective"] >= 20
     assert found["tasks"] >= 3
+
+
+def test_answer_formats_import_without_torch_and_without_what_they_compare_with() -> None:
+    """A recipe's names are checked with them, and whoever waits for that does not wait for SymPy."""
+    heavy = ("torch", "numpy", "scipy", "jiwer", "rapidfuzz", "rouge_score", "nltk", "math_verify", "sympy", "PIL")
+    assert modules((*TRAINERS, *heavy), "tasks.answers")["tasks.answers"] >= 10
 
 
 def test_recipes_and_registries_import_without_torch_too() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_g2rpo import registry
 from megatron_g2rpo.tasks import response_formats
-from megatron_g2rpo.tasks.response_formats import find_boxed
+from megatron_g2rpo.tasks.boxed import find_boxed
 from tests.unit.tasks.common import make_env, make_rollout, make_task
 
 GOOD = "<thinking>7 + 5</thinking><answer>12</answer>"

@@ -31,8 +31,8 @@ def test_accuracy_is_that_of_the_answer_format() -> None:
 
 @pytest.mark.parametrize("answer", [None, "12"])
 def test_accuracy_of_a_broken_reference_is_an_error_with_or_without_an_answer(answer: str | None) -> None:
-    with pytest.raises(ValueError, match="reference answer 'twelve' is not a number"):
-        accuracy(make_sample(answer="twelve"), make_response(answer=answer), settings=settings())
+    with pytest.raises(ValueError, match="reference answer 'a dozen' is not a number"):
+        accuracy(make_sample(answer="a dozen"), make_response(answer=answer), settings=settings())
 
 
 def test_format_is_whether_the_response_is_well_formed() -> None:

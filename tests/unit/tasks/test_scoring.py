@@ -253,8 +253,8 @@ def test_a_response_format_that_raises_is_named_with_its_sample(add: Add) -> Non
 
 @pytest.mark.parametrize("text", ["<answer>12</answer>", "no answer at all"])
 def test_a_broken_reference_is_an_error_whatever_the_response(text: str) -> None:
-    with pytest.raises(RewardError, match=rf"{KEY}.*reference answer 'twelve' is not a number"):
-        scored([make_rollout(text, answer="twelve")], make_env(WEIGHTS))
+    with pytest.raises(RewardError, match=rf"{KEY}.*reference answer 'a dozen' is not a number"):
+        scored([make_rollout(text, answer="a dozen")], make_env(WEIGHTS))
 
 
 def test_an_unknown_answer_format_is_an_error_that_names_the_sample() -> None:
