@@ -8,16 +8,19 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import tarfile
+import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from megatron_g2rpo.data.errors import DataError
 from megatron_g2rpo.data.importers.guess import advice_for
-from megatron_g2rpo.data.shard_format import INDEX_NAME, INDEX_VERSION
+from megatron_g2rpo.data.shard_format import INDEX_NAME, INDEX_VERSION, Member, parse_fields
 from megatron_g2rpo.data.shard_scan import scan_shard
 
 
@@ -41,17 +44,16 @@ class ShardWriter:
             raise DataError(f"{self.directory} already holds shards: remove them, or write to another directory")
         self._per_shard = samples_per_shard
         self._written = 0
-        self._tar: tarfile.TarFile | None = None
+        self._shard: _Shard | None = None
+        self._records: list[dict[str, Any]] = []
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if self._tar is not None:
-            self._tar.close()
-            self._tar = None
+        self._close_shard()
         if kind is None:
-            write_index(self.directory)
+            _write_index(self.directory, self._records)
 
     def write(
         self, key: str, fields: Mapping[str, Any], images: Sequence[bytes], suffix: str | Sequence[str] = "png"
@@ -65,28 +67,87 @@ class ShardWriter:
             suffix: file type of all images, or a list with the type of each.
 
         Raises:
-            DataError: the key contains a dot.
+            DataError: the key contains a dot, or occurs in the shard already.
+            SampleError: a field is missing or of a type that cannot be meant.
         """
         if "." in key:
             raise DataError(f"sample key {key!r} contains a dot, which webdataset takes for the end of the key")
         suffixes = [suffix] * len(images) if isinstance(suffix, str) else suffix
         names = [f"{i}.{each}" for i, each in enumerate(suffixes)]
-        record = json.dumps({**fields, "images": names}, sort_keys=True).encode()
-        self._add(f"{key}.json", record, first=True)
-        for name, data in zip(names, images, strict=True):
-            self._add(f"{key}.{name}", data)
+        content = json.dumps({**fields, "images": names}, sort_keys=True).encode()
+        if self._written % self._per_shard == 0:
+            self._close_shard()
+            self._shard = _Shard(self.directory / f"shard-{self._written // self._per_shard:06d}.tar")
+        assert self._shard is not None  # the first sample opens it
+        self._shard.add(key, [("json", content), *zip(names, images, strict=True)])
         self._written += 1
 
-    def _add(self, name: str, data: bytes, first: bool = False) -> None:
-        if first and self._written % self._per_shard == 0:
-            if self._tar is not None:
-                self._tar.close()
-            path = self.directory / f"shard-{self._written // self._per_shard:06d}.tar"
-            self._tar = tarfile.TarFile(path, "w", format=tarfile.USTAR_FORMAT)  # closed by __exit__
-        assert self._tar is not None  # the first member of the first sample opens it
-        member = tarfile.TarInfo(name)
-        member.size = len(data)
-        self._tar.addfile(member, io.BytesIO(data))
+    def _close_shard(self) -> None:
+        if self._shard is not None:
+            self._records.append(self._shard.close())
+            self._shard = None
+
+
+class _Shard:
+    """One tar in the making, and its entry in the index: what ``shard_scan.scan_shard`` finds in it afterwards."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, _HashedFile(path)
+        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # closed by close
+        self._samples: dict[str, dict[str, Any]] = {}
+        self._formats: dict[str, set[str]] = {}
+
+    def add(self, key: str, members: Sequence[tuple[str, bytes]]) -> None:
+        """Append a sample, whose first member is its json."""
+        fields = parse_fields(members[0][1], self._path.name, key)
+        if key in self._samples:
+            raise DataError(f"shard {self._path.name}: the sample key {key!r} occurs twice; keys must be unique")
+        places = {}
+        for suffix, data in members:
+            header = tarfile.TarInfo(f"{key}.{suffix}")
+            header.size = len(data)
+            self._tar.addfile(header, io.BytesIO(data))
+            end = self._tar.offset - -len(data) % tarfile.BLOCKSIZE
+            places[suffix] = Member(end - len(data), len(data), zlib.crc32(data))
+        self._samples[key] = {"key": key, "task": fields["task"], "members": places}
+        self._formats.setdefault(fields["task"], set()).add(fields["answer_format"])
+
+    def close(self) -> dict[str, Any]:
+        """Finish the tar, and return its entry in the index."""
+        self._tar.close()
+        self._file.close()
+        return {
+            "name": self._path.name,
+            "bytes": self._file.size,
+            "sha256": self._file.sha256.hexdigest(),
+            "num_samples": len(self._samples),
+            "tasks": dict(sorted(Counter(sample["task"] for sample in self._samples.values()).items())),
+            "answer_formats": {task: sorted(names) for task, names in sorted(self._formats.items())},
+            "samples": list(self._samples.values()),
+        }
+
+
+class _HashedFile(io.RawIOBase):
+    """A file that is written from begin to end, with its size in bytes and its sha256."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self.size, self.sha256 = 0, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.size
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        self.size += len(data)
+        return self._file.write(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def write_index(directory: str | Path, *, skip_bad: bool = False) -> Path:
@@ -115,6 +176,12 @@ def write_index(directory: str | Path, *, skip_bad: bool = False) -> Path:
             f"{directory}: its {len(paths)} shards hold no sample; a sample is a member KEY.json and its images "
             "KEY.0.png, KEY.1.jpg ..."
         )
+    return _write_index(directory, shards)
+
+
+def _write_index(directory: Path, shards: Sequence[Mapping[str, Any]]) -> Path:
+    if not shards:
+        raise DataError(advice_for(directory))
     index_path = directory / INDEX_NAME
     temporary = index_path.with_suffix(".tmp")
     temporary.write_text(json.dumps({"version": INDEX_VERSION, "shards": shards}, separators=(",", ":")) + "\n")

@@ -7,13 +7,14 @@ import signal
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
-from megatron_g2rpo.data.errors import SampleError
+from megatron_g2rpo.data.errors import DataError, SampleError
 from megatron_g2rpo.data.images import read_image, suffix_of
 from megatron_g2rpo.data.importers.base import Refusal, Rejected
 from megatron_g2rpo.data.importers.split import digest
@@ -52,6 +53,9 @@ def load_all(
         workers: number of processes that read; 1 reads in this one.
         decode: whether every image is decoded, so that a damaged one is rejected.
         digests: whether ``Loaded.contents`` is filled in.
+
+    Raises:
+        DataError: one of the processes was killed.
     """
     work = partial(_load_chunk, decode=decode, digests=digests)
     if workers == 1:
@@ -69,6 +73,8 @@ def load_all(
                 return
             chunk, future = running.popleft()
             yield from _joined(chunk, future.result())
+    except BrokenProcessPool as error:
+        raise DataError("a process that reads images was killed, perhaps for memory; take fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -113,6 +119,8 @@ def _joined(chunk: list[Waiting | Rejected], read: list[Loaded | Rejected]) -> I
 
 def _file(path: Path, name: str) -> bytes:
     try:
+        if path.exists() and not path.is_file():
+            raise Refusal(name, "an image file cannot be read", f"{path} is no file")  # a device may never end
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise Refusal(name, "an image file cannot be read", f"{path} ({getattr(error, 'strerror', error)})") from error

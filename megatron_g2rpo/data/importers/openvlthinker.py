@@ -26,8 +26,8 @@ def openvlthinker(source: Path, *, subset: str | None = None) -> Iterator[Import
     """Read rows ``{problem, options, answer, problem_type, task_type, images}``.
 
     The problem type is the answer format, by the same name, and the task type is the task; OneThinker's rows have no
-    task type, and their problem type is the task. The options of a multiple choice follow the question, a line each.
-    Boxes and points are marked as relative, ``box_frame``. Rows of videos are rejected.
+    task type, and their problem type is the task. The options of a multiple choice follow the question, a line each,
+    unless it has them already. Boxes and points are marked as relative, ``box_frame``. Rows of videos are rejected.
 
     Args:
         source: what ``read_records`` reads.
@@ -46,8 +46,8 @@ def _sample(record: Record) -> ImportedSample:
     options = lookup(record.fields, "options") or []
     if not isinstance(options, list):
         raise Refusal(record.name, "field 'options' is no list", repr(options)[:80])
-    if options:
-        question = "\n".join([f"{question}", "Options:", *map(str, options)])
+    if isinstance(question, str) and not all(str(option) in question for option in options):
+        question = "\n".join([question, "Options:", *map(str, options)])
     fields = {field: record.fields[field] for field in _KEPT if not is_missing(record.fields.get(field))}
     if not options:
         fields.pop("options", None)

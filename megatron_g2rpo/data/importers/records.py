@@ -184,14 +184,14 @@ def _rows_of_list(path: Path, file: TextIO, chunk: int = 1 << 20) -> Iterator[tu
 def _rows_of_csv(path: Path) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(1 << 30)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=CSV[path.suffix.lower()], restkey="", strict=True)
+        reader = csv.DictReader(file, delimiter=CSV[path.suffix.lower()], strict=True)
         line = 2
-        try:
+        try:  # a column without a name is the index that pandas writes
             for fields in reader:
-                if "" in fields or None in fields.values():
+                if None in fields or None in fields.values():
                     yield line, Broken("more or fewer fields than the header has", f"{len(fields)} names")
                 else:
-                    yield line, {key: value for key, value in fields.items() if value != ""}
+                    yield line, {key: value for key, value in fields.items() if key and value != ""}
                 line = reader.line_num + 1
         except csv.Error as error:
             raise DataError(f"{path}: line {reader.line_num}: {error}") from error

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from megatron_g2rpo.data.importers.base import Refusal
 from megatron_g2rpo.data.importers.values import images_of, is_missing
+from megatron_g2rpo.tasks.prompts import IMAGE_TAG
 
 # What becomes of a row's own system message: samples have none, the recipe has one for all (data.system_prompt).
 System = Literal["refuse", "drop"]
 
-IMAGE_TAG = "<image>"
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 
 

@@ -22,9 +22,9 @@ from megatron_g2rpo.data.importers.base import ImportedSample, Refusal, Rejected
 from megatron_g2rpo.data.importers.load import Loaded, Waiting, load_all
 from megatron_g2rpo.data.importers.records import image_directory
 from megatron_g2rpo.data.importers.split import validation_samples
-from megatron_g2rpo.data.importers.turns import IMAGE_TAG
 from megatron_g2rpo.data.importers.values import lookup
 from megatron_g2rpo.data.shard_writer import ShardWriter
+from megatron_g2rpo.tasks.prompts import IMAGE_TAG
 
 TRAIN, VALIDATION = "train", "val"
 _FIELD = re.compile(r"field '([^']+)'")

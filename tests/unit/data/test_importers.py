@@ -101,6 +101,7 @@ def test_the_field_of_the_images_is_an_option(folder: Path) -> None:
         ({**OWN, "images": ["a.png"], "image": "b.png"}, "the fields 'images' and 'image' both hold images; name one"),
         ({**OWN, "images": ["none.png"]}, "an image file cannot be read"),
         ({**OWN, "images": ["rows.json"]}, "no image of a format that is read"),
+        ({**OWN, "images": ["/dev/zero"]}, "an image file cannot be read: /dev/zero is no file"),
         ({**OWN, "images": [7]}, "images are neither paths nor encoded files: 7"),
         ({**OWN, "images": "https://example.org/a.png"}, "images by address are not downloaded"),
         ({**OWN, "videos": ["a.mp4"]}, "video is not supported"),
@@ -143,6 +144,20 @@ def test_the_papers_rows_become_samples_by_its_own_names(tmp_path: Path, paper_f
     onethinker = [sample for sample in samples if sample.task == "spatial grounding"]
     assert [sample.extra["box_frame"] for sample in onethinker] == ["relative"]
     assert {sample.task for sample in samples} == {row["task_type"] for row in rows} | {"spatial grounding"}
+
+
+def test_options_that_the_question_has_already_are_not_repeated(tmp_path: Path, paper_formats: None) -> None:
+    row = {"problem": "Which? A. red B. blue", "options": ["A. red", "B. blue"], "answer": "<answer>A</answer>"}
+    source = write_json(tmp_path / "rows.json", [{**row, "problem_type": "multiple choice"}])
+    run("openvlthinker", source, tmp_path / "out")
+    assert [sample.question for sample in samples_of(tmp_path / "out")] == [row["problem"]]
+
+
+@pytest.mark.parametrize("answer", ["<answer>A", "<answer>A</answer><answer>B</answer>", "It is <answer>A</answer>"])
+def test_an_answer_whose_tags_are_no_pair_is_rejected(tmp_path: Path, paper_formats: None, answer: str) -> None:
+    rows = [{"problem": "?", "answer": answer, "problem_type": "math"} for answer in ("<answer>A</answer>", answer)]
+    result = run("openvlthinker", write_json(tmp_path / "rows.json", rows), tmp_path / "out")
+    assert result.rejected == {"the tags <answer> and </answer> are not one pair around the reference": 1}
 
 
 def test_easyr1(folder: Path) -> None:

@@ -103,6 +103,8 @@ def test_csv_keeps_text_as_it_is(tmp_path: Path) -> None:
         ("rows.csv:4", {"problem": "b", "answer": "NA", "more": "3.0"}),
         ("rows.csv:5", "more or fewer fields than the header has"),
     ]
+    (tmp_path / "pandas.csv").write_text(",problem,answer\n0,a,b\n")
+    assert read(tmp_path / "pandas.csv") == [("pandas.csv:2", {"problem": "a", "answer": "b"})]
     (tmp_path / "rows.tsv").write_text("problem\tanswer\na, b\tc\n")
     assert read(tmp_path / "rows.tsv") == [("rows.tsv:2", {"problem": "a, b", "answer": "c"})]
 
