@@ -34,7 +34,9 @@ class DataSource(Section):
         if isinstance(value, str) and value:
             return value
         if not isinstance(value, list | tuple) or not value:
-            raise PydanticCustomError("path", "Input should be a path, or a list of paths or of {path: ..., weight: ...}")
+            raise PydanticCustomError(
+                "path", "Input should be a path, or a list of paths or of {path: ..., weight: ...}"
+            )
         return tuple(_entry(number, each) for number, each in enumerate(value, start=1))
 
     @property

@@ -79,7 +79,9 @@ class _Common(Section):
         for task in self.data.task_weights:
             if task not in self.env.tasks:
                 near = difflib.get_close_matches(task, tasks, n=1, cutoff=0.0)[0]
-                raise conflict(f"'{task}' is not a task of env.tasks (nearest: {near})", dotted("data", "task_weights", task))
+                raise conflict(
+                    f"'{task}' is not a task of env.tasks (nearest: {near})", dotted("data", "task_weights", task)
+                )
         if not any(self.data.task_weights.get(task, 1.0) for task in tasks):
             raise conflict("every task has weight 0: there is nothing to draw", "data.task_weights")
         longest = self.policy.generation.max_new_tokens
@@ -157,7 +159,10 @@ class TrainRecipe(_Common):
         return self
 
     def _check_parts(self) -> None:
-        by_task = {dotted("env", "tasks", task, "reward_weights"): self.env.tasks[task].reward_weights for task in self.env.tasks}
+        by_task = {
+            dotted("env", "tasks", task, "reward_weights"): self.env.tasks[task].reward_weights
+            for task in self.env.tasks
+        }
         weights = {"env.reward_weights": self.env.reward_weights, **by_task}
         weighed = [f"{key}.overlong" for key, parts in weights.items() if "overlong" in parts]
         if self.grpo.overlong == "penalise" and weighed:

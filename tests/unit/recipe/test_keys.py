@@ -35,7 +35,9 @@ def test_a_dotted_key_can_be_split_again(parts: list[str]) -> None:
 def test_a_task_may_have_any_name_in_a_file_and_on_the_command_line(name: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(
-        f"defaults: {G2RPO}\nenv: {{tasks: {{'{name}': {{answer_format: exact}}}}}}\ndata: {{task_weights: {{'{name}': 2}}}}"
+        f"defaults: {G2RPO}\n"
+        f"env: {{tasks: {{'{name}': {{answer_format: exact}}}}}}\n"
+        f"data: {{task_weights: {{'{name}': 2}}}}\n"
     )
     recipe = recipes.load(file, [f'env.tasks."{name}".answer_format=numeric'], "train")
     assert recipe.env.tasks[name].answer_format == "numeric"
