@@ -53,6 +53,11 @@ def test_quotes_are_needed_for_dots_and_blanks_alone() -> None:
     assert load("env.tasks.'v1.0'.answer_format=exact").env.tasks["v1.0"].answer_format == "exact"
 
 
+def test_a_name_that_was_cut_at_its_dot_is_told_to_stand_in_quotes() -> None:
+    message = failure('env.tasks."mathvista_v1.0"={}', "env.tasks.mathvista_v1.0.length=null")
+    assert 'a name with a dot stands in quotes: env.tasks."mathvista_v1.0"' in message
+
+
 def test_a_fault_under_such_a_name_is_named_with_its_place(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(f"defaults: {G2RPO}\nenv:\n  tasks:\n    v1.0:\n      answer_format: numric\n      lenght: null\n")
