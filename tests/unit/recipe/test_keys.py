@@ -103,6 +103,14 @@ def test_home_and_environment_variables_are_expanded_in_paths(monkeypatch: pytes
     )
 
 
+def test_home_is_expanded_in_imports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load("imports=[~/mine.py]").imports[-1] == str(tmp_path / "mine.py")
+    assert load("imports=[$HOME/mine.py]").imports[-1] == str(tmp_path / "mine.py")
+    assert "the environment variable NOT_SET is not set here" in failure("imports=[$NOT_SET/mine.py]")
+
+
 @pytest.mark.parametrize("text", ["Answer: yes or no", "yes", "3", "a # b", "@you", "- one", "%", "it's"])
 def test_the_value_of_a_text_key_is_the_text(text: str) -> None:
     assert load(f"data.system_prompt={text}").data.system_prompt == text
