@@ -54,10 +54,10 @@ def reference_is_readable(answer_formats: Mapping[str, str | None]) -> Check:
         name = answer_formats[prompt.task] or sample.answer_format
         try:
             registry.answer_formats.get(name)(sample.answer, sample)
-        except Exception as error:  # noqa: BLE001 (a user's format may raise anything)
+        except Exception as error:  # a user's format may raise anything
             raise SampleError(
-                f"sample {sample.key}, task {sample.task!r}: the reference {sample.answer!r} cannot be read under answer "
-                f"format {name!r} ({type(error).__name__}: {error}); repair it, name another format in "
+                f"sample {sample.key}, task {sample.task!r}: the reference {sample.answer!r} cannot be read under "
+                f"answer format {name!r} ({type(error).__name__}: {error}); repair it, name another format in "
                 "env.tasks.<task>.answer_format, or set data.on_bad_sample=skip",
                 "reference",
             ) from error

@@ -6,7 +6,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from megatron_g2rpo.recipe.base import Section, Text, ascending, conflict
@@ -38,6 +46,12 @@ class DataSource(Section):
                 "path", "Input should be a path, or a list of paths or of {path: ..., weight: ...}"
             )
         return tuple(_entry(number, each) for number, each in enumerate(value, start=1))
+
+    @field_serializer("path")
+    def _written(self, path: str | tuple[str | WeightedPath, ...]) -> str | list[Any]:
+        if isinstance(path, str):
+            return path
+        return [each if isinstance(each, str) else each.model_dump() for each in path]
 
     @property
     def parts(self) -> tuple[WeightedPath, ...]:

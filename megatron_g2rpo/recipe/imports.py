@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_g2rpo.recipe.errors import Origin, RecipeError
+from megatron_g2rpo.recipe.paths import expanded
 from megatron_g2rpo.registry import KINDS
 
 IMPORTS = "imports"
@@ -64,7 +65,12 @@ def import_all(entries: list[str], origin: Origin | str | None) -> None:
 def _located(entry: str, folder: Path, origin: Origin | str) -> str:
     if not entry.endswith(".py"):
         return entry
-    path = Path(os.path.abspath(folder / entry))
+    try:
+        path = Path(os.path.abspath(folder / expanded(entry)))
+    except KeyError as error:
+        raise RecipeError(
+            f"{origin}: {IMPORTS} names {entry}: the environment variable {error.args[0]} is not set here"
+        ) from error
     if not path.is_file():
         raise RecipeError(f"{origin}: {IMPORTS} names {entry}: there is no file {path}")
     return str(path)

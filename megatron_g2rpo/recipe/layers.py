@@ -137,8 +137,8 @@ def parse_override(text: str) -> Document:
         raise RecipeError(f"override '{text}': write key=value without '+' or '~'; every key exists in the exemplar")
     if not key or not rest.startswith("="):
         raise RecipeError(
-            f"override '{text}': expected key=value with a dotted key, such as grpo.max_num_steps=10; a name with a dot "
-            "or a blank stands in quotes, 'env.tasks.\"my data\".length=null'"
+            f"override '{text}': expected key=value with a dotted key, such as grpo.max_num_steps=10; a name with a "
+            "dot or a blank stands in quotes, 'env.tasks.\"my data\".length=null'"
         )
     value = rest[1:]
     if not value.strip():

@@ -114,12 +114,25 @@ def _describe(fault: ErrorDetails, recipe: type[TrainRecipe] | type[SftRecipe], 
     if fault["type"] == "extra_forbidden" and "." in path[-1]:
         return f"{start}key {key} has a dot; nest the keys, one mapping per level"
     if fault["type"] == "extra_forbidden":
+        cut = _cut_name(path, document.tree)
+        if cut is not None:
+            return f"{start}unknown key '{key}'; a name with a dot stands in quotes: {cut}"
         return f"{start}unknown key '{key}'; nearest valid key: {nearest_key(recipe, path)}"
     if fault["type"] == "missing":
         return f"{start}missing key '{key}'"
     if fault["type"] in _NOT_A_MAPPING:
         return f"{start}'{key}' must be a mapping of keys, got {shown(fault['input'])}"
     return Fault.of(fault).located(origins) + _hint(fault, document.tree)
+
+
+def _cut_name(path: list[str], tree: Mapping[str, Any]) -> str | None:
+    """Return the key of the task whose name was cut at a dot, where there is such a task."""
+    section, collection, *rest = [*path, "", ""][:4]
+    tasks = tree.get("env", {}).get("tasks") if (section, collection) == ("env", "tasks") else None
+    if not isinstance(tasks, dict):
+        return None
+    name = next((name for name in tasks if name.startswith(f"{rest[0]}.")), None)
+    return None if name is None else dotted("env", "tasks", name)
 
 
 def _hint(fault: ErrorDetails, tree: Mapping[str, Any]) -> str:

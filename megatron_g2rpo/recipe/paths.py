@@ -46,9 +46,18 @@ def expand_paths(tree: dict[str, Any]) -> Iterator[Fault]:
             )
 
 
+def expanded(path: str) -> str:
+    """Return a path with its ``~`` and environment variables replaced.
+
+    Raises:
+        KeyError: a variable is not set; the error holds its name.
+    """
+    return os.path.expanduser(_VARIABLE.sub(lambda found: os.environ[found[1]], path))
+
+
 def _expanded(value: Any) -> Any:
     if isinstance(value, str):
-        return os.path.expanduser(_VARIABLE.sub(lambda found: os.environ[found[1]], value))
+        return expanded(value)
     if isinstance(value, list):
         return [_expanded(each) for each in value]
     if isinstance(value, dict):

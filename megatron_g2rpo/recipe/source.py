@@ -87,7 +87,7 @@ def read_value(text: str, key: str, source: str, *, is_text: bool = False) -> Do
     key = dotted(*split(key))
     reader = _Reader(text, source, has_lines=False)
     stands = is_text and text.strip()[:1] not in ("'", '"', "[", "{") and text.strip() not in _NULL
-    tree = text.strip() if stands else reader.read(f"{key}.")
+    tree: Any = text.strip() if stands else reader.read(f"{key}.")
     for part in reversed(split(key)):
         tree = {part: tree}
     return Document(tree, {key: Origin(source), **reader.origins})

@@ -88,7 +88,7 @@ def mended(toy: Toy, broken: list[int]) -> None:
 
 
 def test_a_run_that_a_bad_sample_has_stopped_goes_on_by_every_remedy_that_is_named(own: Toy, tmp_path: Path) -> None:
-    """A whole epoch of the task is drawn from step 1 to 2: the first step is saved, or the bad sample is met at once."""
+    """Steps 1 and 2 draw a whole epoch: step 1 is saved, and step 2 meets the bad sample."""
     drawn = (*BARE, "grpo.dynamic_sampling.enabled=false", "checkpointing.save_period=1")
     recipe, run = recipe_of(own, tmp_path), tmp_path / "run"
     mended(own, [])

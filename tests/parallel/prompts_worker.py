@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of the test of exchanged prompts. Usage: DATASET MODEL [REPETITIONS], each of which is timed, seconds of wall and CPU."""
+"""One rank of the test of exchanged prompts. Usage: DATASET MODEL [REPETITIONS].
+
+With repetitions, drawing 8 prompts is timed without and with the exchange: seconds of the wall clock and of the CPU.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +70,9 @@ def main(dataset: Path, model: Path, repetitions: int) -> None:
         raised = ""
     except SampleError as error:
         raised = f"{error.reason}: {error}"
-    report_result({"equal": equal, "metrics": skipped_metrics(shared.skipped), "alone": alone.skipped, "raised": raised})
+    report_result(
+        {"equal": equal, "metrics": skipped_metrics(shared.skipped), "alone": alone.skipped, "raised": raised}
+    )
 
 
 if __name__ == "__main__":

@@ -34,11 +34,15 @@ def test_a_prompt_that_leaves_no_room_is_named_with_what_to_change(prompt):
 
     def check(room):
         policy = recipes.load(G2RPO, [], "train").policy
-        return prompt_fits(policy.model_copy(update={"max_total_sequence_length": policy.generation.max_new_tokens + room}))
+        return prompt_fits(
+            policy.model_copy(update={"max_total_sequence_length": policy.generation.max_new_tokens + room})
+        )
 
     check(length)(prompt)
     assert reason(check(length - 1), prompt) == "too_long"
-    with pytest.raises(SampleError, match=rf"has {length} tokens, more than the {length - 1} .*data\.on_bad_sample=skip"):
+    with pytest.raises(
+        SampleError, match=rf"has {length} tokens, more than the {length - 1} .*data\.on_bad_sample=skip"
+    ):
         check(length - 1)(prompt)
 
 

@@ -159,7 +159,9 @@ def test_a_task_with_nothing_but_bad_samples_is_an_error(tmp_path, processor):
         for n in range(3):
             writer.write(f"vqa-{n}", make_fields("vqa", n), [b"no image"])
     stream = PromptStream(ShardIndex(tmp_path), {}, 0, processor, "skip")
-    with pytest.raises(DataError, match="task 'vqa': 32 samples in a row cannot be used; the last one: .*cannot be decoded"):
+    with pytest.raises(
+        DataError, match=r"task 'vqa': 32 samples in a row cannot be used; the last one: .*cannot be decoded"
+    ):
         stream.next_batch(1)
 
 

@@ -46,7 +46,7 @@ def fingerprint(*overrides: str) -> str:
         ["grpo.max_num_steps=7", "grpo.val_period=3", "grpo.val_at_start=false"],
         [f"{MEGATRON}.optimizer.weight_decay=1.0e-2"],
         # What the error about a sample advises, validation, and where things are.
-        ["data.on_bad_sample=skip", "data.max_pixels=100000", "policy.max_total_sequence_length=99999"],
+        ["data.on_bad_sample=skip", "data.max_pixels=100000", "policy.max_total_sequence_length=8000"],
         ["data.validation.path=elsewhere", "grpo.max_val_samples=3", "policy.generation.val_temperature=0.5"],
         ["data.validation=null", "grpo.val_period=0", "grpo.val_at_start=false", "grpo.val_at_end=false"],
         ["data.train.path=elsewhere"],

@@ -35,7 +35,9 @@ def test_a_dotted_key_can_be_split_again(parts: list[str]) -> None:
 def test_a_task_may_have_any_name_in_a_file_and_on_the_command_line(name: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(
-        f"defaults: {G2RPO}\nenv: {{tasks: {{'{name}': {{answer_format: exact}}}}}}\ndata: {{task_weights: {{'{name}': 2}}}}"
+        f"defaults: {G2RPO}\n"
+        f"env: {{tasks: {{'{name}': {{answer_format: exact}}}}}}\n"
+        f"data: {{task_weights: {{'{name}': 2}}}}\n"
     )
     recipe = recipes.load(file, [f'env.tasks."{name}".answer_format=numeric'], "train")
     assert recipe.env.tasks[name].answer_format == "numeric"
@@ -49,6 +51,11 @@ def test_a_task_may_have_any_name_in_a_file_and_on_the_command_line(name: str, t
 def test_quotes_are_needed_for_dots_and_blanks_alone() -> None:
     assert load("env.tasks.hiyouga/geometry3k.answer_format=exact").env.tasks["hiyouga/geometry3k"]
     assert load("env.tasks.'v1.0'.answer_format=exact").env.tasks["v1.0"].answer_format == "exact"
+
+
+def test_a_name_that_was_cut_at_its_dot_is_told_to_stand_in_quotes() -> None:
+    message = failure('env.tasks."mathvista_v1.0"={}', "env.tasks.mathvista_v1.0.length=null")
+    assert 'a name with a dot stands in quotes: env.tasks."mathvista_v1.0"' in message
 
 
 def test_a_fault_under_such_a_name_is_named_with_its_place(tmp_path: Path) -> None:
@@ -94,6 +101,14 @@ def test_home_and_environment_variables_are_expanded_in_paths(monkeypatch: pytes
     assert "'logger.log_dir': the environment variable SCRATCH of '$SCRATCH/run' is not set" in failure(
         "logger.log_dir=$SCRATCH/run"
     )
+
+
+def test_home_is_expanded_in_imports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load("imports=[~/mine.py]").imports[-1] == str(tmp_path / "mine.py")
+    assert load("imports=[$HOME/mine.py]").imports[-1] == str(tmp_path / "mine.py")
+    assert "the environment variable NOT_SET is not set here" in failure("imports=[$NOT_SET/mine.py]")
 
 
 @pytest.mark.parametrize("text", ["Answer: yes or no", "yes", "3", "a # b", "@you", "- one", "%", "it's"])
