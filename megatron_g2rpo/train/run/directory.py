@@ -37,7 +37,7 @@ def prepare(recipe: Recipe, *, fresh: bool) -> None:
     directory, checkpoints = Path(recipe.logger.log_dir), Path(recipe.checkpointing.checkpoint_dir)
     if fresh:
         for path in (checkpoints, directory):
-            _move_aside(path)
+            move_aside(path)
     identity = recipes.identity(recipe)
     claimed = directory / IDENTITY_FILE
     has_checkpoints = any(checkpoints.glob("step_*"))
@@ -58,7 +58,8 @@ def prepare(recipe: Recipe, *, fresh: bool) -> None:
     (directory / RECIPE_FILE).write_text(recipes.dump(recipe))
 
 
-def _move_aside(path: Path) -> None:
+def move_aside(path: Path) -> None:
+    """Rename a directory, if it exists, by the time of its last change; nothing is deleted."""
     if path.exists():
         stamp = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d-%H%M%S")
         path.rename(_free(path.with_name(f"{path.name}.{stamp}")))
