@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``megatron-g2rpo eval``: asks a model every prompt of a dataset and scores what it answers.
+
+No policy is built: the engine is given the weights of the Hugging Face directory. Prompts go through in batches, which
+all processes share, and what a batch gave is on the disk before the next one begins: a command that was interrupted
+goes on there when it is given again. What is sampled for a prompt depends on neither batch nor process (see
+``rollout.base.Engine.generate``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import AutoConfig
+
+from megatron_g2rpo import models
+from megatron_g2rpo.collectives import from_first, gather
+from megatron_g2rpo.commands.eval import answers_file, identity, show
+from megatron_g2rpo.commands.eval.answers_file import ANSWERS, UNUSABLE
+from megatron_g2rpo.commands.eval.compare import compare, write_comparison
+from megatron_g2rpo.commands.eval.settings import Request, Settings
+from megatron_g2rpo.commands.eval.summary import summarise, write_summary
+from megatron_g2rpo.data.dataset import open_dataset
+from megatron_g2rpo.data.errors import SampleError
+from megatron_g2rpo.data.processing import ChatProcessor
+from megatron_g2rpo.data.shard_index import Entry, ShardIndex
+from megatron_g2rpo.data.stream import number_tasks
+from megatron_g2rpo.policy.device import Device, init_process_group, select, set_cpu_threads
+from megatron_g2rpo.recipe import Env, Policy, Recipe, TrainRecipe
+from megatron_g2rpo.rollout.base import Engine
+from megatron_g2rpo.tasks import response_formats
+from megatron_g2rpo.tasks.scoring import read, score
+from megatron_g2rpo.train.assembly import engine_for
+from megatron_g2rpo.train.step.generation import answers
+from megatron_g2rpo.train.step.minibatches import check_lengths
+from megatron_g2rpo.types import DTYPES, Prompt, Rollout
+from megatron_g2rpo.weights import SafetensorsDirectory, WeightSource
+
+# Batches are this many times what an engine decodes together, so that it seldom runs half empty.
+_ENGINE_BATCHES = 2
+# Why a sample cannot be asked.
+UNREADABLE, NOT_ENCODABLE, TOO_LONG = "unreadable", "not encodable", "too long"
+# Told to all ranks when rank 0 prepares the directory.
+_TOLD = (ValueError, OSError)
+
+
+def evaluate(request: Request, settings: Settings) -> None:
+    """Evaluate, from where an earlier call was interrupted; write the summary and print it. A collective of all ranks.
+
+    Args:
+        request: what was asked for.
+        settings: the same, completed.
+
+    Raises:
+        EvaluationError: the directory holds something else.
+        DataError: the dataset cannot be used, or no sample of it.
+        ValueError: the engine cannot be built, or the weights do not fit it.
+        RewardError: a reward cannot be computed.
+        EngineUnavailable: the engine was lost; the same command goes on where it stopped.
+    """
+    recipe = settings.recipe
+    device = select(recipe.cluster.device)
+    if device.kind == "cpu":
+        set_cpu_threads(recipe.cluster.gpus_per_node)
+    init_process_group(device)
+    env = with_metrics(recipe.env)
+    index = open_dataset(settings.data, env)
+    entries = [entry for task in index.tasks for entry in index.entries(task)[: request.limit]]
+    done = from_first(lambda: _prepare(request, settings, index), _TOLD)
+    left = [entry for entry in entries if entry.name not in done]
+    if left:
+        _ask(request, settings, index, left, Asked.of(recipe, env, device), total=len(entries))
+    from_first(lambda: _finish(request, settings), _TOLD)
+
+
+def with_metrics(env: Env) -> Env:
+    """The recipe's rewards, with accuracy and format computed also where the recipe does not weigh them."""
+    return env.model_copy(update={"reward_weights": {"accuracy": 0.0, "format": 0.0} | dict(env.reward_weights)})
+
+
+def _prepare(request: Request, settings: Settings, index: ShardIndex) -> set[str]:
+    """Claim the evaluation's directory; the names of the samples that it is done with."""
+    if request.compare is not None:
+        identity.load(request.compare)  # before hours are spent
+    sampling = {"temperature": settings.temperature, "samples": request.samples, "seed": request.seed}
+    mine = identity.identity_of(
+        settings.recipe, data=index.fingerprint, limit=request.limit, tasks=index.tasks, sampling=sampling
+    )
+    origin = {
+        "model": settings.recipe.policy.model_name,
+        "data": settings.data,
+        "recipe": str(request.recipe) if request.recipe is not None else "the exemplar",
+    }
+    identity.claim(settings.out, mine, origin, fresh=request.fresh)
+    return answers_file.finished(settings.out, request.samples)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What answers: an engine with the weights of a model directory, and what makes prompts and scores for it."""
+
+    recipe: Recipe
+    env: Env
+    processor: ChatProcessor
+    engine: Engine
+    weights: ModelDirectory
+
+    @classmethod
+    def of(cls, recipe: Recipe, env: Env, device: Device) -> Asked:
+        """Build the engine and load its weights. A collective of all ranks."""
+        data, model = recipe.data, recipe.policy.model_name
+        processor = ChatProcessor(
+            model,
+            data.min_pixels,
+            data.max_pixels,
+            data.system_prompt,
+            response_formats.by_task(env, data.response_format) if data.format_instruction else None,
+        )
+        config = AutoConfig.from_pretrained(model, local_files_only=True)
+        banned = processor.banned_token_ids(config.get_text_config().vocab_size)
+        engine = engine_for(recipe.policy, processor, device, banned)
+        weights = ModelDirectory(recipe.policy, device)
+        engine.load_weights(weights.source())
+        return cls(recipe, env, processor, engine, weights)
+
+    def answers(
+        self, prompts: Sequence[Prompt], samples: int, *, temperature: float, seed: int, group_ids: Sequence[int]
+    ) -> list[Rollout]:
+        """What the engine answers to this rank's prompts. A collective of all ranks."""
+        return answers(
+            self.engine, self.weights, prompts, samples, temperature=temperature, seed=seed, group_ids=group_ids
+        )
+
+
+class ModelDirectory:
+    """The weights of a Hugging Face directory, as an engine takes them.
+
+    Args:
+        policy: the recipe's section; ``model_name`` is the directory, ``precision`` the dtype of what is streamed.
+        device: where an engine wants the tensors.
+    """
+
+    def __init__(self, policy: Policy, device: Device) -> None:
+        self._tensors = SafetensorsDirectory(policy.model_name)
+        self._device, self._dtype = device.torch_device, DTYPES[policy.precision]
+        config = AutoConfig.from_pretrained(policy.model_name, local_files_only=True)
+        ignored = models.family(config.model_type).weights(config).ignored
+        self._names = [name for name in self._tensors if name not in ignored]
+
+    def source(self) -> WeightSource:
+        return WeightSource(
+            specs=lambda: {name: self._tensors[name].to("meta", self._dtype) for name in self._names},
+            tensors=lambda: ((name, self._tensors[name].to(self._device, self._dtype)) for name in self._names),
+        )
+
+
+def _ask(
+    request: Request, settings: Settings, index: ShardIndex, left: Sequence[Entry], asked: Asked, *, total: int
+) -> None:
+    """Ask all samples that are left, batch by batch, and write what comes. A collective of all ranks."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    batch_size = settings.recipe.policy.generation.batch_size
+    size = world * max(1, _ENGINE_BATCHES * batch_size // request.samples)
+    task_ids = number_tasks(asked.env.tasks)
+    with _progress(total, total - len(left), show=rank == 0) as advance:
+        for start in range(0, len(left), size):
+            mine = range(start + rank, min(start + size, len(left)), world)
+            prompts, numbers, unusable = [], [], {}
+            for number in mine:
+                entry = left[number]
+                try:
+                    prompts.append(_prompt(asked, index, entry, task_ids[entry.task]))
+                    numbers.append(number)
+                except _Unusable as error:
+                    unusable[number] = error.record(entry)
+            rollouts = asked.answers(
+                prompts, request.samples, temperature=settings.temperature, seed=request.seed, group_ids=numbers
+            )
+            shares = gather(lambda rollouts=rollouts: _records(rollouts, asked))
+            lost = gather(lambda unusable=unusable: unusable)
+            if rank == 0:
+                answered = {number: lines for share in shares for number, lines in share.items()}
+                refused = {number: record for share in lost for number, record in share.items()}
+                answers_file.append(settings.out / UNUSABLE, (refused[number] for number in sorted(refused)))
+                in_order = (line for number in sorted(answered) for line in answered[number])
+                answers_file.append(settings.out / ANSWERS, in_order)
+            advance(min(size, len(left) - start))
+
+
+class _Unusable(Exception):
+    """A sample that cannot be asked."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def record(self, entry: Entry) -> dict[str, str]:
+        return {"key": entry.name, "task": entry.task, "reason": self.reason, "message": str(self)}
+
+
+def _prompt(asked: Asked, index: ShardIndex, entry: Entry, task_id: int) -> Prompt:
+    try:
+        reason = UNREADABLE
+        sample = index.read(entry)
+        reason = NOT_ENCODABLE
+        prompt = asked.processor.encode_sample(sample, task_id)
+        reason = TOO_LONG
+        check_lengths(asked.recipe.policy, [prompt])
+    except SampleError as error:
+        raise _Unusable(reason, str(error)) from error
+    return prompt
+
+
+def _records(rollouts: Sequence[Rollout], asked: Asked) -> dict[int, list[dict[str, Any]]]:
+    """Score responses; group id -> the lines of its responses, in the order of the samples."""
+    recipe, env = asked.recipe, asked.env
+    default = recipe.data.response_format
+    rewards = score(
+        rollouts,
+        env,
+        response_format=default,
+        max_response_tokens=recipe.policy.generation.max_new_tokens,
+        overlong_buffer=recipe.grpo.overlong_penalty.buffer if isinstance(recipe, TrainRecipe) else None,
+    )
+    lines: dict[int, list[dict[str, Any]]] = {}
+    for row, rollout in enumerate(rollouts):
+        sample, response = rollout.prompt.sample, read(rollout, env, default)
+        lines.setdefault(rollout.group_id, []).append(
+            {
+                "key": sample.key,
+                "task": sample.task,
+                "sample_index": rollout.sample_index,
+                "question": sample.question,
+                "reference": sample.answer,
+                "answer_format": env.tasks[sample.task].answer_format or sample.answer_format,
+                "answer": response.answer,
+                "text": response.text,
+                "thinking": response.thinking,
+                "reward": float(rewards.total[row]),
+                "parts": {name: float(part[row]) for name, part in rewards.parts.items()},
+                "response_tokens": response.num_tokens,
+                "truncated": response.truncated,
+            }
+        )
+    return lines
+
+
+@contextmanager
+def _progress(total: int, done: int, *, show: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar over prompts; yields the function that is told how many are done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, transient=True, console=console, disable=not show or not console.is_terminal) as progress:
+        task = progress.add_task("prompts", total=total, completed=done)
+        yield lambda count: progress.advance(task, count)
+
+
+def _finish(request: Request, settings: Settings) -> None:
+    """Summarise and compare what is on file, and print both; on one process."""
+    summary = summarise(settings.out, settings.thresholds)
+    write_summary(settings.out, summary)
+    console = Console(highlight=False, soft_wrap=False)
+    console.print(show.summary_table(summary, settings.out))
+    if request.compare is not None:
+        comparison = compare(request.compare, settings.out)
+        write_comparison(settings.out, comparison)
+        console.print(show.comparison_table(comparison))
