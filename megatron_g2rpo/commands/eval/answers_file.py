@@ -80,6 +80,8 @@ def _recover(path: Path, per_key: int) -> set[str]:
             last, begin = key, end
         counts[key] = counts.get(key, 0) + 1
         end = line.end
+    if last is not None and counts[last] > per_key:
+        raise EvaluationError(f"{path}: sample {last} has {counts[last]} lines, not {per_key}; {_ADVICE}")
     if last is not None and counts[last] < per_key:
         del counts[last]
         end = begin

@@ -46,6 +46,8 @@ from megatron_g2rpo.weights import SafetensorsDirectory, WeightSource
 _ENGINE_BATCHES = 2
 # Why a sample cannot be asked.
 UNREADABLE, NOT_ENCODABLE, TOO_LONG = "unreadable", "not encodable", "too long"
+# Columns of a table that goes to a file or a pipe: as many as it needs.
+_FILE_WIDTH = 1000
 # Told to all ranks when rank 0 prepares the directory.
 _TOLD = (ValueError, OSError)
 
@@ -205,8 +207,8 @@ class _Unusable(Exception):
 
 
 def _prompt(asked: Asked, index: ShardIndex, entry: Entry, task_id: int) -> Prompt:
+    reason = UNREADABLE
     try:
-        reason = UNREADABLE
         sample = index.read(entry)
         reason = NOT_ENCODABLE
         prompt = asked.processor.encode_sample(sample, task_id)
@@ -253,19 +255,32 @@ def _records(rollouts: Sequence[Rollout], asked: Asked) -> dict[int, list[dict[s
 
 @contextmanager
 def _progress(total: int, done: int, *, show: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar over prompts; yields the function that is told how many are done."""
+    """A progress bar over prompts, or lines where nobody watches; yields the function that is told how many more."""
+    console = Console(stderr=True, quiet=not show, highlight=False)
+    if done:
+        console.print(f"goes on: {done} of {total} prompts are on file")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
     with Progress(*columns, transient=True, console=console, disable=not show or not console.is_terminal) as progress:
         task = progress.add_task("prompts", total=total, completed=done)
-        yield lambda count: progress.advance(task, count)
+        asked = done
+
+        def advance(count: int) -> None:
+            nonlocal asked
+            asked += count
+            progress.advance(task, count)
+            if not console.is_terminal:
+                console.print(f"{asked} of {total} prompts")
+
+        yield advance
 
 
 def _finish(request: Request, settings: Settings) -> None:
     """Summarise and compare what is on file, and print both; on one process."""
     summary = summarise(settings.out, settings.thresholds)
     write_summary(settings.out, summary)
-    console = Console(highlight=False, soft_wrap=False)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
     console.print(show.summary_table(summary, settings.out))
     if request.compare is not None:
         comparison = compare(request.compare, settings.out)

@@ -73,7 +73,7 @@ def comparison_table(compared: Compared) -> RenderableType:
 def _table(*headings: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
     return table
 
 

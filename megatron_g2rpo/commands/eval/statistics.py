@@ -197,7 +197,7 @@ def _weighted(means: Sequence[Array], draws: Sequence[Array | None], weights: Ar
 
 
 def _sign_flip_p(differences: Array, seed: int) -> float:
-    if not differences.any():
+    if len(differences) < 2 or not differences.any():  # both signs of one difference are equally far from 0
         return 1.0
     result = stats.permutation_test(
         (differences,),
