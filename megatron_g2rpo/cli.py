@@ -104,7 +104,7 @@ def evaluate(
 
         request = Request(
             recipe=recipe,
-            overrides=given,
+            overrides=tuple(given),
             model=model,
             data=data,
             out=out,
@@ -112,7 +112,7 @@ def evaluate(
             samples=samples,
             temperature=temperature,
             seed=seed,
-            pass_thresholds=pass_threshold or [],
+            pass_thresholds=tuple(pass_threshold or ()),
             compare=compare,
             fresh=fresh,
         )

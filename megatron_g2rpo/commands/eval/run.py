@@ -83,13 +83,16 @@ def evaluate(request: Request, settings: Settings) -> None:
 
 def with_metrics(env: Env) -> Env:
     """The recipe's rewards, with accuracy and format computed also where the recipe does not weigh them."""
-    return env.model_copy(update={"reward_weights": {"accuracy": 0.0, "format": 0.0} | dict(env.reward_weights)})
+    missing = {name: 0.0 for name in ("accuracy", "format") if name not in env.reward_weights}
+    # Behind the others, so that the sum of these rounds as it does in a run.
+    return env.model_copy(update={"reward_weights": {**env.reward_weights, **missing}})
 
 
 def _prepare(request: Request, settings: Settings, index: ShardIndex) -> set[str]:
     """Claim the evaluation's directory; the names of the samples that it is done with."""
     if request.compare is not None:
         identity.load(request.compare)  # before hours are spent
+    settings.thresholds.check(index.tasks)
     sampling = {"temperature": settings.temperature, "samples": request.samples, "seed": request.seed}
     mine = identity.identity_of(
         settings.recipe, data=index.fingerprint, limit=request.limit, tasks=index.tasks, sampling=sampling

@@ -54,7 +54,7 @@ class Request:
     """
 
     recipe: Path | None = None
-    overrides: Sequence[str] = ()
+    overrides: tuple[str, ...] = ()
     model: str | None = None
     data: str | None = None
     out: Path | None = None
@@ -62,7 +62,7 @@ class Request:
     samples: int = 1
     temperature: float | None = None
     seed: int = 0
-    pass_thresholds: Sequence[str] = ()
+    pass_thresholds: tuple[str, ...] = ()
     compare: Path | None = None
     fresh: bool = False
 
@@ -105,7 +105,16 @@ class Thresholds:
     default: float = PASS_THRESHOLD
     by_task: Mapping[str, float] = field(default_factory=dict)
 
+    def check(self, tasks: Sequence[str]) -> None:
+        """Raise ``ValueError`` if a threshold is that of a task that the dataset lacks."""
+        unknown = [task for task in self.by_task if task not in tasks]
+        if unknown:
+            raise ValueError(
+                f"--pass-threshold {unknown[0]}=...: the dataset has no such task; it has {', '.join(tasks)}"
+            )
+
     def of(self, task: str) -> float:
+        """The threshold of a task."""
         return self.by_task.get(task, self.default)
 
     @classmethod

@@ -20,10 +20,15 @@ from megatron_g2rpo.commands.eval.summary import summarise, write_summary
 
 
 def evaluation(
-    directory: Path, accuracies: dict[str, Sequence[Sequence[float]]], *, first: int = 0, **changes: Any
+    directory: Path,
+    accuracies: dict[str, Sequence[Sequence[float]]],
+    *,
+    first: int = 0,
+    samples: int = 1,
+    **changes: Any,
 ) -> Path:
     """An evaluation on file: task -> prompts -> accuracy of each response; ``changes`` go into each line."""
-    claim(directory, {"model": str(directory), "sampling.samples": 1}, {}, fresh=False)
+    claim(directory, {"model": str(directory), "sampling.samples": samples}, {}, fresh=False)
     for task, prompts in accuracies.items():
         for number, responses in enumerate(prompts, start=first):
             line = {"key": f"{task}-{number}", "task": task, "question": "?", "reference": f"{number}"}
@@ -103,6 +108,9 @@ def test_a_threshold_that_is_none_is_refused(text: str) -> None:
 def test_thresholds_are_of_all_tasks_or_of_one() -> None:
     thresholds = Thresholds.parsed(["0.7", "a=b=0.5"])
     assert (thresholds.of("x"), thresholds.of("a=b")) == (0.7, 0.5)
+    thresholds.check(["a=b", "c"])
+    with pytest.raises(ValueError, match=r"--pass-threshold a=b=...: the dataset has no such task; it has c"):
+        thresholds.check(["c"])
 
 
 def test_evaluations_are_paired_by_prompt_and_the_rest_is_said(tmp_path: Path) -> None:
@@ -137,12 +145,5 @@ def test_samples_of_one_name_that_are_other_questions_are_not_compared(tmp_path:
 
 def test_a_comparison_says_what_else_differs(tmp_path: Path) -> None:
     earlier = evaluation(tmp_path / "a", {"word": [[1.0]]})
-    later = tmp_path / "b"
-    claim(later, {"model": "another", "sampling.samples": 8}, {}, fresh=False)
-    evaluation_of_eight = {"word": [[1.0] * 8]}
-    append(later / ANSWERS, [])
-    (later / ANSWERS).unlink()
-    identity_line = json.loads((later / "evaluation.json").read_text())
-    evaluation(later, evaluation_of_eight)
-    (later / "evaluation.json").write_text(json.dumps(identity_line))
+    later = evaluation(tmp_path / "b", {"word": [[1.0] * 8]}, samples=8)
     assert compare(earlier, later).differences == ["sampling.samples: 1 there, 8 here"]
