@@ -11,36 +11,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import AutoConfig
 
-from megatron_g2rpo import models
 from megatron_g2rpo.collectives import from_first, gather
 from megatron_g2rpo.commands.eval import answers_file, identity, show
-from megatron_g2rpo.commands.eval.answers_file import ANSWERS, UNUSABLE
+from megatron_g2rpo.commands.eval.answers_file import ANSWERS, UNUSABLE, Record
 from megatron_g2rpo.commands.eval.compare import compare, write_comparison
+from megatron_g2rpo.commands.eval.model import Model
 from megatron_g2rpo.commands.eval.settings import Request, Settings
 from megatron_g2rpo.commands.eval.summary import summarise, write_summary
 from megatron_g2rpo.data.dataset import open_dataset
 from megatron_g2rpo.data.errors import SampleError
-from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.data.shard_index import Entry, ShardIndex
 from megatron_g2rpo.data.stream import number_tasks
-from megatron_g2rpo.policy.device import Device, init_process_group, select, set_cpu_threads
-from megatron_g2rpo.recipe import Env, Policy, Recipe, TrainRecipe
-from megatron_g2rpo.rollout.base import Engine
-from megatron_g2rpo.tasks import response_formats
+from megatron_g2rpo.policy.device import init_process_group, select, set_cpu_threads
+from megatron_g2rpo.recipe import Env, TrainRecipe
 from megatron_g2rpo.tasks.scoring import read, score
-from megatron_g2rpo.train.assembly import engine_for
-from megatron_g2rpo.train.step.generation import answers
 from megatron_g2rpo.train.step.minibatches import check_lengths
-from megatron_g2rpo.types import DTYPES, Prompt, Rollout
-from megatron_g2rpo.weights import SafetensorsDirectory, WeightSource
+from megatron_g2rpo.types import Prompt, Rollout
 
 # Batches are this many times what an engine decodes together, so that it seldom runs half empty.
 _ENGINE_BATCHES = 2
@@ -77,7 +68,7 @@ def evaluate(request: Request, settings: Settings) -> None:
     done = from_first(lambda: _prepare(request, settings, index), _TOLD)
     left = [entry for entry in entries if entry.name not in done]
     if left:
-        _ask(request, settings, index, left, Asked.of(recipe, env, device), total=len(entries))
+        _ask(request, settings, index, left, Model.of(recipe, env, device), total=len(entries))
     from_first(lambda: _finish(request, settings), _TOLD)
 
 
@@ -106,96 +97,49 @@ def _prepare(request: Request, settings: Settings, index: ShardIndex) -> set[str
     return answers_file.finished(settings.out, request.samples)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What answers: an engine with the weights of a model directory, and what makes prompts and scores for it."""
-
-    recipe: Recipe
-    env: Env
-    processor: ChatProcessor
-    engine: Engine
-    weights: ModelDirectory
-
-    @classmethod
-    def of(cls, recipe: Recipe, env: Env, device: Device) -> Asked:
-        """Build the engine and load its weights. A collective of all ranks."""
-        data, model = recipe.data, recipe.policy.model_name
-        processor = ChatProcessor(
-            model,
-            data.min_pixels,
-            data.max_pixels,
-            data.system_prompt,
-            response_formats.by_task(env, data.response_format) if data.format_instruction else None,
-        )
-        config = AutoConfig.from_pretrained(model, local_files_only=True)
-        banned = processor.banned_token_ids(config.get_text_config().vocab_size)
-        engine = engine_for(recipe.policy, processor, device, banned)
-        weights = ModelDirectory(recipe.policy, device)
-        engine.load_weights(weights.source())
-        return cls(recipe, env, processor, engine, weights)
-
-    def answers(
-        self, prompts: Sequence[Prompt], samples: int, *, temperature: float, seed: int, group_ids: Sequence[int]
-    ) -> list[Rollout]:
-        """What the engine answers to this rank's prompts. A collective of all ranks."""
-        return answers(
-            self.engine, self.weights, prompts, samples, temperature=temperature, seed=seed, group_ids=group_ids
-        )
-
-
-class ModelDirectory:
-    """The weights of a Hugging Face directory, as an engine takes them.
-
-    Args:
-        policy: the recipe's section; ``model_name`` is the directory, ``precision`` the dtype of what is streamed.
-        device: where an engine wants the tensors.
-    """
-
-    def __init__(self, policy: Policy, device: Device) -> None:
-        self._tensors = SafetensorsDirectory(policy.model_name)
-        self._device, self._dtype = device.torch_device, DTYPES[policy.precision]
-        config = AutoConfig.from_pretrained(policy.model_name, local_files_only=True)
-        ignored = models.family(config.model_type).weights(config).ignored
-        self._names = [name for name in self._tensors if name not in ignored]
-
-    def source(self) -> WeightSource:
-        return WeightSource(
-            specs=lambda: {name: self._tensors[name].to("meta", self._dtype) for name in self._names},
-            tensors=lambda: ((name, self._tensors[name].to(self._device, self._dtype)) for name in self._names),
-        )
-
-
 def _ask(
-    request: Request, settings: Settings, index: ShardIndex, left: Sequence[Entry], asked: Asked, *, total: int
+    request: Request, settings: Settings, index: ShardIndex, left: Sequence[Entry], model: Model, *, total: int
 ) -> None:
     """Ask all samples that are left, batch by batch, and write what comes. A collective of all ranks."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    batch_size = settings.recipe.policy.generation.batch_size
-    size = world * max(1, _ENGINE_BATCHES * batch_size // request.samples)
-    task_ids = number_tasks(asked.env.tasks)
-    with _progress(total, total - len(left), show=rank == 0) as advance:
+    writes = dist.get_rank() == 0
+    per_rank = max(1, _ENGINE_BATCHES * settings.recipe.policy.generation.batch_size // request.samples)
+    size = dist.get_world_size() * per_rank
+    with _progress(total, total - len(left), show=writes) as advance:
         for start in range(0, len(left), size):
-            mine = range(start + rank, min(start + size, len(left)), world)
-            prompts, numbers, unusable = [], [], {}
-            for number in mine:
-                entry = left[number]
-                try:
-                    prompts.append(_prompt(asked, index, entry, task_ids[entry.task]))
-                    numbers.append(number)
-                except _Unusable as error:
-                    unusable[number] = error.record(entry)
-            rollouts = asked.answers(
-                prompts, request.samples, temperature=settings.temperature, seed=request.seed, group_ids=numbers
-            )
-            shares = gather(lambda rollouts=rollouts: _records(rollouts, asked))
-            lost = gather(lambda unusable=unusable: unusable)
-            if rank == 0:
-                answered = {number: lines for share in shares for number, lines in share.items()}
-                refused = {number: record for share in lost for number, record in share.items()}
-                answers_file.append(settings.out / UNUSABLE, (refused[number] for number in sorted(refused)))
-                in_order = (line for number in sorted(answered) for line in answered[number])
-                answers_file.append(settings.out / ANSWERS, in_order)
-            advance(min(size, len(left) - start))
+            batch = left[start : start + size]
+            answered, unusable = _ask_batch(request, settings, index, batch, model)
+            if writes:
+                answers_file.append(settings.out / UNUSABLE, unusable)
+                answers_file.append(settings.out / ANSWERS, answered)
+            advance(len(batch))
+
+
+def _ask_batch(
+    request: Request, settings: Settings, index: ShardIndex, batch: Sequence[Entry], model: Model
+) -> tuple[list[Record], list[Record]]:
+    """Ask samples, which the ranks share; the lines of all ranks, in the order of the batch. A collective.
+
+    Returns:
+        The lines of responses, and those of samples that could not be asked.
+    """
+    task_ids = number_tasks(model.env.tasks)
+    prompts: list[Prompt] = []
+    places: list[int] = []
+    unusable: dict[int, Record] = {}
+    for place in range(dist.get_rank(), len(batch), dist.get_world_size()):
+        entry = batch[place]
+        try:
+            prompts.append(_prompt(model, index, entry, task_ids[entry.task]))
+            places.append(place)
+        except _Unusable as error:
+            unusable[place] = error.record(entry)
+    rollouts = model.answers(
+        prompts, request.samples, temperature=settings.temperature, seed=request.seed, group_ids=places
+    )
+    shares = gather(lambda: (_records(rollouts, model), unusable))
+    answers = {place: lines for share, _ in shares for place, lines in share.items()}
+    refused = {place: record for _, share in shares for place, record in share.items()}
+    return [line for place in sorted(answers) for line in answers[place]], [refused[place] for place in sorted(refused)]
 
 
 class _Unusable(Exception):
@@ -205,26 +149,26 @@ class _Unusable(Exception):
         super().__init__(message)
         self.reason = reason
 
-    def record(self, entry: Entry) -> dict[str, str]:
+    def record(self, entry: Entry) -> Record:
         return {"key": entry.name, "task": entry.task, "reason": self.reason, "message": str(self)}
 
 
-def _prompt(asked: Asked, index: ShardIndex, entry: Entry, task_id: int) -> Prompt:
+def _prompt(model: Model, index: ShardIndex, entry: Entry, task_id: int) -> Prompt:
     reason = UNREADABLE
     try:
         sample = index.read(entry)
         reason = NOT_ENCODABLE
-        prompt = asked.processor.encode_sample(sample, task_id)
+        prompt = model.processor.encode_sample(sample, task_id)
         reason = TOO_LONG
-        check_lengths(asked.recipe.policy, [prompt])
+        check_lengths(model.recipe.policy, [prompt])
     except SampleError as error:
         raise _Unusable(reason, str(error)) from error
     return prompt
 
 
-def _records(rollouts: Sequence[Rollout], asked: Asked) -> dict[int, list[dict[str, Any]]]:
+def _records(rollouts: Sequence[Rollout], model: Model) -> dict[int, list[Record]]:
     """Score responses; group id -> the lines of its responses, in the order of the samples."""
-    recipe, env = asked.recipe, asked.env
+    recipe, env = model.recipe, model.env
     default = recipe.data.response_format
     rewards = score(
         rollouts,
@@ -233,7 +177,7 @@ def _records(rollouts: Sequence[Rollout], asked: Asked) -> dict[int, list[dict[s
         max_response_tokens=recipe.policy.generation.max_new_tokens,
         overlong_buffer=recipe.grpo.overlong_penalty.buffer if isinstance(recipe, TrainRecipe) else None,
     )
-    lines: dict[int, list[dict[str, Any]]] = {}
+    lines: dict[int, list[Record]] = {}
     for row, rollout in enumerate(rollouts):
         sample, response = rollout.prompt.sample, read(rollout, env, default)
         lines.setdefault(rollout.group_id, []).append(
