@@ -156,14 +156,14 @@ def test_samples_that_cannot_be_asked_are_counted_and_listed(toy: Toy, tmp_path:
     listed = read(out / "unusable.jsonl")
     assert [(line["task"], line["reason"]) for line in listed] == [
         ("colour", "unreadable"),
-        ("pair", "too long"),
-        ("pair", "too long"),
+        ("pair", "too_long"),
+        ("pair", "too_long"),
     ]
     assert broken in listed[0]["message"]
-    assert "samples that could not be asked: 2 too long, 1 unreadable (colour 1, pair 2)" in shown
+    assert "samples that could not be asked: 2 too_long, 1 unreadable (colour 1, pair 2)" in shown
     summary = json.loads((out / "summary.json").read_text())
     assert {task: figures["prompts"] for task, figures in summary["tasks"].items()} == {"colour": 1, "sum": 2}
-    assert summary["unusable"] == {"colour": {"unreadable": 1}, "pair": {"too long": 2}}
+    assert summary["unusable"] == {"colour": {"unreadable": 1}, "pair": {"too_long": 2}}
 
 
 def test_a_recipe_of_many_gpus_is_evaluated_by_one_process(recipe: Path, evaluated: Path, tmp_path: Path) -> None:

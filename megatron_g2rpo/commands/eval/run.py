@@ -26,7 +26,7 @@ from megatron_g2rpo.commands.eval.summary import summarise, write_summary
 from megatron_g2rpo.data.dataset import open_dataset
 from megatron_g2rpo.data.errors import SampleError
 from megatron_g2rpo.data.shard_index import Entry, ShardIndex
-from megatron_g2rpo.data.stream import number_tasks
+from megatron_g2rpo.data.stream import encode_entry, number_tasks
 from megatron_g2rpo.policy.device import init_process_group, select, set_cpu_threads
 from megatron_g2rpo.recipe import Env, TrainRecipe
 from megatron_g2rpo.tasks.scoring import read, score
@@ -36,7 +36,7 @@ from megatron_g2rpo.types import Prompt, Rollout
 # Batches are this many times what an engine decodes together, so that it seldom runs half empty.
 _ENGINE_BATCHES = 2
 # Why a sample cannot be asked.
-UNREADABLE, NOT_ENCODABLE, TOO_LONG = "unreadable", "not encodable", "too long"
+UNREADABLE, TOO_LONG = "unreadable", "too_long"
 # Columns of a table that goes to a file or a pipe: as many as it needs.
 _FILE_WIDTH = 1000
 # Told to all ranks when rank 0 prepares the directory.
@@ -156,9 +156,7 @@ class _Unusable(Exception):
 def _prompt(model: Model, index: ShardIndex, entry: Entry, task_id: int) -> Prompt:
     reason = UNREADABLE
     try:
-        sample = index.read(entry)
-        reason = NOT_ENCODABLE
-        prompt = model.processor.encode_sample(sample, task_id)
+        prompt = encode_entry(index, entry, model.processor, task_id)
         reason = TOO_LONG
         check_lengths(model.recipe.policy, [prompt])
     except SampleError as error:

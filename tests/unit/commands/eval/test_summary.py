@@ -49,7 +49,7 @@ def shown(what: RenderableType, width: int = 300) -> str:
 
 def test_figures_are_means_over_prompts_of_means_over_responses(tmp_path: Path) -> None:
     evaluation(tmp_path, {"box": [[0.6, 0.4], [0.2, 0.1]], "word": [[1.0, 0.0]]})
-    append(tmp_path / UNUSABLE, [{"key": "box-9", "task": "box", "reason": "too long", "message": "m"}])
+    append(tmp_path / UNUSABLE, [{"key": "box-9", "task": "box", "reason": "too_long", "message": "m"}])
     summary = summarise(tmp_path, Thresholds.parsed(["box=0.5"]))
     box, word = summary.by_task["box"], summary.by_task["word"]
     assert box["accuracy"].mean == pytest.approx((0.5 + 0.15) / 2)
@@ -60,7 +60,7 @@ def test_figures_are_means_over_prompts_of_means_over_responses(tmp_path: Path) 
     assert (word["pass@1"].mean, word["pass@2"].mean) == (0.5, 1.0)
     assert summary.over_tasks["pass@2"].mean == 0.75
     assert summary.over_samples["pass@2"].mean == pytest.approx(2 / 3)
-    assert (summary.sizes, summary.unusable) == ({"box": 2, "word": 1}, {"box": {"too long": 1}})
+    assert (summary.sizes, summary.unusable) == ({"box": 2, "word": 1}, {"box": {"too_long": 1}})
 
     write_summary(tmp_path, summary)
     tree = json.loads((tmp_path / "summary.json").read_text())
@@ -72,7 +72,7 @@ def test_figures_are_means_over_prompts_of_means_over_responses(tmp_path: Path) 
 
 def test_the_table_says_what_is_not_counted(tmp_path: Path) -> None:
     evaluation(tmp_path, {"box": [[0.5], [1.0]], "word": [[1.0], [1.0]]})
-    unusable = [("box", "too long"), ("word", "unreadable"), ("gone", "unreadable")]
+    unusable = [("box", "too_long"), ("word", "unreadable"), ("gone", "unreadable")]
     records = [
         {"key": f"{number}", "task": task, "reason": reason, "message": ""}
         for number, (task, reason) in enumerate(unusable)
@@ -82,7 +82,7 @@ def test_the_table_says_what_is_not_counted(tmp_path: Path) -> None:
     rows = [" ".join(line.split()) for line in text.splitlines()]
     assert rows[1].startswith("box 2 0.750 [0.500, 1.000] 1.000 [1.000, 1.000] 10.5 [10.0, 11.0] 0.500 [0.000, 1.000]")
     assert rows[3].startswith("mean over tasks 4 0.875 [0.750, 1.000]")
-    assert "1 too long, 2 unreadable (box 1, gone 1, word 1)" in text
+    assert "1 too_long, 2 unreadable (box 1, gone 1, word 1)" in text
     assert "pass: accuracy of at least 1\n" in text
 
 
@@ -94,7 +94,7 @@ def test_a_narrow_table_wraps_and_loses_no_digit(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_without_an_answer_has_no_figures(tmp_path: Path) -> None:
-    append(tmp_path / UNUSABLE, [{"key": "k", "task": "t", "reason": "too long", "message": "m"}])
+    append(tmp_path / UNUSABLE, [{"key": "k", "task": "t", "reason": "too_long", "message": "m"}])
     with pytest.raises(EvaluationError, match=r"none of the samples could be asked; .*unusable.jsonl says why"):
         summarise(tmp_path, Thresholds())
 
