@@ -111,7 +111,7 @@ def estimates(values: Mapping[str, Array], seed: int = 0) -> Pooled:
         values: task -> float64 ``[P, M]``, one row a prompt; P differs between tasks, M does not.
         seed: seed of the resampling.
     """
-    means = {task: rows.mean(axis=0) for task, rows in values.items()}
+    means = {task: np.array([_mean(column) for column in rows.T]) for task, rows in values.items()}
     draws = {task: _resampled_means(rows, task, seed) for task, rows in values.items()}
     sizes = np.array([len(rows) for rows in values.values()], dtype=np.float64)
     equal = np.full(len(sizes), 1.0 / len(sizes))
@@ -154,8 +154,8 @@ def paired(earlier: Mapping[str, Array], later: Mapping[str, Array], seed: int =
         by_task={
             task: Paired(
                 n=sizes[task],
-                earlier=float(earlier[task].mean()),
-                later=float(later[task].mean()),
+                earlier=_mean(earlier[task]),
+                later=_mean(later[task]),
                 difference=found.by_task[task][0],
                 p_value=_sign_flip_p(differences[task], seed),
             )
@@ -164,6 +164,11 @@ def paired(earlier: Mapping[str, Array], later: Mapping[str, Array], seed: int =
         over_tasks=together(equal, found.over_tasks[0]),
         over_samples=together(pooled, found.over_samples[0]),
     )
+
+
+def _mean(values: Array) -> float:
+    """The mean, rounded once: figures of one evaluation are the same wherever they are shown."""
+    return math.fsum(values) / len(values)
 
 
 def _resampled_means(rows: Array, task: str, seed: int) -> Array | None:
