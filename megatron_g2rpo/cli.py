@@ -7,11 +7,14 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
 from megatron_g2rpo.recipe import Recipe
+
+if TYPE_CHECKING:
+    from megatron_g2rpo.commands.eval.settings import Request
 
 R = TypeVar("R", bound=Recipe)
 
@@ -58,6 +61,65 @@ def logprobs(
 ) -> None:
     """Compute log-probabilities and entropies of given responses. Overrides set the layout (keys of policy.*)."""
     _with_errors(lambda: _logprobs(model, source, target, overrides or [], nproc))
+
+
+@app.command(name="eval")
+def evaluate(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Path of a recipe (YAML), and overrides of its keys, key=value.",
+            metavar="[RECIPE] [OVERRIDES]...",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hugging Face directory; default: policy.model_name.")] = None,
+    data: Annotated[str | None, typer.Option(help="Shards; default: data.validation.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory to write; default: eval/MODEL-DATA.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most samples of each task; default: all.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 1,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, help="0: greedy. Default: 0; with several samples, policy.generation.val_temperature."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    pass_threshold: Annotated[
+        list[str] | None,
+        typer.Option(help="Accuracy from which a response is a success (pass@k), NUMBER or TASK=NUMBER; default: 1."),
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Earlier evaluation to compare with, prompt by prompt.")
+    ] = None,
+    nproc: Nproc = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Move an earlier evaluation aside; do not go on.")] = False,
+) -> None:
+    """Evaluate a model on a dataset: of a recipe, or any with --model and --data. The same command again goes on.
+
+    Accuracy, format, length and pass@k of each task with confidence intervals; every answer in OUT/answers.jsonl.
+    """
+    given = list(arguments or [])
+    recipe = Path(given.pop(0)) if given and ("=" not in given[0] or Path(given[0]).is_file()) else None
+
+    def run() -> None:
+        from megatron_g2rpo.commands.eval.settings import Request
+
+        request = Request(
+            recipe=recipe,
+            overrides=tuple(given),
+            model=model,
+            data=data,
+            out=out,
+            limit=limit,
+            samples=samples,
+            temperature=temperature,
+            seed=seed,
+            pass_thresholds=tuple(pass_threshold or ()),
+            compare=compare,
+            fresh=fresh,
+        )
+        _evaluate(request, nproc)
+
+    _with_errors(run)
 
 
 @app.command()
@@ -341,6 +403,18 @@ def _logprobs(model: Path, source: Path, target: Path, overrides: list[str], npr
     lines = run(recipe, source, target)
     if _is_first():
         typer.echo(f"wrote {lines} lines to {target}")
+
+
+def _evaluate(request: Request, nproc: int | None) -> None:
+    from megatron_g2rpo.commands.eval import run
+    from megatron_g2rpo.commands.eval.settings import completed
+    from megatron_g2rpo.commands.launch import launch
+
+    settings = completed(request, _cluster(nproc))
+    if _launch_needed(settings.recipe):
+        launch(settings.recipe.cluster.gpus_per_node, request.arguments())
+        return
+    run.evaluate(request, settings)
 
 
 def _with_huge_pages() -> None:

@@ -42,7 +42,7 @@ def prepare(recipe: Recipe, *, fresh: bool) -> list[str]:
     directory, checkpoints = Path(recipe.logger.log_dir), Path(recipe.checkpointing.checkpoint_dir)
     if fresh:
         for path in (checkpoints, directory):
-            _move_aside(path)
+            move_aside(path)
     identity = {**recipes.identity(recipe), _MODEL: model_fingerprint(recipe.policy.model_name)}
     notes: list[str] = []
     claimed = directory / IDENTITY_FILE
@@ -79,7 +79,8 @@ def _changed(recipe: Recipe, before: Path) -> list[str]:
     return [f"the run goes on with other settings ({shown}{more})"]
 
 
-def _move_aside(path: Path) -> None:
+def move_aside(path: Path) -> None:
+    """Rename a directory, if it exists, by the time of its last change; nothing is deleted."""
     if path.exists():
         stamp = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d-%H%M%S")
         path.rename(_free(path.with_name(f"{path.name}.{stamp}")))

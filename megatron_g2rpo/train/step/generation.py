@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch.distributed as dist
 
@@ -12,6 +13,15 @@ from megatron_g2rpo.collectives import together
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.rollout.base import Engine, EngineUnavailable, Sampling
 from megatron_g2rpo.types import Prompt, Rollout
+from megatron_g2rpo.weights import WeightSource
+
+
+class HasWeights(Protocol):
+    """What a lost engine is given its weights from again: a policy, or a model directory that is evaluated."""
+
+    def source(self) -> WeightSource:
+        """Return the weights in the form that a rollout engine loads. A collective of all ranks."""
+        ...
 
 
 def generate(
@@ -70,7 +80,7 @@ def generate(
 
 def answers(
     engine: Engine,
-    policy: MegatronPolicy,
+    policy: HasWeights,
     prompts: Sequence[Prompt],
     n: int,
     *,
