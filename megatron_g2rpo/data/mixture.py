@@ -106,8 +106,13 @@ class Mixture:
         rows = zip_longest(*(part.entries(task) for part in self._parts if task in part.tasks))
         return [entry for row in rows for entry in row if entry is not None][:count]
 
+    def name(self, entry: Entry) -> str:
+        """Return the key of an entry's sample. Where there are several datasets, it begins with the end of a path."""
+        prefix = self._prefixes[self._part_of[entry.shard]]
+        return f"{prefix}/{entry.name}" if prefix else entry.name
+
     def read(self, entry: Entry) -> Sample:
-        """Read a sample. Where there are several datasets, its key begins with the end of its dataset's path.
+        """Read a sample. Where there are several datasets, its key is that of ``name``.
 
         Raises:
             SampleError: see ``ShardIndex.read``.
@@ -120,7 +125,7 @@ class Mixture:
             if not prefix:
                 raise
             raise SampleError(f"{prefix}: {error}", error.reason) from error
-        return replace(sample, key=f"{prefix}/{sample.key}") if prefix else sample
+        return replace(sample, key=self.name(entry)) if prefix else sample
 
     def contents(self) -> list[ShardContent]:
         """Return what is known of every shard, in their order."""

@@ -17,13 +17,17 @@ from typing import Any
 from megatron_g2rpo.commands.eval.answers_file import ANSWERS, UNUSABLE, EvaluationError
 from megatron_g2rpo.recipe import Recipe
 from megatron_g2rpo.train.run.directory import move_aside
+from megatron_g2rpo.weights import SafetensorsDirectory
 
 EVALUATION = "evaluation.json"
 SHOWN_DIFFERENCES = 5
 
-_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
-# Of `policy.generation`: they decide how fast is generated, or are for training.
-_NOT_GENERATION = {"temperature", "val_temperature", "batch_size", "gap_warning", "vllm_cfg", "vllm_server_cfg"}
+# Beside the weights.
+_MODEL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+# Of `policy.generation`: they decide how fast is generated, or are for training; those of validation are in `sampling`.
+_OF_SPEED = {"batch_size", "gap_warning", "vllm_cfg", "vllm_server_cfg"}
+_OF_SAMPLING = {"temperature", "top_k", "top_p", "min_p", "stop_strings"}
+_NOT_GENERATION = _OF_SPEED | _OF_SAMPLING | {f"val_{name}" for name in _OF_SAMPLING}
 _OF_DATA = ("min_pixels", "max_pixels", "system_prompt", "response_format", "format_instruction")
 
 Identity = dict[str, Any]
@@ -37,7 +41,7 @@ def identity_of(recipe: Recipe, *, data: str, limit: int | None, tasks: tuple[st
         data: fingerprint of the dataset.
         limit: the largest number of samples of each task.
         tasks: the tasks of the dataset; what the recipe says of others does not count.
-        sampling: temperature, number of samples and seed.
+        sampling: the fields of ``Sampling``, number of samples and seed.
     """
     tree = recipe.model_dump(mode="json")
     generation = {key: value for key, value in tree["policy"]["generation"].items() if key not in _NOT_GENERATION}
@@ -60,8 +64,15 @@ def identity_of(recipe: Recipe, *, data: str, limit: int | None, tasks: tuple[st
 
 
 def fingerprint(model: Path) -> str:
-    """Hex digest of the content of a Hugging Face directory: weights, configuration, tokenizer, chat template."""
-    files = sorted({path for pattern in _MODEL_FILES for path in model.glob(pattern) if path.is_file()})
+    """Hex digest of the content of a Hugging Face directory: weights, configuration, tokenizer, chat template.
+
+    Safetensors files that are not the model's do not count, see ``SafetensorsDirectory``.
+
+    Raises:
+        CheckpointError: the weights cannot be used.
+    """
+    beside = {path for pattern in _MODEL_FILES for path in model.glob(pattern) if path.is_file()}
+    files = sorted({*beside, *SafetensorsDirectory(model).files})
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter
         digests = list(pool.map(_sha256, files))
     named = [f"{path.name} {digest}\n" for path, digest in zip(files, digests, strict=True)]

@@ -6,13 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import AutoConfig
-
 from megatron_g2rpo import models
 from megatron_g2rpo.data.processing import ChatProcessor
+from megatron_g2rpo.models.directory import load_config
 from megatron_g2rpo.policy.device import Device
 from megatron_g2rpo.recipe import Env, Policy, Recipe
-from megatron_g2rpo.rollout.base import Engine
+from megatron_g2rpo.rollout.base import Engine, Sampling
 from megatron_g2rpo.tasks import response_formats
 from megatron_g2rpo.train.assembly import engine_for
 from megatron_g2rpo.train.step.generation import answers
@@ -54,18 +53,17 @@ class Model:
             data.system_prompt,
             response_formats.by_task(env, data.response_format) if data.format_instruction else None,
         )
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        banned = processor.banned_token_ids(config.get_text_config().vocab_size)
+        banned = processor.banned_token_ids(processor.vocab_size)
         engine = engine_for(recipe.policy, processor, device, banned)
         weights = DirectoryWeights(recipe.policy, device)
         engine.load_weights(weights.source())
         return cls(recipe, env, processor, engine, weights)
 
     def answers(
-        self, prompts: Sequence[Prompt], n: int, *, temperature: float, seed: int, group_ids: Sequence[int]
+        self, prompts: Sequence[Prompt], n: int, *, sampling: Sampling, seed: int, group_ids: Sequence[int]
     ) -> list[Rollout]:
         """Return ``n`` responses to each of this rank's prompts; see ``Engine.generate``. A collective of all ranks."""
-        return answers(self.engine, self.weights, prompts, n, temperature=temperature, seed=seed, group_ids=group_ids)
+        return answers(self.engine, self.weights, prompts, n, sampling=sampling, seed=seed, group_ids=group_ids)
 
 
 class DirectoryWeights:
@@ -79,7 +77,7 @@ class DirectoryWeights:
     def __init__(self, policy: Policy, device: Device) -> None:
         self._tensors = SafetensorsDirectory(policy.model_name)
         self._device, self._dtype = device.torch_device, DTYPES[policy.precision]
-        config = AutoConfig.from_pretrained(policy.model_name, local_files_only=True)
+        config = load_config(policy.model_name)
         ignored = models.family(config.model_type).weights(config).ignored
         self._names = [name for name in self._tensors if name not in ignored]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import torch.distributed as dist
 from rich.console import Console
@@ -23,20 +24,19 @@ from megatron_g2rpo.commands.eval.compare import compare, write_comparison
 from megatron_g2rpo.commands.eval.model import Model
 from megatron_g2rpo.commands.eval.settings import Request, Settings
 from megatron_g2rpo.commands.eval.summary import summarise, write_summary
-from megatron_g2rpo.data.dataset import open_dataset
+from megatron_g2rpo.data.checks import prompt_fits, reference_is_readable, scored_formats
+from megatron_g2rpo.data.dataset import open_datasets
 from megatron_g2rpo.data.errors import SampleError
-from megatron_g2rpo.data.shard_index import Entry, ShardIndex
+from megatron_g2rpo.data.mixture import Mixture
+from megatron_g2rpo.data.shard_index import Entry
 from megatron_g2rpo.data.stream import encode_entry, number_tasks
 from megatron_g2rpo.policy.device import init_process_group, select, set_cpu_threads
 from megatron_g2rpo.recipe import Env, TrainRecipe
 from megatron_g2rpo.tasks.scoring import read, score
-from megatron_g2rpo.train.step.minibatches import check_lengths
 from megatron_g2rpo.types import Prompt, Rollout
 
 # Batches are this many times what an engine decodes together, so that it seldom runs half empty.
 _ENGINE_BATCHES = 2
-# Why a sample cannot be asked.
-UNREADABLE, TOO_LONG = "unreadable", "too_long"
 # Columns of a table that goes to a file or a pipe: as many as it needs.
 _FILE_WIDTH = 1000
 # Told to all ranks when rank 0 prepares the directory.
@@ -63,12 +63,13 @@ def evaluate(request: Request, settings: Settings) -> None:
         set_cpu_threads(recipe.cluster.gpus_per_node)
     init_process_group(device)
     env = with_metrics(recipe.env)
-    index = open_dataset(settings.data, env)
-    entries = [entry for task in index.tasks for entry in index.entries(task)[: request.limit]]
-    done = from_first(lambda: _prepare(request, settings, index), _TOLD)
-    left = [entry for entry in entries if entry.name not in done]
+    assert recipe.data.validation is not None  # `completed` saw to it
+    data = open_datasets(recipe.data.validation, env)
+    entries = [entry for task in data.tasks for entry in data.first(task, request.limit or len(data))]
+    done = from_first(lambda: _prepare(request, settings, data), _TOLD)
+    left = [entry for entry in entries if data.name(entry) not in done]
     if left:
-        _ask(request, settings, index, left, Model.of(recipe, env, device), total=len(entries))
+        _ask(request, settings, data, left, Model.of(recipe, env, device), total=len(entries))
     from_first(lambda: _finish(request, settings), _TOLD)
 
 
@@ -79,18 +80,18 @@ def with_metrics(env: Env) -> Env:
     return env.model_copy(update={"reward_weights": {**env.reward_weights, **missing}})
 
 
-def _prepare(request: Request, settings: Settings, index: ShardIndex) -> set[str]:
+def _prepare(request: Request, settings: Settings, data: Mixture) -> set[str]:
     """Claim the evaluation's directory; the names of the samples that it is done with."""
     if request.compare is not None:
         identity.load(request.compare)  # before hours are spent
-    settings.thresholds.check(index.tasks)
-    sampling = {"temperature": settings.temperature, "samples": request.samples, "seed": request.seed}
+    settings.thresholds.check(data.tasks)
+    sampling = {**asdict(settings.sampling), "samples": request.samples, "seed": request.seed}
     mine = identity.identity_of(
-        settings.recipe, data=index.fingerprint, limit=request.limit, tasks=index.tasks, sampling=sampling
+        settings.recipe, data=data.fingerprint, limit=request.limit, tasks=data.tasks, sampling=sampling
     )
     origin = {
         "model": settings.recipe.policy.model_name,
-        "data": settings.data,
+        "data": ", ".join(settings.data),
         "recipe": str(request.recipe) if request.recipe is not None else "the exemplar",
     }
     identity.claim(settings.out, mine, origin, fresh=request.fresh)
@@ -98,7 +99,7 @@ def _prepare(request: Request, settings: Settings, index: ShardIndex) -> set[str
 
 
 def _ask(
-    request: Request, settings: Settings, index: ShardIndex, left: Sequence[Entry], model: Model, *, total: int
+    request: Request, settings: Settings, data: Mixture, left: Sequence[Entry], model: Model, *, total: int
 ) -> None:
     """Ask all samples that are left, batch by batch, and write what comes. A collective of all ranks."""
     writes = dist.get_rank() == 0
@@ -107,7 +108,7 @@ def _ask(
     with _progress(total, total - len(left), show=writes) as advance:
         for start in range(0, len(left), size):
             batch = left[start : start + size]
-            answered, unusable = _ask_batch(request, settings, index, batch, model)
+            answered, unusable = _ask_batch(request, settings, data, batch, model)
             if writes:
                 answers_file.append(settings.out / UNUSABLE, unusable)
                 answers_file.append(settings.out / ANSWERS, answered)
@@ -115,7 +116,7 @@ def _ask(
 
 
 def _ask_batch(
-    request: Request, settings: Settings, index: ShardIndex, batch: Sequence[Entry], model: Model
+    request: Request, settings: Settings, data: Mixture, batch: Sequence[Entry], model: Model
 ) -> tuple[list[Record], list[Record]]:
     """Ask samples, which the ranks share; the lines of all ranks, in the order of the batch. A collective.
 
@@ -123,45 +124,24 @@ def _ask_batch(
         The lines of responses, and those of samples that could not be asked.
     """
     task_ids = number_tasks(model.env.tasks)
+    checks = [prompt_fits(model.recipe.policy), reference_is_readable(scored_formats(model.env))]
     prompts: list[Prompt] = []
     places: list[int] = []
     unusable: dict[int, Record] = {}
     for place in range(dist.get_rank(), len(batch), dist.get_world_size()):
         entry = batch[place]
         try:
-            prompts.append(_prompt(model, index, entry, task_ids[entry.task]))
+            prompts.append(encode_entry(data, entry, model.processor, task_ids[entry.task], checks))
             places.append(place)
-        except _Unusable as error:
-            unusable[place] = error.record(entry)
-    rollouts = model.answers(
-        prompts, request.samples, temperature=settings.temperature, seed=request.seed, group_ids=places
-    )
+        except SampleError as error:
+            unusable[place] = {
+                "key": data.name(entry), "task": entry.task, "reason": error.reason, "message": str(error)
+            }  # fmt: skip
+    rollouts = model.answers(prompts, request.samples, sampling=settings.sampling, seed=request.seed, group_ids=places)
     shares = gather(lambda: (_records(rollouts, model), unusable))
     answers = {place: lines for share, _ in shares for place, lines in share.items()}
     refused = {place: record for _, share in shares for place, record in share.items()}
     return [line for place in sorted(answers) for line in answers[place]], [refused[place] for place in sorted(refused)]
-
-
-class _Unusable(Exception):
-    """A sample that cannot be asked."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-    def record(self, entry: Entry) -> Record:
-        return {"key": entry.name, "task": entry.task, "reason": self.reason, "message": str(self)}
-
-
-def _prompt(model: Model, index: ShardIndex, entry: Entry, task_id: int) -> Prompt:
-    reason = UNREADABLE
-    try:
-        prompt = encode_entry(index, entry, model.processor, task_id)
-        reason = TOO_LONG
-        check_lengths(model.recipe.policy, [prompt])
-    except SampleError as error:
-        raise _Unusable(reason, str(error)) from error
-    return prompt
 
 
 def _records(rollouts: Sequence[Rollout], model: Model) -> dict[int, list[Record]]:

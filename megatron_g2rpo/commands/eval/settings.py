@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,9 @@ from megatron_g2rpo.commands.model_dir import with_local_model
 from megatron_g2rpo.data.shard_index import ShardIndex
 from megatron_g2rpo.models.directory import local_model_dir
 from megatron_g2rpo.recipe import Recipe
+from megatron_g2rpo.recipe.generation_section import Generation
 from megatron_g2rpo.recipe.layers import EXEMPLARS, load_layers
+from megatron_g2rpo.rollout.base import Sampling
 from megatron_g2rpo.weights import SafetensorsDirectory
 
 # Success, for pass@k, is at least this accuracy: a right answer in the formats that are right or wrong.
@@ -85,16 +87,16 @@ class Settings:
 
     Attributes:
         recipe: the recipe; its ``policy.model_name`` is a directory.
-        data: path of the shards.
+        data: paths of the shards, of each dataset.
         out: the evaluation's directory.
-        temperature: temperature of the sampling distribution; 0 is greedy.
+        sampling: the distribution to sample from, and text that ends a response.
         thresholds: where a success begins.
     """
 
     recipe: Recipe
-    data: str
+    data: tuple[str, ...]
     out: Path
-    temperature: float
+    sampling: Sampling
     thresholds: Thresholds
 
 
@@ -184,15 +186,23 @@ def completed(request: Request, cluster: Sequence[str]) -> Settings:
         )
     if recipe.data.validation is None:
         raise ValueError("the recipe has no data.validation; name the shards with --data")
-    data = recipe.data.validation.path
-    greedy = 0.0 if request.samples == 1 else generation.val_temperature
+    data = tuple(part.path for part in recipe.data.validation.parts)
     return Settings(
         recipe=recipe,
         data=data,
-        out=request.out if request.out is not None else Path("eval") / f"{_name_of(named)}-{_name_of(data)}",
-        temperature=greedy if request.temperature is None else request.temperature,
+        out=request.out if request.out is not None else Path("eval") / "-".join(map(_name_of, (named, *data))),
+        sampling=_sampling(request, generation),
         thresholds=Thresholds.parsed(request.pass_thresholds),
     )
+
+
+def _sampling(request: Request, generation: Generation) -> Sampling:
+    """How the recipe samples in validation; greedily for one response, unless a temperature is asked for."""
+    validation = Sampling.of_validation(generation)
+    temperature = request.temperature
+    if temperature is None:
+        return validation if request.samples > 1 else validation.greedily
+    return validation.greedily if temperature == 0.0 else replace(validation, temperature=temperature)
 
 
 def _of_exemplar(model: str) -> list[str]:

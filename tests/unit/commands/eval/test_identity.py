@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.commands.eval.answers_file import ANSWERS, EvaluationError, append
@@ -20,7 +22,7 @@ def model(tmp_path: Path) -> Path:
     directory = tmp_path / "model"
     directory.mkdir()
     (directory / "config.json").write_text("{}")
-    (directory / "model.safetensors").write_bytes(b"weights")
+    save_file({"w": torch.zeros(2)}, directory / "model.safetensors")
     return directory
 
 
@@ -36,16 +38,24 @@ def test_a_model_is_its_content_not_its_place(model: Path) -> None:
     moved = model.rename(model.with_name("elsewhere"))
     (moved / "README.md").write_text("for people")
     assert fingerprint(moved) == first
-    (moved / "model.safetensors").write_bytes(b"Weights")
+    save_file({"w": torch.ones(2)}, moved / "model.safetensors")
     second = fingerprint(moved)
     (moved / "chat_template.jinja").write_text("")
     assert len({first, second, fingerprint(moved)}) == 3
 
 
+def test_weights_that_are_not_the_models_do_not_count(model: Path) -> None:
+    first = fingerprint(model)
+    save_file({"w": torch.ones(2)}, model / "consolidated.safetensors")
+    assert fingerprint(model) == first
+
+
 def test_what_changes_an_answer_or_its_score_is_identity_and_speed_is_not(model: Path) -> None:
     base = identity(model)
     speed = ("policy.generation.batch_size=3", "cluster.gpus_per_node=2", "policy.generation.temperature=0.5")
+    sampling = ("policy.generation.top_k=7", "policy.generation.stop_strings=[a]", "policy.generation.val_top_p=0.5")
     assert identity(model, *speed) == base
+    assert identity(model, *sampling) == base, "how is sampled is told apart"
     task = next(iter(recipes.load(G2RPO, [], "train").env.tasks))
     for change in (
         "policy.generation.max_new_tokens=1500",

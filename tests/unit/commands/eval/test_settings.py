@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from megatron_g2rpo.commands.eval.run import with_metrics
 from megatron_g2rpo.commands.eval.settings import Request, completed
 from megatron_g2rpo.data.shard_writer import ShardWriter
 from megatron_g2rpo.recipe import SftRecipe, TrainRecipe
+from megatron_g2rpo.rollout.base import Sampling
 from tests.common.recipes import G2RPO, SFT
 from tests.e2e.toy import call
 
@@ -41,7 +43,7 @@ def test_recipes_of_both_kinds_are_evaluated(path: Path, kind: type, model: Path
     settings = completed(Request(recipe=path, model=str(model)), [])
     assert isinstance(settings.recipe, kind)
     assert settings.recipe.policy.model_name == str(model)
-    assert settings.temperature == 0.0
+    assert settings.sampling == Sampling(temperature=0.0)
     assert settings.out == Path("eval/mine-val"), "named after the run and the shards"
 
 
@@ -62,10 +64,32 @@ def test_data_brings_its_tasks_to_a_recipe_whose_own_keep_their_settings(model: 
     assert all(recipe.env.tasks[task] == plain.env.tasks[task] for task in plain.env.tasks)
 
 
-def test_several_samples_are_drawn_at_the_recipes_temperature_of_validation(model: Path) -> None:
-    overrides = ("policy.generation.val_temperature=0.6",)
-    request = Request(recipe=G2RPO, model=str(model), samples=4, overrides=overrides)
-    assert completed(request, []).temperature == 0.6
+@pytest.mark.parametrize(
+    ("options", "sampling"),
+    [
+        ({"samples": 4}, Sampling(temperature=0.6, top_p=0.9, top_k=20, stop_strings=("END",))),
+        ({"samples": 4, "temperature": 0.8}, Sampling(temperature=0.8, top_p=0.9, top_k=20, stop_strings=("END",))),
+        ({"samples": 1, "temperature": 0.8}, Sampling(temperature=0.8, top_p=0.9, top_k=20, stop_strings=("END",))),
+        ({"samples": 1}, Sampling(temperature=0.0, stop_strings=("END",))),
+        ({"samples": 1, "temperature": 0.0}, Sampling(temperature=0.0, stop_strings=("END",))),
+    ],
+)
+def test_responses_are_sampled_as_in_the_recipes_validation(
+    model: Path, options: dict[str, Any], sampling: Sampling
+) -> None:
+    keys = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "stop_strings": "[END]"}
+    of_validation = tuple(f"policy.generation.val_{key}={value}" for key, value in keys.items())
+    # Those of training say nothing here.
+    overrides = (*of_validation, "policy.generation.top_k=7", "policy.generation.stop_strings=[STOP]")
+    request = Request(recipe=G2RPO, model=str(model), overrides=overrides, **options)
+    assert completed(request, []).sampling == sampling
+
+
+def test_an_evaluation_of_several_datasets_is_named_after_all(model: Path) -> None:
+    overrides = ("data.validation.path=[data/math/val, data/ocr/held_out]",)
+    settings = completed(Request(recipe=G2RPO, model=str(model), overrides=overrides), [])
+    assert settings.data == ("data/math/val", "data/ocr/held_out")
+    assert settings.out == Path("eval/mine-val-held_out")
 
 
 def test_vllm_must_be_able_to_decode_the_responses_to_a_prompt_together(model: Path) -> None:
