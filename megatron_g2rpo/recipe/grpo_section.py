@@ -20,6 +20,12 @@ class AdvEstimator(NamedSection):
         """Return the estimator with its options filled in, an ``objective.Estimator``."""
         return registry.estimators.bind(self.name, **self.options)
 
+    @property
+    def min_group_size(self) -> int:
+        """Number of responses from which a group has advantages under the estimator."""
+        least = registry.estimators.entry(self.name).facts.get("min_group_size", 1)
+        return least(**self.options) if callable(least) else least
+
 
 class _Loop(Section):
     max_num_steps: PositiveInt

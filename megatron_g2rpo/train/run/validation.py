@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_g2rpo.recipe import Recipe, TrainRecipe
-from megatron_g2rpo.tasks.scoring import score
+from megatron_g2rpo.recipe import Recipe
 from megatron_g2rpo.train.assembly import Components
 from megatron_g2rpo.train.step.generation import answers
+from megatron_g2rpo.train.step.rewards import scored, scoring_of
 from megatron_g2rpo.train.step.warnings import answer_warnings
 from megatron_g2rpo.types import Rewards, Rollout, task_ids_of
 
@@ -29,11 +29,13 @@ class Validation:
             equal weight. ``accuracy`` and ``format`` are there where the recipe weighs them.
         examples: greedy rollouts of this rank, the first of each task.
         warnings: lines about greedy responses without an answer.
+        failures: lines about rewards that could not be computed.
     """
 
     metrics: dict[str, float]
     examples: list[Rollout]
     warnings: list[str]
+    failures: list[str]
 
 
 def validate(recipe: Recipe, components: Components) -> Validation:
@@ -45,6 +47,7 @@ def validate(recipe: Recipe, components: Components) -> Validation:
     metrics: dict[str, float] = {}
     examples: list[Rollout] = []
     warnings: list[str] = []
+    failures: list[str] = []
     prompts = components.validation
     for prefix, temperature in (("", recipe.policy.generation.val_temperature), ("greedy_", 0.0)):
         rollouts = answers(
@@ -56,23 +59,21 @@ def validate(recipe: Recipe, components: Components) -> Validation:
             seed=VALIDATION_SEED,
             group_ids=list(range(len(prompts))),
         )
-        rewards = score(
-            rollouts,
-            recipe.env,
-            response_format=recipe.data.response_format,
-            max_response_tokens=recipe.policy.generation.max_new_tokens,
-            overlong_buffer=recipe.grpo.overlong_penalty.buffer if isinstance(recipe, TrainRecipe) else None,
-        )
+        rewards, failed = scored(scoring_of(recipe, components.workers), rollouts, replica=None, between=None)
         metrics.update(_task_means(components.tasks, rollouts, rewards, prefix))
+        metrics.update(failed.metrics(f"val/{prefix}failed_rewards"))
+        failures += failed.lines("the means of the validation leave them out")
         if prefix:
             warnings = answer_warnings(rollouts, recipe.env, recipe.data.response_format, None)
             seen: set[str] = set()
             examples = [r for r in rollouts if not (r.prompt.task in seen or seen.add(r.prompt.task))]
-    return Validation(metrics=metrics, examples=examples, warnings=warnings)
+    return Validation(metrics=metrics, examples=examples, warnings=warnings, failures=failures)
 
 
 def _task_means(tasks: tuple[str, ...], rollouts: list[Rollout], rewards: Rewards, prefix: str) -> dict[str, float]:
-    """Means over the rollouts of all ranks, by task and over tasks. A collective of all ranks."""
+    """Means over the rollouts of all ranks that have a reward, by task and over tasks. A collective of all ranks."""
+    rows = (~rewards.failed).nonzero().flatten()
+    rollouts, rewards = [rollouts[index] for index in rows.tolist()], rewards[rows]
     lengths = torch.tensor([len(rollout.response_ids) for rollout in rollouts], dtype=torch.float64)
     truncated = torch.tensor([rollout.truncated for rollout in rollouts], dtype=torch.float64)
     columns = {
@@ -89,5 +90,6 @@ def _task_means(tasks: tuple[str, ...], rollouts: list[Rollout], rewards: Reward
     for column, name in enumerate(columns, start=1):
         means = {tasks[index]: float(sums[index, column] / sums[index, 0]) for index in present}
         metrics.update({f"val/{task}/{prefix}{name}": mean for task, mean in means.items()})
-        metrics[f"val/mean_{prefix}{name}"] = sum(means.values()) / len(means)
+        if means:
+            metrics[f"val/mean_{prefix}{name}"] = sum(means.values()) / len(means)
     return metrics

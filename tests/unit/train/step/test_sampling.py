@@ -95,7 +95,7 @@ def components() -> Any:
     world = dist.group.WORLD
     groups = SimpleNamespace(data=world, data_rank=0, data_size=1, model=world, model_rank=0, model_size=1)
     policy = SimpleNamespace(groups=groups, source=lambda: iter(()))
-    return SimpleNamespace(policy=policy, stream=Stream(), engine=Engine())
+    return SimpleNamespace(policy=policy, stream=Stream(), engine=Engine(), workers=None)
 
 
 @pytest.fixture
