@@ -23,7 +23,7 @@ class AdvEstimator(NamedSection):
     @property
     def min_group_size(self) -> int:
         """Number of responses from which a group has advantages under the estimator."""
-        least = registry.estimators.entry(self.name).facts.get("min_group_size", 1)
+        least: Any = registry.estimators.entry(self.name).facts.get("min_group_size", 1)
         return least(**self.options) if callable(least) else least
 
 

@@ -12,16 +12,17 @@ response alone, so that only what hangs or crashes has no value.
 
 from __future__ import annotations
 
-import ctypes
+import fcntl
 import multiprocessing
+import os
 import pickle
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from multiprocessing.connection import wait
 from typing import Any, NoReturn
 
 import torch
@@ -34,8 +35,6 @@ from megatron_g2rpo.types import Sample
 
 # Responses of one task: enough that a task costs more than sending it, few enough that workers share the work evenly.
 CHUNK = 32
-# Linux: the signal that a process gets when its parent dies.
-_PR_SET_PDEATHSIG = 1
 
 
 class RewardWorkers:
@@ -252,13 +251,26 @@ _options: Options = {}
 
 def _begin(imports: list[str], options: Options) -> None:
     """Prepare a worker process: a user's parts, their options, one thread, and an end with the training process."""
-    if sys.platform == "linux":
-        # The parent is the server that forks workers, which ends with the training process, however that ended.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _end_with_parent()
     torch.set_num_threads(1)
     import_all(imports, None)
     global _options
     _options = options
+
+
+def _end_with_parent() -> None:
+    """Let the kernel end this process when the training process ends, however it ends.
+
+    A worker that waits for a task sees it; one that hangs in a call does not, nor would a thread where the call holds
+    the interpreter's lock. So the pipe whose closing says it raises a signal, SIGIO, which ends a process.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, fcntl.fcntl(parent.sentinel, fcntl.F_GETFL) | os.O_ASYNC)
+    if wait([parent.sentinel], timeout=0):  # it ended just now
+        os._exit(1)
 
 
 def _work(payload: bytes) -> list[list[Outcome]] | None:

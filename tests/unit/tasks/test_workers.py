@@ -75,7 +75,10 @@ def counts(sample, response):
 def judges(samples, responses):
     if any(said(response) == "hang-batch" for response in responses):
         time.sleep(600)
-    return [ValueError("no verdict") if said(r) == "none" else len(samples) + s.images[0].size[1] for s, r in zip(samples, responses)]
+    return [
+        ValueError("no verdict") if said(response) == "none" else len(samples) + sample.images[0].size[1]
+        for sample, response in zip(samples, responses)
+    ]
 """
 TIMEOUT_S = 1.5
 
@@ -142,7 +145,7 @@ def test_what_goes_wrong_in_one_response_costs_that_response_alone(workers: Rewa
 def test_many_slow_responses_are_not_one_that_hangs(workers: RewardWorkers) -> None:
     """Together they take longer than the limit of a call, each of them does not."""
     rollouts = [make_rollout("slow") for _ in range(16)]
-    assert 16 * 0.3 / 2 > TIMEOUT_S
+    assert TIMEOUT_S < 16 * 0.3 / 2
     assert not scored(rollouts, make_env({"w_misbehaves": 1.0}), workers).failures
 
 
@@ -212,10 +215,9 @@ from tests.unit.tasks.common import make_env, make_rollout
 if __name__ == "__main__":
     import_all({imports!r}, None)
     workers = RewardWorkers(1, imports={imports!r}, options={{}}, timeout_s=500, batch_timeout_s=500)
-    scoring = Scoring(make_env({{"w_pid": 1.0}}), response_format="plain", max_response_tokens=9, workers=workers)
-    print(int(scoring.rewards([make_rollout("a")]).total.item()), flush=True)
-    scoring = Scoring(make_env({{"w_misbehaves": 1.0}}), response_format="plain", max_response_tokens=9, workers=workers)
-    scoring.rewards([make_rollout("hang")])
+    keywords = dict(response_format="plain", max_response_tokens=9, workers=workers)
+    print(int(Scoring(make_env({{"w_pid": 1.0}}), **keywords).rewards([make_rollout("a")]).total.item()), flush=True)
+    Scoring(make_env({{"w_misbehaves": 1.0}}), **keywords).rewards([make_rollout("hang")])
 """)
     root = Path(__file__).resolve().parents[3]
     with subprocess.Popen(
