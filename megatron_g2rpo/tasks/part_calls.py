@@ -83,7 +83,7 @@ def ask(name: str, call: Call, options: Options) -> Outcome:
     try:
         return _number(registry.reward_parts.get(name)(call.sample, call.response, **keywords), name, call)
     except BadReference as error:
-        return call.failed(name, raised(error), bad_sample=True)
+        return call.failed(name, raised(error.__cause__ or error), bad_sample=True)
     except Exception as error:  # noqa: BLE001 (a registered part may raise anything)
         return call.failed(name, raised(error))
 

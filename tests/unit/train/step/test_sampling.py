@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -266,7 +266,7 @@ def test_too_many_failures_end_the_run(components: Any, recipe: MakeRecipe, fail
 
 
 def test_a_group_with_too_few_rewards_is_replaced(components: Any, recipe: MakeRecipe, failing: Failing) -> None:
-    """Group 1 is left with one reward and group 5 with none; of group 4 three remain, which differ."""
+    """Group 1 is left with one reward, group 5 with none, and group 4 with three equal ones."""
     failing.times = {1: 3, 4: 1, 5: 4}
     collected = run(recipe(DYNAMIC, FAILING, "env.max_failed_rewards=0.5"), components)
     assert [rollout.prompt.key for rollout in collected.rollouts[::SAMPLES]] == ["7", "8", "9", "10"]
