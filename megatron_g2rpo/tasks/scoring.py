@@ -107,7 +107,7 @@ class Scoring:
         entries = [self._entry(rollout) for rollout in rollouts]
         self._entries |= {id(entry.rollout): entry for entry in entries}
         readable = [entry for entry in entries if entry.call is not None]
-        if self._workers is not None:
+        if self._workers is not None and readable:
             self._pending.append((readable, self._workers.submit([self._ask(entry) for entry in readable])))
 
     def rewards(self, rollouts: Sequence[Rollout], *, most_failures: int | None = None) -> Rewards:

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -54,6 +55,7 @@ class RewardWorkers:
         self._number, self._imports, self._options = number, list(imports), options
         self._timeout_s, self._batch_timeout_s = timeout_s, batch_timeout_s
         self._pool: ProcessPool | None = None
+        self._starter: threading.Thread | None = None
         self._sends_images = False
 
     @classmethod
@@ -71,10 +73,13 @@ class RewardWorkers:
 
     def start(self) -> None:
         """Let the processes start, which takes seconds, while this one does something else."""
-        self._schedule(_nothing, b"", self._timeout_s)
+        # Starting waits for the server's import of torch.
+        self._starter = threading.Thread(target=self._schedule, args=(_nothing, b"", self._timeout_s), daemon=True)
+        self._starter.start()
 
     def close(self) -> None:
         """Kill the processes. Tasks that are under way are given up; a later task starts new processes."""
+        self._started()
         if self._pool is not None:
             self._pool.stop()
             self._pool.join()
@@ -136,7 +141,14 @@ class RewardWorkers:
 
         return strip
 
+    def _started(self) -> None:
+        """Wait for what ``start`` began."""
+        if self._starter is not None and self._starter is not threading.current_thread():
+            self._starter.join()
+            self._starter = None
+
     def _schedule(self, function: Callable[[bytes], Any], payload: bytes, timeout_s: float) -> Future[Any]:
+        self._started()
         try:
             if self._pool is not None:
                 return self._pool.schedule(function, args=(payload,), timeout=timeout_s)

@@ -188,7 +188,14 @@ class TransformersEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Prompt], n: int, *, temperature: float, seed: int, group_ids: Sequence[int]
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        *,
+        temperature: float,
+        seed: int,
+        group_ids: Sequence[int],
+        on_finished: base.OnFinished | None = None,
     ) -> list[Rollout]:
         """Sample ``n`` responses to each prompt; see ``base.Engine.generate``.
 
@@ -223,6 +230,8 @@ class TransformersEngine:
                     text=self._decode_text(ids.tolist() if truncated else ids[:-1].tolist()),
                     truncated=truncated,
                 )
+            if on_finished is not None:
+                on_finished([rollouts[sequence] for sequence in together])
         return [rollouts[sequence] for sequence in sorted(rollouts)]
 
     def _check_prompt(self, prompt: Prompt) -> None:

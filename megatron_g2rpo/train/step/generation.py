@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_g2rpo.collectives import together
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from megatron_g2rpo.rollout.base import Engine, EngineUnavailable
+from megatron_g2rpo.rollout.base import Engine, EngineUnavailable, OnFinished, takes_on_finished
 from megatron_g2rpo.types import Prompt, Rollout
 
 
@@ -23,6 +23,7 @@ def generate(
     temperature: float,
     seed: int,
     group_ids: Sequence[int],
+    on_finished: OnFinished | None = None,
 ) -> list[Rollout]:
     """Responses to the prompts of this data-parallel rank, the same list on each of its model-parallel ranks.
 
@@ -38,6 +39,8 @@ def generate(
         temperature: temperature of the sampling distribution; 0 is greedy.
         seed: seed of every random draw.
         group_ids: one per prompt, unique over all ranks.
+        on_finished: function that is called with rollouts as soon as they are there, where the engine can say so and
+            this rank samples all of its replica's; what it was given may not be returned, if the engine was lost.
 
     Returns:
         Rollouts ordered by prompt, then sample.
@@ -55,6 +58,7 @@ def generate(
         temperature=temperature,
         seed=seed,
         group_ids=[group_ids[index] for index in share],
+        on_finished=on_finished if groups.model_size == 1 else None,
     )
     if groups.model_size == 1:
         return mine
@@ -77,6 +81,7 @@ def answers(
     temperature: float,
     seed: int,
     group_ids: Sequence[int],
+    on_finished: OnFinished | None = None,
 ) -> list[Rollout]:
     """What the engine answers to this process's prompts; see ``Engine.generate``. A collective of all ranks.
 
@@ -86,10 +91,11 @@ def answers(
     Raises:
         EngineUnavailable: on every rank, if the engine was lost on any, so that none waits for another in a collective.
     """
+    early = {} if on_finished is None or not takes_on_finished(engine) else {"on_finished": on_finished}
     while True:
         try:
             return together(
-                lambda: engine.generate(prompts, n, temperature=temperature, seed=seed, group_ids=group_ids),
+                lambda: engine.generate(prompts, n, temperature=temperature, seed=seed, group_ids=group_ids, **early),
                 errors=(EngineUnavailable,),
             )
         except EngineUnavailable as error:

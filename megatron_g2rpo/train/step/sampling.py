@@ -130,6 +130,8 @@ def _round(
     with timers("data"):
         prompts = components.stream.next_batch(size, owned)
         check_lengths(recipe.policy, prompts)
+    penalty = recipe.grpo.overlong_penalty.weight if recipe.grpo.overlong == "penalise" else None
+    scoring = scoring_of(recipe, components.workers, overlong_weight=penalty)
     with timers("generation"):
         rollouts = generate(
             components.engine,
@@ -139,12 +141,13 @@ def _round(
             temperature=recipe.policy.generation.temperature,
             seed=sampling_seed(recipe.grpo.seed, step, round_),
             group_ids=[first_group + number for number in owned],
+            # Workers score what is there already while the rest is sampled.
+            on_finished=None if components.workers is None else scoring.add,
         )
     with timers("rewards"):
-        penalty = recipe.grpo.overlong_penalty.weight if recipe.grpo.overlong == "penalise" else None
         limit = recipe.env.max_failed_rewards
         rewards, failed_now = scored(
-            scoring_of(recipe, components.workers, overlong_weight=penalty),
+            scoring,
             rollouts,
             replica=groups.model,
             between=groups.data,

@@ -15,6 +15,7 @@ from megatron_g2rpo import registry
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.rollout.base import EngineUnavailable
+from megatron_g2rpo.tasks.part_calls import Ask, ask_in_turn
 from megatron_g2rpo.tasks.scoring import RewardError
 from megatron_g2rpo.train.step.sampling import Collected, collect
 from megatron_g2rpo.train.step.timers import Timers
@@ -273,6 +274,43 @@ def test_a_group_with_too_few_rewards_is_replaced(components: Any, recipe: MakeR
     assert collected.failed.scored == 4 * len({key for keys in components.engine.asked for key in keys})
     assert collected.metrics["train/sampling/groups_dropped"] == 7.0
     assert len(collected.failed.failures) == 8, "those of dropped groups are counted, too"
+
+
+class StreamingEngine(Engine):
+    """Hands over each group as it is answered, the last first; notes what it was handed in return."""
+
+    def generate(self, prompts: Sequence[Prompt], n: int, *, on_finished: Any = None, **keywords: Any) -> list[Rollout]:
+        rollouts = super().generate(prompts, n, **keywords)
+        if on_finished is not None:
+            for start in reversed(range(0, len(rollouts), n)):
+                on_finished(rollouts[start : start + n])
+        return rollouts
+
+
+class Workers:
+    """What a pool is asked, and when: answered in this process."""
+
+    def __init__(self, options: Any) -> None:
+        self.options, self.asked = options, list[list[str]]()
+
+    def submit(self, asks: Sequence[Ask]) -> list[Any]:
+        self.asked.append([ask.call.sample.key for ask in asks])
+        results = [ask_in_turn(ask, self.options) for ask in asks]
+        return [SimpleNamespace(results=lambda: results)]
+
+
+def test_workers_score_what_is_finished_while_the_rest_is_sampled(components: Any, recipe: MakeRecipe) -> None:
+    late = run(recipe(), components)
+    components.stream, components.engine, components.workers = Stream(), StreamingEngine(), Workers({})
+    early = run(recipe(), components)
+    assert components.workers.asked == [[str(number)] * SAMPLES for number in (3, 2, 1, 0)]
+    assert torch.equal(early.rewards.total, late.rewards.total)
+    assert [r.prompt.key for r in early.rollouts] == [r.prompt.key for r in late.rollouts]
+    components.stream, components.workers = Stream(), Workers({})
+    components.policy.groups.model_size, components.policy.groups.model_rank = 1, 0
+    components.engine = Engine()  # takes no such function
+    assert torch.equal(run(recipe(), components).rewards.total, late.rewards.total)
+    assert len(components.workers.asked) == 1
 
 
 def test_rewards_of_some_rollouts() -> None:
