@@ -23,8 +23,8 @@ class AdvEstimator(NamedSection):
     @property
     def min_group_size(self) -> int:
         """Number of responses from which a group has advantages under the estimator."""
-        least: Any = registry.estimators.entry(self.name).facts.get("min_group_size", 1)
-        return least(**self.options) if callable(least) else least
+        least: int | Callable[..., int] = registry.estimators.entry(self.name).facts.get("min_group_size", 1)
+        return least if isinstance(least, int) else least(**self.options)
 
 
 class _Loop(Section):
