@@ -260,11 +260,10 @@ answer_formats: Registry[Any] = Registry(
 )
 reward_parts: Registry[Any] = Registry(
     "reward part",
-    builtin=["megatron_g2rpo.tasks.reward_parts"],
+    builtin=["megatron_g2rpo.tasks.reward_parts", "megatron_g2rpo.tasks.judge"],
     given=["settings"],
     positional=["sample", "response"],
     facts=["batched"],
-    has_options=False,
 )
 response_formats: Registry[Any] = Registry(
     "response format",

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -172,6 +173,21 @@ class Response:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FailedReward:
+    """Why a rollout has no reward.
+
+    Attributes:
+        part: name of the reward part that has no value, or ``response_format`` where the response could not be read.
+        message: what happened, with the names of part, sample and task.
+        bad_sample: whether the sample is the cause, whatever the response: its reference cannot be read.
+    """
+
+    part: str
+    message: str
+    bad_sample: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rewards:
     """Rewards of N rollouts: each part on its own, and the weighted sum of all parts.
 
@@ -179,11 +195,21 @@ class Rewards:
         parts: name -> float64 ``[N]`` (``accuracy``, ``format``, ``structure``, ``length``...), unweighted.
         weights: name -> float64 ``[N]``, weight of the part in each rollout's total: tasks may differ.
         total: float64 ``[N]``, their weighted sum, added up in this order: what the advantage is computed from.
+        failures: index of a rollout -> why it has no reward. Its parts and its total are NaN, so that what forgets to
+            leave it out shows.
     """
 
     parts: Mapping[str, Tensor]
     weights: Mapping[str, Tensor]
     total: Tensor
+    failures: Mapping[int, FailedReward] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> Tensor:
+        """Which rollouts have no reward: bool ``[N]``. They belong neither to the loss nor to their group."""
+        mask = torch.zeros(len(self.total), dtype=torch.bool)
+        mask[list(self.failures)] = True
+        return mask
 
     @classmethod
     def none(cls, n: int) -> Rewards:
@@ -192,20 +218,28 @@ class Rewards:
 
     def __getitem__(self, rows: Tensor) -> Rewards:
         """Return the rewards of some rollouts: those that ``rows``, a tensor of indices or a bool mask, selects."""
+        chosen = torch.arange(len(self.total))[rows].tolist()
         return Rewards(
             parts={name: part[rows] for name, part in self.parts.items()},
             weights={name: weight[rows] for name, weight in self.weights.items()},
             total=self.total[rows],
+            failures={new: self.failures[old] for new, old in enumerate(chosen) if old in self.failures},
         )
 
     @classmethod
     def concatenate(cls, rewards: Sequence[Rewards]) -> Rewards:
         """Return the rewards of several lists of rollouts (at least one) as those of one list, in the given order."""
         first = rewards[0]
+        starts = accumulate((len(each.total) for each in rewards), initial=0)
         return cls(
             parts={name: torch.cat([each.parts[name] for each in rewards]) for name in first.parts},
             weights={name: torch.cat([each.weights[name] for each in rewards]) for name in first.weights},
             total=torch.cat([each.total for each in rewards]),
+            failures={
+                start + index: failure
+                for start, each in zip(starts, rewards, strict=False)
+                for index, failure in each.failures.items()
+            },
         )
 
     def plus(self, name: str, part: Tensor, weight: float | Tensor) -> Rewards:
@@ -221,6 +255,7 @@ class Rewards:
             parts={**self.parts, name: part},
             weights={**self.weights, name: weights},
             total=self.total + weights * part,
+            failures=self.failures,
         )
 
 

@@ -52,12 +52,13 @@ def run_one(arm: Arm, seed: int) -> None:
     (directory / "metrics.jsonl").unlink(missing_ok=True)
     directory.mkdir(parents=True, exist_ok=True)
     init_process_group(select("cpu"))
-    score = sampling.score
+    scored = sampling.scored
 
-    def spiked(rollouts: Any, *arguments: Any, **keywords: Any) -> Any:
-        return spike(score(rollouts, *arguments, **keywords), rollouts)
+    def spiked(scoring: Any, rollouts: Any, **keywords: Any) -> Any:
+        rewards, failed = scored(scoring, rollouts, **keywords)
+        return spike(rewards, rollouts), failed
 
-    with patch.object(sampling, "score", spiked if arm.heavy_tailed else score):
+    with patch.object(sampling, "scored", spiked if arm.heavy_tailed else scored):
         g2rpo.train(recipe)
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == recipe.grpo.max_num_steps

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from megatron_g2rpo.recipe.base import Section, Text, ascending
@@ -67,6 +67,17 @@ class Env(Section):
 
     reward_weights: Annotated[Mapping[Text, NonNegativeFloat], Field(min_length=1)]
     """Reward part -> weight. Parts are added up in this order; a part of weight 0 is only logged."""
+    reward_options: Mapping[Text, Mapping[str, Any]]
+    """Reward part -> its options: the keyword-only parameters of its function."""
+    reward_workers: NonNegativeInt
+    """Number of processes, beside each training process that scores, that reward parts run in; 0: they run in the
+    training process, where one that hangs or crashes takes the run with it."""
+    reward_timeout_s: PositiveFloat
+    """Seconds that one call of a reward part may take in a worker process, which is killed then."""
+    reward_batch_timeout_s: PositiveFloat
+    """Seconds that one call of a batched part may take, which is asked for all responses at once."""
+    max_failed_rewards: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Share of a step's rollouts without a reward, because a part failed, above which the run ends."""
     default_task: Task
     """Settings of a task for the keys that its own mapping leaves out."""
     tasks: Mapping[str, Task]

@@ -20,6 +20,12 @@ class AdvEstimator(NamedSection):
         """Return the estimator with its options filled in, an ``objective.Estimator``."""
         return registry.estimators.bind(self.name, **self.options)
 
+    @property
+    def min_group_size(self) -> int:
+        """Number of responses from which a group has advantages under the estimator."""
+        least: int | Callable[..., int] = registry.estimators.entry(self.name).facts.get("min_group_size", 1)
+        return least if isinstance(least, int) else least(**self.options)
+
 
 class _Loop(Section):
     max_num_steps: PositiveInt

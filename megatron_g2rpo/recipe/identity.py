@@ -28,6 +28,13 @@ NOT_IDENTITY = (
     "data.validation",
     "data.max_pixels",
     "data.min_pixels",
+    # How rewards are computed, not what they are.
+    "env.reward_workers",
+    "env.reward_timeout_s",
+    "env.reward_batch_timeout_s",
+    "env.max_failed_rewards",
+    *(f"env.reward_options.judge.{key}" for key in ("addresses", "api_key_env", "cache", "concurrency", "retries")),
+    "env.reward_options.judge.timeout_s",
     "grpo.max_num_steps",
     "grpo.max_val_samples",
     "grpo.val_period",

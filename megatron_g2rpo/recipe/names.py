@@ -91,6 +91,7 @@ def _response_formats(tree: dict[str, Any]) -> Iterator[Fault]:
 
 def _tasks(env: dict[str, Any]) -> Iterator[Fault]:
     yield from _weights(env, "env")
+    yield from _reward_options(env)
     named = {"env.default_task": _mapping(env, "default_task")}
     tasks = _mapping(env, "tasks")
     named |= {dotted("env", "tasks", task): settings for task in tasks if (settings := _mapping(tasks, task))}
@@ -108,6 +109,27 @@ def _tasks(env: dict[str, Any]) -> Iterator[Fault]:
 def _weights(section: dict[str, Any], where: str) -> Iterator[Fault]:
     for name in _mapping(section, "reward_weights"):
         yield from _known(registry.reward_parts, name, f"{where}.reward_weights.{quoted(str(name))}")
+
+
+def _reward_options(env: dict[str, Any]) -> Iterator[Fault]:
+    """Check the options of reward parts; fill in those of the parts that are weighed, which may lack needed ones."""
+    options = env.get("reward_options")
+    if not isinstance(options, dict):
+        return
+    tasks = _mapping(env, "tasks")
+    weighed = [env, _mapping(env, "default_task"), *(_mapping(tasks, task) for task in tasks)]
+    names = dict.fromkeys([*options, *(name for each in weighed for name in _mapping(each, "reward_weights"))])
+    for name in names:
+        where = f"env.reward_options.{name}"
+        if name not in registry.reward_parts:
+            if name in options:
+                yield from _known(registry.reward_parts, name, where)
+            continue
+        given = options.get(name, {})
+        if not isinstance(given, dict) or (not given and not registry.reward_parts.options(name)):
+            continue
+        options[name], faults = checked_options(registry.reward_parts, name, given, where)
+        yield from faults
 
 
 def _known(kind: Registry[Any], name: Any, where: str) -> Iterator[Fault]:

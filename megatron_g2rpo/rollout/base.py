@@ -8,6 +8,7 @@ names. The keyword-only parameters of its ``build`` are its options, ``policy.ge
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -174,6 +175,10 @@ class Engine(Protocol):
 
         Every rank calls it, also with no prompts: ranks may share an engine.
 
+        An engine that knows some rollouts earlier than others may take a further keyword-only parameter,
+        ``on_finished``: a function of a list of rollouts, or None. It calls it with every rollout that it returns,
+        once, as soon as it has it; their rewards are then computed while it goes on.
+
         Args:
             prompts: this rank's prompts; none gives an empty list.
             n: responses per prompt.
@@ -189,6 +194,14 @@ class Engine(Protocol):
     def release(self) -> None:
         """Free the engine's memory until the next ``load_weights``, where the engine supports that."""
         ...
+
+
+OnFinished = Callable[[Sequence[Rollout]], None]
+
+
+def takes_on_finished(engine: Engine) -> bool:
+    """Return whether an engine's ``generate`` hands over rollouts as soon as it has them."""
+    return "on_finished" in inspect.signature(engine.generate).parameters
 
 
 def check_request(prompts: Sequence[Prompt], n: int, group_ids: Sequence[int]) -> None:

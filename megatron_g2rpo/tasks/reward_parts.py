@@ -2,8 +2,11 @@
 """Reward parts: functions that each judge one aspect of a response, found by the name that recipes weigh them with.
 
 A part is a function of a sample and a response that returns a finite number, 0 where it does not apply. It may take the
-keyword-only parameter ``settings``, the recipe's settings for the sample's task. Under ``batched=True``, which suits a
-judge model, it is a function of a list of samples and a list of responses, and returns a list.
+keyword-only parameter ``settings``, the recipe's settings for the sample's task; its other keyword-only parameters are
+its options, ``env.reward_options``. Under ``batched=True``, which suits a judge model, it is a function of a list of
+samples and a list of responses, and returns a list, in which an exception stands for a value that there is not.
+
+Where a part raises, hangs or returns no finite number, the response has no reward and is left out of loss and group.
 
 Register one in a file that the recipe's ``imports`` names, and weigh it, ``env.reward_weights: {brevity: 0.1}``:
 
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -25,6 +29,10 @@ from megatron_g2rpo.tasks.shaping import overlong_penalty, trapezoid
 from megatron_g2rpo.types import Response, Sample
 
 register = registry.reward_parts.register
+
+
+class BadReference(ValueError):
+    """The reference of a sample cannot be read: the dataset is wrong, whatever the response."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +62,30 @@ def accuracy(sample: Sample, response: Response, *, settings: PartSettings) -> f
     """Return how right the answer is, 0 to 1, by its answer format; 0 for a response without an answer.
 
     Raises:
-        ValueError: unknown answer format, or a reference that it cannot read.
+        BadReference: unknown answer format, or a reference that it cannot read.
+        Exception: the answer format raises for this answer, but not for an empty one.
     """
-    function = registry.answer_formats.get(settings.answer_format_of(sample))
-    # Called without an answer, too: a broken reference must not hide behind malformed responses.
-    value = function(response.answer if response.answer is not None else "", sample)
+    name = settings.answer_format_of(sample)
+    if name not in registry.answer_formats:
+        raise BadReference(registry.answer_formats.unknown(name))
+    function = registry.answer_formats.get(name)
+    try:
+        # Called without an answer, too: a broken reference must not hide behind malformed responses.
+        value = function(response.answer if response.answer is not None else "", sample)
+    except Exception:
+        _check_reference(sample, function)
+        raise
     if math.isfinite(value) and not 0.0 <= value <= 1.0:
-        raise ValueError(
-            f"answer format {settings.answer_format_of(sample)!r} returned {value}, not a number in [0, 1]"
-        )
+        raise ValueError(f"answer format {name!r} returned {value}, not a number in [0, 1]")
     return value if response.answer is not None else 0.0
+
+
+def _check_reference(sample: Sample, function: Callable[[str, Sample], float]) -> None:
+    """Raise ``BadReference`` if an answer format refuses the reference: it does so whatever the answer."""
+    try:
+        function("", sample)
+    except ValueError as error:
+        raise BadReference(str(error)) from error
 
 
 @register("format")

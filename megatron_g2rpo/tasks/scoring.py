@@ -1,43 +1,200 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rewards of rollouts: the value of every part that the recipe weighs, and their weighted sum.
 
-``total = sum over parts of weight * part``, added up in the order of ``env.reward_weights``.
+``total = sum over parts of weight * part``, added up in the order of ``env.reward_weights``. A rollout of which a part
+has no value has no reward, see ``types.Rewards.failures``.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 
-from megatron_g2rpo import registry
 from megatron_g2rpo.recipe import Env
 from megatron_g2rpo.tasks import response_formats
+from megatron_g2rpo.tasks.part_calls import Ask, Call, Outcome, ask_batch, ask_in_turn, is_batched, raised
 from megatron_g2rpo.tasks.reward_parts import PartSettings
-from megatron_g2rpo.types import Response, Rewards, Rollout, Sample
+from megatron_g2rpo.tasks.workers import PendingBatch, PendingChunk, RewardWorkers
+from megatron_g2rpo.types import FailedReward, Response, Rewards, Rollout
 
-ACCURACY, OVERLONG = "accuracy", "overlong"
+OVERLONG, RESPONSE_FORMAT = "overlong", "response_format"
+# Failures that an error message shows.
+SHOWN_FAILURES = 3
 
 
 class RewardError(RuntimeError):
-    """A reward could not be computed: the function raised, or returned no finite number.
+    """The run cannot go on with the rewards that there are; the message names samples, tasks and functions.
 
-    The message names sample, task and function. The error is never turned into a reward of 0, because the policy would
-    learn from that.
+    A task that ``env.tasks`` lacks, a reference that cannot be read, or too many rollouts without a reward.
     """
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """A rollout in the form that reward parts take, and the weights that its task gives to the parts."""
+@dataclass
+class _Entry:
+    """A rollout that is scored: what its parts are asked, and what they said."""
 
-    sample: Sample
-    response: Response
-    settings: PartSettings
+    rollout: Rollout
+    call: Call | None
     weights: Mapping[str, float]
+    values: dict[str, float]
+    failure: FailedReward | None = None
+
+    def put(self, name: str, outcome: Outcome) -> None:
+        """Keep what a part said; of several failures, the first."""
+        if isinstance(outcome, FailedReward):
+            self.failure = self.failure or outcome
+        else:
+            self.values[name] = outcome
+
+
+class Scoring:
+    """Scores rollouts that come in one after the other: workers begin with the first while others are generated.
+
+    Args:
+        env: the recipe's ``env`` section.
+        response_format: name of the response format for tasks that name none.
+        max_response_tokens: largest number of tokens that a response can have.
+        overlong_buffer: number of tokens before that limit over which the part ``overlong`` falls; None where the
+            recipe has none.
+        overlong_weight: weight of the part ``overlong``, which is then added last; None: it is a part only where
+            ``env`` weighs it.
+        workers: processes that the parts run in; None: this process.
+        on_bad_sample: whether a reference that cannot be read is an error, or costs its rollouts their rewards.
+    """
+
+    def __init__(
+        self,
+        env: Env,
+        *,
+        response_format: str,
+        max_response_tokens: int,
+        overlong_buffer: int | None = None,
+        overlong_weight: float | None = None,
+        workers: RewardWorkers | None = None,
+        on_bad_sample: Literal["error", "skip"] = "error",
+    ) -> None:
+        self._env, self._response_format = env, response_format
+        self._workers, self._on_bad_sample = workers, on_bad_sample
+        added = {} if overlong_weight is None else {OVERLONG: overlong_weight}
+        self._settings = {
+            name: PartSettings(
+                answer_format=task.answer_format,
+                length=task.length,
+                max_response_tokens=max_response_tokens,
+                overlong_buffer=overlong_buffer,
+            )
+            for name, task in env.tasks.items()
+        }
+        self._weights = {
+            name: {**env.reward_weights, **task.reward_weights, **added} for name, task in env.tasks.items()
+        }
+        # In this order everywhere, so that the sum rounds alike on every rank.
+        named = [env.reward_weights, *(task.reward_weights for task in env.tasks.values()), added]
+        self._names = tuple(dict.fromkeys(name for weights in named for name in weights))
+        self._batched = tuple(name for name in self._names if is_batched(name))
+        self._entries: dict[int, _Entry] = {}
+        self._pending: list[tuple[list[_Entry], list[PendingChunk]]] = []
+
+    def add(self, rollouts: Sequence[Rollout]) -> None:
+        """Read the responses of rollouts and let workers, where there are any, begin with them.
+
+        Raises:
+            RewardError: a task that ``env.tasks`` lacks.
+        """
+        entries = [self._entry(rollout) for rollout in rollouts]
+        self._entries |= {id(entry.rollout): entry for entry in entries}
+        readable = [entry for entry in entries if entry.call is not None]
+        if self._workers is not None and readable:
+            self._pending.append((readable, self._workers.submit([self._ask(entry) for entry in readable])))
+
+    def rewards(self, rollouts: Sequence[Rollout], *, most_failures: int | None = None) -> Rewards:
+        """Return the rewards of rollouts, which wait for the last part; those that were not added are added.
+
+        Args:
+            rollouts: N rollouts, in any order.
+            most_failures: number of failures above which the others need not be waited for; None: no bound.
+
+        Returns:
+            The unweighted value of every part that the recipe weighs, those of weight 0 included, with their weighted
+            sum. A part that only some tasks name is computed for their samples, and is 0 with weight 0 for all others.
+
+        Raises:
+            RewardError: a task that ``env.tasks`` lacks, more failures than ``most_failures``, or, under
+                ``on_bad_sample: error``, a reference that cannot be read.
+        """
+        self.add([rollout for rollout in rollouts if id(rollout) not in self._entries])
+        entries = [self._entries[id(rollout)] for rollout in rollouts]
+        self._ask_parts(entries, most_failures)
+        bad = next((e.failure for e in entries if e.failure is not None and e.failure.bad_sample), None)
+        if bad is not None and self._on_bad_sample == "error":
+            raise RewardError(bad.message)
+        rewards = Rewards.none(len(entries))
+        for name in self._names:
+            having = [index for index, entry in enumerate(entries) if name in entry.weights]
+            part, weights = torch.zeros_like(rewards.total), torch.zeros_like(rewards.total)
+            values = [entries[index].values.get(name, torch.nan) for index in having]
+            part[having] = torch.tensor(values, dtype=torch.float64)
+            weights[having] = torch.tensor([entries[index].weights[name] for index in having], dtype=torch.float64)
+            rewards = rewards.plus(name, part, weights)
+        return _without(rewards, {i: entry.failure for i, entry in enumerate(entries) if entry.failure is not None})
+
+    def _entry(self, rollout: Rollout) -> _Entry:
+        sample = rollout.prompt.sample
+        response = read(rollout, self._env, self._response_format)
+        weights = self._weights[sample.task]
+        if isinstance(response, FailedReward):
+            return _Entry(rollout, None, weights, {}, response)
+        return _Entry(rollout, Call(sample, response, self._settings[sample.task]), weights, {})
+
+    def _ask(self, entry: _Entry) -> Ask:
+        assert entry.call is not None
+        return Ask(entry.call, tuple(n for n in self._names if n in entry.weights and n not in self._batched))
+
+    def _ask_parts(self, entries: Sequence[_Entry], most_failures: int | None) -> None:
+        """Ask every part of every response, batched parts at once; keep what they say in the entries."""
+        options, workers = self._env.reward_options, self._workers
+        batches: list[tuple[str, list[_Entry], PendingBatch | list[Outcome]]] = []
+        for name in self._batched:
+            having = [entry for entry in entries if name in entry.weights and entry.call is not None]
+            calls = [entry.call for entry in having if entry.call is not None]
+            if calls:
+                answer = ask_batch(name, calls, options) if workers is None else workers.submit_batch(name, calls)
+                batches.append((name, having, answer))
+        wanted = {id(entry) for entry in entries}
+        failures = [entry.failure for entry in entries if entry.failure is not None]
+        for entry, outcomes in self._outcomes(entries):
+            for name, outcome in zip(self._ask(entry).parts, outcomes, strict=False):
+                entry.put(name, outcome)
+            if entry.failure is not None and id(entry) in wanted:
+                failures.append(entry.failure)
+                self._give_up(failures, most_failures)
+        for name, having, answer in batches:
+            values = answer.results() if isinstance(answer, PendingBatch) else answer
+            for entry, value in zip(having, values, strict=True):
+                entry.put(name, value)
+
+    def _outcomes(self, entries: Sequence[_Entry]) -> Iterator[tuple[_Entry, Iterable[Outcome]]]:
+        """Outcomes of the parts that are not batched, for each response in turn."""
+        if self._workers is None:
+            for entry in entries:
+                if entry.call is not None:
+                    yield entry, ask_in_turn(self._ask(entry), self._env.reward_options)
+        while self._pending:
+            pending, chunks = self._pending.pop(0)
+            yield from zip(pending, (each for chunk in chunks for each in chunk.results()), strict=True)
+
+    def _give_up(self, failures: Sequence[FailedReward], most_failures: int | None) -> None:
+        """Raise where more rollouts have failed already than may, so that none waits for a thousand time limits."""
+        if most_failures is None or len(failures) <= most_failures or failures[-1].bad_sample:
+            return
+        if self._workers is not None:
+            self._workers.close()
+        raise RewardError(
+            failures_message(failures, f"{len(failures)} rewards, more than env.max_failed_rewards allows in a step,")
+        )
 
 
 def score(
@@ -48,57 +205,24 @@ def score(
     max_response_tokens: int,
     overlong_buffer: int | None = None,
     overlong_weight: float | None = None,
+    workers: RewardWorkers | None = None,
+    on_bad_sample: Literal["error", "skip"] = "error",
 ) -> Rewards:
-    """Compute the rewards of all rollouts.
-
-    Args:
-        rollouts: N rollouts, in any order.
-        env: the recipe's ``env`` section.
-        response_format: name of the response format for tasks that name none.
-        max_response_tokens: largest number of tokens that a response can have.
-        overlong_buffer: number of tokens before that limit over which the part ``overlong`` falls; None where the
-            recipe has none.
-        overlong_weight: weight of the part ``overlong``, which is then added last; None: it is a part only where
-            ``env`` weighs it.
-
-    Returns:
-        The unweighted value of every part that the recipe weighs, those of weight 0 included, with their weighted sum.
-        A part that only some tasks name is computed for their samples, and is 0 with weight 0 for all others.
-
-    Raises:
-        RewardError: a task that ``env.tasks`` lacks, a part or a response format that raises, or a part that is not
-            finite.
-        ValueError: a part that nobody registered.
-    """
-    added = {} if overlong_weight is None else {OVERLONG: overlong_weight}
-    settings = {
-        name: PartSettings(
-            answer_format=task.answer_format,
-            length=task.length,
-            max_response_tokens=max_response_tokens,
-            overlong_buffer=overlong_buffer,
-        )
-        for name, task in env.tasks.items()
-    }
-    weights_of = {name: {**env.reward_weights, **task.reward_weights, **added} for name, task in env.tasks.items()}
-    scored = []
-    for rollout in rollouts:
-        response, task = read(rollout, env, response_format), rollout.prompt.task
-        scored.append(_Scored(rollout.prompt.sample, response, settings[task], weights_of[task]))
-    rewards = Rewards.none(len(scored))
-    # In this order everywhere, so that the sum rounds alike on every rank.
-    named = [env.reward_weights, *(task.reward_weights for task in env.tasks.values()), added]
-    for name in dict.fromkeys(name for weights in named for name in weights):
-        having = [index for index, each in enumerate(scored) if name in each.weights]
-        part, weights = torch.zeros_like(rewards.total), torch.zeros_like(rewards.total)
-        part[having] = torch.tensor(_values(name, [scored[index] for index in having]), dtype=torch.float64)
-        weights[having] = torch.tensor([scored[index].weights[name] for index in having], dtype=torch.float64)
-        rewards = rewards.plus(name, part, weights)
-    return rewards
+    """Compute the rewards of rollouts that are all there; see ``Scoring`` for arguments, returns and errors."""
+    scoring = Scoring(
+        env,
+        response_format=response_format,
+        max_response_tokens=max_response_tokens,
+        overlong_buffer=overlong_buffer,
+        overlong_weight=overlong_weight,
+        workers=workers,
+        on_bad_sample=on_bad_sample,
+    )
+    return scoring.rewards(rollouts)
 
 
-def read(rollout: Rollout, env: Env, response_format: str) -> Response:
-    """Read a rollout's response in the response format of its task.
+def read(rollout: Rollout, env: Env, response_format: str) -> Response | FailedReward:
+    """Read a rollout's response in the response format of its task; a failure if the format raises.
 
     Args:
         rollout: the rollout to read.
@@ -106,7 +230,7 @@ def read(rollout: Rollout, env: Env, response_format: str) -> Response:
         response_format: name of the response format for tasks that name none.
 
     Raises:
-        RewardError: a task that ``env.tasks`` lacks, or a response format that raises.
+        RewardError: a task that ``env.tasks`` lacks.
     """
     sample = rollout.prompt.sample
     if sample.task not in env.tasks:
@@ -114,53 +238,31 @@ def read(rollout: Rollout, env: Env, response_format: str) -> Response:
     name = env.tasks[sample.task].response_format or response_format
     try:
         return response_formats.get(name).read(rollout)
-    except Exception as error:  # a user's format may raise anything; it is re-raised with its place
+    except Exception as error:  # noqa: BLE001 (a user's format may raise anything)
         where = f"response format {name!r} of sample {sample.key}, task {sample.task!r}, response"
-        raise RewardError(f"{where} {rollout.sample_index}: raised {type(error).__name__}: {error}") from error
+        return FailedReward(part=RESPONSE_FORMAT, message=f"{where} {rollout.sample_index}: {raised(error)}")
 
 
-def _values(name: str, scored: Sequence[_Scored]) -> list[float]:
-    """Compute a part for every rollout, and check that it is finite."""
-    entry = registry.reward_parts.entry(name)
-    takes_settings = registry.reward_parts.takes(name, "settings")
-    if not entry.facts.get("batched", False):
-        return [_one(name, entry.value, each, takes_settings) for each in scored]
-    if not scored:
-        return []
-    settings = {"settings": [each.settings for each in scored]} if takes_settings else {}
-    where = f"reward {name} of {len(scored)} samples, the first of which is {scored[0].sample.key}"
-    returned = _called(
-        lambda: entry.value([each.sample for each in scored], [each.response for each in scored], **settings), where
-    )
-    if isinstance(returned, str | bytes | Mapping):
-        raise RewardError(f"{where}: returned {type(returned).__name__}, not a list of numbers")
-    values = _called(lambda: list(returned), where)
-    if len(values) != len(scored):
-        raise RewardError(f"{where}: returned {len(values)} numbers")
-    return [_finite(value, _place(name, each)) for value, each in zip(values, scored, strict=True)]
+def failures_message(failures: Sequence[FailedReward], what: str) -> str:
+    """Return what is said where rewards failed: how many of each part, and the first of them.
+
+    Args:
+        failures: the failures, at least one.
+        what: what has failed, the beginning of a sentence.
+    """
+    counts: dict[str, int] = {}
+    for failure in failures:
+        counts[failure.part] = counts.get(failure.part, 0) + 1
+    by_part = ", ".join(f"{part} {count}" for part, count in counts.items())
+    shown = [f"  {failure.message}" for failure in failures[:SHOWN_FAILURES]]
+    return "\n".join([f"{what} could not be computed ({by_part}). The first:", *shown])
 
 
-def _one(name: str, function: Callable[..., Any], scored: _Scored, takes_settings: bool) -> float:
-    settings = {"settings": scored.settings} if takes_settings else {}
-    where = _place(name, scored)
-    return _finite(_called(lambda: function(scored.sample, scored.response, **settings), where), where)
-
-
-def _place(name: str, scored: _Scored) -> str:
-    part = f"{name} {scored.settings.answer_format_of(scored.sample)!r}" if name == ACCURACY else name
-    sample = scored.sample
-    return f"reward {part} of sample {sample.key}, task {sample.task!r}, response {scored.response.sample_index}"
-
-
-def _called(function: Callable[[], Any], where: str) -> Any:
-    try:
-        return function()
-    except Exception as error:  # a registered part may raise anything; it is re-raised with its place
-        raise RewardError(f"{where}: raised {type(error).__name__}: {error}") from error
-
-
-def _finite(value: Any, where: str) -> float:
-    number = _called(lambda: float(value), where)
-    if not math.isfinite(number):
-        raise RewardError(f"{where}: returned {number}, which is not a finite number")
-    return number
+def _without(rewards: Rewards, failures: Mapping[int, FailedReward]) -> Rewards:
+    """Return the rewards with NaN for every value of the rollouts that failed."""
+    if not failures:
+        return rewards
+    rows = list(failures)
+    for values in (*rewards.parts.values(), rewards.total):
+        values[rows] = torch.nan
+    return Rewards(parts=rewards.parts, weights=rewards.weights, total=rewards.total, failures=failures)

@@ -24,6 +24,7 @@ from megatron_g2rpo.policy.reference_policy import ReferencePolicy
 from megatron_g2rpo.recipe import Policy, Recipe, TrainRecipe
 from megatron_g2rpo.rollout import base as engines
 from megatron_g2rpo.tasks import response_formats
+from megatron_g2rpo.tasks.workers import RewardWorkers
 from megatron_g2rpo.types import DTYPES, Prompt
 
 
@@ -43,6 +44,7 @@ class Components:
         tasks: task names in the order of their ids, which is sorted.
         history: what the advantage estimator remembers of earlier steps.
         reference: the policy as it was before the run, where the loss or the reward measures the distance from it.
+        workers: processes that reward parts run in; None: this process.
     """
 
     device: Device
@@ -56,6 +58,15 @@ class Components:
     tasks: tuple[str, ...]
     history: History
     reference: ReferencePolicy | None
+    workers: RewardWorkers | None
+
+    def __enter__(self) -> Components:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End the processes that belong to this one."""
+        if self.workers is not None:
+            self.workers.close()
 
 
 def assemble(recipe: Recipe) -> Components:
@@ -69,6 +80,9 @@ def assemble(recipe: Recipe) -> Components:
     """
     loop = recipe.grpo if isinstance(recipe, TrainRecipe) else recipe.sft
     updates = recipe.num_updates_per_step if isinstance(recipe, TrainRecipe) else 1
+    workers = RewardWorkers.of(recipe.env, recipe.imports)
+    if workers is not None:
+        workers.start()  # while the weights are read
     device = select(recipe.cluster.device)
     if device.kind == "cpu":
         set_cpu_threads(recipe.cluster.gpus_per_node)
@@ -111,6 +125,7 @@ def assemble(recipe: Recipe) -> Components:
         history=History(),
         # Now, before the run's newest checkpoint is read.
         reference=ReferencePolicy(policy) if _needs_reference(recipe) else None,
+        workers=workers,
     )
 
 

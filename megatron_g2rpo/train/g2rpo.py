@@ -67,7 +67,8 @@ def train(recipe: TrainRecipe) -> Path | None:
     """
     components = assemble(recipe)
     run = Run(recipe, components)
-    with MetricsLog(recipe.logger, COLUMNS, run.last_step, run.first_step, enabled=dist.get_rank() == 0) as log:
+    enabled = dist.get_rank() == 0
+    with components, MetricsLog(recipe.logger, COLUMNS, run.last_step, run.first_step, enabled=enabled) as log:
         run.validate_at_start(log)
         for step in run.steps:
             with run.sampling(step):
@@ -101,10 +102,12 @@ def g2rpo_step(
     rollouts, rewards = collected.rollouts, collected.rewards
     for warning in answer_warnings(rollouts, recipe.env, recipe.data.response_format, data_parallel):
         note(warning)
+    for line in collected.failed.lines("their rollouts are left out of loss and group"):
+        note(line)
 
     with timers("logprobs"):  # of every minibatch before the first update: the policy that sampled
         minibatches = pack_minibatches(
-            recipe.grpo, recipe.policy, components.packer, rollouts,
+            recipe.grpo, recipe.policy, components.packer, rollouts, rewards.failed,
             token_level_loss=loss_fn.token_level_loss, process_group=data_parallel,
         )  # fmt: skip
         minibatches, entropies = add_logprobs(
@@ -129,7 +132,7 @@ def g2rpo_step(
         components.tasks, rollouts, rewards, advantages, minibatches, updates,
         env=recipe.env, truncated_ratio=loss_fn.importance_sampling.truncated_ratio, process_group=data_parallel,
     )  # fmt: skip
-    metrics |= collected.metrics
+    metrics |= collected.metrics | collected.failed.metrics("train/failed_rewards")
     metrics |= skipped_metrics(components.stream.skipped - skipped)
     return {**metrics, **timers.metrics()}
 

@@ -45,7 +45,8 @@ def sft(recipe: SftRecipe) -> Path | None:
     """
     components = assemble(recipe)
     run = Run(recipe, components)
-    with MetricsLog(recipe.logger, COLUMNS, run.last_step, run.first_step, enabled=dist.get_rank() == 0) as log:
+    enabled = dist.get_rank() == 0
+    with components, MetricsLog(recipe.logger, COLUMNS, run.last_step, run.first_step, enabled=enabled) as log:
         run.validate_at_start(log)
         for step in run.steps:
             metrics = sft_step(recipe, components)

@@ -25,7 +25,7 @@ OWN = [str(ROOT / "examples" / "quickstart" / "rewards.py")]
 NAMES = {
     "one_of": registry.answer_formats,
     "says_why": registry.reward_parts,
-    "judge": registry.reward_parts,
+    "my_judge": registry.reward_parts,
     "hashes": registry.response_formats,
     "tempered_g2rpo": registry.estimators,
     "plain_policy_gradient": registry.surrogates,
@@ -54,7 +54,7 @@ def own_recipe(toy: Toy, path: Path, **changes: object) -> Path:
 def test_every_seam_of_the_documentation_registers_and_trains(toy: Toy, documented: Path, tmp_path: Path) -> None:
     """One file outside of the package: a format, parts, an estimator and a surrogate with options, an engine."""
     env = {
-        "reward_weights": {"says_why": 0.1, "judge": 0.2},
+        "reward_weights": {"says_why": 0.1, "my_judge": 0.2},
         "tasks": {"colour": {"answer_format": "one_of", "reward_weights": {"says_why": 0.3}}},
     }
     changes = {
@@ -74,7 +74,7 @@ def test_every_seam_of_the_documentation_registers_and_trains(toy: Toy, document
     assert result.exit_code == 0, result.output
     assert all(name in kind for name, kind in NAMES.items())
     lines = metrics(tmp_path / "run")
-    assert lines[2]["train/judge"] > 0
+    assert lines[2]["train/my_judge"] > 0
     assert lines[2]["train/says_why"] == 0
     dumped = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert dumped["grpo"]["adv_estimator"] == {"name": "tempered_g2rpo", "power": 0.7}

@@ -129,7 +129,7 @@ def test_a_name_made_on_demand_is_taken_even_if_its_package_is_missing() -> None
             lambda response: 0.0,
             r"it takes \(response\), and must take \(sample, ",
         ),
-        ("reward_part", "homeless", lambda sample, response, *, scale: 0.0, "its parameter 'scale' needs a default"),
+        ("answer_format", "homeless", lambda answer, sample, *, scale: 0.0, "its parameter 'scale' needs a default"),
         ("estimator", "of_rewards", lambda rewards: rewards, r"it takes \(rewards\), and must take \(batch, history\)"),
         ("answer_format", "texts", lambda answer, reference, more: 1.0, r".* must take \(answer, sample\)"),
         ("response_format", "a_function", lambda text: text, "it has no 'instruction'"),

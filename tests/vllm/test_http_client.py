@@ -371,3 +371,15 @@ def test_a_server_that_asks_for_a_key_names_the_variable(start):
         servers.request(servers.everyone[0], "POST", "/resume")
     with pytest.raises(RuntimeError, match=r"prompt 'shard/0'.* refuses it: " + hint):
         ask(servers, 1)
+
+
+def test_each_answer_is_handed_over_as_soon_as_it_is_there(start):
+    def later_ones_first(fake: Fake, prompt: int) -> Reply:
+        time.sleep(0.4 - prompt * 0.1)
+        return fine(fake, prompt)
+
+    finished: list[tuple[int, int]] = []
+    servers = Servers(options(start(later_ones_first)))
+    requests = [Request(f"prompt 'shard/{number}'", {"token_ids": [number]}) for number in range(4)]
+    servers.generate(requests, VERSION, lambda index, choices: finished.append((index, choices[0]["token_ids"][0])))
+    assert finished == [(3, 3), (2, 2), (1, 1), (0, 0)]

@@ -197,7 +197,14 @@ class TransformersEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Prompt], n: int, *, sampling: base.Sampling, seed: int, group_ids: Sequence[int]
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        *,
+        sampling: base.Sampling,
+        seed: int,
+        group_ids: Sequence[int],
+        on_finished: base.OnFinished | None = None,
     ) -> list[Rollout]:
         """Sample ``n`` responses to each prompt; see ``base.Engine.generate``.
 
@@ -239,6 +246,8 @@ class TransformersEngine:
                     truncated=truncated,
                     kept_ids=None if responses.kept is None else responses.kept[index, :length].clone(),
                 )
+            if on_finished is not None:
+                on_finished([rollouts[sequence] for sequence in together])
         return [rollouts[sequence] for sequence in sorted(rollouts)]
 
     def _check_prompt(self, prompt: Prompt) -> None:

@@ -172,19 +172,26 @@ class Servers:
 
     # -- generation ---------------------------------------------------------------------------------------------
 
-    def generate(self, requests: Sequence[Request], version: str) -> list[list[dict[str, Any]]]:
+    def generate(
+        self,
+        requests: Sequence[Request],
+        version: str,
+        finish: Callable[[int, list[dict[str, Any]]], None] | None = None,
+    ) -> list[list[dict[str, Any]]]:
         """Return the choices (sampled responses) of every request, in the order of the requests.
 
         Args:
             requests: the requests to send.
             version: version of the weights that the answers must come from.
+            finish: is called with the index of each request and its choices, as soon as they are there; None for
+                nothing.
 
         Raises:
             EngineUnavailable: no server is left.
             RuntimeError: a server refuses a request as wrong; names the prompt.
         """
         try:
-            return asyncio.run(_Generation(self, self._options, self._headers, version).run(requests))
+            return asyncio.run(_Generation(self, self._options, self._headers, version).run(requests, finish))
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
 
@@ -197,14 +204,22 @@ class _Generation:
         self._slots = asyncio.Semaphore(options.max_concurrent_requests)
         self._gone = {server: asyncio.Event() for server in servers.live}
 
-    async def run(self, requests: Sequence[Request]) -> list[list[dict[str, Any]]]:
+    async def run(
+        self, requests: Sequence[Request], finish: Callable[[int, list[dict[str, Any]]], None] | None
+    ) -> list[list[dict[str, Any]]]:
+        async def answered(index: int, request: Request) -> list[dict[str, Any]]:
+            choices = await self._answer(request)
+            if finish is not None:
+                finish(index, choices)
+            return choices
+
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         timeout = httpx.Timeout(self._options.request_timeout_s)
         async with httpx.AsyncClient(headers=self._headers, limits=limits, timeout=timeout) as self._http:
             watches = [asyncio.create_task(self._watch(server)) for server in self._gone]
             try:
                 async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(self._answer(request)) for request in requests]
+                    tasks = [group.create_task(answered(*numbered)) for numbered in enumerate(requests)]
             finally:
                 for watch in watches:
                     watch.cancel()

@@ -110,7 +110,14 @@ class VllmServerEngine:
         self._version = version
 
     def generate(
-        self, prompts: Sequence[Prompt], n: int, *, sampling: base.Sampling, seed: int, group_ids: Sequence[int]
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        *,
+        sampling: base.Sampling,
+        seed: int,
+        group_ids: Sequence[int],
+        on_finished: base.OnFinished | None = None,
     ) -> list[Rollout]:
         """Sample ``n`` responses to each prompt; see ``base.Engine.generate``.
 
@@ -123,12 +130,16 @@ class VllmServerEngine:
             raise RuntimeError("the rollout servers have no weights: call load_weights first")
         base.check_request(prompts, n, group_ids)
         requests = [self._request(prompt, n, sampling, seed) for prompt in prompts]
-        answers = self._servers.generate(requests, self._version)
-        rollouts: list[Rollout] = []
-        for prompt, group_id, choices in zip(prompts, group_ids, answers, strict=True):
+        rollouts: dict[int, list[Rollout]] = {}
+
+        def finish(index: int, choices: list[dict[str, Any]]) -> None:
             chosen = [_answer(choice) for choice in choices]
-            rollouts += self._translator.rollouts(prompt, group_id, n, sampling, chosen)
-        return rollouts
+            rollouts[index] = self._translator.rollouts(prompts[index], group_ids[index], n, sampling, chosen)
+            if on_finished is not None:
+                on_finished(rollouts[index])
+
+        self._servers.generate(requests, self._version, finish)
+        return [rollout for index in range(len(prompts)) for rollout in rollouts[index]]
 
     def release(self) -> None:
         """Do nothing: the servers do not use this process's memory."""

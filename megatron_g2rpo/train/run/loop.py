@@ -163,5 +163,7 @@ class Run:
         log.note("validation  " + "  ".join(means))
         for warning in () if self._validated else result.warnings:
             log.note(warning)
+        for line in result.failures:
+            log.note(line)
         self._validated = True
         return {**result.metrics, "time/validation": time.perf_counter() - start}

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_g2rpo.recipe import Recipe, TrainRecipe
+from megatron_g2rpo.recipe import Recipe
 from megatron_g2rpo.rollout.base import Sampling
-from megatron_g2rpo.tasks.scoring import score
 from megatron_g2rpo.train.assembly import Components
 from megatron_g2rpo.train.step.generation import answers
+from megatron_g2rpo.train.step.rewards import scored, scoring_of
 from megatron_g2rpo.train.step.warnings import answer_warnings
 from megatron_g2rpo.types import Rewards, Rollout, task_ids_of
 
@@ -31,11 +31,13 @@ class Validation:
             and ``val/skipped/<reason>`` count what was left out, if anything was (``data.on_bad_sample: skip``).
         examples: greedy rollouts of this rank, the first of each task.
         warnings: lines about greedy responses without an answer.
+        failures: lines about rewards that could not be computed.
     """
 
     metrics: dict[str, float]
     examples: list[Rollout]
     warnings: list[str]
+    failures: list[str]
 
 
 def validate(recipe: Recipe, components: Components) -> Validation:
@@ -47,6 +49,7 @@ def validate(recipe: Recipe, components: Components) -> Validation:
     metrics: dict[str, float] = {}
     examples: list[Rollout] = []
     warnings: list[str] = []
+    failures: list[str] = []
     prompts = components.validation
     sampled = Sampling.of_validation(recipe.policy.generation)
     for prefix, sampling in (("", sampled), ("greedy_", sampled.greedily)):
@@ -59,14 +62,10 @@ def validate(recipe: Recipe, components: Components) -> Validation:
             seed=VALIDATION_SEED,
             group_ids=list(range(len(prompts))),
         )
-        rewards = score(
-            rollouts,
-            recipe.env,
-            response_format=recipe.data.response_format,
-            max_response_tokens=recipe.policy.generation.max_new_tokens,
-            overlong_buffer=recipe.grpo.overlong_penalty.buffer if isinstance(recipe, TrainRecipe) else None,
-        )
+        rewards, failed = scored(scoring_of(recipe, components.workers), rollouts, replica=None, between=None)
         metrics.update(_task_means(components.tasks, rollouts, rewards, prefix))
+        metrics.update(failed.metrics(f"val/{prefix}failed_rewards"))
+        failures += failed.lines("the means of the validation leave them out")
         if prefix:
             warnings = answer_warnings(rollouts, recipe.env, recipe.data.response_format, None)
             seen: set[str] = set()
@@ -74,11 +73,13 @@ def validate(recipe: Recipe, components: Components) -> Validation:
     if components.left_out:
         metrics["val/skipped_samples"] = float(sum(components.left_out.values()))
         metrics.update({f"val/skipped/{reason}": float(n) for reason, n in sorted(components.left_out.items())})
-    return Validation(metrics=metrics, examples=examples, warnings=warnings)
+    return Validation(metrics=metrics, examples=examples, warnings=warnings, failures=failures)
 
 
 def _task_means(tasks: tuple[str, ...], rollouts: list[Rollout], rewards: Rewards, prefix: str) -> dict[str, float]:
-    """Means over the rollouts of all ranks, by task and over tasks. A collective of all ranks."""
+    """Means over the rollouts of all ranks that have a reward, by task and over tasks. A collective of all ranks."""
+    rows = (~rewards.failed).nonzero().flatten()
+    rollouts, rewards = [rollouts[index] for index in rows.tolist()], rewards[rows]
     lengths = torch.tensor([len(rollout.response_ids) for rollout in rollouts], dtype=torch.float64)
     truncated = torch.tensor([rollout.truncated for rollout in rollouts], dtype=torch.float64)
     columns = {
@@ -95,5 +96,6 @@ def _task_means(tasks: tuple[str, ...], rollouts: list[Rollout], rewards: Reward
     for column, name in enumerate(columns, start=1):
         means = {tasks[index]: float(sums[index, column] / sums[index, 0]) for index in present}
         metrics.update({f"val/{task}/{prefix}{name}": mean for task, mean in means.items()})
-        metrics[f"val/mean_{prefix}{name}"] = sum(means.values()) / len(means)
+        if means:
+            metrics[f"val/mean_{prefix}{name}"] = sum(means.values()) / len(means)
     return metrics

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,8 @@ class Advantages:
     """Advantages of a step.
 
     Attributes:
-        values: float64 ``[N]``, one for each of this data-parallel rank's rollouts.
+        values: float64 ``[N]``, one for each of this data-parallel rank's rollouts; 0 for those that ``with_reward``
+            leaves out.
         diagnostics: how the advantages of the global batch are distributed, by task.
         statistics: mean and spread of the rewards of the global batch, by group and by task.
     """
@@ -36,6 +38,24 @@ class Advantages:
     values: Tensor
     diagnostics: AdvantageDiagnostics
     statistics: GroupStatistics
+
+
+def with_reward(section: AdvEstimator, rollouts: Sequence[Rollout], rewards: Rewards) -> Tensor:
+    """Rollouts that advantages are computed from: those with a reward, in groups that have enough of them.
+
+    Args:
+        section: the recipe's ``grpo.adv_estimator``, whose estimator needs groups of a certain size.
+        rollouts: rollouts, whole groups of them.
+        rewards: their rewards.
+
+    Returns:
+        int64 ``[M]``, their indices, ascending.
+    """
+    kept = [index for index, failed in enumerate(rewards.failed.tolist()) if not failed]
+    sizes = Counter(rollouts[index].group_id for index in kept)
+    return torch.tensor(
+        [index for index in kept if sizes[rollouts[index].group_id] >= section.min_group_size], dtype=torch.int64
+    )
 
 
 def tie_tolerance(section: AdvEstimator) -> float:
@@ -53,6 +73,8 @@ def advantages_of(
 ) -> Advantages:
     """Advantages of this data-parallel rank's rollouts. A collective of the data-parallel ranks, once a step.
 
+    They are those of a batch without the rollouts that have no reward.
+
     Args:
         section: the recipe's ``grpo.adv_estimator``.
         rollouts: this rank's rollouts of the step, whole groups of them.
@@ -61,10 +83,12 @@ def advantages_of(
         process_group: the data-parallel ranks, over which the global batch is spread.
     """
     uses_parts = estimators.uses_parts(section.name)
+    rows = with_reward(section, rollouts, rewards)
+    kept, rewards = [rollouts[index] for index in rows.tolist()], rewards[rows]
     shared = sharded_advantages(
         rewards.total,
-        torch.tensor([rollout.group_id for rollout in rollouts], dtype=torch.int64),
-        task_ids_of(rollouts),
+        torch.tensor([rollout.group_id for rollout in kept], dtype=torch.int64),
+        task_ids_of(kept),
         estimator=section.bound(),
         process_group=process_group,
         history=history,
@@ -72,8 +96,10 @@ def advantages_of(
         part_weights=rewards.weights if uses_parts else None,
         tie_tolerance=tie_tolerance(section),
     )
+    values = torch.zeros(len(rollouts), dtype=torch.float64)
+    values[rows] = shared.advantages
     return Advantages(
-        values=shared.advantages,
+        values=values,
         diagnostics=advantage_diagnostics(shared.global_advantages, shared.global_task_ids),
         statistics=shared.statistics,
     )

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_g2rpo.collectives import together
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from megatron_g2rpo.rollout.base import Engine, EngineUnavailable, Sampling
+from megatron_g2rpo.rollout.base import Engine, EngineUnavailable, OnFinished, Sampling, takes_on_finished
 from megatron_g2rpo.types import Prompt, Rollout
 from megatron_g2rpo.weights import WeightSource
 
@@ -33,6 +33,7 @@ def generate(
     sampling: Sampling,
     seed: int,
     group_ids: Sequence[int],
+    on_finished: OnFinished | None = None,
 ) -> list[Rollout]:
     """Responses to the prompts of this data-parallel rank, the same list on each of its model-parallel ranks.
 
@@ -48,6 +49,8 @@ def generate(
         sampling: the distribution to sample from, and text that ends a response.
         seed: seed of every random draw.
         group_ids: one per prompt, unique over all ranks.
+        on_finished: function that is called with rollouts as soon as they are there, where the engine can say so and
+            this rank samples all of its replica's; what it was given may not be returned, if the engine was lost.
 
     Returns:
         Rollouts ordered by prompt, then sample.
@@ -65,6 +68,7 @@ def generate(
         sampling=sampling,
         seed=seed,
         group_ids=[group_ids[index] for index in share],
+        on_finished=on_finished if groups.model_size == 1 else None,
     )
     if groups.model_size == 1:
         return mine
@@ -87,6 +91,7 @@ def answers(
     sampling: Sampling,
     seed: int,
     group_ids: Sequence[int],
+    on_finished: OnFinished | None = None,
 ) -> list[Rollout]:
     """What the engine answers to this process's prompts; see ``Engine.generate``. A collective of all ranks.
 
@@ -97,10 +102,11 @@ def answers(
         EngineUnavailable: on every rank, if the engine was lost on any, so that none waits for another in a collective.
         RuntimeError: the engine did not return what was kept, where that was asked for.
     """
+    early = {} if on_finished is None or not takes_on_finished(engine) else {"on_finished": on_finished}
     while True:
         try:
             rollouts = together(
-                lambda: engine.generate(prompts, n, sampling=sampling, seed=seed, group_ids=group_ids),
+                lambda: engine.generate(prompts, n, sampling=sampling, seed=seed, group_ids=group_ids, **early),
                 errors=(EngineUnavailable,),
             )
             break

@@ -35,6 +35,8 @@ def step_metrics(
 ) -> dict[str, float]:
     """Everything that is said of a step, over the global batch. A collective of the data-parallel ranks.
 
+    Means over rollouts leave out those without a reward.
+
     Args:
         tasks: task names in the order of their ids.
         rollouts: this rank's rollouts of the step.
@@ -47,9 +49,11 @@ def step_metrics(
         process_group: the data-parallel ranks.
     """
     batches = [batch for minibatch in minibatches for batch in minibatch.micro_batches]
+    rows = (~rewards.failed).nonzero().flatten()
+    kept = [rollouts[index] for index in rows.tolist()]
     return {
-        **rollout_metrics(tasks, rollouts, rewards, process_group),
-        **length_metrics(env, tasks, rollouts, process_group),
+        **rollout_metrics(tasks, kept, rewards[rows], process_group),
+        **length_metrics(env, tasks, kept, process_group),
         **group_metrics(tasks, rollouts, advantages.statistics, process_group),
         **advantage_metrics(tasks, advantages.diagnostics),
         **_mean_over(updates),
@@ -117,11 +121,13 @@ def group_metrics(
 ) -> dict[str, float]:
     """``train/zero_variance_groups``, the share of groups without signal, overall and per task. A collective."""
     without = dict(zip(statistics.groups.id.tolist(), statistics.groups.zero_variance.tolist(), strict=True))
-    # A group lies on one data-parallel rank: its first response stands for it.
+    # A group lies on one data-parallel rank: its first response stands for it. One that is left with too few rewards
+    # is not among the statistics, and has no signal either.
     groups = [rollout for rollout in rollouts if rollout.sample_index == 0]
-    column = torch.tensor([without[rollout.group_id] for rollout in groups], dtype=torch.float64)
-    _, means = _means_by_task(tasks, task_ids_of(groups), {"zero_variance_groups": column}, process_group)
-    overall = float(statistics.groups.zero_variance.double().mean())
+    column = torch.tensor([without.get(rollout.group_id, True) for rollout in groups], dtype=torch.float64)
+    counts, means = _means_by_task(tasks, task_ids_of(groups), {"zero_variance_groups": column}, process_group)
+    everywhere = float(counts.sum())
+    overall = (everywhere - float((~statistics.groups.zero_variance).sum())) / everywhere
     return {"train/zero_variance_groups": overall, **_by_task(tasks, means)}
 
 

@@ -55,6 +55,7 @@ def pack_minibatches(
     policy: Policy,
     packer: Packer,
     rollouts: Sequence[Rollout],
+    failed: Tensor,
     *,
     token_level_loss: bool,
     process_group: dist.ProcessGroup,
@@ -69,6 +70,7 @@ def pack_minibatches(
         policy: the recipe's section: rollouts of a minibatch, and tokens of a micro-batch.
         packer: packs sequences into micro-batches.
         rollouts: this data-parallel rank's rollouts of the step.
+        failed: bool ``[N]``, which of them have no reward, and are left out of the loss.
         token_level_loss: whether the loss is a mean over tokens, or over sequences of each one's token mean.
         process_group: the data-parallel ranks, over which the global batch is spread.
     """
@@ -76,11 +78,13 @@ def pack_minibatches(
     members: list[list[int]] = [[] for _ in range(grpo.num_prompts_per_step * samples // size)]
     for index, rollout in enumerate(rollouts):
         members[(rollout.group_id * samples + rollout.sample_index) // size].append(index)
+    masked = [grpo.overlong == "mask" and rollout.truncated for rollout in rollouts]
+    in_loss = [not (mask or without) for mask, without in zip(masked, failed.tolist(), strict=True)]
     complete: list[Minibatch] = []
     for chosen in members:
         sequences = _sequences(
             [rollouts[index] for index in chosen],
-            mask_truncated=grpo.overlong == "mask",
+            [in_loss[index] for index in chosen],
             token_level_loss=token_level_loss,
             process_group=process_group,
         )
@@ -94,9 +98,8 @@ def pack_minibatches(
 
 
 def _sequences(
-    rollouts: Sequence[Rollout], *, mask_truncated: bool, token_level_loss: bool, process_group: dist.ProcessGroup
+    rollouts: Sequence[Rollout], in_loss: Sequence[bool], *, token_level_loss: bool, process_group: dist.ProcessGroup
 ) -> list[PackSequence]:
-    in_loss = [not (rollout.truncated and mask_truncated) for rollout in rollouts]
     weights = [1.0] * len(rollouts)
     if not token_level_loss:
         weights = _sequence_weights(rollouts, in_loss, process_group)

@@ -16,17 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_g2rpo.collectives import from_first
 from megatron_g2rpo.objective import GroupStatistics, sharded_statistics
 from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.recipe.grpo_section import Grpo
 from megatron_g2rpo.rollout.base import Sampling
-from megatron_g2rpo.tasks.scoring import score
 from megatron_g2rpo.train.assembly import Components
-from megatron_g2rpo.train.step.advantages import tie_tolerance
+from megatron_g2rpo.train.step.advantages import tie_tolerance, with_reward
 from megatron_g2rpo.train.step.generation import generate
 from megatron_g2rpo.train.step.minibatches import owned_prompts
 from megatron_g2rpo.train.step.prompts import draw
+from megatron_g2rpo.train.step.rewards import FailedRewards, scored, scoring_of
 from megatron_g2rpo.train.step.timers import Timers
 from megatron_g2rpo.types import Rewards, Rollout, task_ids_of
 
@@ -38,11 +37,13 @@ class Collected:
     Attributes:
         rollouts: this rank's rollouts, with ``group_id`` from 0 to ``num_prompts_per_step`` - 1 over all ranks.
         rewards: the rewards of these rollouts.
+        failed: the rewards of all ranks that could not be computed, those of dropped groups included.
         metrics: ``train/sampling/...``; empty without dynamic sampling.
     """
 
     rollouts: list[Rollout]
     rewards: Rewards
+    failed: FailedRewards
     metrics: dict[str, float]
 
 
@@ -57,6 +58,7 @@ def collect(recipe: TrainRecipe, components: Components, step: int, timers: Time
 
     Raises:
         EngineUnavailable: the engine was lost, see ``answers``.
+        RewardError: too many rewards could not be computed, or the data is wrong; see ``Scoring.rewards``.
     """
     with timers("generation"):
         components.engine.load_weights(components.policy.source())
@@ -68,16 +70,17 @@ def collect(recipe: TrainRecipe, components: Components, step: int, timers: Time
 def _collected(recipe: TrainRecipe, components: Components, step: int, timers: Timers) -> Collected:
     size, options = recipe.grpo.num_prompts_per_step, recipe.grpo.dynamic_sampling
     if not options.enabled:
-        rollouts, rewards = _round(recipe, components, step, timers, 0, size, 0)
-        return Collected(rollouts, rewards, {})
+        rollouts, rewards, failed = _round(recipe, components, step, timers, 0, size, 0, FailedRewards())
+        return Collected(rollouts, rewards, failed, {})
 
     everything: list[tuple[list[Rollout], Rewards]] = []
     kept: list[int] = []  # group ids of all ranks, in the order of the stream
     dropped: list[int] = []
     drawn = rounds = 0
+    failed = FailedRewards()
     while len(kept) < size and rounds < options.max_rounds:
         asked = math.ceil((size - len(kept)) * options.oversampling)
-        rollouts, rewards = _round(recipe, components, step, timers, rounds, asked, drawn)
+        rollouts, rewards, failed = _round(recipe, components, step, timers, rounds, asked, drawn, failed)
         everything.append((rollouts, rewards))
         with timers("rewards"):
             signal = _with_signal(recipe.grpo, rollouts, rewards, components.policy.groups.data)
@@ -96,7 +99,8 @@ def _collected(recipe: TrainRecipe, components: Components, step: int, timers: T
         "groups_unfilled": unfilled,
     }
     rollouts, rewards = _select(everything, chosen)
-    return Collected(rollouts, rewards, {f"train/sampling/{name}": float(value) for name, value in metrics.items()})
+    named = {f"train/sampling/{name}": float(value) for name, value in metrics.items()}
+    return Collected(rollouts, rewards, failed, named)
 
 
 def sampling_seed(seed: int, step: int, round_: int = 0) -> int:
@@ -112,12 +116,23 @@ def _round(
     round_: int,
     size: int,
     first_group: int,
-) -> tuple[list[Rollout], Rewards]:
-    """Answer the next ``size`` prompts of the stream; this rank's rollouts, with groups from ``first_group``."""
+    failed: FailedRewards,
+) -> tuple[list[Rollout], Rewards, FailedRewards]:
+    """Answer the next ``size`` prompts of the stream; this rank's rollouts, with groups from ``first_group``.
+
+    Args:
+        recipe, components, step, timers: see ``collect``.
+        round_: number of the round in the step, from 0.
+        size: number of prompts, over all ranks.
+        first_group: group id of the first prompt.
+        failed: the rewards of the step that could not be computed in earlier rounds; those of this one are added.
+    """
     groups = components.policy.groups
     owned = owned_prompts(size, groups.data_rank, groups.data_size)
     with timers("data"):
         prompts = draw(components.stream, size, owned, groups)
+    penalty = recipe.grpo.overlong_penalty.weight if recipe.grpo.overlong == "penalise" else None
+    scoring = scoring_of(recipe, components.workers, overlong_weight=penalty)
     with timers("generation"):
         rollouts = generate(
             components.engine,
@@ -127,28 +142,32 @@ def _round(
             sampling=Sampling.of_training(recipe.policy.generation),
             seed=sampling_seed(recipe.grpo.seed, step, round_),
             group_ids=[first_group + number for number in owned],
+            # Workers score what is there already while the rest is sampled.
+            on_finished=None if components.workers is None else scoring.add,
         )
     with timers("rewards"):
-        penalty = recipe.grpo.overlong_penalty
-        # Once a replica: a judge model may say something else when it is asked again.
-        rewards = from_first(
-            lambda: score(
-                rollouts,
-                recipe.env,
-                response_format=recipe.data.response_format,
-                max_response_tokens=recipe.policy.generation.max_new_tokens,
-                overlong_buffer=penalty.buffer,
-                overlong_weight=penalty.weight if recipe.grpo.overlong == "penalise" else None,
-            ),
-            group=groups.model,
+        limit = recipe.env.max_failed_rewards
+        rewards, failed_now = scored(
+            scoring,
+            rollouts,
+            replica=groups.model,
+            between=groups.data,
+            most_failures=failed.most(limit, size * recipe.grpo.num_generations_per_prompt),
         )
-    return rollouts, rewards
+        failed += failed_now
+        failed.check(limit)
+    return rollouts, rewards, failed
 
 
 def _with_signal(
     grpo: Grpo, rollouts: Sequence[Rollout], rewards: Rewards, process_group: dist.ProcessGroup
 ) -> set[int]:
-    """Groups, of all ranks, whose rewards differ and whose mean accuracy lies between the bounds."""
+    """Groups, of all ranks, whose rewards differ and whose mean accuracy lies between the bounds.
+
+    A group that is left with too few rewards, because the others could not be computed, is none of them.
+    """
+    rows = with_reward(grpo.adv_estimator, rollouts, rewards)
+    rollouts, rewards = [rollouts[index] for index in rows.tolist()], rewards[rows]
     options, tolerance = grpo.dynamic_sampling, tie_tolerance(grpo.adv_estimator)
     total = _statistics(rollouts, rewards.total, tolerance, process_group).groups
     signal = ~total.zero_variance
@@ -179,8 +198,8 @@ def _select(rounds: Sequence[tuple[list[Rollout], Rewards]], chosen: Sequence[in
     number = {group: index for index, group in enumerate(chosen)}
     rollouts: list[Rollout] = []
     rewards: list[Rewards] = []
-    for mine, scored in rounds:
+    for mine, their_rewards in rounds:
         places = [place for place, rollout in enumerate(mine) if rollout.group_id in number]
         rollouts += [replace(mine[place], group_id=number[mine[place].group_id]) for place in places]
-        rewards.append(scored[torch.tensor(places, dtype=torch.int64)])
+        rewards.append(their_rewards[torch.tensor(places, dtype=torch.int64)])
     return rollouts, Rewards.concatenate(rewards)

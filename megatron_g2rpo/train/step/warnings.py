@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_g2rpo.recipe import Env
 from megatron_g2rpo.tasks.scoring import read
-from megatron_g2rpo.types import Rollout
+from megatron_g2rpo.types import FailedReward, Rollout
 
 # Share of responses with an answer below which there is hardly a reward to learn from.
 FEW_ANSWERS = 0.05
@@ -46,7 +46,8 @@ def answer_warnings(
         response_format: response format of the tasks that name none.
         process_group: the ranks over which the responses are spread; None for all.
     """
-    without = [rollout for rollout in rollouts if read(rollout, env, response_format).answer is None]
+    responses = [(rollout, read(rollout, env, response_format)) for rollout in rollouts]
+    without = [rollout for rollout, read_ in responses if isinstance(read_, FailedReward) or read_.answer is None]
     counts = torch.tensor([len(rollouts) - len(without), len(rollouts)])
     dist.all_reduce(counts, group=process_group)
     answered, count = counts.tolist()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_g2rpo import recipe
+from megatron_g2rpo import recipe, registry
 from megatron_g2rpo.recipe.identity import NOT_IDENTITY
 from megatron_g2rpo.recipe.keys import dotted_keys
 from megatron_g2rpo.recipe.schema import SftRecipe, TrainRecipe
@@ -102,7 +102,8 @@ def test_the_fingerprint_is_the_same_in_every_process() -> None:
 
 
 def test_every_excluded_key_exists() -> None:
-    known = {*dotted_keys(TrainRecipe), *dotted_keys(SftRecipe)}
+    judge = (f"env.reward_options.judge.{option}" for option in registry.reward_parts.options("judge"))
+    known = {*dotted_keys(TrainRecipe), *dotted_keys(SftRecipe), *judge}
     assert set(NOT_IDENTITY) <= known
 
 

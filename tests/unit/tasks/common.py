@@ -63,4 +63,13 @@ def make_task(**changes: Any) -> Task:
 
 def make_env(weights: dict[str, float], **tasks: Task) -> Env:
     """With the task `math` unless others are given."""
-    return Env(reward_weights=weights, default_task=make_task(), tasks=tasks or {"math": make_task()})
+    return Env(
+        reward_weights=weights,
+        reward_options={},
+        reward_workers=0,
+        reward_timeout_s=30.0,
+        reward_batch_timeout_s=60.0,
+        max_failed_rewards=0.0,
+        default_task=make_task(),
+        tasks=tasks or {"math": make_task()},
+    )

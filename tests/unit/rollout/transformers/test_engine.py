@@ -63,6 +63,17 @@ def generate(engine, prompts, n=4, *, seed=5, **sampling):
     return engine.generate(prompts, n, sampling=sampling, seed=seed, group_ids=list(range(len(prompts))))
 
 
+def test_every_rollout_is_handed_over_once_as_soon_as_its_batch_is_done(reference, prompts):
+    engine, finished = loaded(reference, batch_size=4), []
+    rollouts = engine.generate(
+        prompts, 3, temperature=1.0, seed=5, group_ids=list(range(len(prompts))), on_finished=finished.append
+    )
+    assert [len(share) for share in finished[:-1]] == [4] * (len(finished) - 1)
+    assert len(finished) > 1
+    handed = sorted(id(rollout) for share in finished for rollout in share)
+    assert handed == sorted(map(id, rollouts)), "the very same, which are told apart by what they are"
+
+
 def tokens_of(rollouts):
     return {(r.prompt.key, r.sample_index): r.response_ids.tolist() for r in rollouts}
 

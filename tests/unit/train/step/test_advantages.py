@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_g2rpo.objective import History, Sequences, estimators, surrogates
+from megatron_g2rpo.objective.reward_batch import as_reward_batch
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.train.step.advantages import Advantages, advantages_of
-from megatron_g2rpo.types import ModelInputs, Prompt, Rewards, Rollout, Sample
+from megatron_g2rpo.types import FailedReward, ModelInputs, Prompt, Rewards, Rollout, Sample
 
 MakeRecipe = Callable[..., TrainRecipe]
 
@@ -111,6 +112,49 @@ def test_parts_are_weighed_as_in_the_reward(make_recipe: MakeRecipe) -> None:
     weights = {**plain.weights, "accuracy": plain.weights["format"], "format": plain.weights["accuracy"]}
     swapped = Rewards(parts=plain.parts, weights=weights, total=plain.total)
     assert not torch.allclose(advantages(recipe, swapped).values, values)
+
+
+def without(rewards: Rewards, *rows: int) -> Rewards:
+    """The rewards as if a part had failed for some rollouts."""
+    total = rewards.total.clone()
+    total[list(rows)] = torch.nan
+    failures = {row: FailedReward(part="accuracy", message="") for row in rows}
+    return Rewards(parts=rewards.parts, weights=rewards.weights, total=total, failures=failures)
+
+
+@pytest.mark.parametrize("name", estimators.names())
+def test_a_rollout_without_a_reward_is_in_no_group(make_recipe: MakeRecipe, name: str) -> None:
+    """Against the estimator's own answer to a batch that never had it."""
+    section = make_recipe(f"grpo.adv_estimator.name={name}").grpo.adv_estimator
+    keep = [row for row in range(12) if row not in (1, 10)]
+    plain, histories = rewards(), (History(), History())
+    batch = as_reward_batch(
+        plain.total[keep],
+        torch.tensor([row // 3 for row in keep]),
+        torch.tensor([row // 3 % 2 for row in keep]),
+        {part: values[keep] for part, values in plain.parts.items()},
+        {part: weights[keep] for part, weights in plain.weights.items()},
+    )
+    expected = section.bound()(batch, histories[0])
+    found = advantages(make_recipe(f"grpo.adv_estimator.name={name}"), without(plain, 1, 10), histories[1])
+    assert torch.equal(found.values[keep], expected)
+    assert found.values[[1, 10]].tolist() == [0.0, 0.0]
+    assert found.statistics.groups.count.tolist() == [2, 3, 3, 2]
+    assert histories[0].state_dict() == histories[1].state_dict()
+
+
+@pytest.mark.parametrize("name", estimators.names())
+def test_a_group_with_too_few_rewards_has_no_signal(make_recipe: MakeRecipe, name: str) -> None:
+    """Two of three failed: an estimator that compares within groups has nothing to compare; all three, no one has."""
+    recipe = make_recipe(f"grpo.adv_estimator.name={name}")
+    found = advantages(recipe, without(rewards(), 3, 4, 6, 7, 8))
+    whole = [0, 1, 2, 9, 10, 11]
+    alone = recipe.grpo.adv_estimator.min_group_size == 1
+    assert found.statistics.groups.id.tolist() == ([0, 1, 3] if alone else [0, 3])
+    assert found.values[[3, 4, 6, 7, 8]].tolist() == [0.0] * 5
+    assert bool(found.values[5] != 0.0) == alone
+    assert float(found.values[whole].abs().max()) > 0.1
+    assert bool(found.values.isfinite().all())
 
 
 def test_unknown_names_are_errors(make_recipe: MakeRecipe) -> None:

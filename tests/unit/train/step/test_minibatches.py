@@ -79,7 +79,7 @@ def advantages(count: int = len(LENGTHS)) -> Tensor:
     return torch.arange(count, dtype=torch.float64) - 3.5
 
 
-def packed(recipe: TrainRecipe, rollouts: list[Rollout]) -> list[list[PackedBatch]]:
+def packed(recipe: TrainRecipe, rollouts: list[Rollout], failed: Tensor | None = None) -> list[list[PackedBatch]]:
     """The micro-batches of every minibatch, with advantages."""
     values = advantages(len(rollouts))
     found = pack_minibatches(
@@ -87,6 +87,7 @@ def packed(recipe: TrainRecipe, rollouts: list[Rollout]) -> list[list[PackedBatc
         recipe.policy,
         PACKER,
         rollouts,
+        torch.zeros(len(rollouts), dtype=torch.bool) if failed is None else failed,
         token_level_loss=recipe.loss_fn.token_level_loss,
         process_group=dist.group.WORLD,  # type: ignore[arg-type]
     )
@@ -179,6 +180,19 @@ def test_a_masked_overlong_response_is_in_no_mean(recipe: MakeRecipe, token_leve
 
     (kept,) = packed(recipe(), rollouts())
     assert sum(batch.num_tokens for batch in kept) == sum(LENGTHS)
+
+
+@pytest.mark.parametrize("token_level", [True, False])
+def test_a_rollout_without_a_reward_is_in_no_mean(recipe: MakeRecipe, token_level: bool) -> None:
+    """The loss is that of the other rollouts alone, whichever mean it is."""
+    options = ["grpo.overlong=mask", f"loss_fn.token_level_loss={str(token_level).lower()}"]
+    failed = torch.zeros(len(LENGTHS), dtype=torch.bool)
+    failed[[0, 6]] = True
+    (batches,) = packed(recipe(*options), rollouts(), failed)
+    losses = token_losses([row for row in range(8) if row not in TRUNCATED and row not in (0, 6)])
+    means = torch.stack([values.mean() for values in losses])
+    assert loss_of(batches) == pytest.approx(float(torch.cat(losses).mean() if token_level else means.mean()), rel=1e-6)
+    assert sum(batch.num_tokens for batch in batches) == sum(map(len, losses))
 
 
 def test_sequence_weights_count_the_sequences_of_every_rank(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +11,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_g2rpo import registry
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.rollout.base import EngineUnavailable, Sampling
+from megatron_g2rpo.tasks.part_calls import Ask, ask_in_turn
+from megatron_g2rpo.tasks.scoring import RewardError
 from megatron_g2rpo.train.step.sampling import Collected, collect
 from megatron_g2rpo.train.step.timers import Timers
-from megatron_g2rpo.types import ModelInputs, Prompt, Rewards, Rollout, Sample
+from megatron_g2rpo.types import ModelInputs, Prompt, Response, Rewards, Rollout, Sample
 
 MakeRecipe = Callable[..., TrainRecipe]
 SAMPLES = 4
@@ -97,7 +100,7 @@ def components() -> Any:
     world = dist.group.WORLD
     groups = SimpleNamespace(data=world, data_rank=0, data_size=1, model=world, model_rank=0, model_size=1)
     policy = SimpleNamespace(groups=groups, source=lambda: iter(()))
-    return SimpleNamespace(policy=policy, stream=Stream(), engine=Engine())
+    return SimpleNamespace(policy=policy, stream=Stream(), engine=Engine(), workers=None)
 
 
 @pytest.fixture
@@ -216,6 +219,105 @@ def test_penalised_responses_lose_reward_near_the_limit(components: Any, recipe:
     accuracy = collected.rewards.parts["accuracy"]
     assert torch.equal(collected.rewards.total, accuracy + 0.5 * collected.rewards.parts["overlong"])
     assert collected.rewards.weights["overlong"].unique().tolist() == [0.5]
+
+
+class Failing:
+    """A part that fails for the first samples of some prompts.
+
+    Attributes:
+        times: number of a prompt in the stream -> how many of its samples fail.
+    """
+
+    def __init__(self) -> None:
+        self.times: dict[int, int] = {}
+
+    def __call__(self, sample: Sample, response: Response) -> float:
+        if response.sample_index < self.times.get(int(sample.key), 0):
+            raise OSError("no connection")
+        return 0.0
+
+
+@pytest.fixture
+def failing() -> Iterator[Failing]:
+    part = Failing()
+    registry.reward_parts.register("failing")(part)
+    yield part
+    del registry.reward_parts._entries["failing"]
+
+
+FAILING = "env.reward_weights.failing=0"
+
+
+def test_what_failed_is_counted_by_part_and_named(components: Any, recipe: MakeRecipe, failing: Failing) -> None:
+    failing.times = {1: 2, 3: 1}
+    collected = run(recipe(FAILING, "env.max_failed_rewards=0.2"), components)
+    assert collected.rewards.failed.nonzero().flatten().tolist() == [4, 5, 12]
+    failed = collected.failed
+    assert failed.metrics("train/failed_rewards") == {
+        "train/failed_rewards": 3.0, "train/failed_rewards/failing": 3.0,
+    }  # fmt: skip
+    first, *named = failed.lines("so it is")
+    assert first == "warning: 3 of 16 rewards failed; so it is. The first:"
+    assert len(named) == 3
+    assert "reward failing of sample 1, task 'b', response 0: raised OSError: no connection" in named[0]
+    collected = run(recipe(FAILING), components)
+    assert collected.failed.metrics("train/failed_rewards") == {"train/failed_rewards": 0.0}
+    assert collected.failed.lines("so it is") == []
+
+
+def test_too_many_failures_end_the_run(components: Any, recipe: MakeRecipe, failing: Failing) -> None:
+    failing.times = {1: 2, 3: 1}
+    with pytest.raises(RewardError, match=r"(?s)3 rewards, more than env.max_failed_rewards .*failing 3.*sample 1"):
+        run(recipe(FAILING, "env.max_failed_rewards=0.18"), components)
+    components.stream = Stream()
+    run(recipe(FAILING, "env.max_failed_rewards=0.1875"), components)  # 3 of 16: not above it
+
+
+def test_a_group_with_too_few_rewards_is_replaced(components: Any, recipe: MakeRecipe, failing: Failing) -> None:
+    """Group 1 is left with one reward, group 5 with none, and group 4 with three equal ones."""
+    failing.times = {1: 3, 4: 1, 5: 4}
+    collected = run(recipe(DYNAMIC, FAILING, "env.max_failed_rewards=0.5"), components)
+    assert [rollout.prompt.key for rollout in collected.rollouts[::SAMPLES]] == ["7", "8", "9", "10"]
+    assert collected.failed.scored == 4 * len({key for keys in components.engine.asked for key in keys})
+    assert collected.metrics["train/sampling/groups_dropped"] == 7.0
+    assert len(collected.failed.failures) == 8, "those of dropped groups are counted, too"
+
+
+class StreamingEngine(Engine):
+    """Hands over each group as it is answered, the last first; notes what it was handed in return."""
+
+    def generate(self, prompts: Sequence[Prompt], n: int, *, on_finished: Any = None, **keywords: Any) -> list[Rollout]:
+        rollouts = super().generate(prompts, n, **keywords)
+        if on_finished is not None:
+            for start in reversed(range(0, len(rollouts), n)):
+                on_finished(rollouts[start : start + n])
+        return rollouts
+
+
+class Workers:
+    """What a pool is asked, and when: answered in this process."""
+
+    def __init__(self, options: Any) -> None:
+        self.options, self.asked = options, list[list[str]]()
+
+    def submit(self, asks: Sequence[Ask]) -> list[Any]:
+        self.asked.append([ask.call.sample.key for ask in asks])
+        results = [ask_in_turn(ask, self.options) for ask in asks]
+        return [SimpleNamespace(results=lambda: results)]
+
+
+def test_workers_score_what_is_finished_while_the_rest_is_sampled(components: Any, recipe: MakeRecipe) -> None:
+    late = run(recipe(), components)
+    components.stream, components.engine, components.workers = Stream(), StreamingEngine(), Workers({})
+    early = run(recipe(), components)
+    assert components.workers.asked == [[str(number)] * SAMPLES for number in (3, 2, 1, 0)]
+    assert torch.equal(early.rewards.total, late.rewards.total)
+    assert [r.prompt.key for r in early.rollouts] == [r.prompt.key for r in late.rollouts]
+    components.stream, components.workers = Stream(), Workers({})
+    components.policy.groups.model_size, components.policy.groups.model_rank = 1, 0
+    components.engine = Engine()  # takes no such function
+    assert torch.equal(run(recipe(), components).rewards.total, late.rewards.total)
+    assert len(components.workers.asked) == 1
 
 
 def test_rewards_of_some_rollouts() -> None:
