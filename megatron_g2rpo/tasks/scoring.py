@@ -193,7 +193,7 @@ class Scoring:
         if self._workers is not None:
             self._workers.close()
         raise RewardError(
-            failures_message(failures, f"{len(failures)} rewards, more than env.max_failed_rewards allows in a step,")
+            failures_message(failures, f"{len(failures)} rewards, more than env.max_failed_rewards allows,")
         )
 
 

@@ -160,7 +160,7 @@ def test_samples_that_cannot_be_asked_are_counted_and_listed(toy: Toy, tmp_path:
         ("pair", "too_long"),
     ]
     assert broken in listed[0]["message"]
-    assert "samples that could not be asked: 2 too_long, 1 unreadable (colour 1, pair 2)" in shown
+    assert "samples that could not be asked or scored: 2 too_long, 1 unreadable (colour 1, pair 2)" in shown
     summary = json.loads((out / "summary.json").read_text())
     assert {task: figures["prompts"] for task, figures in summary["tasks"].items()} == {"colour": 1, "sum": 2}
     assert summary["unusable"] == {"colour": {"unreadable": 1}, "pair": {"too_long": 2}}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files that an evaluation writes as it goes, JSON lines, and where an interrupted one goes on.
 
-``answers.jsonl`` has one line a response, ``unusable.jsonl`` one line a sample that could not be asked. Both are in the
-order of the dataset, whatever the number of processes. A line names its sample, so that what is on file need not be
-asked again.
+``answers.jsonl`` has one line a response, ``unusable.jsonl`` one line a sample that could not be asked or scored. Both
+are in the order of the dataset, whatever the number of processes. A line names its sample, so that what is on file need
+not be asked again.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def identity_of(recipe: Recipe, *, data: str, limit: int | None, tasks: tuple[st
             "generation": generation,
         },
         "prompts": {key: tree["data"][key] for key in _OF_DATA},
-        "env": {"reward_weights": tree["env"]["reward_weights"], "tasks": of_tasks},
+        "env": {**{key: tree["env"][key] for key in ("reward_weights", "reward_options")}, "tasks": of_tasks},
         "imports": {name: _sha256(Path(name)) for name in recipe.imports if Path(name).is_file()},
     }
     return json.loads(json.dumps(_flat(everything, "")))

@@ -11,8 +11,9 @@ from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.models.directory import load_config
 from megatron_g2rpo.policy.device import Device
 from megatron_g2rpo.recipe import Env, Policy, Recipe
-from megatron_g2rpo.rollout.base import Engine, Sampling
+from megatron_g2rpo.rollout.base import Engine, OnFinished, Sampling
 from megatron_g2rpo.tasks import response_formats
+from megatron_g2rpo.tasks.workers import RewardWorkers
 from megatron_g2rpo.train.assembly import engine_for
 from megatron_g2rpo.train.step.generation import answers
 from megatron_g2rpo.types import DTYPES, Prompt, Rollout
@@ -29,6 +30,7 @@ class Model:
         processor: makes prompts of samples.
         engine: answers them.
         weights: the engine's weights, should it lose them.
+        workers: processes that reward parts run in; None: this process.
     """
 
     recipe: Recipe
@@ -36,9 +38,10 @@ class Model:
     processor: ChatProcessor
     engine: Engine
     weights: DirectoryWeights
+    workers: RewardWorkers | None
 
     @classmethod
-    def of(cls, recipe: Recipe, env: Env, device: Device) -> Model:
+    def of(cls, recipe: Recipe, env: Env, device: Device, workers: RewardWorkers | None) -> Model:
         """Build the engine that the recipe names, and load its weights. A collective of all ranks.
 
         Raises:
@@ -57,13 +60,29 @@ class Model:
         engine = engine_for(recipe.policy, processor, device, banned)
         weights = DirectoryWeights(recipe.policy, device)
         engine.load_weights(weights.source())
-        return cls(recipe, env, processor, engine, weights)
+        return cls(recipe, env, processor, engine, weights, workers)
 
     def answers(
-        self, prompts: Sequence[Prompt], n: int, *, sampling: Sampling, seed: int, group_ids: Sequence[int]
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        *,
+        sampling: Sampling,
+        seed: int,
+        group_ids: Sequence[int],
+        on_finished: OnFinished,
     ) -> list[Rollout]:
         """Return ``n`` responses to each of this rank's prompts; see ``Engine.generate``. A collective of all ranks."""
-        return answers(self.engine, self.weights, prompts, n, sampling=sampling, seed=seed, group_ids=group_ids)
+        return answers(
+            self.engine,
+            self.weights,
+            prompts,
+            n,
+            sampling=sampling,
+            seed=seed,
+            group_ids=group_ids,
+            on_finished=on_finished,
+        )
 
 
 class DirectoryWeights:

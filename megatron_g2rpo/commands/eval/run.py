@@ -10,8 +10,10 @@ goes on there when it is given again. What is sampled for a prompt depends on ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from math import floor
+from typing import NamedTuple
 
 import torch.distributed as dist
 from rich.console import Console
@@ -21,6 +23,7 @@ from megatron_g2rpo.collectives import from_first, gather
 from megatron_g2rpo.commands.eval import answers_file, identity, show
 from megatron_g2rpo.commands.eval.answers_file import ANSWERS, UNUSABLE, Record
 from megatron_g2rpo.commands.eval.compare import compare, write_comparison
+from megatron_g2rpo.commands.eval.lines import FAILED, Lines, lines_of, refuse, scoring_of
 from megatron_g2rpo.commands.eval.model import Model
 from megatron_g2rpo.commands.eval.settings import Request, Settings
 from megatron_g2rpo.commands.eval.summary import summarise, write_summary
@@ -31,9 +34,9 @@ from megatron_g2rpo.data.mixture import Mixture
 from megatron_g2rpo.data.shard_index import Entry
 from megatron_g2rpo.data.stream import encode_entry, number_tasks
 from megatron_g2rpo.policy.device import init_process_group, select, set_cpu_threads
-from megatron_g2rpo.recipe import Env, TrainRecipe
-from megatron_g2rpo.tasks.scoring import read, score
-from megatron_g2rpo.types import Prompt, Rollout
+from megatron_g2rpo.recipe import Env
+from megatron_g2rpo.tasks.workers import RewardWorkers
+from megatron_g2rpo.types import Prompt
 
 # Batches are this many times what an engine decodes together, so that it seldom runs half empty.
 _ENGINE_BATCHES = 2
@@ -54,7 +57,8 @@ def evaluate(request: Request, settings: Settings) -> None:
         EvaluationError: the directory holds something else.
         DataError: the dataset cannot be used, or no sample of it.
         ValueError: the engine cannot be built, or the weights do not fit it.
-        RewardError: a reward cannot be computed.
+        RewardError: more rewards cannot be computed than ``env.max_failed_rewards`` allows, of the whole evaluation.
+            The last batch is then not on file: the same command goes on with it.
         EngineUnavailable: the engine was lost; the same command goes on where it stopped.
     """
     recipe = settings.recipe
@@ -66,10 +70,16 @@ def evaluate(request: Request, settings: Settings) -> None:
     assert recipe.data.validation is not None  # `completed` saw to it
     data = open_datasets(recipe.data.validation, env)
     entries = [entry for task in data.tasks for entry in data.first(task, request.limit or len(data))]
-    done = from_first(lambda: _prepare(request, settings, data), _TOLD)
-    left = [entry for entry in entries if data.name(entry) not in done]
+    before = from_first(lambda: _prepare(request, settings, data), _TOLD)
+    left = [entry for entry in entries if data.name(entry) not in before.done]
     if left:
-        _ask(request, settings, data, left, Model.of(recipe, env, device), total=len(entries))
+        with ExitStack() as stack:
+            workers = RewardWorkers.of(env, recipe.imports)
+            if workers is not None:
+                stack.callback(workers.close)
+                workers.start()  # while the weights are read
+            model = Model.of(recipe, env, device, workers)
+            _ask(request, settings, data, left, model, total=len(entries), failed=before.failed)
     from_first(lambda: _finish(request, settings), _TOLD)
 
 
@@ -80,8 +90,20 @@ def with_metrics(env: Env) -> Env:
     return env.model_copy(update={"reward_weights": {**env.reward_weights, **missing}})
 
 
-def _prepare(request: Request, settings: Settings, data: Mixture) -> set[str]:
-    """Claim the evaluation's directory; the names of the samples that it is done with."""
+class _Before(NamedTuple):
+    """What an earlier call of the same evaluation left.
+
+    Attributes:
+        done: the names of the samples that are on file.
+        failed: number of their responses that have no reward.
+    """
+
+    done: set[str]
+    failed: int
+
+
+def _prepare(request: Request, settings: Settings, data: Mixture) -> _Before:
+    """Claim the evaluation's directory, and say what is in it."""
     if request.compare is not None:
         identity.load(request.compare)  # before hours are spent
     settings.thresholds.check(data.tasks)
@@ -95,33 +117,57 @@ def _prepare(request: Request, settings: Settings, data: Mixture) -> set[str]:
         "recipe": str(request.recipe) if request.recipe is not None else "the exemplar",
     }
     identity.claim(settings.out, mine, origin, fresh=request.fresh)
-    return answers_file.finished(settings.out, request.samples)
+    done = answers_file.finished(settings.out, request.samples)
+    return _Before(done, sum(line.get(FAILED, 0) for line in answers_file.read(settings.out / UNUSABLE)))
 
 
 def _ask(
-    request: Request, settings: Settings, data: Mixture, left: Sequence[Entry], model: Model, *, total: int
+    request: Request,
+    settings: Settings,
+    data: Mixture,
+    left: Sequence[Entry],
+    model: Model,
+    *,
+    total: int,
+    failed: int,
 ) -> None:
-    """Ask all samples that are left, batch by batch, and write what comes. A collective of all ranks."""
+    """Ask all samples that are left, batch by batch, and write what comes. A collective of all ranks.
+
+    Args:
+        total: number of samples of the whole evaluation.
+        failed: number of responses to the other samples that have no reward.
+    """
+    limit, responses = model.env.max_failed_rewards, total * request.samples
     writes = dist.get_rank() == 0
     per_rank = max(1, _ENGINE_BATCHES * settings.recipe.policy.generation.batch_size // request.samples)
     size = dist.get_world_size() * per_rank
     with _progress(total, total - len(left), show=writes) as advance:
         for start in range(0, len(left), size):
             batch = left[start : start + size]
-            answered, unusable = _ask_batch(request, settings, data, batch, model)
+            most = max(0, floor(limit * responses) - failed)
+            lines = _ask_batch(request, settings, data, batch, model, most_failures=most)
+            failed += len(lines.failures)
+            if len(lines.failures) > most:
+                refuse(lines.failures, failed, responses, limit)
             if writes:
-                answers_file.append(settings.out / UNUSABLE, unusable)
-                answers_file.append(settings.out / ANSWERS, answered)
+                answers_file.append(settings.out / UNUSABLE, lines.unusable.values())
+                answers_file.append(settings.out / ANSWERS, [line for each in lines.answered.values() for line in each])
             advance(len(batch))
 
 
 def _ask_batch(
-    request: Request, settings: Settings, data: Mixture, batch: Sequence[Entry], model: Model
-) -> tuple[list[Record], list[Record]]:
-    """Ask samples, which the ranks share; the lines of all ranks, in the order of the batch. A collective.
+    request: Request,
+    settings: Settings,
+    data: Mixture,
+    batch: Sequence[Entry],
+    model: Model,
+    *,
+    most_failures: int,
+) -> Lines:
+    """Ask samples, which the ranks share; the lines of all ranks. A collective.
 
-    Returns:
-        The lines of responses, and those of samples that could not be asked.
+    Args:
+        most_failures: number of responses without a reward above which none of this batch is needed.
     """
     task_ids = number_tasks(model.env.tasks)
     checks = [prompt_fits(model.recipe.policy), reference_is_readable(scored_formats(model.env))]
@@ -134,48 +180,24 @@ def _ask_batch(
             prompts.append(encode_entry(data, entry, model.processor, task_ids[entry.task], checks))
             places.append(place)
         except SampleError as error:
-            unusable[place] = {
-                "key": data.name(entry), "task": entry.task, "reason": error.reason, "message": str(error)
-            }  # fmt: skip
-    rollouts = model.answers(prompts, request.samples, sampling=settings.sampling, seed=request.seed, group_ids=places)
-    shares = gather(lambda: (_records(rollouts, model), unusable))
-    answers = {place: lines for share, _ in shares for place, lines in share.items()}
-    refused = {place: record for _, share in shares for place, record in share.items()}
-    return [line for place in sorted(answers) for line in answers[place]], [refused[place] for place in sorted(refused)]
-
-
-def _records(rollouts: Sequence[Rollout], model: Model) -> dict[int, list[Record]]:
-    """Score responses; group id -> the lines of its responses, in the order of the samples."""
-    recipe, env = model.recipe, model.env
-    default = recipe.data.response_format
-    rewards = score(
-        rollouts,
-        env,
-        response_format=default,
-        max_response_tokens=recipe.policy.generation.max_new_tokens,
-        overlong_buffer=recipe.grpo.overlong_penalty.buffer if isinstance(recipe, TrainRecipe) else None,
+            line = {"key": data.name(entry), "task": entry.task, "reason": error.reason, "message": str(error)}
+            unusable[place] = line
+    scoring = scoring_of(model.recipe, model.env, model.workers)
+    rollouts = model.answers(
+        prompts,
+        request.samples,
+        sampling=settings.sampling,
+        seed=request.seed,
+        group_ids=places,
+        on_finished=scoring.add,
     )
-    lines: dict[int, list[Record]] = {}
-    for row, rollout in enumerate(rollouts):
-        sample, response = rollout.prompt.sample, read(rollout, env, default)
-        lines.setdefault(rollout.group_id, []).append(
-            {
-                "key": sample.key,
-                "task": sample.task,
-                "sample_index": rollout.sample_index,
-                "question": sample.question,
-                "reference": sample.answer,
-                "answer_format": env.tasks[sample.task].answer_format or sample.answer_format,
-                "answer": response.answer,
-                "text": response.text,
-                "thinking": response.thinking,
-                "reward": float(rewards.total[row]),
-                "parts": {name: float(part[row]) for name, part in rewards.parts.items()},
-                "response_tokens": response.num_tokens,
-                "truncated": response.truncated,
-            }
-        )
-    return lines
+
+    def scored() -> Lines:
+        rewards = scoring.rewards(rollouts, most_failures=most_failures)
+        lines = lines_of(rollouts, rewards, model.env, model.recipe.data.response_format)
+        return Lines.joined([lines, Lines({}, unusable)])
+
+    return Lines.joined(gather(scored))
 
 
 @contextmanager

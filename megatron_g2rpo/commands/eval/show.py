@@ -110,4 +110,6 @@ def _left_out(summary: Summary, directory: Path) -> list[str]:
         return []
     named = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
     tasks = ", ".join(f"{task} {sum(counts.values())}" for task, counts in summary.unusable.items())
-    return [f"NOT COUNTED: samples that could not be asked: {named} ({tasks}); listed in {directory / UNUSABLE}"]
+    return [
+        f"NOT COUNTED: samples that could not be asked or scored: {named} ({tasks}); listed in {directory / UNUSABLE}"
+    ]

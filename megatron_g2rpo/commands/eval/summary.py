@@ -37,7 +37,7 @@ class Summary:
     Attributes:
         samples: number of responses to each prompt.
         sizes: task -> number of prompts that were answered.
-        unusable: task -> reason -> number of samples that could not be asked, which no figure counts.
+        unusable: task -> reason -> number of samples that could not be asked or scored, which no figure counts.
         by_task: task -> metric -> estimate: ``accuracy``, ``format``, ``reward``, ``response_tokens``, ``truncated``,
             ``pass@k``; means over prompts of the mean over the responses to a prompt.
         over_tasks: metric -> its mean over tasks, each with equal weight.
@@ -71,7 +71,7 @@ def summarise(directory: Path, thresholds: Thresholds) -> Summary:
     for record in read(directory / UNUSABLE):
         unusable[record["task"]][record["reason"]] += 1
     if not rows:
-        raise EvaluationError(f"none of the samples could be asked; {directory / UNUSABLE} says why of each")
+        raise EvaluationError(f"none of the samples could be asked and scored; {directory / UNUSABLE} says why of each")
     tables: dict[str, Array] = {task: np.array(rows[task], dtype=np.float64) for task in sorted(rows)}
     found = estimates(tables)
 
@@ -127,7 +127,7 @@ def write_summary(directory: Path, summary: Summary) -> None:
         },
         "mean_over_tasks": _metrics(summary.over_tasks),
         "mean_over_samples": _metrics(summary.over_samples),
-        # Also of tasks of which no sample could be asked.
+        # Also of tasks of which no sample is counted.
         "unusable": summary.unusable,
     }
     (directory / SUMMARY).write_text(json.dumps(tree, indent=2) + "\n")
