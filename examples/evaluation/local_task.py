@@ -4,8 +4,9 @@
     python examples/evaluation/local_task.py data/quickstart/val tasks/mine --limit 40
     lmms-eval --include_path tasks/mine --tasks mine ...
 
-The task holds the samples' images and questions as they are, so what is asked is what training asks; answers are judged
-by ``megatron_g2rpo.tasks.score_answer``, by the answer format of each sample.
+The task holds the samples' images and questions as they are, so what is asked is what training asks, with each image
+where the question has it; answers are judged by ``megatron_g2rpo.tasks.score_answer``, by the answer format of each
+sample.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import datasets
 
 from megatron_g2rpo.data.shard_index import Entry, ShardIndex
+from megatron_g2rpo.tasks import score_answer
 
 YAML = """\
 task: {name}
@@ -31,6 +33,7 @@ test_split: test
 output_type: generate_until
 doc_to_visual: !function utils.images
 doc_to_text: !function utils.question
+doc_to_messages: !function utils.messages
 doc_to_target: answer
 process_results: !function utils.score
 generation_kwargs:
@@ -53,6 +56,8 @@ import json
 from PIL import Image
 
 from megatron_g2rpo.tasks import score_answer
+from megatron_g2rpo.tasks.prompts import build_messages
+from megatron_g2rpo.types import Sample
 
 
 def images(doc):
@@ -61,6 +66,18 @@ def images(doc):
 
 def question(doc, lmms_eval_specific_kwargs=None):
     return doc["question"]
+
+
+def messages(doc, lmms_eval_specific_kwargs=None):
+    pictures = images(doc)
+    fields = {name: doc[name] for name in ("key", "task", "question", "answer", "answer_format")}
+    turns = json.loads(json.dumps(build_messages(Sample(images=pictures, **fields))))  # no part occurs twice
+    shown = iter(pictures)
+    for turn in turns:
+        for part in turn["content"]:
+            if part["type"] == "image":
+                part["url"] = next(shown)
+    return turns
 
 
 def score(doc, results):
@@ -85,8 +102,17 @@ def chosen(index: ShardIndex, limit: int | None) -> Iterator[Entry]:
 
 
 def row(index: ShardIndex, entry: Entry) -> dict[str, Any]:
-    """A sample as a row: its images as PNG files, and what its answer format may look at as JSON."""
+    """A sample as a row: its images as PNG files, and what its answer format may look at as JSON.
+
+    Raises:
+        SystemExit: the harness could not judge an answer, such as one in the frame of resized images, whose sizes only
+            a model's own image processor knows.
+    """
     sample = index.read(entry)
+    try:  # as the harness will
+        score_answer(sample.answer_format, sample.answer, sample.answer, images=sample.images, extra=sample.extra)
+    except ValueError as error:
+        raise SystemExit(f"sample {sample.key} cannot be judged: {error}") from error
     pictures = []
     for image in sample.images:
         file = io.BytesIO()

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from megatron_g2rpo.data.shard_index import ShardIndex
 from megatron_g2rpo.rollout.transformers.engine import TransformersEngine
 from megatron_g2rpo.types import Prompt, Rollout
-from tests.e2e.toy import TASKS, Toy, break_image, call, error_of, metrics, succeed
+from tests.e2e.toy import ROOT, TASKS, Toy, break_image, call, error_of, metrics, succeed, write_shards
 
 # Several batches for 36 prompts.
 SMALL_BATCHES = "policy.generation.batch_size=4"
@@ -164,6 +165,53 @@ def test_samples_that_cannot_be_asked_are_counted_and_listed(toy: Toy, tmp_path:
     summary = json.loads((out / "summary.json").read_text())
     assert {task: figures["prompts"] for task, figures in summary["tasks"].items()} == {"colour": 1, "sum": 2}
     assert summary["unusable"] == {"colour": {"unreadable": 1}, "pair": {"too_long": 2}}
+
+
+def test_unreadable_references_and_failed_rewards_are_listed_and_too_many_of_these_end_it(
+    toy: Toy, tmp_path: Path, asked: list[str]
+) -> None:
+    """Of two datasets, whose samples have the same names, one has references that are no numbers."""
+    part = tmp_path / "unlucky.py"
+    part.write_text(
+        "from megatron_g2rpo.extend import reward_part\n\n\n"
+        "@reward_part('unlucky')\n"
+        "def unlucky(sample, response):\n"
+        "    if sample.key.endswith(('/colour-16', '/pair-17')):\n"
+        "        raise OSError('the judge is away')\n"
+        "    return 0.0\n"
+    )
+    other = write_shards(tmp_path / "other", 1, first=200, answer="many", answer_format="numeric")
+    recipe = toy.recipe(
+        tmp_path / "recipe.yaml",
+        imports=[str(ROOT / "examples" / "quickstart" / "rewards.py"), str(part)],
+        data={"validation": {"path": [str(toy.data / "val"), str(other)]}},
+        env={"reward_weights": {"unlucky": 1.0}, "reward_workers": 1},
+    )
+    out = tmp_path / "out"
+    options = ("--samples", "2", "--limit", "4", "--out", out, SMALL_BATCHES)  # 12 prompts, 24 responses
+    ended = call("eval", recipe, *options, "env.max_failed_rewards=0.1")
+    error = ended.stderr
+    assert ended.exit_code == 1
+    assert "2 of 24 rewards failed before, and now: " in error
+    assert "more than env.max_failed_rewards allows" in error
+    assert "OSError: the judge is away" in error
+    known = {line["key"] for name in ("answers", "unusable") for line in read(out / f"{name}.jsonl")}
+    assert 0 < len(known) < 12, "what was done before is on file"
+    asked.clear()
+    shown = evaluate(recipe, *options, "env.max_failed_rewards=0.2")
+    assert known.isdisjoint(asked)
+    listed = {(line["key"], line["reason"]) for line in read(out / "unusable.jsonl")}
+    assert {reason for _, reason in listed} == {"reference", "reward"}
+    assert {key.split("/")[0] for key, reason in listed if reason == "reference"} == {"other"}
+    assert {key for key, reason in listed if reason == "reward"} == {
+        f"val/{ShardIndex(toy.data / 'val').entries(task)[place].name}" for task, place in (("colour", 0), ("pair", 1))
+    }
+    assert "samples that could not be asked or scored: 3 reference, 2 reward (colour 2, pair 2, sum 1)" in shown
+    answers = [line["key"] for line in read(out / "answers.jsonl")]
+    assert len(answers) == 2 * (12 - 5)
+    asked.clear()
+    evaluate(recipe, *options, "env.max_failed_rewards=0.2")
+    assert asked == []
 
 
 def test_a_recipe_of_many_gpus_is_evaluated_by_one_process(recipe: Path, evaluated: Path, tmp_path: Path) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 from megatron_g2rpo.commands.eval.answers_file import Record
 from megatron_g2rpo.recipe import Env, Recipe, TrainRecipe
-from megatron_g2rpo.tasks.scoring import RewardError, Scoring, failures_message, read
+from megatron_g2rpo.tasks.scoring import Scoring, failures_message, read
 from megatron_g2rpo.tasks.workers import RewardWorkers
 from megatron_g2rpo.types import FailedReward, Response, Rewards, Rollout
 
@@ -17,6 +16,7 @@ from megatron_g2rpo.types import FailedReward, Response, Rewards, Rollout
 REWARD, REFERENCE = "reward", "reference"
 # Of a line with the reason REWARD: to how many of the responses.
 FAILED = "failed_responses"
+WAY_ON = "the last batch is not on file: mend the cause, or raise env.max_failed_rewards, and give the command again"
 
 
 @dataclass(frozen=True)
@@ -86,22 +86,18 @@ def lines_of(rollouts: Sequence[Rollout], rewards: Rewards, env: Env, response_f
     return Lines(answered, unusable, tuple(each for each in rewards.failures.values() if not each.bad_sample))
 
 
-def refuse(failures: Sequence[FailedReward], failed: int, total: int, limit: float) -> NoReturn:
-    """End an evaluation with too few rewards.
+def too_many(failures: Sequence[FailedReward], before: int, total: int, limit: float) -> str:
+    """Return what is said where an evaluation ends, because too many responses have no reward.
 
     Args:
         failures: those of the last batch.
-        failed: number of responses without a reward, those of the last batch included.
+        before: number of responses before it that have no reward.
         total: number of responses of the whole evaluation.
         limit: the recipe's ``env.max_failed_rewards``.
-
-    Raises:
-        RewardError: always.
     """
+    failed = before + len(failures)
     what = f"{failed} of {total} rewards, more than env.max_failed_rewards ({limit:g}) allows,"
-    raise RewardError(
-        f"{failures_message(failures, what)}\nmend it or raise env.max_failed_rewards, and give the same command again"
-    )
+    return f"{failures_message(failures, what)}\n{WAY_ON}"
 
 
 def _unscored(rollout: Rollout, failures: Sequence[FailedReward]) -> Record:

@@ -23,7 +23,7 @@ from megatron_g2rpo.collectives import from_first, gather
 from megatron_g2rpo.commands.eval import answers_file, identity, show
 from megatron_g2rpo.commands.eval.answers_file import ANSWERS, UNUSABLE, Record
 from megatron_g2rpo.commands.eval.compare import compare, write_comparison
-from megatron_g2rpo.commands.eval.lines import FAILED, Lines, lines_of, refuse, scoring_of
+from megatron_g2rpo.commands.eval.lines import FAILED, WAY_ON, Lines, lines_of, scoring_of, too_many
 from megatron_g2rpo.commands.eval.model import Model
 from megatron_g2rpo.commands.eval.settings import Request, Settings
 from megatron_g2rpo.commands.eval.summary import summarise, write_summary
@@ -35,6 +35,7 @@ from megatron_g2rpo.data.shard_index import Entry
 from megatron_g2rpo.data.stream import encode_entry, number_tasks
 from megatron_g2rpo.policy.device import init_process_group, select, set_cpu_threads
 from megatron_g2rpo.recipe import Env
+from megatron_g2rpo.tasks.scoring import RewardError
 from megatron_g2rpo.tasks.workers import RewardWorkers
 from megatron_g2rpo.types import Prompt
 
@@ -145,10 +146,15 @@ def _ask(
         for start in range(0, len(left), size):
             batch = left[start : start + size]
             most = max(0, floor(limit * responses) - failed)
-            lines = _ask_batch(request, settings, data, batch, model, most_failures=most)
-            failed += len(lines.failures)
+            try:
+                lines = _ask_batch(request, settings, data, batch, model, most_failures=most)
+            except RewardError as error:  # one rank has seen enough
+                raise RewardError(
+                    f"{failed} of {responses} rewards failed before, and now: {error}\n{WAY_ON}"
+                ) from error
             if len(lines.failures) > most:
-                refuse(lines.failures, failed, responses, limit)
+                raise RewardError(too_many(lines.failures, failed, responses, limit))
+            failed += len(lines.failures)
             if writes:
                 answers_file.append(settings.out / UNUSABLE, lines.unusable.values())
                 answers_file.append(settings.out / ANSWERS, [line for each in lines.answered.values() for line in each])

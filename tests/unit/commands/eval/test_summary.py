@@ -95,7 +95,9 @@ def test_a_narrow_table_wraps_and_loses_no_digit(tmp_path: Path) -> None:
 
 def test_an_evaluation_without_an_answer_has_no_figures(tmp_path: Path) -> None:
     append(tmp_path / UNUSABLE, [{"key": "k", "task": "t", "reason": "too_long", "message": "m"}])
-    with pytest.raises(EvaluationError, match=r"none of the samples could be asked and scored; .*unusable.jsonl says why"):
+    with pytest.raises(
+        EvaluationError, match=r"none of the samples could be asked and scored; .*unusable.jsonl says why"
+    ):
         summarise(tmp_path, Thresholds())
 
 
