@@ -32,6 +32,14 @@ def test_the_samples_of_datasets_with_the_same_keys_are_told_apart(parts, proces
     assert all(key.split("/")[1:3] == ["train", "shard-000000"] for key in keys)
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_name_of_an_entry_is_the_key_of_its_sample(parts, number):
+    mixture = Mixture(parts[:number])
+    entries = mixture.first("ocr", 20)
+    assert [mixture.name(entry) for entry in entries] == [mixture.read(entry).key for entry in entries]
+    assert len({mixture.name(entry) for entry in entries}) == (4 if number == 1 else 12)
+
+
 def test_without_weights_an_epoch_holds_every_sample_once(parts, processor):
     ocr = [prompt.key for prompt in drawn(Mixture(parts), processor, 48) if prompt.task == "ocr"]
     assert len(set(ocr[:12])) == len(set(ocr[12:24])) == 12
