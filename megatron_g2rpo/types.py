@@ -53,7 +53,6 @@ class Sample:
             decoded anew whenever one is taken; ask ``image_sizes`` for their sizes.
         resized_sizes: width and height in pixels of each image as the model sees it; empty until the sample is encoded.
         response: a full target response for supervised training; None where the dataset has none.
-        resized_sizes: (width, height) in pixels of each image as the model gets it; empty where none was resized.
         extra: all further fields of the sample's json, unchanged, such as its provenance, or values that a user's
             answer format or reward part needs.
     """
@@ -66,7 +65,6 @@ class Sample:
     images: Sequence[Any] = ()
     resized_sizes: Sequence[tuple[int, int]] = ()
     response: str | None = None
-    resized_sizes: Sequence[tuple[int, int]] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
