@@ -15,7 +15,7 @@ from megatron_g2rpo.data.importers.values import images_of, is_missing, lookup
 
 # Problem types whose references hold boxes, and points, in thousandths of the image's width and height.
 _RELATIVE = frozenset({"spatial grounding", "spatial-temporal grounding", "tracking", "segmentation"})
-# What the question does not say: in which form the answer is compared. The paper's code ends its prompts with a sentence
+# What the question does not say: in which form the answer is compared. The paper's code ends prompts with a sentence
 # for each problem type, too; these are ours.
 _THOUSANDTHS = "in thousandths of the image's width and height, 0 to 1000"
 _FORMS = {
@@ -27,9 +27,9 @@ _FORMS = {
     "open-ended": "Answer in plain text.",
     "spatial grounding": f'Answer with JSON, {{"boxes": [x1, y1, x2, y2]}}, {_THOUSANDTHS}.',
     "temporal grounding": 'Answer with JSON, {"time": [start, end]}, in seconds.',
-    "spatial-temporal grounding": 'Answer with JSON, {"time": [start, end], "boxes": {"second": [x1, y1, x2, y2], ...}}, '
-    f"one box for every whole second, {_THOUSANDTHS}.",
-    "tracking": f'Answer with JSON, {{"boxes": {{"second": [x1, y1, x2, y2], ...}}}}, {_THOUSANDTHS}.',
+    "spatial-temporal grounding": 'Answer with JSON, {"time": [start, end], "boxes": {"second": [x1, y1, x2, y2]}}, '
+    f"with a box for every whole second, {_THOUSANDTHS}.",
+    "tracking": f'Answer with JSON, {{"boxes": {{"second": [x1, y1, x2, y2]}}}}, {_THOUSANDTHS}.',
     "segmentation": 'Answer with JSON, {"boxes": [x1, y1, x2, y2], "positive_points": [[x, y], [x, y], [x, y]], '
     f'"negative_points": [[x, y], [x, y], [x, y]]}}, {_THOUSANDTHS}.',
 }
