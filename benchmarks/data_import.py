@@ -7,8 +7,8 @@ Writes JSON lines and one JPEG of ``side`` x ``side`` pixels of noise a sample, 
 directory that is removed at the end. Then runs, each as a process of its own: ``tar`` of lines and images; the import
 at each number of processes, with and without decoding the images; an import into two parts (``--split``); and ``tar``
 again. Before each, everything written so far is on the disk; all read from the page cache. "Processor" is user and
-system time of all processes of an arm, which other jobs of the machine disturb less than the wall clock. Memory is the
-resident peak of the largest process.
+system time of the first process of an arm, without that of the processes that read, which other jobs of the machine
+disturb less than the wall clock. Memory is the resident peak of the largest process.
 """
 
 from __future__ import annotations

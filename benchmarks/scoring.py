@@ -137,7 +137,8 @@ CASES: dict[str, Callable[[random.Random], Case]] = {
 
 def _round_of(seed: int) -> dict[str, tuple[int, float]]:
     """Return format -> responses and seconds of processor's time."""
-    rng, spent = random.Random(seed), dict.fromkeys(CASES, (0, 0.0))
+    rng = random.Random(seed)
+    spent: dict[str, tuple[int, float]] = dict.fromkeys(CASES, (0, 0.0))
     for group in range(RESPONSES // GROUP):
         name = list(CASES)[group % len(CASES)]
         reference, answers = CASES[name](rng)

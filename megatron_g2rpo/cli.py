@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 convert = typer.Typer(no_args_is_help=True, help="Convert weights from Hugging Face format to Megatron, and back.")
 app.add_typer(convert, name="convert")
-data = typer.Typer(no_args_is_help=True, help="Import datasets of other formats.")
+data = typer.Typer(no_args_is_help=True, help="Import datasets of other formats, check them, show them.")
 app.add_typer(data, name="data")
 
 RecipePath = Annotated[Path, typer.Argument(help="Path of the recipe (YAML).", show_default=False)]

@@ -174,7 +174,7 @@ def load_pictures(split: str) -> tuple[dict[int, Picture], list[tuple[str, str, 
 
 def load_digit_splits(rng: np.random.Generator) -> tuple[Digits, Digits]:
     """(train, val): the 1,797 images, split at random."""
-    images, labels = load_digits(return_X_y=True)
+    images, labels = map(np.asarray, load_digits(return_X_y=True))  # plain arrays, whether or not pandas is installed
     tiles = np.stack(
         [
             np.asarray(Image.fromarray(tile).resize((DIGIT_SIZE, DIGIT_SIZE), Image.Resampling.BILINEAR))

@@ -116,4 +116,5 @@ def _figure(image: Image.Image, caption: str) -> str:
     file = io.BytesIO()
     image.save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode()
-    return f'<figure><img alt="" src="data:image/png;base64,{data}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+    tag = f'<img alt="" src="data:image/png;base64,{data}">'
+    return f"<figure>{tag}<figcaption>{html.escape(caption)}</figcaption></figure>"

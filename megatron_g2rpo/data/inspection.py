@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One sample looked at whole, for ``megatron-g2rpo data check``: every fault that a run would meet, and what it holds."""
+"""One sample looked at whole, for ``data check``: every fault that a run would meet, and what the sample holds."""
 
 from __future__ import annotations
 

@@ -77,11 +77,24 @@ def test_verbs_exist(file: Path) -> None:
     assert list(unknown_verbs(file.read_text())) == []
 
 
+def verbs() -> Iterator[str]:
+    """All verbs of the command line, ``data check`` among them."""
+    program = get_command(app)
+    assert isinstance(program, TyperGroup)
+    for name, command in program.commands.items():
+        yield from [f"{name} {each}" for each in command.commands] if isinstance(command, TyperGroup) else [name]
+
+
+@pytest.mark.parametrize("verb", list(verbs()))
+def test_every_verb_is_in_the_list_of_verbs(verb: str) -> None:
+    assert f"\n    megatron-g2rpo {verb} " in (ROOT / "docs" / "recipes.md").read_text()
+
+
 def test_the_blocks_of_python_run() -> None:
     """In a process of their own: what they register must not be there for other tests."""
-    pages = ("extending.md", "add_a_model.md")
+    pages = ("extending.md", "add_a_model.md", "answers.md")
     blocks = [block for page in pages for block in PYTHON_BLOCK.findall((ROOT / "docs" / page).read_text())]
-    assert len(blocks) >= 9
+    assert len(blocks) >= 10
     # Every block stands for a file: it imports what it needs.
     program = "import sys\nfor block in sys.argv[1:]: exec(block, {'__name__': 'block'})"
     run = subprocess.run(

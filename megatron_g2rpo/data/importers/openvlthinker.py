@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,24 @@ from megatron_g2rpo.data.importers.values import images_of, is_missing, lookup
 
 # Problem types whose references hold boxes, and points, in thousandths of the image's width and height.
 _RELATIVE = frozenset({"spatial grounding", "spatial-temporal grounding", "tracking", "segmentation"})
+# What the question does not say: in which form the answer is compared. The paper's code ends prompts with a sentence
+# for each problem type, too; these are ours.
+_THOUSANDTHS = "in thousandths of the image's width and height, 0 to 1000"
+_FORMS = {
+    "multiple choice": "Answer with the letter of the right option.",
+    "numerical": "Answer with a number.",
+    "regression": "Answer with a number.",
+    "math": "Answer with the mathematical expression alone.",
+    "OCR": "Answer with the text alone.",
+    "open-ended": "Answer in plain text.",
+    "spatial grounding": f'Answer with JSON, {{"boxes": [x1, y1, x2, y2]}}, {_THOUSANDTHS}.',
+    "temporal grounding": 'Answer with JSON, {"time": [start, end]}, in seconds.',
+    "spatial-temporal grounding": 'Answer with JSON, {"time": [start, end], "boxes": {"second": [x1, y1, x2, y2]}}, '
+    f"with a box for every whole second, {_THOUSANDTHS}.",
+    "tracking": f'Answer with JSON, {{"boxes": {{"second": [x1, y1, x2, y2]}}}}, {_THOUSANDTHS}.',
+    "segmentation": 'Answer with JSON, {"boxes": [x1, y1, x2, y2], "positive_points": [[x, y], [x, y], [x, y]], '
+    f'"negative_points": [[x, y], [x, y], [x, y]]}}, {_THOUSANDTHS}.',
+}
 _KEPT = ("problem_id", "data_source", "problem_type", "options")
 
 
@@ -22,7 +41,7 @@ def _matches(record: Mapping[str, Any]) -> bool:
 
 
 @register("openvlthinker", matches=_matches)
-def openvlthinker(source: Path, *, subset: str | None = None) -> Iterator[ImportedSample | Rejected]:
+def openvlthinker(source: Path, *, subset: str | None = None, form: bool = True) -> Iterator[ImportedSample | Rejected]:
     """Read rows ``{problem, options, answer, problem_type, task_type, images}``.
 
     The problem type is the answer format, by the same name, and the task type is the task; OneThinker's rows have no
@@ -32,14 +51,15 @@ def openvlthinker(source: Path, *, subset: str | None = None) -> Iterator[Import
     Args:
         source: what ``read_records`` reads.
         subset: name of a Hugging Face dataset's configuration.
+        form: whether a last line of the question says in which form the answer is compared.
 
     Raises:
         DataError: the source cannot be read.
     """
-    return each(source, subset, _sample)
+    return each(source, subset, partial(_sample, form=form))
 
 
-def _sample(record: Record) -> ImportedSample:
+def _sample(record: Record, form: bool) -> ImportedSample:
     refuse_video(record)
     kind = needed(record, "problem_type")
     question = needed(record, "problem")
@@ -48,6 +68,8 @@ def _sample(record: Record) -> ImportedSample:
         raise Refusal(record.name, "field 'options' is no list", repr(options)[:80])
     if isinstance(question, str) and not all(str(option) in question for option in options):
         question = "\n".join([question, "Options:", *map(str, options)])
+    if form and isinstance(question, str) and kind in _FORMS:
+        question = f"{question}\n{_FORMS[kind]}"
     fields = {field: record.fields[field] for field in _KEPT if not is_missing(record.fields.get(field))}
     if not options:
         fields.pop("options", None)

@@ -51,7 +51,7 @@ def _extent(frame: str, sample: Sample) -> tuple[float, float]:
     if frame == "fraction":
         return 1.0, 1.0
     index = sample.extra.get("box_image", 0)
-    sizes = [image.size for image in sample.images] if frame == "original" else sample.resized_sizes
+    sizes = sample.image_sizes if frame == "original" else sample.resized_sizes
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(sizes):
         known = "images" if frame == "original" else "sizes of resized images"
         raise ValueError(

@@ -104,7 +104,8 @@ def _check_same(mine: dict, theirs: dict, directory: Path) -> None:
     known = {key for key in known if key in mine or not recipes.may_change(key)} - {_VERSION, _MODEL}
     if mine[_MODEL] is not None and mine[_MODEL] == theirs.get(_MODEL):
         known -= {"policy.model_name"}  # the same model at another place
-    keys = sorted(key for key in known if mine.get(key) != theirs.get(key))
+    # An empty mapping, too, is what a release had that did not know the key.
+    keys = sorted(key for key in known if mine.get(key, {}) != theirs.get(key, {}) and mine.get(key) != theirs.get(key))
     if not keys:
         return
     shown = "; ".join(f"{key}: {theirs.get(key)} there, {mine.get(key)} here" for key in keys[:SHOWN_DIFFERENCES])

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 from PIL import Image
 
 from megatron_g2rpo import registry
@@ -19,9 +18,7 @@ from megatron_g2rpo.data.importers.write import ImportResult, ImportSettings, im
 from megatron_g2rpo.data.shard_index import ShardIndex
 from megatron_g2rpo.types import Sample
 
-FIXTURES = Path(__file__).parent / "fixtures"
 # Answer formats of the paper's data, by its names.
-PAPER_FORMATS = ("multiple choice", "numerical", "regression", "math", "OCR", "spatial grounding")
 
 
 def picture(shade: int = 200, form: str = "png") -> bytes:
@@ -64,12 +61,3 @@ def samples_of(target: Path) -> list[Sample]:
     """All samples of a dataset, in the order of their keys."""
     index = ShardIndex(target)
     return sorted((index.read(e) for task in index.tasks for e in index.entries(task)), key=lambda sample: sample.key)
-
-
-@pytest.fixture
-def paper_formats(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the names of the paper's answer formats known where they are not; nothing is scored with them here."""
-    entries, exact = registry.answer_formats._entries, registry.answer_formats.entry("exact")
-    for name in PAPER_FORMATS:
-        if name not in registry.answer_formats:
-            monkeypatch.setitem(entries, name, exact)

@@ -16,7 +16,7 @@ from megatron_g2rpo.data.pictures import pictures_of
 from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.data.shard_index import ShardIndex
 from megatron_g2rpo.data.shard_writer import ShardWriter
-from tests.unit.data.conftest import break_image, make_fields, make_png, write_dataset
+from tests.unit.data.conftest import break_image, make_fields, make_png
 
 
 def call(*arguments: str | Path) -> tuple[int, str]:

@@ -48,7 +48,7 @@ def test_a_prompt_that_leaves_no_room_is_named_with_what_to_change(prompt):
 
 @pytest.mark.parametrize(
     ("answer_format", "reference"),
-    [("numeric", "many"), ("box_iou", "[3, 1]"), ("multiple_choice", "Z9"), ("exact", "."), ("no_such_format", "5")],
+    [("numeric", "many"), ("box_iou", "[3, 1]"), ("multiple_choice", "Z9"), ("exact", " "), ("no_such_format", "5")],
 )
 def test_a_reference_that_its_format_cannot_read_is_refused(prompt, answer_format, reference):
     bad = changed(prompt, answer=reference, answer_format=answer_format)

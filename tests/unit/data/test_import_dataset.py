@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
@@ -161,23 +161,48 @@ def test_an_importer_of_ones_own_yields_paths_and_bytes(tmp_path: Path) -> None:
     assert [image.getpixel((0, 0))[0] for image in sample.images] == [1, 2]
 
 
+# The command without the program's start, which takes seconds.
+IMPORT = """
+import sys
+from pathlib import Path
+from megatron_g2rpo.commands.data_import import run
+from megatron_g2rpo.data.importers.write import ImportSettings
+run(Path(sys.argv[1]), Path(sys.argv[2]), "jsonl", [], [], ImportSettings(workers=int(sys.argv[3])))
+"""
+
+
+def open_for(reader: subprocess.Popen[str], fifo: Path) -> TextIO:
+    """Open a pipe's writing end as soon as a process reads it; an error if that ends first."""
+    while reader.poll() is None:
+        try:
+            descriptor = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # nobody reads it yet
+            time.sleep(0.05)
+            continue
+        os.set_blocking(descriptor, True)
+        return os.fdopen(descriptor, "w")
+    raise AssertionError(f"the import ended with {reader.returncode}: {reader.communicate()[1]}")
+
+
 @pytest.mark.parametrize(("end", "workers"), [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
 def test_an_import_that_is_ended_leaves_nothing(tmp_path: Path, end: signal.Signals, workers: int) -> None:
     rows = rows_with_images(tmp_path, 400)  # more than are read ahead, and less than a pipe holds
     fifo, target = tmp_path / "rows.jsonl", tmp_path / "out"
     os.mkfifo(fifo)  # the import waits for rows that do not come
     before = set(tmp_path.iterdir())
-    command = [sys.executable, "-m", "megatron_g2rpo.cli", "data", "import", fifo, target, "--importer", "jsonl"]
-    process = subprocess.Popen([*command, "--workers", str(workers)], stderr=subprocess.PIPE, text=True)
-    with fifo.open("w") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
-        file.flush()
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("out.partial/*.tar")) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert list(tmp_path.glob("out.partial/*.tar"))
-        process.send_signal(end)
-        assert process.wait(timeout=60) != 0
+    command = [sys.executable, "-c", IMPORT, fifo, target, str(workers)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        with open_for(process, fifo) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.flush()
+            while not list(tmp_path.glob("out.partial/*.tar")):
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(end)
+            assert process.wait(timeout=60) != 0
+    finally:
+        process.kill()
     assert set(tmp_path.iterdir()) == before
 
 

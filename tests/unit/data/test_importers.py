@@ -13,9 +13,8 @@ import pytest
 from megatron_g2rpo.data.errors import DataError
 from megatron_g2rpo.data.importers.detect import detect
 from megatron_g2rpo.data.importers.values import images_of, lookup
-from tests.unit.data.import_sources import FIXTURES, paper_formats, picture, run, samples_of, write_json, write_lines
-
-__all__ = ["paper_formats"]  # a fixture
+from tests.common.openvlthinker import ROWS
+from tests.unit.data.import_sources import picture, run, samples_of, write_json, write_lines
 
 OWN = {"task": "colour", "question": "Which?", "answer": "red", "answer_format": "exact"}
 EASYR1 = {"problem": "<image>Find x.", "answer": "3", "images": ["a.png"], "level": 2}
@@ -114,8 +113,9 @@ def test_a_row_that_cannot_be_a_sample_is_named_with_the_reason(folder: Path, ro
     assert message in said
 
 
-def test_the_papers_rows_become_samples_by_its_own_names(tmp_path: Path, paper_formats: None) -> None:
-    rows = json.loads((FIXTURES / "openvlthinker_sample.json").read_text())
+def test_the_papers_rows_become_samples_by_its_own_names(tmp_path: Path) -> None:
+    rows = json.loads(ROWS.read_text())
+    assert len(rows) == 60
     for shade, row in enumerate(rows):
         path = tmp_path / "images" / row["images"][0]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,9 @@ def test_the_papers_rows_become_samples_by_its_own_names(tmp_path: Path, paper_f
         assert ("box_frame" in sample.extra) == (sample.answer_format == "spatial grounding")
         options = original["options"]
         assert sample.question.startswith(original["problem"])
-        assert sample.question.endswith("\n".join(["", "Options:", *options]) if options else original["problem"])
+        asked, _, form = sample.question.rpartition("\n")
+        assert form.startswith("Answer ")
+        assert asked.endswith("\n".join(["", "Options:", *options]) if options else original["problem"])
         assert sample.extra.get("options", []) == options
         assert sample.images[0].size == (8, 8)
     onethinker = [sample for sample in samples if sample.task == "spatial grounding"]
@@ -146,15 +148,15 @@ def test_the_papers_rows_become_samples_by_its_own_names(tmp_path: Path, paper_f
     assert {sample.task for sample in samples} == {row["task_type"] for row in rows} | {"spatial grounding"}
 
 
-def test_options_that_the_question_has_already_are_not_repeated(tmp_path: Path, paper_formats: None) -> None:
+def test_options_that_the_question_has_already_are_not_repeated(tmp_path: Path) -> None:
     row = {"problem": "Which? A. red B. blue", "options": ["A. red", "B. blue"], "answer": "<answer>A</answer>"}
     source = write_json(tmp_path / "rows.json", [{**row, "problem_type": "multiple choice"}])
-    run("openvlthinker", source, tmp_path / "out")
+    run("openvlthinker", source, tmp_path / "out", {"form": False})
     assert [sample.question for sample in samples_of(tmp_path / "out")] == [row["problem"]]
 
 
 @pytest.mark.parametrize("answer", ["<answer>A", "<answer>A</answer><answer>B</answer>", "It is <answer>A</answer>"])
-def test_an_answer_whose_tags_are_no_pair_is_rejected(tmp_path: Path, paper_formats: None, answer: str) -> None:
+def test_an_answer_whose_tags_are_no_pair_is_rejected(tmp_path: Path, answer: str) -> None:
     rows = [{"problem": "?", "answer": answer, "problem_type": "math"} for answer in ("<answer>A</answer>", answer)]
     result = run("openvlthinker", write_json(tmp_path / "rows.json", rows), tmp_path / "out")
     assert result.rejected == {"the tags <answer> and </answer> are not one pair around the reference": 1}

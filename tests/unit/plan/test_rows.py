@@ -17,6 +17,8 @@ from megatron_g2rpo.types import ModelInputs
 from tests.common.tiny_model import make_tiny_qwen3vl, special_tokens, tiny_config
 from tests.unit.plan.measured import MEGATRON, batch_of, row_of, tiny_recipe
 
+GPU = 80e9
+
 
 @pytest.mark.parametrize("context", [1, 2, 4])
 def test_attention_slots_are_those_of_the_core_attention(context: int) -> None:
@@ -51,7 +53,7 @@ def test_micro_batches_are_those_of_the_packer(tmp_path: Path, samples: int, tok
         kind="train",
     )
     layout = layout_of(recipe.policy.megatron_cfg)
-    planned = micro_batches(recipe, layout, assume(recipe, config, tokens, 6))
+    planned = micro_batches(recipe, layout, assume(recipe, config, tokens, 6, GPU))
     patches = torch.zeros(24, 3 * 2 * 8 * 8)
     special = special_tokens(config.text_config.vocab_size)
     ids = torch.tensor([special.image] * 6)
@@ -80,16 +82,20 @@ def test_assumptions_are_the_worst_case_and_stay_within_the_recipe(tmp_path: Pat
     config, _ = make_tiny_qwen3vl(tmp_path)
     base = ["policy.max_total_sequence_length=1024", "policy.generation.max_new_tokens=512"]
     recipe = tiny_recipe(tmp_path, *base)
-    assert vars(assume(recipe, config)) == {"sequence_tokens": 1024, "image_tokens": 512}
+    assert vars(assume(recipe, config, None, None, GPU)) == {
+        "sequence_tokens": 1024,
+        "image_tokens": 512,
+        "gpu_memory": GPU,
+    }
     # A merged token is 16 x 16 pixels here.
     small = tiny_recipe(tmp_path, *base, "data.max_pixels=25600")
-    assert assume(small, config).image_tokens == 100
-    assert assume(small, config, mean_tokens=64).image_tokens == 64
-    assert assume(small, config, image_tokens=0).image_tokens == 0
+    assert assume(small, config, None, None, GPU).image_tokens == 100
+    assert assume(small, config, 64, None, GPU).image_tokens == 64
+    assert assume(small, config, None, 0, GPU).image_tokens == 0
     with pytest.raises(ValueError, match="--mean-tokens 1025"):
-        assume(recipe, config, mean_tokens=1025)
+        assume(recipe, config, 1025, None, GPU)
     with pytest.raises(ValueError, match="--image-tokens 513"):
-        assume(recipe, config, image_tokens=513)
+        assume(recipe, config, None, 513, GPU)
 
 
 @pytest.mark.parametrize(("vocab", "tensor", "columns"), [(160, 1, 160), (161, 2, 81), (3, 4, 1)])

@@ -132,8 +132,11 @@ def test_a_value_out_of_its_range_is_refused(override: str) -> None:
         ),
         (["data.task_weights={orc: 2.0}"], r"'orc' is not a task of env\.tasks \(nearest: ocr\)"),
         (
-            [f"data.task_weights.{task}=0" for task in ("general_vqa", "spatial_grounding", "spatial_reasoning")]
-            + [f"data.task_weights.{task}=0" for task in ("ocr", "math", "chart")],
+            [
+                f"data.task_weights.{task}=0"
+                for task in ("general_vqa_science_stem", "spatial_grounding", "spatial_reasoning")
+            ]
+            + [f"data.task_weights.{task}=0" for task in ("ocr", "math_reasoning", "chart_figure_qa")],
             "every task has weight 0",
         ),
         (
@@ -161,7 +164,7 @@ def test_values_that_contradict_each_other_are_refused(overrides: list[str], mes
         ["policy.train_global_batch_size=1024"],
         ["policy.generation={top_k: 128, top_p: 1.0, min_p: 1.0, stop_strings: [</answer>]}"],
         ["policy.generation={val_top_k: 1000, val_top_p: 0.95, val_min_p: 0.01, val_stop_strings: [a, b]}"],
-        ["data.task_weights={ocr: 0.0, math: 2}"],
+        ["data.task_weights={ocr: 0.0, math_reasoning: 2}"],
         ["policy.sequence_packing.train_mb_tokens=4096"],
         [f"{MEGATRON}.scheduler={{lr_decay_style: cosine, lr_warmup_steps: 399}}"],
         [f"{MEGATRON}.tensor_model_parallel_size=2", "cluster.gpus_per_node=2"],

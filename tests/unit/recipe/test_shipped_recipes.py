@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatron_g2rpo import recipe
 from megatron_g2rpo.recipe import EXEMPLARS
 from megatron_g2rpo.recipe.layers import DEFAULTS, REPLACE, load_file, merge, parent_paths
 from megatron_g2rpo.recipe.source import Document, read_document
+from tests.common.openvlthinker import ROWS
 from tests.common.recipes import G2RPO, SFT
 from tests.unit.recipe.conftest import RECIPES, Write
 
@@ -144,7 +146,8 @@ def test_the_papers_run_has_the_papers_hyperparameters() -> None:
     assert paper.data.max_pixels == 1048576
     assert (paper.loss_fn.ratio_clip_min, paper.loss_fn.ratio_clip_max, paper.loss_fn.ratio_clip_c) == (0.2, 0.3, 3.0)
     assert paper.loss_fn.entropy_shaping.weight == 0.02
-    assert set(paper.env.tasks) == {"spatial_grounding", "spatial_reasoning", "general_vqa", "math", "chart", "ocr"}
+    rows = json.loads(ROWS.read_text())
+    assert set(paper.env.tasks) == {row["task_type"] for row in rows}, "the names that its data carries"
 
 
 def test_the_quickstart_is_one_run_at_every_layout() -> None:

@@ -195,11 +195,11 @@ def test_what_is_added_early_is_scored_alike(workers: RewardWorkers) -> None:
 
 
 def test_a_run_in_which_everything_hangs_ends_soon(imports: list[str]) -> None:
-    workers = RewardWorkers(2, imports=imports, options={}, timeout_s=0.3, batch_timeout_s=1.0)
+    workers = RewardWorkers(2, imports=imports, options={}, timeout_s=2.0, batch_timeout_s=2.0)
     start = time.monotonic()
     with pytest.raises(RewardError, match=r"(?s)more than env.max_failed_rewards.*w_misbehaves 3.*time limit"):
         scored([make_rollout("hang") for _ in range(500)], make_env({"w_misbehaves": 1.0}), workers, most_failures=2)
-    assert time.monotonic() - start < 20.0, "500 limits of two workers would be 75 s"
+    assert time.monotonic() - start < 200.0, "500 limits of two workers would be 500 s"
     assert scored([make_rollout("good")], make_env({"w_misbehaves": 1.0}), workers).total.item() == 0.4, "a new pool"
     workers.close()
 

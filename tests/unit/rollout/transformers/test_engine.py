@@ -66,7 +66,12 @@ def generate(engine, prompts, n=4, *, seed=5, **sampling):
 def test_every_rollout_is_handed_over_once_as_soon_as_its_batch_is_done(reference, prompts):
     engine, finished = loaded(reference, batch_size=4), []
     rollouts = engine.generate(
-        prompts, 3, temperature=1.0, seed=5, group_ids=list(range(len(prompts))), on_finished=finished.append
+        prompts,
+        3,
+        sampling=Sampling(temperature=1.0),
+        seed=5,
+        group_ids=list(range(len(prompts))),
+        on_finished=finished.append,
     )
     assert [len(share) for share in finished[:-1]] == [4] * (len(finished) - 1)
     assert len(finished) > 1

@@ -63,6 +63,20 @@ def write_model(directory: Path, weights: bytes) -> Path:
     return directory
 
 
+def test_a_run_of_a_release_without_reward_options_is_continued_until_there_are_some(
+    run: Path, make_recipe: MakeRecipe
+) -> None:
+    prepare(make_recipe(), fresh=False)
+    begin(run)
+    theirs = yaml.safe_load((run / "identity.yaml").read_text())
+    assert theirs.pop("env.reward_options") == {}
+    (run / "identity.yaml").write_text(yaml.safe_dump(theirs))
+    prepare(make_recipe(), fresh=False)
+    (run / "identity.yaml").write_text(yaml.safe_dump(theirs))
+    with pytest.raises(RunDirectoryError, match=r"env\.reward_options"):
+        prepare(make_recipe("env.reward_options={judge: {model: m, addresses: [a]}}"), fresh=False)
+
+
 def test_the_same_model_may_lie_elsewhere_and_another_may_not(
     run: Path, make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
