@@ -206,13 +206,11 @@ def _rows_of_csv(path: Path) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(1 << 30)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=CSV[path.suffix.lower()], strict=True)
-        repeated = [name for name, count in Counter(reader.fieldnames or ()).items() if name and count > 1]
-        if repeated:
-            raise DataError(
-                f"{path}: the header has {repeated[0]!r} more than once; give each column a name of its own"
-            )
         line = 2
         try:  # a column without a name is the index that pandas writes
+            repeated = [name for name, count in Counter(reader.fieldnames or ()).items() if name and count > 1]
+            if repeated:
+                raise DataError(f"{path}: the header has {repeated[0]!r} twice; give each column a name of its own")
             for fields in reader:
                 if None in fields or None in fields.values():
                     yield line, Broken("more or fewer fields than the header has", f"{len(fields)} names")

@@ -107,7 +107,7 @@ def test_a_first_line_that_is_cut_off_is_lost_alone(tmp_path: Path) -> None:
 
 def test_a_header_that_names_a_column_twice_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("problem,answer,answer\na,b,c\n")
-    with pytest.raises(DataError, match=r"rows\.csv: the header has 'answer' more than once"):
+    with pytest.raises(DataError, match=r"rows\.csv: the header has 'answer' twice"):
         read(tmp_path / "rows.csv")
 
 
