@@ -29,6 +29,7 @@ from megatron_g2rpo.data.tar_members import tars_of
 
 JSON_LINES = (".jsonl", ".ndjson")
 CSV = {".csv": ",", ".tsv": "\t"}
+REJECTED = ".rejected.jsonl"  # ends the name of an import's list of what it could not use
 FILES = (".json", *JSON_LINES, *CSV, ".parquet", ".tar")
 
 
@@ -102,7 +103,11 @@ def _only_file(folder: Path) -> Path | None:
     """Return the one file of rows at the top of a folder; None where it is a dataset as a whole."""
     if tables.is_dataset(folder):
         return None
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in FILES and path.name[0] not in "._")
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in FILES and path.name[0] not in "._" and not path.name.endswith(REJECTED)
+    )
     if all(path.suffix == ".tar" or path.name == INDEX_NAME for path in files):
         return None
     if len(files) > 1:

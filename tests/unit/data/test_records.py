@@ -245,6 +245,7 @@ def test_shards_of_our_own_can_be_imported_again(tmp_path: Path) -> None:
 def test_the_one_file_of_a_folder_is_meant_by_it(tmp_path: Path) -> None:
     write_lines(tmp_path / "rows.jsonl", [ROW])
     (tmp_path / "README.md").write_text("about")
+    (tmp_path / "out.rejected.jsonl").write_text("{}")  # of an earlier import
     assert read(tmp_path) == [("rows.jsonl:1", ROW)]
     write_lines(tmp_path / "more.jsonl", [ROW])
     with pytest.raises(DataError, match=r"holds 2 files of rows \(more\.jsonl, rows\.jsonl \.\.\.\); name one"):
