@@ -90,17 +90,14 @@ def _fields(parts: Sequence[tuple[str, tarfile.TarInfo]], file: BinaryIO) -> Any
     if not images:
         return fields
     named = fields.get("images")
-    names = [name.lower() for name in named] if _is_list_of_texts(named) else []
+    is_list = isinstance(named, list) and all(isinstance(name, str) for name in named)
+    names = [name.lower() for name in named] if named and is_list else []
     found = [name for name in names if name in images]
     if found and len(found) < len(names):
         absent = next(name for name in names if name not in images)
         return Broken("the json names an image that the tar lacks", absent)
     fields["images"] = [images[name] for name in found or sorted(images, key=_natural)]
     return fields
-
-
-def _is_list_of_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
