@@ -15,7 +15,7 @@ from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.recipe.generation_section import Generation
 from megatron_g2rpo.rollout.base import Sampling
-from megatron_g2rpo.train.assembly import assemble
+from megatron_g2rpo.train.assembly import Components, assemble
 from megatron_g2rpo.train.step.generation import generate
 from megatron_g2rpo.train.step.minibatches import owned_prompts, pack_evenly
 from megatron_g2rpo.train.step.prompts import draw
@@ -36,7 +36,11 @@ def compare(recipe: TrainRecipe, prompts: int, samples: int) -> list[str]:
         Lines for the console: the responses of this data-parallel rank token by token, and the largest and mean
         difference over all ranks.
     """
-    components = assemble(recipe)
+    with assemble(recipe) as components:
+        return _compared(recipe, components, prompts, samples)
+
+
+def _compared(recipe: TrainRecipe, components: Components, prompts: int, samples: int) -> list[str]:
     engine, policy, groups = components.engine, components.policy, components.policy.groups
     generation, budget = recipe.policy.generation, recipe.policy.sequence_packing.train_mb_tokens
     owned = owned_prompts(prompts, groups.data_rank, groups.data_size)

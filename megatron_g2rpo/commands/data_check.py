@@ -74,7 +74,12 @@ def run(
     """
     index = open_dataset(str(data), None)
     loaded = None if recipe is None else with_local_model(load_recipe(recipe, overrides))
-    report = Report(samples=_inspected(index, recipe, overrides, workers))
+    held_out = _held_out(loaded, validation)
+    if validation is not None:
+        open_dataset(str(validation), None)  # what was asked for by name must be there
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    report = Report(samples=_inspected(data, recipe, overrides, workers))
     try:
         index.verify()
     except DataError as error:
@@ -85,9 +90,8 @@ def run(
     if loaded is not None:
         _against(report, index, loaded)
     _repeated(report)
-    for held_out in _held_out(loaded, validation):
-        if held_out.resolve() != data.resolve():
-            _leaked(report, held_out, workers)
+    for path in held_out:
+        _leaked(report, index, path, workers)
     if out is not None:
         lines = [{"reason": reason, "message": text} for reason, texts in report.faults.items() for text in texts]
         out.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -110,9 +114,10 @@ def inspector_of(index: ShardIndex, recipe: Recipe | None) -> Inspector:
     return Inspector(read=index.read, answer_formats=formats, processor=processor, checks=fits)
 
 
-def _inspected(index: ShardIndex, recipe: Path | None, overrides: Sequence[str], workers: int) -> list[Inspected]:
+def _inspected(data: Path, recipe: Path | None, overrides: Sequence[str], workers: int) -> list[Inspected]:
+    index = open_dataset(str(data), None)
     entries = [entry for task in index.tasks for entry in index.entries(task)]
-    arguments = (str(index.directory), recipe, tuple(overrides))
+    arguments = (str(data), recipe, tuple(overrides))
     if workers <= 1:
         _prepare(*arguments)
         return list(_progress(map(_inspect, entries), len(entries)))
@@ -125,9 +130,9 @@ def _inspected(index: ShardIndex, recipe: Path | None, overrides: Sequence[str],
 _inspectors: list[Inspector] = []  # of this worker process
 
 
-def _prepare(directory: str, recipe: Path | None, overrides: Sequence[str]) -> None:
+def _prepare(data: str, recipe: Path | None, overrides: Sequence[str]) -> None:
     loaded = None if recipe is None else with_local_model(load_recipe(recipe, overrides))
-    _inspectors[:] = [inspector_of(open_dataset(directory, None), loaded)]
+    _inspectors[:] = [inspector_of(open_dataset(data, None), loaded)]
 
 
 def _inspect(entry: Entry) -> Inspected:
@@ -159,7 +164,10 @@ def _repeated(report: Report) -> None:
             asked[sample.question_digest].append(sample)
     several = [samples for samples in asked.values() if len(samples) > 1]
     differing = [samples for samples in several if len({sample.answer for sample in samples}) > 1]
-    for samples, what in ((several, "ask the same as another one"), (differing, "and have different references")):
+    for samples, what in (
+        (several, "ask the same as another one"),
+        (differing, "ask the same and have different references"),
+    ):
         if samples:
             count, first = sum(map(len, samples)), samples[0]
             report.warnings.append(f"{count} samples {what}, such as {first[0].key} and {first[1].key}")
@@ -170,13 +178,20 @@ def _held_out(recipe: Recipe | None, validation: Path | None) -> list[Path]:
         return [validation]
     if recipe is None or recipe.data.validation is None:
         return []
-    return [path for part in recipe.data.validation.parts if (path := Path(part.path)).exists()]
+    return [Path(part.path) for part in recipe.data.validation.parts]
 
 
-def _leaked(report: Report, validation: Path, workers: int) -> None:
-    """Warn of images that occur in the held-out dataset, too, pixel by pixel."""
+def _leaked(report: Report, index: ShardIndex, validation: Path, workers: int) -> None:
+    """Warn of images that occur in the held-out dataset, too, pixel by pixel; or that they could not be compared."""
+    try:
+        shards = {shard.resolve() for shard in open_dataset(str(validation), None).shards}
+    except DataError as error:
+        report.warnings.append(f"whether images are in the held-out data, too, was not looked at: {error}")
+        return
+    if not shards.isdisjoint(shard.resolve() for shard in index.shards):
+        return  # the held-out data is what is checked
     here = {digest: sample.key for sample in report.samples for digest in sample.image_digests}
-    held_out = _inspected(open_dataset(str(validation), None), None, (), workers)
+    held_out = _inspected(validation, None, (), workers)
     leaked = [(here[digest], sample.key) for sample in held_out for digest in sample.image_digests if digest in here]
     if leaked:
         report.warnings.append(

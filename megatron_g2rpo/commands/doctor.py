@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from megatron_g2rpo import __version__, objective
 from megatron_g2rpo.policy.device import optional_packages, select
 
-REQUIRED = ("torch", "megatron-core", "transformers", "webdataset", "pydantic", "omegaconf", "safetensors")
+REQUIRED = ("torch", "megatron-core", "transformers", "pydantic", "omegaconf", "safetensors")
 
 
 def describe() -> str:

@@ -18,6 +18,7 @@ from megatron_g2rpo.data.dataset import open_dataset
 from megatron_g2rpo.data.errors import DataError
 from megatron_g2rpo.data.mixture import Mixture
 from megatron_g2rpo.data.processing import ChatProcessor
+from megatron_g2rpo.data.stream import complete_weights
 from megatron_g2rpo.policy.layouts.layout import LayoutError, check_model_dir, layout_of
 from megatron_g2rpo.recipe import Examined, Recipe, RecipeError, SftRecipe, TrainRecipe
 from megatron_g2rpo.recipe.errors import Fault
@@ -113,9 +114,12 @@ def _data(examined: Examined) -> Iterator[Fault]:
                 indices.append(open_dataset(path, None if recipe is None else recipe.env))
             except DataError as error:
                 yield Fault(key, f"{key}: {error}")
-        if len(indices) == len(entries):
+        if indices and len(indices) == len(entries):
             try:
-                Mixture(indices)
+                mixture = Mixture(indices)
+                if recipe is not None and part == "train":
+                    key = "data.task_weights"
+                    complete_weights(mixture, recipe.data.task_weights)
             except DataError as error:
                 yield Fault(key, f"{key}: {error}")
 

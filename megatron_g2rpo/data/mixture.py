@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -68,8 +69,8 @@ class Mixture:
         self._parts = list(parts)
         weights = [1.0] * len(parts) if weights is None else [float(weight) for weight in weights]
         for part, weight in zip(self._parts, weights, strict=True):
-            if not weight > 0.0:
-                raise DataError(f"{part.directory}: its weight is {weight}; a weight is above 0")
+            if not 0.0 < weight < math.inf:
+                raise DataError(f"{part.directory}: its weight is {weight}; a weight is above 0, and finite")
         self.weights = None if len(set(weights)) == 1 else tuple(weights)
         self.tasks = tuple(sorted({task for part in parts for task in part.tasks}))
         self.fingerprint = (

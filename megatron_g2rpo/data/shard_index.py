@@ -25,6 +25,7 @@ from megatron_g2rpo.data.shard_format import (
     parse_fields,
     sha256_of,
 )
+from megatron_g2rpo.data.tar_members import tars_of
 from megatron_g2rpo.types import Sample
 
 
@@ -192,12 +193,13 @@ class ShardIndex:
         return data
 
     def _check_tasks(self, known_tasks: Collection[str]) -> None:
-        for task in self.tasks:
-            if task not in known_tasks:
-                raise DataError(
-                    f"{self.directory}: task {task!r} (first sample {self._entries[task][0].name}) is not listed under "
-                    f"env.tasks, which has {', '.join(sorted(known_tasks))}; add it there"
-                )
+        unknown = [task for task in self.tasks if task not in known_tasks]
+        if unknown:
+            listed = ", ".join(f"task {task!r} (first sample {self._entries[task][0].name})" for task in unknown)
+            raise DataError(
+                f"{self.directory}: {listed} {'is' if len(unknown) == 1 else 'are'} not listed under env.tasks, which "
+                f"has {', '.join(sorted(known_tasks))}; add {'it' if len(unknown) == 1 else 'them'} there"
+            )
 
 
 def _locate(path: Path) -> tuple[Path, str]:
@@ -245,8 +247,8 @@ def _check_files(directory: Path, pattern: str, records: Sequence[Mapping[str, A
                 f"shard {path} is {kind}: {size} bytes, the index says {record['bytes']}; copy it again, or, if the "
                 f"change was meant, {again}"
             )
-    for path in sorted(directory.glob(pattern)):
-        if path.suffix == ".tar" and path.name not in known:
+    for path in tars_of(directory, pattern):
+        if path.name not in known:
             raise DataError(f"shard {path} is not in {INDEX_NAME}; {again}")
 
 

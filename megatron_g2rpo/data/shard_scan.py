@@ -3,25 +3,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 import tarfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_g2rpo.data.errors import DataError, SampleError
-from megatron_g2rpo.data.fields import REQUIRED_FIELDS
 from megatron_g2rpo.data.shard_format import Member, parse_fields, sha256_of
+from megatron_g2rpo.data.tar_members import content_of, key_of, keys_of, members_of
 
 _logger = logging.getLogger(__name__)
-
-# What packers leave in tars beside the files: macOS's doubles and folder settings, webdataset's folders of metadata.
-_LEFT_BY_PACKERS = re.compile(r"(^|/)(\._[^/]*|\.DS_Store|__[^/]+__(/.*)?)$")
-_JSON = ".json"
 
 
 def scan_shard(path: Path, *, skip_bad: bool = False) -> dict[str, Any]:
@@ -42,8 +36,8 @@ def scan_shard(path: Path, *, skip_bad: bool = False) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as file:
-            members = [member for member in _members(path, file) if not _LEFT_BY_PACKERS.search(member.name)]
-            samples, strays = _by_key(members, _keys(members, file))
+            members = members_of(path, file)
+            samples, strays = _by_key(members, keys_of(members, file))
             records, formats = _records(path.name, samples, file, skip_bad=skip_bad)
         size, digest = path.stat().st_size, sha256_of(path)
     except OSError as error:
@@ -86,71 +80,12 @@ def _records(
     return records, formats
 
 
-def _members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of a tar but its folders, and check that they reach to its end.
-
-    At a header that it cannot read, ``tarfile`` stops as it does at the end of the archive.
-    """
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            yield from (member for member in tar if not member.isdir())
-            end = tar.offset
-    except Exception as error:  # TarError, OSError, and what impossible numbers in a header raise
-        raise DataError(f"{path}: not a readable tar shard ({error}); copy or pack it again") from error
-    file.seek(end)
-    rest = file.read(tarfile.BLOCKSIZE)
-    if not rest:
-        raise DataError(
-            f"{path}: ends at byte {end} after a member, without the zeros that end a tar: the rest was cut off; "
-            "copy or pack it again"
-        )
-    if rest.strip(b"\0"):
-        raise DataError(f"{path}: damaged at byte {end}, where a member should begin; copy or pack it again")
-    while rest := file.read(1 << 20):
-        if rest.strip(b"\0"):
-            raise DataError(
-                f"{path}: holds more after the zeros at byte {end} that end a tar; unpack it (tar --ignore-zeros, "
-                "where tars were joined by cat), and pack it again"
-            )
-
-
-def _keys(members: Sequence[tarfile.TarInfo], file: BinaryIO) -> set[str]:
-    """Return the keys of all samples: names of json members without suffix.
-
-    Of ``a.json`` and ``a.more.json``, the second is no sample but a member of the first if it has no field of a sample.
-    """
-    jsons = {m.name[: -len(_JSON)]: m for m in members if m.name.lower().endswith(_JSON)}
-    keys = {key for key in jsons if key.rpartition("/")[2]}
-    inner = {key for key in keys if _key_of(key, keys) is not None}
-    return keys - {key for key in inner if not _has_fields(jsons[key], file)}
-
-
-def _has_fields(member: tarfile.TarInfo, file: BinaryIO) -> bool:
-    """Whether a json has a field of a sample, or cannot be read, which is to be found when it is read as one."""
-    if not member.isreg():
-        return True
-    try:
-        fields = json.loads(_content(member, file))
-    except (ValueError, RecursionError):
-        return True
-    return isinstance(fields, dict) and any(name in fields for name in REQUIRED_FIELDS)
-
-
-def _key_of(name: str, keys: set[str]) -> str | None:
-    """Return the longest key that a member's name begins with, followed by a dot; None for a member of no sample."""
-    start, end = name.rfind("/") + 1, len(name)
-    while (end := name.rfind(".", start, end)) > start:
-        if name[:end] in keys:
-            return name[:end]
-    return None
-
-
 def _by_key(members: Sequence[tarfile.TarInfo], keys: set[str]) -> tuple[dict[str, list[tarfile.TarInfo]], list[str]]:
     """Return key -> members in the order of the tar, and the names of members of no sample."""
     samples: dict[str, list[tarfile.TarInfo]] = {}
     strays = []
     for member in members:
-        key = _key_of(member.name, keys)
+        key = key_of(member.name, keys)
         if key is None:
             strays.append(member.name)
         else:
@@ -171,7 +106,7 @@ def _record(shard: str, key: str, parts: Sequence[tarfile.TarInfo], file: Binary
             raise SampleError(f"{where}: member {suffix!r} is a link or device; pack the files (tar --dereference)")
         if part.issparse():
             raise SampleError(f"{where}: member {suffix!r} is stored sparsely; pack it without --sparse")
-        data = _content(part, file)
+        data = content_of(part, file)
         members[suffix] = Member(part.offset_data, part.size, zlib.crc32(data))
         if suffix == "json":
             fields = parse_fields(data, shard, key)
@@ -179,8 +114,3 @@ def _record(shard: str, key: str, parts: Sequence[tarfile.TarInfo], file: Binary
     if missing:
         raise SampleError(f"{where}: names image {missing[0]!r}, which is not there; it has {', '.join(members)}")
     return {"key": key, "task": fields["task"], "members": members}, fields["answer_format"]
-
-
-def _content(member: tarfile.TarInfo, file: BinaryIO) -> bytes:
-    file.seek(member.offset_data)
-    return file.read(member.size)

@@ -22,6 +22,7 @@ from megatron_g2rpo.data.errors import DataError
 from megatron_g2rpo.data.importers.guess import advice_for
 from megatron_g2rpo.data.shard_format import INDEX_NAME, INDEX_VERSION, Member, parse_fields
 from megatron_g2rpo.data.shard_scan import scan_shard
+from megatron_g2rpo.data.tar_members import tars_of
 
 
 class ShardWriter:
@@ -40,7 +41,7 @@ class ShardWriter:
     def __init__(self, directory: str | Path, samples_per_shard: int = 8192) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        if next(self.directory.glob("*.tar"), None) is not None:
+        if tars_of(self.directory):
             raise DataError(f"{self.directory} already holds shards: remove them, or write to another directory")
         self._per_shard = samples_per_shard
         self._written = 0
@@ -167,7 +168,7 @@ def write_index(directory: str | Path, *, skip_bad: bool = False) -> Path:
         SampleError: a sample cannot be used, see ``shard_scan.scan_shard``.
     """
     directory = Path(directory)
-    paths = sorted(directory.glob("*.tar"))
+    paths = tars_of(directory)
     if not paths:
         raise DataError(advice_for(directory))
     shards = [scan_shard(path, skip_bad=skip_bad) for path in paths]

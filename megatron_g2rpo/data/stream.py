@@ -76,7 +76,7 @@ class PromptStream:
         self._data, self._processor, self._seed = as_mixture(data), processor, seed
         self._task_ids = number_tasks(self._data.tasks) if task_ids is None else task_ids
         self._on_bad_sample, self._checks = on_bad_sample, tuple(checks)
-        weights = _complete_weights(self._data, task_weights)
+        weights = complete_weights(self._data, task_weights)
         self.tasks = tuple(weights)
         self._shares = np.array(list(weights.values())) / sum(weights.values())
         self._sources = [self._data.sources(task) for task in self.tasks]
@@ -306,13 +306,21 @@ def encode_entry(
     return prompt
 
 
-def _complete_weights(data: Mixture, task_weights: Mapping[str, float]) -> dict[str, float]:
-    """Check the weights, and return task -> weight for all tasks with a weight above 0, sorted by task."""
+def complete_weights(data: Mixture, task_weights: Mapping[str, float]) -> dict[str, float]:
+    """Return task -> weight for all tasks with a weight above 0, sorted by task.
+
+    Args:
+        data: the training datasets.
+        task_weights: as for ``PromptStream``.
+
+    Raises:
+        DataError: a weight names a task that the data lacks, is negative or not finite, or no weight is above 0.
+    """
     for task, weight in task_weights.items():
         if task not in data.tasks:
             raise DataError(f"data.task_weights names {task!r}, which the data lacks; it has {', '.join(data.tasks)}")
-        if not weight >= 0:
-            raise DataError(f"data.task_weights.{task} is {weight}; a weight is 0 or more")
+        if not 0 <= weight < math.inf:
+            raise DataError(f"data.task_weights.{task} is {weight}; a weight is 0 or more, and finite")
     weights = {task: float(task_weights.get(task, 1.0)) for task in data.tasks}
     weights = {task: weight for task, weight in weights.items() if weight > 0}
     if not weights:

@@ -78,11 +78,20 @@ def assemble(recipe: Recipe) -> Components:
         CheckpointError: the weights of ``policy.model_name`` do not fit its config.
         ValueError: the engine cannot be built, see ``rollout.base``.
     """
+    workers = RewardWorkers.of(recipe.env, recipe.imports)
+    if workers is None:
+        return _assembled(recipe, None)
+    workers.start()  # while the weights are read
+    try:
+        return _assembled(recipe, workers)
+    except BaseException:
+        workers.close()  # else they say, after the error's own message, that their parent is gone
+        raise
+
+
+def _assembled(recipe: Recipe, workers: RewardWorkers | None) -> Components:
     loop = recipe.grpo if isinstance(recipe, TrainRecipe) else recipe.sft
     updates = recipe.num_updates_per_step if isinstance(recipe, TrainRecipe) else 1
-    workers = RewardWorkers.of(recipe.env, recipe.imports)
-    if workers is not None:
-        workers.start()  # while the weights are read
     device = select(recipe.cluster.device)
     if device.kind == "cpu":
         set_cpu_threads(recipe.cluster.gpus_per_node)
@@ -96,11 +105,6 @@ def assemble(recipe: Recipe) -> Components:
     )
     train_data = open_datasets(data.train, recipe.env)
     held_out = None if data.validation is None else open_datasets(data.validation, recipe.env)
-    # What no engine samples has no probability in the policy either: both then speak of one distribution.
-    banned = processor.banned_token_ids(processor.vocab_size)
-    policy = MegatronPolicy(
-        recipe.policy, device, seed=loop.seed, max_steps=loop.max_num_steps * updates, banned_token_ids=banned
-    )
     task_ids = number_tasks(recipe.env.tasks)
     stream = PromptStream(
         train_data,
@@ -110,6 +114,11 @@ def assemble(recipe: Recipe) -> Components:
         data.on_bad_sample,
         checks=_training_checks(recipe, processor),
         task_ids=task_ids,
+    )
+    # What no engine samples has no probability in the policy either: both then speak of one distribution.
+    banned = processor.banned_token_ids(processor.vocab_size)
+    policy = MegatronPolicy(
+        recipe.policy, device, seed=loop.seed, max_steps=loop.max_num_steps * updates, banned_token_ids=banned
     )
     validation, left_out = _validation(recipe, held_out, processor, task_ids)
     return Components(

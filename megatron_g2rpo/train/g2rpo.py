@@ -65,20 +65,20 @@ def train(recipe: TrainRecipe) -> Path | None:
     Returns:
         The exported Hugging Face directory, if the recipe asks for one.
     """
-    components = assemble(recipe)
-    run = Run(recipe, components)
-    enabled = dist.get_rank() == 0
-    with components, MetricsLog(recipe.logger, COLUMNS, run.last_step, run.first_step, enabled=enabled) as log:
-        run.validate_at_start(log)
-        for step in run.steps:
-            with run.sampling(step):
-                metrics = g2rpo_step(recipe, components, step, log.note)
-            for warning in gap_warnings(recipe.policy.generation.gap_warning, tuple(recipe.env.tasks), metrics):
-                log.note(warning)
-            metrics |= run.validation(step, log, metrics)
-            log.log(StepMetrics(step=step, values=metrics))
-            run.save(step)
-        return run.finish()
+    with assemble(recipe) as components:
+        run = Run(recipe, components)
+        enabled = dist.get_rank() == 0
+        with MetricsLog(recipe.logger, COLUMNS, run.last_step, run.first_step, enabled=enabled) as log:
+            run.validate_at_start(log)
+            for step in run.steps:
+                with run.sampling(step):
+                    metrics = g2rpo_step(recipe, components, step, log.note)
+                for warning in gap_warnings(recipe.policy.generation.gap_warning, tuple(recipe.env.tasks), metrics):
+                    log.note(warning)
+                metrics |= run.validation(step, log, metrics)
+                log.log(StepMetrics(step=step, values=metrics))
+                run.save(step)
+            return run.finish()
 
 
 def g2rpo_step(

@@ -43,18 +43,18 @@ def sft(recipe: SftRecipe) -> Path | None:
     Returns:
         The exported Hugging Face directory, if the recipe asks for one.
     """
-    components = assemble(recipe)
-    run = Run(recipe, components)
-    enabled = dist.get_rank() == 0
-    with components, MetricsLog(recipe.logger, COLUMNS, run.last_step, run.first_step, enabled=enabled) as log:
-        run.validate_at_start(log)
-        for step in run.steps:
-            metrics = sft_step(recipe, components)
-            validation = run.validation(step, log, metrics)
-            if validation or step % LOG_PERIOD == 0 or step in (1, run.last_step):
-                log.log(StepMetrics(step=step, values={**metrics, **validation}))
-            run.save(step)
-        return run.finish()
+    with assemble(recipe) as components:
+        run = Run(recipe, components)
+        enabled = dist.get_rank() == 0
+        with MetricsLog(recipe.logger, COLUMNS, run.last_step, run.first_step, enabled=enabled) as log:
+            run.validate_at_start(log)
+            for step in run.steps:
+                metrics = sft_step(recipe, components)
+                validation = run.validation(step, log, metrics)
+                if validation or step % LOG_PERIOD == 0 or step in (1, run.last_step):
+                    log.log(StepMetrics(step=step, values={**metrics, **validation}))
+                run.save(step)
+            return run.finish()
 
 
 def sft_step(recipe: SftRecipe, components: Components) -> dict[str, float]:

@@ -142,6 +142,20 @@ def test_held_out_samples_that_cannot_be_used_are_named_or_counted(own: Toy, tmp
     assert message.startswith("data.validation: no held-out sample can be used; the first: sample shard-000000/")
 
 
+def test_an_error_at_the_start_ends_the_reward_workers_without_another_word(own: Toy, tmp_path: Path) -> None:
+    broken = break_image(own.data / "val", "colour", 0)
+    run = command("train", recipe_of(own, tmp_path), *BARE, "env.reward_workers=1")
+    assert run.returncode == 1
+    (line,) = run.stderr.splitlines()
+    assert line.startswith(f"error: {broken}")
+
+
+def test_a_weight_of_a_task_without_samples_is_found_at_the_start(own: Toy, tmp_path: Path) -> None:
+    weights = ("env.tasks.more={}", "data.task_weights={more: 1}")
+    message = error_of("train", recipe_of(own, tmp_path), "--dry-run", *weights)
+    assert "data.task_weights: data.task_weights names 'more', which the data lacks" in message
+
+
 def test_without_validation_data_and_with_several_training_sets_a_run_runs(own: Toy, tmp_path: Path) -> None:
     write_shards(tmp_path / "more", 2)
     shutil.rmtree(own.data / "val")

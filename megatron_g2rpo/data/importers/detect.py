@@ -17,9 +17,15 @@ def detect(source: Path, subset: str | None = None) -> str:
         DataError: the source cannot be read or has no row, or no importer or several take it; the message lists the
             row's fields, or the candidates.
     """
-    first = next((row for row in read_records(source, subset) if isinstance(row, Record)), None)
+    rejected, first = None, None
+    for row in read_records(source, subset):
+        if isinstance(row, Record):
+            first = row
+            break
+        rejected = rejected or row
     if first is None:
-        raise DataError(f"{source} holds no row that can be read")
+        why = "no row" if rejected is None else f"no row that can be read; the first: {rejected.message}"
+        raise DataError(f"{source} holds {why}")
     entries = (registry.importers.entry(name) for name in registry.importers.names())
     fitting = [entry.name for entry in entries if "matches" in entry.facts and entry.facts["matches"](first.fields)]
     if len(fitting) == 1:

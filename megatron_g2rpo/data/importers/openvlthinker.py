@@ -62,6 +62,8 @@ def openvlthinker(source: Path, *, subset: str | None = None, form: bool = True)
 def _sample(record: Record, form: bool) -> ImportedSample:
     refuse_video(record)
     kind = needed(record, "problem_type")
+    if not isinstance(kind, str):
+        raise Refusal(record.name, "field 'problem_type' is no text", repr(kind)[:80])
     question = needed(record, "problem")
     options = lookup(record.fields, "options") or []
     if not isinstance(options, list):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,11 @@ from megatron_g2rpo.data.importers import tables, tars
 from megatron_g2rpo.data.importers.base import Refusal, Rejected
 from megatron_g2rpo.data.importers.values import Broken
 from megatron_g2rpo.data.shard_format import INDEX_NAME
+from megatron_g2rpo.data.tar_members import tars_of
 
 JSON_LINES = (".jsonl", ".ndjson")
 CSV = {".csv": ",", ".tsv": "\t"}
+REJECTED = ".rejected.jsonl"  # ends the name of an import's list of what it could not use
 FILES = (".json", *JSON_LINES, *CSV, ".parquet", ".tar")
 
 
@@ -100,7 +103,11 @@ def _only_file(folder: Path) -> Path | None:
     """Return the one file of rows at the top of a folder; None where it is a dataset as a whole."""
     if tables.is_dataset(folder):
         return None
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in FILES and path.name[0] not in "._")
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in FILES and path.name[0] not in "._" and not path.name.endswith(REJECTED)
+    )
     if all(path.suffix == ".tar" or path.name == INDEX_NAME for path in files):
         return None
     if len(files) > 1:
@@ -110,7 +117,7 @@ def _only_file(folder: Path) -> Path | None:
 
 
 def _rows_of_folder(folder: Path, subset: str | None, split: str | None) -> Iterator[tuple[object, Any]]:
-    shards = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+    shards = tars_of(folder)
     if not shards:
         yield from tables.rows_of_dataset(folder, subset, split)
         return
@@ -129,7 +136,23 @@ def _rows_of_json(path: Path) -> Iterator[tuple[int, Any]]:
         if first == "[":
             yield from _rows_of_list(path, file)
             return
+        if first == "{" and _is_cut_off(first + file.readline()) and file.readline().lstrip()[:1] != "{":
+            raise DataError(
+                f"{path} is one JSON object over several lines, and no rows: write the list of rows alone, which is "
+                "perhaps one of its fields, or one row a line"
+            )
     yield from _rows_of_lines(path)
+
+
+def _is_cut_off(line: str) -> bool:
+    """Whether a line is the beginning of a JSON value that goes on in the next."""
+    try:
+        _DECODER.decode(line)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(line.rstrip()) and line.endswith("\n")
+    except (ValueError, RecursionError):
+        pass
+    return False
 
 
 def _rows_of_lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -179,6 +202,9 @@ def _rows_of_list(path: Path, file: TextIO, chunk: int = 1 << 20) -> Iterator[tu
             break
         at, row = end, row + 1
         yield row, value
+    at += 1
+    if skip(" \t\r\n"):
+        raise DataError(f"{path}: after row {row}: the list is closed, and more follows; write one list, or JSON lines")
 
 
 def _rows_of_csv(path: Path) -> Iterator[tuple[int, Any]]:
@@ -187,6 +213,9 @@ def _rows_of_csv(path: Path) -> Iterator[tuple[int, Any]]:
         reader = csv.DictReader(file, delimiter=CSV[path.suffix.lower()], strict=True)
         line = 2
         try:  # a column without a name is the index that pandas writes
+            repeated = [name for name, count in Counter(reader.fieldnames or ()).items() if name and count > 1]
+            if repeated:
+                raise DataError(f"{path}: the header has {repeated[0]!r} twice; give each column a name of its own")
             for fields in reader:
                 if None in fields or None in fields.values():
                     yield line, Broken("more or fewer fields than the header has", f"{len(fields)} names")

@@ -32,6 +32,8 @@ def each(
             yield convert(record)
         except SampleError as error:
             yield Rejected.by(error, record.name)
+        except RecursionError:
+            yield Rejected.by(Refusal(record.name, "values are nested too deep"), record.name)
 
 
 def needed(record: Record, path: str) -> Any:

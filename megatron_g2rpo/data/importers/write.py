@@ -20,7 +20,7 @@ from megatron_g2rpo.data.errors import DataError, SampleError
 from megatron_g2rpo.data.fields import checked_fields
 from megatron_g2rpo.data.importers.base import ImportedSample, Refusal, Rejected
 from megatron_g2rpo.data.importers.load import Loaded, Waiting, load_all
-from megatron_g2rpo.data.importers.records import image_directory
+from megatron_g2rpo.data.importers.records import REJECTED, image_directory
 from megatron_g2rpo.data.importers.split import validation_samples
 from megatron_g2rpo.data.importers.values import lookup
 from megatron_g2rpo.data.shard_writer import ShardWriter
@@ -121,7 +121,7 @@ def import_dataset(
         raise DataError(f"{target} exists already; choose another place, or remove it first")
     if not target.parent.is_dir():
         target.parent.mkdir(parents=True)
-    listed = target.with_name(f"{target.name}.rejected.jsonl")
+    listed = target.with_name(f"{target.name}{REJECTED}")
     partial, partial_list = (path.with_name(f"{path.name}.partial") for path in (target, listed))
     shutil.rmtree(partial, ignore_errors=True)  # what an import that was killed had begun
     result = ImportResult()

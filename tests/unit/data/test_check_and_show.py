@@ -94,10 +94,14 @@ def test_a_reference_that_earns_less_than_1_against_itself_is_a_fault(tmp_path: 
 
 
 def test_a_changed_shard_is_a_fault(dataset: Path) -> None:
-    break_image(dataset, "vqa", 1)
+    shard = dataset / "shard-000000.tar"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1  # the mode of a member, which nothing but the checksum covers
+    shard.write_bytes(bytes(content))
     code, output = call("check", dataset)
     assert code == 1
-    assert "shard-00000" in output
+    assert "checksum: 1" in output
+    assert f"{shard}: its content is not what index.json recorded" in output
 
 
 def test_repeated_questions_and_shared_images_are_warnings(tmp_path: Path) -> None:
@@ -107,8 +111,38 @@ def test_repeated_questions_and_shared_images_are_warnings(tmp_path: Path) -> No
     code, output = call("check", data, "--validation", held_out)
     assert code == 0
     assert "2 samples ask the same" in output
-    assert "2 samples and have different references" in output
+    assert "2 samples ask the same and have different references" in output
     assert "1 images of" in output
+
+
+def test_held_out_data_is_found_by_its_pattern_or_its_absence_is_said(
+    dataset: Path, recipe: Path, tmp_path: Path
+) -> None:
+    held_out = write(tmp_path / "held-out", [(make_fields("math", 7), [make_png(1)])])
+    write(tmp_path / "data", [(make_fields("math", 0), [make_png(1)])])
+    said = {
+        f"{held_out}/*.tar": "1 images of",
+        str(tmp_path / "nowhere"): f"was not looked at: {tmp_path / 'nowhere'} does not exist",
+        f"{tmp_path / 'data'}/shard-*.tar": "no faults",  # the held-out data is what is checked
+    }
+    for path, expected in said.items():
+        code, output = call("check", tmp_path / "data", recipe, f"data.validation.path={path}")
+        assert code == 0, output
+        assert expected in output
+        assert ("warning: 1 images" in output) == (path == f"{held_out}/*.tar")
+
+
+def test_held_out_data_that_is_named_must_be_there(dataset: Path) -> None:
+    code, output = call("check", dataset, "--validation", "nowhere")
+    assert code == 1
+    assert "nowhere does not exist" in output
+
+
+def test_one_shard_is_checked_whatever_lies_beside_it(dataset: Path, tmp_path: Path) -> None:
+    (dataset / "shard-000001.tar").unlink()
+    code, output = call("check", dataset / "shard-000000.tar", "--out", tmp_path / "deep" / "er" / "faults.jsonl")
+    assert code == 0, output
+    assert (tmp_path / "deep" / "er" / "faults.jsonl").read_text() == ""
 
 
 def test_two_workers_find_what_one_finds(dataset: Path, recipe: Path) -> None:

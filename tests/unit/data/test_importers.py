@@ -104,6 +104,7 @@ def test_the_field_of_the_images_is_an_option(folder: Path) -> None:
         ({**OWN, "images": [7]}, "images are neither paths nor encoded files: 7"),
         ({**OWN, "images": "https://example.org/a.png"}, "images by address are not downloaded"),
         ({**OWN, "videos": ["a.mp4"]}, "video is not supported"),
+        ({**OWN, "more": json.loads("[" * 600 + "]" * 600)}, "rows.json:2: values are nested too deep"),
         ({**OWN, "question": "<image><image>?", "images": ["a.png"]}, "tags <image> are not as many as its images: 2"),
     ],
 )
@@ -146,6 +147,13 @@ def test_the_papers_rows_become_samples_by_its_own_names(tmp_path: Path) -> None
     onethinker = [sample for sample in samples if sample.task == "spatial grounding"]
     assert [sample.extra["box_frame"] for sample in onethinker] == ["relative"]
     assert {sample.task for sample in samples} == {row["task_type"] for row in rows} | {"spatial grounding"}
+
+
+@pytest.mark.parametrize("kind", [["math"], {"a": 1}, 5])
+def test_a_problem_type_that_is_no_text_rejects_its_row(tmp_path: Path, kind: Any) -> None:
+    rows = [{"problem": "Which?", "answer": "1", "problem_type": each} for each in ("math", kind)]
+    result = run("openvlthinker", write_json(tmp_path / "rows.json", rows), tmp_path / "out")
+    assert (sum(result.samples.values()), dict(result.rejected)) == (1, {"field 'problem_type' is no text": 1})
 
 
 def test_options_that_the_question_has_already_are_not_repeated(tmp_path: Path) -> None:
@@ -263,7 +271,7 @@ def test_rows_of_two_formats_or_none_ask_for_a_choice(folder: Path) -> None:
         detect(write_json(folder / "rows.json", [{**OWN, **SHAREGPT}]))
     with pytest.raises(DataError, match=r"has the fields 'foo', which no importer knows .*--map question=FIELD"):
         detect(write_json(folder / "rows.json", [{"foo": 1}]))
-    with pytest.raises(DataError, match="holds no row that can be read"):
+    with pytest.raises(DataError, match=r"rows\.json holds no row$"):
         detect(write_json(folder / "rows.json", []))
 
 

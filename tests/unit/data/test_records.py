@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,8 @@ def test_a_json_list_is_the_same_whatever_pieces_it_is_read_in(tmp_path: Path, c
         ('[{"a": 1}', r"rows\.json: after row 1: a comma or the closing bracket"),
         ('[{"a": 1}, ]', r"rows\.json: row 2: not valid JSON"),
         ("[", r"rows\.json: row 1: not valid JSON"),
+        ('[{"a": 1}][{"a": 2}]', r"rows\.json: after row 1: the list is closed, and more follows"),
+        ('{\n "data": [{"a": 1}]\n}', r"rows\.json is one JSON object over several lines"),
     ],
 )
 def test_a_broken_list_is_an_error_with_its_row(tmp_path: Path, text: str, message: str) -> None:
@@ -94,6 +98,17 @@ def test_json_lines_in_files_of_both_names_lose_a_broken_line_alone(tmp_path: Pa
         assert read(path) == [
             (f"{name}:1", ROW), (f"{name}:3", "not valid JSON"), (f"{name}:4", ROW | {"answer": "a\u2028b"}),
         ]  # fmt: skip
+
+
+def test_a_first_line_that_is_cut_off_is_lost_alone(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.json", ['{"a": ', ROW])
+    assert read(path) == [("rows.json:1", "not valid JSON"), ("rows.json:2", ROW)]
+
+
+def test_a_header_that_names_a_column_twice_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("problem,answer,answer\na,b,c\n")
+    with pytest.raises(DataError, match=r"rows\.csv: the header has 'answer' twice"):
+        read(tmp_path / "rows.csv")
 
 
 def test_csv_keeps_text_as_it_is(tmp_path: Path) -> None:
@@ -169,6 +184,54 @@ def test_a_webdataset_of_others_is_mapped_by_suffix(tmp_path: Path) -> None:
     assert result.images == 2
 
 
+def test_a_tar_of_which_a_part_is_lost_gives_no_row(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "x.tar", {f"{n}.json": json.dumps(ROW).encode() for n in range(6)}).read_bytes()
+    assert len(read(tmp_path / "x.tar")) == 6
+    third = 3 * 1024  # a header and a block of content each
+    damaged = whole[:third] + b"\x99" * 512 + whole[third + 512 :]
+    for part in (whole[:third], whole[: third + 100], whole[: third + 600], damaged):
+        (tmp_path / "x.tar").write_bytes(part)
+        with pytest.raises(DataError, match=r"x\.tar: (ends at byte|damaged at byte|not a readable tar)"):
+            read(tmp_path / "x.tar")
+
+
+def test_members_of_a_tar_that_others_have_packed(tmp_path: Path) -> None:
+    row = json.dumps(ROW).encode()
+    members = {
+        "._22.05.json": b"\0\5",
+        "README.md": b"about",
+        "__MACOSX__/22.05.json": b"{}",
+        "22.05.JSON": row,  # the case of suffixes and dots in keys do not matter
+        "b.json": json.dumps(ROW | {"images": ["0.png", "1.png"]}).encode(),
+        "c.json": b"[" * 100_000 + b"]" * 100_000,
+        "22.05.PNG": PNG,  # not beside its json
+        "b.0.png": PNG,
+    }
+    assert read(write_tar(tmp_path / "x.tar", members)) == [
+        ("x.tar:22.05", ROW | {"images": [PNG]}),
+        ("x.tar:b", "the json names an image that the tar lacks"),
+        ("x.tar:c", "a member is not valid JSON or UTF-8 text"),
+    ]
+    (tmp_path / "._x.tar").write_bytes(b"\0\5\x16\7")
+    assert len(read(tmp_path)) == 3
+
+
+def test_a_member_twice_and_a_link_reject_their_row(tmp_path: Path) -> None:
+    link = tarfile.TarInfo("b.png")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("a.json", "a.json", "b.json", "c.json"):
+            member = tarfile.TarInfo(name)
+            member.size = len(b"{}")
+            tar.addfile(member, io.BytesIO(b"{}"))
+        tar.addfile(link)
+    assert read(tmp_path / "x.tar") == [
+        ("x.tar:a", "a member occurs twice"),
+        ("x.tar:b", "a member is a link, a device or stored sparsely; pack the files themselves"),
+        ("x.tar:c", {}),
+    ]
+
+
 def test_shards_of_our_own_can_be_imported_again(tmp_path: Path) -> None:
     fields = {"task": "t", "question": "Which?", "answer": "red", "answer_format": "exact", "note": "mine"}
     with ShardWriter(tmp_path / "shards") as writer:
@@ -182,6 +245,7 @@ def test_shards_of_our_own_can_be_imported_again(tmp_path: Path) -> None:
 def test_the_one_file_of_a_folder_is_meant_by_it(tmp_path: Path) -> None:
     write_lines(tmp_path / "rows.jsonl", [ROW])
     (tmp_path / "README.md").write_text("about")
+    (tmp_path / "out.rejected.jsonl").write_text("{}")  # of an earlier import
     assert read(tmp_path) == [("rows.jsonl:1", ROW)]
     write_lines(tmp_path / "more.jsonl", [ROW])
     with pytest.raises(DataError, match=r"holds 2 files of rows \(more\.jsonl, rows\.jsonl \.\.\.\); name one"):
@@ -197,7 +261,7 @@ def test_what_is_no_source_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"a": "\xe9"}')
     with pytest.raises(DataError, match=r"latin\.jsonl is not UTF-8 text"):
         read(tmp_path / "latin.jsonl")
-    for name, message in (("a.parquet", "cannot be read as Parquet"), ("a.tar", "cannot be read as a webdataset tar")):
+    for name, message in (("a.parquet", "cannot be read as Parquet"), ("a.tar", "not a readable tar shard")):
         (tmp_path / name).write_bytes(b"nothing of the kind" * 100)
         with pytest.raises(DataError, match=message):
             read(tmp_path / name)

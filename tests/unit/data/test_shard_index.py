@@ -223,6 +223,8 @@ def test_a_task_that_the_recipe_does_not_list_is_an_error_with_a_sample(dataset)
         DataError, match=r"task 'ocr' \(first sample shard-000000/ocr-0\) is not listed under env\.tasks"
     ):
         ShardIndex(dataset, known_tasks=["math", "vqa"])
+    with pytest.raises(DataError, match=r"task 'ocr' \(.*\), task 'vqa' \(.*\) are not listed .* add them there"):
+        ShardIndex(dataset, known_tasks=["math"])
 
 
 def test_an_unknown_task_lists_the_known_ones(dataset):

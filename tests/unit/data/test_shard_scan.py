@@ -12,7 +12,7 @@ import pytest
 from megatron_g2rpo.data.errors import DataError, SampleError
 from megatron_g2rpo.data.fields import REQUIRED_FIELDS
 from megatron_g2rpo.data.shard_index import ShardIndex
-from megatron_g2rpo.data.shard_writer import write_index
+from megatron_g2rpo.data.shard_writer import ShardWriter, write_index
 from tests.unit.data.conftest import make_fields, make_png
 
 
@@ -51,6 +51,15 @@ def test_what_packers_leave_behind_is_no_sample_and_no_word(tmp_path, caplog):
     write_index(tmp_path)
     assert keys(tmp_path) == ["a"]
     assert caplog.messages == []
+
+
+def test_the_double_that_macos_leaves_beside_a_shard_is_no_shard(tmp_path):
+    write_tar(tmp_path / "s.tar", {"a.json": record()})
+    (tmp_path / "._s.tar").write_bytes(b"\0\5\x16\7")
+    write_index(tmp_path)
+    assert keys(tmp_path) == ["a"]
+    (tmp_path / "s.tar").unlink()
+    ShardWriter(tmp_path)  # nothing here that it would overwrite
 
 
 def test_members_of_no_sample_are_left_out_and_counted(tmp_path, caplog):
