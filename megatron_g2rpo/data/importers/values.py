@@ -50,14 +50,19 @@ def images_of(value: Any, name: str) -> list[bytes | Path]:
     A ``data:`` URI is decoded, and a ``file:`` URI is the path that it names.
 
     Raises:
-        Refusal: a value is none of these, or an address to download from.
+        Refusal: a value is none of these, null beside others, or an address to download from.
     """
     if is_missing(value):
         return []
     if isinstance(value, str | bytes | Mapping):
         return [_image_of(value, name)]
     if isinstance(value, Sequence):
-        return [_image_of(each, name) for each in value if not is_missing(each)]
+        missing = [is_missing(each) for each in value]
+        if all(missing):  # what tables hold where a row has no image
+            return []
+        if any(missing):
+            raise Refusal(name, "an image among others is null", f"number {missing.index(True) + 1} of {len(value)}")
+        return [_image_of(each, name) for each in value]
     raise Refusal(name, "images are neither paths nor encoded files", repr(value)[:80])
 
 

@@ -101,6 +101,7 @@ def test_the_field_of_the_images_is_an_option(folder: Path) -> None:
         ({**OWN, "images": ["none.png"]}, "an image file cannot be read"),
         ({**OWN, "images": ["rows.json"]}, "no image of a format that is read"),
         ({**OWN, "images": ["/dev/zero"]}, "an image file cannot be read: /dev/zero is no file"),
+        ({**OWN, "images": ["a.png", None]}, "an image among others is null: number 2 of 2"),
         ({**OWN, "images": [7]}, "images are neither paths nor encoded files: 7"),
         ({**OWN, "images": "https://example.org/a.png"}, "images by address are not downloaded"),
         ({**OWN, "videos": ["a.mp4"]}, "video is not supported"),
