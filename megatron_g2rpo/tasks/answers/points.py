@@ -2,7 +2,8 @@
 """Points in an image: near those of the reference, or inside of its box.
 
 Read are ``[x, y]``, lists of such, ``{"points": ...}``, ``{"point_2d": ...}``, ``{"x": ..., "y": ...}`` and lists of
-them, fenced or not; ``(x, y)``, also several; and ``<point x="..." y="...">`` or ``<points x1="..." y1="..." ...>``. The frame of the coordinates is the data's (``frames``).
+them, fenced or not; ``(x, y)``, also several; and ``<point x="..." y="...">`` or ``<points x1="..." y1="..." ...>``.
+The frame of the coordinates is the data's (``frames``).
 """
 
 from __future__ import annotations

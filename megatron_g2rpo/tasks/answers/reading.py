@@ -35,7 +35,8 @@ _FOLDED: dict[int, str | None] = {
     **dict.fromkeys([0x2010, 0x2011, 0x2012, 0x2013, 0x2014, 0x2212, 0xFE63], "-"),
     **dict.fromkeys([0xFE59], "("),
     **dict.fromkeys([0xFE5A], ")"),
-    **{0x2103: "°C", 0x2109: "°F"},
+    0x2103: "°C",
+    0x2109: "°F",
 }
 _SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
 _UNRAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
