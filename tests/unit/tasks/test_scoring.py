@@ -311,7 +311,7 @@ def test_a_broken_reference_is_an_error_whatever_the_response(text: str) -> None
 
 
 def test_a_broken_reference_costs_the_reward_where_bad_samples_are_skipped() -> None:
-    rollouts = [make_rollout("<answer>12</answer>", answer="twelve"), make_rollout("<answer>12</answer>")]
+    rollouts = [make_rollout("<answer>12</answer>", answer="a dozen"), make_rollout("<answer>12</answer>")]
     rewards = scored(rollouts, make_env(WEIGHTS), on_bad_sample="skip")
     assert failure(rewards).bad_sample
     assert rewards.failed.tolist() == [True, False]
