@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,9 @@ def _chunk(
     gathered: list[dict[int, dict[str, Any]]] = [{} for _ in range(groups.data_size)]
     dist.all_gather_object(gathered, results, group=groups.data)
     everything = {index: result for share in gathered for index, result in share.items()}
+    for index, record in enumerate(records):
+        if not all(map(math.isfinite, everything[index]["logprobs"])):
+            raise DataError(f"{record['where']}: log-probabilities are not finite; the model's weights hold NaN or Inf")
     return [everything[index] for index in range(len(records))]
 
 

@@ -58,8 +58,9 @@ class ChatProcessor:
 
     Raises:
         DataError: the directory does not exist, its model family is unknown, its image processor is another family's,
-            it has no tokenizer, no chat template or no end-of-turn token, its tokenizer lacks a vision token, a token
-            that every run needs lies beyond the model's embedding, or the pixel bounds are in the wrong order.
+            it has no tokenizer, no chat template that renders a question or no end-of-turn token, its tokenizer lacks a
+            vision token, a token that every run needs lies beyond the model's embedding, or the pixel bounds are in the
+            wrong order.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class ChatProcessor:
         self.system_prompt, self._instructed = system_prompt, dict(instructed or {})
         self.spatial_merge_size: int = self.image_processor.merge_size if self.image_processor is not None else 1
         self.chat_template = load_chat_template(model_dir, self.tokenizer)
+        self._render([{"role": "user", "content": "Q"}], f"{model_dir}: a question", add_generation_prompt=True)
         vocabulary = self.tokenizer.get_vocab()
         vision_tokens = () if vision is None else vision.tokens.all
         for token in vision_tokens:
@@ -123,9 +125,9 @@ class ChatProcessor:
             float32 ``[V, D]`` and ``image_grid_thw`` int64 ``[I, 3]``.
 
         Raises:
-            SampleError: the messages are not of this form, a text has a token that the model's embedding has no row
-                for, there are more or fewer image parts than images, an image cannot be decoded, the image processor
-                refuses its shape, or a text-only model is given an image.
+            SampleError: the messages are not of this form, the chat template refuses them, a text has a token that the
+                model's embedding has no row for, there are more or fewer image parts than images, an image cannot be
+                decoded, the image processor refuses its shape, or a text-only model is given an image.
         """
         turns, hidden = self._chat_text.hide(checked_messages(messages, name), name)
         pixel_values, image_grid_thw = self._encode_images(images, name)
@@ -219,7 +221,7 @@ class ChatProcessor:
         ask, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "§"}
         try:
             answered = self._render([ask, answer], "prompt")
-        except TemplateError:  # a template for prompts alone
+        except SampleError:  # a template for prompts alone
             return None
         header = _after(self._render([ask], "prompt"), self._render([ask], "prompt", add_generation_prompt=True))
         return turn_end(self.tokenizer, answered, "§", header)
@@ -255,9 +257,12 @@ class ChatProcessor:
     def _render(self, messages: Sequence[Mapping[str, Any]], name: str, *, add_generation_prompt: bool = False) -> str:
         # Templates of models of text join strings: Llama's fail at a list of parts, Qwen3's drop it without a word.
         turns = list(messages) if self.image_processor is not None else [joined_text(turn, name) for turn in messages]
-        return self.tokenizer.apply_chat_template(
-            turns, chat_template=self.chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                turns, chat_template=self.chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            raise SampleError(f"{name}: the model's chat template refuses it ({error})") from error
 
 
 def _after(start: str, text: str) -> str:

@@ -84,7 +84,7 @@ def ask(name: str, call: Call, options: Options) -> Outcome:
         return _number(registry.reward_parts.get(name)(call.sample, call.response, **keywords), name, call)
     except BadReference as error:
         return call.failed(name, raised(error.__cause__ or error), bad_sample=True)
-    except Exception as error:  # noqa: BLE001 (a registered part may raise anything)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (a registered part may raise anything)
         return call.failed(name, raised(error))
 
 
@@ -121,7 +121,7 @@ def ask_batch(name: str, calls: Sequence[Call], options: Options) -> list[Outcom
         values = list(returned)
         if len(values) != len(calls):
             raise ValueError(f"returned {len(values)} numbers for {len(calls)} responses")
-    except Exception as error:  # noqa: BLE001 (a registered part may raise anything)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (a registered part may raise anything)
         return failed_batch(name, calls, raised(error))
     return [_batched_number(value, name, call) for value, call in zip(values, calls, strict=True)]
 
@@ -139,7 +139,11 @@ def failed_batch(name: str, calls: Sequence[Call], what: str) -> list[Outcome]:
 
 def raised(error: BaseException) -> str:
     """Return what is said of an exception in the message of a failure."""
-    return f"raised {type(error).__name__}: {error}"
+    try:
+        said = str(error)
+    except Exception:  # noqa: BLE001 (an exception of a user's own)
+        said = "(its message cannot be made a text)"
+    return f"raised {type(error).__name__}: {said}"
 
 
 def _keywords(name: str, options: Options, settings: Callable[[], Any]) -> dict[str, Any]:

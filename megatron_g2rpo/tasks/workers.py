@@ -20,7 +20,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from multiprocessing.connection import wait
@@ -36,6 +36,8 @@ from megatron_g2rpo.types import Sample
 
 # Responses of one task: enough that a task costs more than sending it, few enough that workers share the work evenly.
 CHUNK = 32
+# Time for the processes to start, seconds: the imports of torch and of a user's files, on many ranks of a busy machine.
+START_LIMIT_S = 300.0
 
 
 class RewardWorkers:
@@ -55,6 +57,7 @@ class RewardWorkers:
         self._number, self._imports, self._options = number, list(imports), options
         self._timeout_s, self._batch_timeout_s = timeout_s, batch_timeout_s
         self._pool: ProcessPool | None = None
+        self._ready: Future[Any] | None = None
         self._starter: threading.Thread | None = None
         self._sends_images = False
 
@@ -83,7 +86,7 @@ class RewardWorkers:
         if self._pool is not None:
             self._pool.stop()
             self._pool.join()
-            self._pool = None
+            self._pool = self._ready = None
 
     def submit(self, asks: Sequence[Ask]) -> list[PendingChunk]:
         """Ask parts of responses, in tasks of ``CHUNK`` responses; what was asked is told by each task in turn."""
@@ -113,16 +116,23 @@ class RewardWorkers:
 
         Raises:
             _Lost: its process was killed, because time was up, or died, or the task could not be read.
+            RuntimeError: the processes have not started in time.
         """
+        self._wait_for_start()
+        # Asked for, not raised by ``result``: a part's KeyboardInterrupt is no Ctrl-C of this process.
         try:
+            error = future.exception()
+        except CancelledError as cancelled:  # the pool was given up meanwhile
+            error = cancelled
+        if error is None:
             return future.result()
-        except TimeoutError as error:
+        if isinstance(error, TimeoutError):
             raise _Lost(f"had not returned after {error.args[-1]:g} s, its time limit, and was killed") from error
-        except (ProcessExpired, BrokenProcessPool) as error:
+        if isinstance(error, ProcessExpired | BrokenProcessPool):
             code = f" with exit code {error.exitcode}" if isinstance(error, ProcessExpired) else ""
             raise _Lost(f"ended its worker process{code}") from error
-        except Exception as error:  # what a part returned, or a registered exception, may not be picklable
-            raise _Lost(raised(error)) from error
+        # What a part returned, or a registered exception, may not be picklable.
+        raise _Lost(raised(error)) from error
 
     def need_images(self) -> None:
         """Send images from now on: a part looks at them."""
@@ -147,6 +157,19 @@ class RewardWorkers:
             self._starter.join()
             self._starter = None
 
+    def _wait_for_start(self) -> None:
+        """Wait until a process has started: before, no task has a time limit."""
+        if self._ready is None:
+            return
+        try:
+            self._ready.exception(START_LIMIT_S)
+        except TimeoutError as error:
+            self.close()
+            raise RuntimeError(
+                f"the reward workers had not started after {START_LIMIT_S:g} s: does a file of the recipe's imports "
+                "hang when it is imported in another process? env.reward_workers: 0 runs parts in the trainer"
+            ) from error
+
     def _schedule(self, function: Callable[[bytes], Any], payload: bytes, timeout_s: float) -> Future[Any]:
         self._started()
         try:
@@ -160,6 +183,7 @@ class RewardWorkers:
             self._pool = ProcessPool(
                 max_workers=self._number, initializer=_begin, initargs=(self._imports, self._options), context=context
             )
+            self._ready = self._pool.schedule(_nothing, args=(b"",))
         return self._pool.schedule(function, args=(payload,), timeout=timeout_s)
 
 

@@ -173,6 +173,8 @@ def _header(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except OSError as error:  # a link to nothing, a directory, no permission
+        raise CheckpointError(f"{path} cannot be read ({error}); copy it again") from error
     except SafetensorError as error:
         with path.open("rb") as file:
             pointer = file.read(len(_LFS)) == _LFS

@@ -2,9 +2,10 @@
 """Boxes in an image: one or several, in the notations of models and datasets, compared by intersection over union.
 
 Read are ``[x1, y1, x2, y2]``, lists of such, ``{"boxes": ...}``, ``{"bbox_2d": ...}``, ``{"bbox": ...}`` and lists of
-them, fenced or not; ``(x1, y1), (x2, y2)`` with or without ``<box>`` tags; ``{"x1": ..., "y1": ..., "x2": ...}``; and
-four bare numbers. They are also found in a sentence, or in JSON that is broken around them: that a response is what was
-asked for is for the reward parts ``format`` and ``structure``. The frame of the coordinates is the data's (``frames``).
+them, fenced or not; ``(x1, y1), (x2, y2)`` with or without ``<box>`` tags; ``{"x1": ..., "y1": ..., "x2": ...}``,
+``x1=..., y1=...``; and four bare numbers, with commas or blanks between them. They are also found in a sentence, or in
+JSON that is broken around them: that a response is what was asked for is for the reward parts ``format`` and
+``structure``. The frame of the coordinates is the data's (``frames``).
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ _KIND = "a box [x1, y1, x2, y2] with x1 < x2, y1 < y2, or a list of such boxes"
 _LONGEST = 100_000  # characters
 _MOST = 256  # boxes; the optimal matching of so many takes milliseconds
 _KEYS = ("boxes", "box", "bbox_2d", "bbox", "bboxes", "bounding_box", "bounding_boxes")
-_N = r"\s*([-+]?(?:\d{1,9}(?:\.\d{0,20})?|\.\d{1,20}))\s*"
+_NUMBER = r"([-+]?(?:\d{1,9}(?:\.\d{0,20})?|\.\d{1,20}))"
+_N = rf"\s*{_NUMBER}\s*"
 _CORNERS = re.compile(rf"\({_N},{_N}\)\s*,?\s*\({_N},{_N}\)")
 _LISTED = re.compile(rf"[\[(]{_N},{_N},{_N},{_N}[\])]")
-_BARE = re.compile(rf"{_N},{_N},{_N},{_N}")
+_NAMED = re.compile(r"[\s,]*".join(rf"\b{name}\s*[=:]\s*{_NUMBER}" for name in ("x1", "y1", "x2", "y2")), re.IGNORECASE)
+_BARE = re.compile(rf"{_N},{_N},{_N},{_N}|" + r"\s+".join([_NUMBER] * 4))
 _TAGS = re.compile(r"<\|?/?(?:box|bbox|ref|box_start|box_end|object_ref_start|object_ref_end)\|?>")
 
 
@@ -44,13 +47,13 @@ def parse_boxes(text: str) -> list[Box] | None:
     text = _TAGS.sub(" ", unwrap(text)).strip()
     found = boxes_of(read_json(text))
     if found is None:
-        for pattern in (_CORNERS, _LISTED):
+        for pattern in (_CORNERS, _LISTED, _NAMED):
             found = [_box(match.groups()) for match in pattern.finditer(text)]
             if found:
                 break
         else:
             bare = _BARE.fullmatch(text)
-            found = [_box(bare.groups())] if bare else None
+            found = [_box([each for each in bare.groups() if each is not None])] if bare else None
     return found if found and len(found) <= _MOST else None
 
 

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 register = registry.answer_formats.register
 
 _LABEL = r"(?:[^\W\d_]|\d{1,2})"
-_OPTION = re.compile(r"(?:option|choice|answer)s?\s*(?:is\b|:)?\s*(?=[(\[{]?(?:\w|\d\d)(?!\w))", re.IGNORECASE)
+_OPTION = re.compile(
+    r"(?:(?:(?:option|choice|answer)s?\s*(?:is\b|:)?|both\b)\s*|我?选(?:择|项)?\s*:?\s*)(?=[(\[{]?(?:\w|\d\d)(?!\w))",
+    re.IGNORECASE,
+)
 _ALONE = re.compile(rf"[(\[{{<]?\s*({_LABEL})\s*[)\]}}>]?\s*[.,:;、。]?")
 _BRACKETED = re.compile(rf"[(\[{{]\s*({_LABEL})\s*[)\]}}][.:,]?\s*(?=\S)")
 _DELIMITED = re.compile(rf"({_LABEL})(?:\s*[):、。]|\s*[.,;](?![\d.]|[A-Za-z]\b)|\s+-\s|[ \t]*\n)\s*(?=\S)")

@@ -151,6 +151,8 @@ def _plain(text: str) -> str:
     if "\\" in text or "{" in text:
         text = plain_latex(text)
     text = text.strip().rstrip(".,;:").strip()
+    if len(text) > 2 and text[0] in "\"'" and text[-1] == text[0]:
+        text = text[1:-1].strip()
     if text.startswith("(") and text.endswith(")") and "(" not in text[1:]:
         text = text[1:-1].strip()
     left, equals, right = re.sub("[≈≃≅]", "=", text).rpartition("=")

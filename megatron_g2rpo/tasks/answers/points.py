@@ -2,7 +2,8 @@
 """Points in an image: near those of the reference, or inside of its box.
 
 Read are ``[x, y]``, lists of such, ``{"points": ...}``, ``{"point_2d": ...}``, ``{"x": ..., "y": ...}`` and lists of
-them, fenced or not; and ``(x, y)``, also several. The frame of the coordinates is the data's (``frames``).
+them, fenced or not; ``(x, y)``, also several; and ``<point x="..." y="...">`` or ``<points x1="..." y1="..." ...>``.
+The frame of the coordinates is the data's (``frames``).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _SIGMA = 50.0
 _KEYS = ("points", "point", "point_2d", "points_2d", "coordinate", "coordinates")
 _N = r"\s*([-+]?(?:\d{1,9}(?:\.\d{0,20})?|\.\d{1,20}))\s*"
 _PAIR = re.compile(rf"[(\[]{_N},{_N}[)\]]")
+_TAGGED = re.compile(rf"\bx(\d{{0,3}})\s*=\s*[\"']{_N}[\"']\s*y\1\s*=\s*[\"']{_N}[\"']")
 _BARE = re.compile(rf"{_N},{_N}")
 
 
@@ -40,8 +42,8 @@ def parse_points(text: str) -> list[Point] | None:
     text = unwrap(text)
     found = points_of(read_json(text))
     if found is None:
-        matches = list(_PAIR.finditer(text)) or [match for match in [_BARE.fullmatch(text.strip())] if match]
-        found = [(float(match[1]), float(match[2])) for match in matches]
+        matches = list(_PAIR.finditer(text)) or list(_TAGGED.finditer(text)) or [*filter(None, [_BARE.fullmatch(text)])]
+        found = [(float(x), float(y)) for *_, x, y in (match.groups() for match in matches)]
     return found if found and len(found) <= _MOST else None
 
 

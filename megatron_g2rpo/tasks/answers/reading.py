@@ -35,6 +35,8 @@ _FOLDED: dict[int, str | None] = {
     **dict.fromkeys([0x2010, 0x2011, 0x2012, 0x2013, 0x2014, 0x2212, 0xFE63], "-"),
     **dict.fromkeys([0xFE59], "("),
     **dict.fromkeys([0xFE5A], ")"),
+    0x2103: "°C",
+    0x2109: "°F",
 }
 _SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
 _UNRAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
@@ -44,6 +46,7 @@ _STYLES = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf)|mbox|bol
 _LEAD_IN = re.compile(
     r"\*{0,2}(?:(?:so|thus|therefore|hence)\b[,:]?\s*)?(?:(?:the|my)\s+)?(?:(?:final|correct|right|best)\s+)*"
     r"(?:answer|result|value|option|choice)\s*(?:\*{2}\s*)?(?:is\b|would be\b|:|=)\s*(?:\*{2}(?=\s))?:?\s*"
+    r"|#{1,6} *(?:final +)?answer *:? *\n\s*"
     r"|答案\s*(?:是|为|:)?\s*",
     re.IGNORECASE,
 )

@@ -21,22 +21,28 @@ Interval = tuple[float, float]
 
 _LONGEST = 200  # characters of an interval that is no JSON
 _CLOCK = r"(?:\d{1,3}:)?\d{1,3}:\d{2}(?:\.\d{1,6})?|\d{1,9}(?:\.\d{0,9})?"
-_SPAN = re.compile(
-    rf"(?:from\s+)?[\[(]?\s*({_CLOCK})\s*(?:s|sec|seconds)?\s*(?:-|,|to|and|until)\s*({_CLOCK})\s*(?:s|sec|seconds)?"
-    r"\s*[\])]?\.?",
-    re.IGNORECASE,
-)
+_SECONDS = r"\s*(?:s|secs?|seconds?)?\s*"
+_ENDS = rf"({_CLOCK}){_SECONDS}(?:-|,|to|and|until)\s*({_CLOCK}){_SECONDS}"
+_SPAN = re.compile(rf"(?:from\s+|between\s+)?[\[(]?\s*{_ENDS}[\])]?\.?", re.IGNORECASE)
+_IN_SENTENCE = re.compile(rf"\b(?:from|between)\s+{_ENDS}(?![\w:])", re.IGNORECASE)
 _INTERVAL = 'an interval {"time": [start, end]} in seconds with start < end'
 _TRACK = 'boxes by frame, {"boxes": {"1": [x1, y1, x2, y2], ...}}, with x1 < x2, y1 < y2'
 
 
 def parse_interval(text: str) -> Interval | None:
-    """Return start and end in seconds: ``{"time": [1.5, 4]}``, ``[1.5, 4]``, ``1.5s to 4s``, ``00:01 - 00:04``."""
+    """Return start and end in seconds: ``{"time": [1.5, 4]}``, ``[1.5, 4]``, ``1.5s to 4s``, ``00:01 - 00:04``.
+
+    In a sentence they are read after ``from`` or ``between``, where that is said once.
+    """
     found = interval_of(read_json(text))
     if found is not None:
         return found
     text = unwrap(text)
-    span = _SPAN.fullmatch(text) if len(text) <= _LONGEST else None
+    if len(text) > _LONGEST:
+        return None
+    if (span := _SPAN.fullmatch(text)) is None:
+        spans = list(_IN_SENTENCE.finditer(text))
+        span = spans[0] if len(spans) == 1 else None
     return (_seconds(span[1]), _seconds(span[2])) if span else None
 
 

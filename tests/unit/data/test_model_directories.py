@@ -315,3 +315,10 @@ def test_a_broken_configuration_is_named(copied, content):
     (copied / "config.json").write_text(content)
     with pytest.raises(DataError, match=r"config\.json (is not JSON|holds no object)"):
         ChatProcessor(copied)
+
+
+@pytest.mark.parametrize("template", ["{% for x in %}", "{{ raise_exception('no questions') }}"])
+def test_a_template_that_renders_no_question_is_named(copied, template):
+    (copied / "chat_template.jinja").write_text(template)
+    with pytest.raises(DataError, match=rf"{copied}: a question: the model's chat template refuses it"):
+        ChatProcessor(copied)

@@ -26,9 +26,13 @@ from tests.unit.tasks.common import make_env, make_rollout
 
 # What a user's file does to a run.
 PARTS = """
-import os, signal, time
+import os, signal, sys, time
 from pathlib import Path
 from megatron_g2rpo.extend import reward_part
+
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError("no message")
 
 def said(response):
     return response.text.partition(" ")[0]
@@ -46,6 +50,14 @@ def misbehaves(sample, response, *, note: str = ""):
         bytearray(1 << 60)
     if what == "raise":
         raise ValueError("as asked")
+    if what == "leave":
+        sys.exit(4)
+    if what == "interrupt":
+        raise KeyboardInterrupt
+    if what == "mute":
+        raise Mute
+    if what == "prints":
+        print("x" * (1 << 20))
     if what == "nan":
         return float("nan")
     if what == "slow":
@@ -140,6 +152,27 @@ def test_what_goes_wrong_in_one_response_costs_that_response_alone(workers: Rewa
     assert "MemoryError" in messages["eats"]
     for text, message in messages.items():
         assert message.startswith(f"reward w_misbehaves of sample s/{text}, task 'math', response 3: ")
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_a_part_that_would_end_the_process_ends_no_run(workers: RewardWorkers, here: bool) -> None:
+    texts = ["good", "leave", "mute", *(["interrupt", "prints"] if not here else [])]  # here, it is a Ctrl-C
+    rollouts = [make_rollout(text, key=text) for text in texts]
+    rewards = scored(rollouts, make_env({"w_misbehaves": 1.0}), None if here else workers)
+    said = {texts[row]: failed.message.partition("response 3: ")[2] for row, failed in rewards.failures.items()}
+    assert said.pop("leave") == "raised SystemExit: 4"
+    assert said.pop("mute") == "raised Mute: (its message cannot be made a text)"
+    assert said == ({} if here else {"interrupt": "raised KeyboardInterrupt: "})
+
+
+def test_processes_that_never_start_are_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "hangs.py"
+    file.write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setattr(module, "START_LIMIT_S", 1.0)
+    workers = RewardWorkers(1, imports=[str(file)], options={}, timeout_s=TIMEOUT_S, batch_timeout_s=TIMEOUT_S)
+    with pytest.raises(RuntimeError, match=r"had not started after 1 s: does a file of the recipe's imports hang"):
+        scored([make_rollout("good")], make_env({"format": 1.0}), workers)
+    workers.close()
 
 
 def test_many_slow_responses_are_not_one_that_hangs(workers: RewardWorkers) -> None:

@@ -179,3 +179,13 @@ def test_both_saves_in_one_directory_load_as_the_index_says(tmp_path):
     expected = second.state_dict()
     streamed = dict(weights.WeightSource(policy.specs, policy.stream))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in streamed.items())
+
+
+def test_what_cannot_be_read_as_a_file_is_named(tmp_path):
+    link, directory = tmp_path / "link" / "model.safetensors", tmp_path / "directory" / "model.safetensors"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "nowhere")
+    directory.mkdir(parents=True)
+    for path in (link, directory):
+        with pytest.raises(CheckpointError, match=rf"{path} cannot be read .*; copy it again"):
+            SafetensorsDirectory(path.parent)
