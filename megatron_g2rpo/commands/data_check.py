@@ -159,7 +159,10 @@ def _repeated(report: Report) -> None:
             asked[sample.question_digest].append(sample)
     several = [samples for samples in asked.values() if len(samples) > 1]
     differing = [samples for samples in several if len({sample.answer for sample in samples}) > 1]
-    for samples, what in ((several, "ask the same as another one"), (differing, "and have different references")):
+    for samples, what in (
+        (several, "ask the same as another one"),
+        (differing, "ask the same and have different references"),
+    ):
         if samples:
             count, first = sum(map(len, samples)), samples[0]
             report.warnings.append(f"{count} samples {what}, such as {first[0].key} and {first[1].key}")
@@ -198,7 +201,8 @@ def shown(report: Report, data: Path) -> Group:
             parts.append(Text(f"  ... and {len(messages) - SHOWN} more; --out FILE lists all"))
     parts += [Text(f"\nwarning: {line}", style="yellow") for line in report.warnings]
     count = sum(map(len, report.faults.values()))
-    parts.append(Text(f"\n{count} faults; a run refuses them, or leaves the samples out under data.on_bad_sample=skip"
+    faults = "1 fault" if count == 1 else f"{count} faults"
+    parts.append(Text(f"\n{faults}; a run stops there, or leaves the samples out under data.on_bad_sample=skip"
                       if count else "\nno faults"))  # fmt: skip
     return Group(*parts)
 

@@ -107,7 +107,7 @@ def test_repeated_questions_and_shared_images_are_warnings(tmp_path: Path) -> No
     code, output = call("check", data, "--validation", held_out)
     assert code == 0
     assert "2 samples ask the same" in output
-    assert "2 samples and have different references" in output
+    assert "2 samples ask the same and have different references" in output
     assert "1 images of" in output
 
 
