@@ -213,7 +213,8 @@ def shown(report: Report, data: Path) -> Group:
             parts.append(Text(f"  ... and {len(messages) - SHOWN} more; --out FILE lists all"))
     parts += [Text(f"\nwarning: {line}", style="yellow") for line in report.warnings]
     count = sum(map(len, report.faults.values()))
-    parts.append(Text(f"\n{count} faults; a run refuses them, or leaves the samples out under data.on_bad_sample=skip"
+    faults = "1 fault" if count == 1 else f"{count} faults"
+    parts.append(Text(f"\n{faults}; a run stops there, or leaves the samples out under data.on_bad_sample=skip"
                       if count else "\nno faults"))  # fmt: skip
     return Group(*parts)
 

@@ -37,7 +37,7 @@ def rows_of_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             rows = library.load_dataset(
                 "parquet", data_files=str(path.absolute()), split="train", streaming=True, cache_dir=cache
             )
-            yield from enumerate(rows.decode(False), start=1)
+            yield from enumerate(_named_classes(rows), start=1)
         except _errors(library) as error:
             raise DataError(f"{path} cannot be read as Parquet: {_first_line(error)}") from error
 
@@ -60,7 +60,7 @@ def rows_of_dataset(folder: Path, subset: str | None, split: str | None) -> Iter
             chosen = _chosen(found, folder, split)
             if isinstance(chosen, library.Dataset):
                 chosen = chosen.to_iterable_dataset()
-            yield from enumerate(chosen.decode(False), start=1)
+            yield from enumerate(_named_classes(chosen), start=1)
         except DataError:
             raise
         except _errors(library) as error:
@@ -78,6 +78,17 @@ def _chosen(found: Any, folder: Path, split: str | None) -> Any:
         choices = ", ".join(f"{folder}@{name}" for name in found)
         raise DataError(f"{folder} has {'several splits' if split is None else f'no split {split!r}'}; name {choices}")
     return found[split]
+
+
+def _named_classes(rows: Any) -> Iterator[dict[str, Any]]:
+    """Yield rows with the names of classes, where the library keeps numbers: nobody answers with a class's number."""
+    from datasets import ClassLabel
+
+    classes = {name: kind for name, kind in (rows.features or {}).items() if isinstance(kind, ClassLabel)}
+    for row in rows.decode(False):
+        # -1 is how the library writes that a row has no class.
+        names = {name: None if row[name] in (None, -1) else kind.int2str(row[name]) for name, kind in classes.items()}
+        yield {**row, **names}
 
 
 def _library() -> Any:

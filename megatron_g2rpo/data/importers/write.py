@@ -82,12 +82,14 @@ class ImportResult:
         samples: number of samples by (part, task, answer format); the part is empty without a validation part.
         images: number of images, each as often as a sample shows it.
         rejected: number of rows that were not imported, by reason.
+        first_rejected: the message of the first such row, by reason.
         rejected_file: JSON lines ``{name, reason, message}`` of these rows; None if there are none.
     """
 
     samples: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     images: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
+    first_rejected: dict[str, str] = field(default_factory=dict)
     rejected_file: Path | None = None
 
 
@@ -139,6 +141,11 @@ def import_dataset(
         if result.rejected:
             result.rejected_file = partial_list.rename(listed)
         _check_something(result, source)
+        if settings.image_dir is not None and not result.images:
+            raise DataError(
+                f"--image-dir {settings.image_dir} is given, but no row of {source} names an image; say where they do, "
+                "with --map images=FIELD, or leave --image-dir out"
+            )
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -151,7 +158,10 @@ def _check_something(result: ImportResult, source: Path) -> None:
         return
     if not result.rejected:
         raise DataError(f"{source} holds no samples")
-    reasons = "".join(f"\n  {count} x {reason}" for reason, count in result.rejected.most_common())
+    reasons = "".join(
+        f"\n  {count} x {reason}, the first: {result.first_rejected[reason]}"
+        for reason, count in result.rejected.most_common()
+    )
     raise DataError(f"{source}: nothing could be imported; {result.rejected_file} lists the rows{reasons}")
 
 
@@ -222,6 +232,7 @@ def _accepted(
         if strict:
             raise SampleError(row.message)
         result.rejected[row.reason] += 1
+        result.first_rejected.setdefault(row.reason, row.message)
         # A half surrogate in a message cannot be written as UTF-8; as an escape of JSON it can.
         write(json.dumps({"name": row.name, "reason": row.reason, "message": row.message}) + "\n")
 

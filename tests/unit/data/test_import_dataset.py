@@ -101,7 +101,8 @@ def test_an_import_of_nothing_is_an_error_that_counts_the_reasons(tmp_path: Path
         run("jsonl", write_lines(tmp_path / "rows.jsonl", []), tmp_path / "out")
     source = write_lines(tmp_path / "rows.jsonl", ["{", {"question": "?", "answer": "!"}])
     with pytest.raises(
-        DataError, match=r"(?s)nothing could be imported; .*1 x not valid JSON\n  1 x no task; give --t"
+        DataError,
+        match=r"(?s)nothing could be imported; .*1 x not valid JSON, the first: .*:1: .*\n  1 x no task; .*:2: no task",
     ):
         run("jsonl", source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -111,6 +112,17 @@ def test_an_import_of_nothing_is_an_error_that_counts_the_reasons(tmp_path: Path
     write_lines(source, [OWN])
     run("jsonl", source, tmp_path / "all")
     assert not (tmp_path / "all.rejected.jsonl").exists()
+
+
+def test_a_directory_of_images_that_no_row_names_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(picture())
+    row = {"question": "?", "answer": "!", "picture": "0.png"}
+    source = write_lines(tmp_path / "rows.jsonl", [row])
+    names: dict[str, Any] = {"task": "t", "answer_format": "exact", "image_dir": tmp_path}
+    with pytest.raises(DataError, match=r"no row of .* names an image; say where they do, with --map images=FIELD"):
+        run("jsonl", source, tmp_path / "out", **names)
+    assert not (tmp_path / "out").exists()
+    assert run("fields", source, tmp_path / "out", {"map": ("images=picture",)}, **names).images == 1
 
 
 def test_task_and_answer_format_of_the_command_line_go_before_those_of_the_data(tmp_path: Path) -> None:

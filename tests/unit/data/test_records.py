@@ -159,6 +159,16 @@ def test_a_dataset_that_was_saved_to_disk(tmp_path: Path, table: Any) -> None:
         read(tmp_path / "two")
 
 
+def test_the_classes_of_a_dataset_are_their_names(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"question": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])})
+    table = datasets.Dataset.from_dict({"question": ["?"] * 3, "label": [1, 0, None]}, features=features)
+    table.save_to_disk(tmp_path / "saved")
+    table.to_parquet(tmp_path / "rows.parquet")
+    for source in ("saved", "rows.parquet"):
+        assert [fields["label"] for _, fields in read(tmp_path / source)] == ["b", "a", None]
+
+
 def test_a_webdataset_of_others_is_mapped_by_suffix(tmp_path: Path) -> None:
     members = {
         "a/1.10.png": picture(10),
