@@ -82,6 +82,7 @@ class PromptStream:
         self._sources = [self._data.sources(task) for task in self.tasks]
         self._source_shares = [np.array([source.share for source in sources]) for sources in self._sources]
         self.skipped: Counter[str] = Counter()
+        self._named: set[str] = set()  # bad samples that the log has named
         self._shuffles: dict[tuple[int, int], tuple[int, np.ndarray]] = {}  # task, source -> (epoch, its permutation)
         self._rewind()
 
@@ -217,7 +218,9 @@ class PromptStream:
                     raise
                 last = error
                 self.skipped[error.reason] += 1
-                _logger.warning("skipped: %s", error)
+                if entry.name not in self._named:  # once: small datasets draw it again and again
+                    self._named.add(entry.name)
+                    _logger.warning("skipped: %s", error)
                 entry = others[int(replacements.integers(len(others)))]
         raise DataError(
             f"task {entry.task!r}: {MAX_REPLACEMENTS} samples in a row cannot be used; the last one: {last}"
