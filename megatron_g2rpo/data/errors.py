@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors of a dataset as a whole, and of one sample."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 UNREADABLE = "unreadable"
 
 
@@ -15,7 +20,9 @@ class SampleError(DataError):
 
     Args:
         message: what is wrong, and what to do.
-        reason: kind of the fault in one word, under which skipped samples are counted: ``too_long``, ``reference``, ...
+        reason: kind of the fault in one word, under which skipped samples are counted: ``image`` (undecodable, or of a
+            shape that cannot be encoded), ``field`` (json or type), ``contents`` (not what was indexed), ``text``,
+            ``too_long``, ``reference``, ``response``.
 
     Attributes:
         reason: see the argument.
@@ -24,3 +31,18 @@ class SampleError(DataError):
     def __init__(self, message: str, reason: str = UNREADABLE) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+@contextmanager
+def because(reason: str) -> Iterator[None]:
+    """Context manager, or decorator, that gives the sample errors inside of it a reason where they have none.
+
+    Args:
+        reason: kind of the fault in one word, see ``SampleError``.
+    """
+    try:
+        yield
+    except SampleError as error:
+        if error.reason == UNREADABLE:
+            error.reason = reason
+        raise

@@ -21,7 +21,7 @@ from typing import overload
 import numpy as np
 from PIL import ExifTags, Image
 
-from megatron_g2rpo.data.errors import SampleError
+from megatron_g2rpo.data.errors import SampleError, because
 
 # Formats that Pillow decodes by itself. Others may not: EPS, for one, has it run the program `gs`.
 SUFFIXES = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
@@ -41,6 +41,7 @@ _TRANSPOSED = {
 }
 
 
+@because("image")
 def read_image(data: bytes, name: str) -> Image.Image:
     """Return the picture in an image file, in mode RGB, as the module's description says.
 
@@ -111,7 +112,7 @@ class EncodedImages(Sequence[Image.Image]):
         try:
             image = read_image(self._files[index], self._names[index])
         except SampleError as error:
-            raise SampleError(f"{error} (data.on_bad_sample=skip leaves it out)") from error
+            raise SampleError(f"{error} (data.on_bad_sample=skip leaves it out)", error.reason) from error
         self._sizes[index] = image.size
         return image
 

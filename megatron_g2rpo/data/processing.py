@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_g2rpo import models
 from megatron_g2rpo.data.chat_text import ChatText, checked_messages, joined_text
-from megatron_g2rpo.data.errors import DataError, SampleError
+from megatron_g2rpo.data.errors import DataError, SampleError, because
 from megatron_g2rpo.data.tokenizer import load_chat_template, load_tokenizer, named_eos_tokens, turn_end
 from megatron_g2rpo.models.directory import load_config
 from megatron_g2rpo.tasks.prompts import build_messages
@@ -143,6 +143,7 @@ class ChatProcessor:
             token_ids=token_ids.repeat_interleave(repeats), pixel_values=pixel_values, image_grid_thw=image_grid_thw
         )
 
+    @because("text")
     def encode_sample(self, sample: Sample, task_id: int) -> Prompt:
         """Return the prompt that asks a sample.
 
@@ -237,6 +238,7 @@ class ChatProcessor:
                 f"embedding has {self.vocab_size} rows; remove it from the text"
             )
 
+    @because("image")
     def _encode_images(self, images: Sequence[Image.Image], name: str) -> tuple[Tensor, Tensor]:
         processor = self.image_processor
         if processor is None:

@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_g2rpo.data.errors import SampleError
+from megatron_g2rpo.data.errors import SampleError, because
 from megatron_g2rpo.data.fields import checked_fields
 
 INDEX_NAME = "index.json"
@@ -34,6 +34,7 @@ class Member(NamedTuple):
     crc32: int | None = None
 
 
+@because("field")
 def parse_fields(data: bytes, shard: str, key: str) -> dict[str, Any]:
     """Return the fields in the json of one sample, in the types of ``types.Sample`` (see ``fields.checked_fields``).
 

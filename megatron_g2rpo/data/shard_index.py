@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_g2rpo.data.errors import DataError, SampleError
+from megatron_g2rpo.data.errors import DataError, SampleError, because
 from megatron_g2rpo.data.fields import SAMPLE_FIELDS
 from megatron_g2rpo.data.images import EncodedImages
 from megatron_g2rpo.data.importers.guess import advice_for
@@ -172,6 +172,7 @@ class ShardIndex:
     def _remedy(self) -> str:
         return f"restore it, or, if the change was meant, build the index again with: {how_to_index(self.directory)}"
 
+    @because("contents")
     def _read(self, entry: Entry, suffix: str) -> bytes:
         """Read a member, and compare it with what was indexed."""
         member = entry.members.get(suffix) or entry.members.get(suffix.lower())
