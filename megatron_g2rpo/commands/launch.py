@@ -59,6 +59,10 @@ def launch(processes: int, arguments: Sequence[str]) -> None:
     from torch.distributed.run import main
 
     os.environ[_LAUNCHED] = "1"
+    # A rank that is ended leaves its workers' semaphores to Python's tracker, which removes them and warns. Its process
+    # knows this variable alone.
+    warnings = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join([*filter(None, [warnings]), "ignore:resource_tracker:UserWarning"])
     logging.disable()  # torchrun's account of a failed process; what matters of it is raised here
     try:
         main(["--standalone", f"--nproc-per-node={processes}", "-m", "megatron_g2rpo.cli", *arguments])
@@ -69,6 +73,10 @@ def launch(processes: int, arguments: Sequence[str]) -> None:
     finally:
         logging.disable(logging.NOTSET)
         del os.environ[_LAUNCHED]
+        if warnings is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = warnings
 
 
 def end(error: BaseException) -> NoReturn:

@@ -134,7 +134,7 @@ def test_held_out_samples_that_cannot_be_used_are_named_or_counted(own: Toy, tmp
     assert error_of("train", recipe_of(own, tmp_path), *one).startswith(tuple(broken))
     result = call("train", recipe_of(own, tmp_path), *one, "data.on_bad_sample=skip")
     assert result.exit_code == 0, result.output
-    assert metrics(tmp_path / "run")[0]["val/skipped/unreadable"] == 2.0
+    assert metrics(tmp_path / "run")[0]["val/skipped/image"] == 2.0
 
     shutil.rmtree(own.data / "val")
     write_shards(own.data / "val", 2, answer_format="numeric", answer="many")

@@ -156,15 +156,15 @@ def test_samples_that_cannot_be_asked_are_counted_and_listed(toy: Toy, tmp_path:
     shown = evaluate(recipe, "--limit", "2", "--out", out, "policy.max_total_sequence_length=64")
     listed = read(out / "unusable.jsonl")
     assert [(line["task"], line["reason"]) for line in listed] == [
-        ("colour", "unreadable"),
+        ("colour", "image"),
         ("pair", "too_long"),
         ("pair", "too_long"),
     ]
     assert broken in listed[0]["message"]
-    assert "samples that could not be asked or scored: 2 too_long, 1 unreadable (colour 1, pair 2)" in shown
+    assert "samples that could not be asked or scored: 1 image, 2 too_long (colour 1, pair 2)" in shown
     summary = json.loads((out / "summary.json").read_text())
     assert {task: figures["prompts"] for task, figures in summary["tasks"].items()} == {"colour": 1, "sum": 2}
-    assert summary["unusable"] == {"colour": {"unreadable": 1}, "pair": {"too_long": 2}}
+    assert summary["unusable"] == {"colour": {"image": 1}, "pair": {"too_long": 2}}
 
 
 def test_unreadable_references_and_failed_rewards_are_listed_and_too_many_of_these_end_it(
