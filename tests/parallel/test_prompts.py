@@ -17,9 +17,9 @@ def test_prompts_of_two_ranks_are_those_of_one(tmp_path: Path) -> None:
     load_example("build_policy").build(tmp_path / "data", tmp_path / "model")
     break_image(dataset, "ocr", 4)
     results = torchrun_json(2, "tests.parallel.prompts_worker", str(dataset), str(tmp_path / "model"))
-    assert results[0]["alone"]["unreadable"] > 0
+    assert results[0]["alone"]["image"] > 0
     for result in results:
         assert result["equal"] == [True] * 5
-        total = float(result["alone"]["unreadable"])
+        total = float(result["alone"]["image"])
         assert result["metrics"] == {"train/skipped_samples": total, "train/skipped/unreadable": total}
         assert "sample 'ocr-4'" in result["raised"]
