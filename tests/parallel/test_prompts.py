@@ -21,5 +21,5 @@ def test_prompts_of_two_ranks_are_those_of_one(tmp_path: Path) -> None:
     for result in results:
         assert result["equal"] == [True] * 5
         total = float(result["alone"]["image"])
-        assert result["metrics"] == {"train/skipped_samples": total, "train/skipped/unreadable": total}
+        assert result["metrics"] == {"train/skipped_samples": total, "train/skipped/image": total}
         assert "sample 'ocr-4'" in result["raised"]
