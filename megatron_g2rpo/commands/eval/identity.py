@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_g2rpo.commands.eval.answers_file import ANSWERS, UNUSABLE, EvaluationError
-from megatron_g2rpo.recipe import Recipe
+from megatron_g2rpo.recipe import Recipe, flatten
 from megatron_g2rpo.train.run.directory import move_aside
 from megatron_g2rpo.weights import SafetensorsDirectory
 
@@ -60,7 +60,7 @@ def identity_of(recipe: Recipe, *, data: str, limit: int | None, tasks: tuple[st
         "env": {**{key: tree["env"][key] for key in ("reward_weights", "reward_options")}, "tasks": of_tasks},
         "imports": {name: _sha256(Path(name)) for name in recipe.imports if Path(name).is_file()},
     }
-    return json.loads(json.dumps(_flat(everything, "")))
+    return json.loads(json.dumps(flatten(everything)))
 
 
 def fingerprint(model: Path) -> str:
@@ -143,13 +143,3 @@ def _short(value: Any) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flat(tree: Mapping[str, Any], prefix: str) -> Identity:
-    flat: Identity = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from megatron_g2rpo.data.errors import DataError
@@ -34,7 +35,6 @@ def read(source: Path, subset: str | None = None) -> list[tuple[str, Any]]:
 @pytest.fixture
 def table(tmp_path: Path) -> Any:
     """A dataset with encoded images, as the ``datasets`` library has it."""
-    datasets = pytest.importorskip("datasets")
     features = datasets.Features(
         {
             "problem": datasets.Value("string"),
@@ -150,7 +150,6 @@ def test_a_folder_of_parquet_is_one_split_that_is_named_where_there_are_several(
 
 
 def test_a_dataset_that_was_saved_to_disk(tmp_path: Path, table: Any) -> None:
-    datasets = pytest.importorskip("datasets")
     table.save_to_disk(tmp_path / "one")
     assert [fields for _, fields in read(tmp_path / "one")] == TABLE
     datasets.DatasetDict(train=table, val=table.select([0])).save_to_disk(tmp_path / "two")
@@ -160,7 +159,6 @@ def test_a_dataset_that_was_saved_to_disk(tmp_path: Path, table: Any) -> None:
 
 
 def test_the_classes_of_a_dataset_are_their_names(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
     features = datasets.Features({"question": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])})
     table = datasets.Dataset.from_dict({"question": ["?"] * 3, "label": [1, 0, None]}, features=features)
     table.save_to_disk(tmp_path / "saved")
