@@ -3,6 +3,8 @@
 
 import importlib.util
 import io
+import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -88,3 +90,34 @@ def model_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def processor(model_dir):
     return ChatProcessor(model_dir)
+
+
+def make_image(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def encoded(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def ask(*parts):
+    content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+    return [{"role": "user", "content": content}]
+
+
+@pytest.fixture
+def copied(model_dir, tmp_path):
+    target = tmp_path / "model"
+    shutil.copytree(model_dir, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    return target
+
+
+@pytest.fixture
+def text_alone(copied):
+    """The directory without what it sees with."""
+    (copied / "preprocessor_config.json").unlink()
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config["text_config"], "model_type": "qwen3"}))
+    return copied
