@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +24,7 @@ from megatron_g2rpo.data.inspection import Inspected, Inspector
 from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.data.shard_index import Entry, ShardIndex
 from megatron_g2rpo.plan.planner import load_recipe
+from megatron_g2rpo.processes import forkserver
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
 from megatron_g2rpo.tasks import response_formats
 
@@ -121,9 +121,9 @@ def _inspected(data: Path, recipe: Path | None, overrides: Sequence[str], worker
     if workers <= 1:
         _prepare(*arguments)
         return list(_progress(map(_inspect, entries), len(entries)))
-    # Spawned: a fork would copy a process whose libraries run threads.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare, initargs=arguments) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=forkserver([__name__]), initializer=_prepare, initargs=arguments
+    ) as pool:
         return list(_progress(pool.map(_inspect, entries, chunksize=32), len(entries)))
 
 

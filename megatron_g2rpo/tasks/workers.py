@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 import torch
 from pebble import ProcessExpired, ProcessPool
 
+from megatron_g2rpo.processes import forkserver
 from megatron_g2rpo.recipe import Env
 from megatron_g2rpo.recipe.imports import import_all
 from megatron_g2rpo.tasks.part_calls import Ask, Call, Options, Outcome, ask_batch, ask_in_turn, failed_batch, raised
@@ -178,10 +179,11 @@ class RewardWorkers:
         except RuntimeError:  # a process died that had no task: pebble then gives up the pool
             self.close()
         if self._pool is None:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__])
             self._pool = ProcessPool(
-                max_workers=self._number, initializer=_begin, initargs=(self._imports, self._options), context=context
+                max_workers=self._number,
+                initializer=_begin,
+                initargs=(self._imports, self._options),
+                context=forkserver([__name__]),
             )
             self._ready = self._pool.schedule(_nothing, args=(b"",))
         return self._pool.schedule(function, args=(payload,), timeout=timeout_s)

@@ -23,7 +23,7 @@ CONTRACTS = ROOT / "pyproject.toml"
 
 ROOMS = (
     *("commands", "train", "report", "plan", "rollout", "policy", "policy/layouts", "data"),
-    *("models", "weights", "tasks", "objective", "recipe"),
+    *("models", "weights", "tasks", "objective", "recipe", "processes"),
 )
 FILES = ("cli", "extend", "types", "registry", "collectives")
 
@@ -97,6 +97,7 @@ def test_imports_that_point_down_are_legal(house: Path, monkeypatch: pytest.Monk
         ("recipe", "house.objective", "Imports point down"),
         ("types", "house.tasks", "Imports point down"),
         ("types", "house.recipe", "Imports point down"),
+        ("processes", "house.recipe", "Imports point down"),
         ("policy", "house.rollout", "Imports point down"),
         ("rollout", "house.policy", "Imports point down"),
         ("data", "house.policy", "Imports point down"),

@@ -11,13 +11,13 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 
 from megatron_g2rpo.data.errors import DataError, SampleError
 from megatron_g2rpo.data.images import read_image, suffix_of
 from megatron_g2rpo.data.importers.base import Refusal, Rejected
 from megatron_g2rpo.data.importers.split import digest
+from megatron_g2rpo.processes import forkserver
 
 _CHUNK = 16  # samples that go to a process at once
 _AHEAD = 4  # chunks a process that are in work or wait to be written
@@ -63,7 +63,7 @@ def load_all(
             yield from _joined(chunk, work(chunk))
         return
     # Not forked: a fork copies the locks of the threads that Arrow has started.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("forkserver"), initializer=_ignore_interrupts)
+    pool = ProcessPoolExecutor(workers, mp_context=forkserver(), initializer=_ignore_interrupts)
     try:
         running: deque[tuple[list[Waiting | Rejected], Future[list[Loaded | Rejected]]]] = deque()
         while True:
