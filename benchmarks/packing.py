@@ -17,17 +17,17 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_g2rpo.data.packing import Packer, PackSequence
-from megatron_g2rpo.policy.layouts.layout import Layout, token_multiples
+from megatron_g2rpo.policy.layouts.layout import FP8_TOKEN_ALIGNMENT, Layout, token_multiples
 from megatron_g2rpo.types import ModelInputs
 
 PROMPTS, SAMPLES, DATA_RANKS, BUDGET = 128, 8, 8, 16_384
-CASES: dict[str, tuple[Layout, str | None]] = {
-    "TP1": (Layout(), None),
-    "CP2": (Layout(context=2), None),
-    "CP8": (Layout(context=8), None),
-    "TP4 CP2 SP": (Layout(tensor=4, context=2, sequence_parallel=True), None),
-    "TP4 CP2 SP, FP8 delayed (16)": (Layout(tensor=4, context=2, sequence_parallel=True), "delayed"),
-    "TP4 CP2 SP, FP8 blockwise (128)": (Layout(tensor=4, context=2, sequence_parallel=True), "blockwise"),
+CASES = {
+    "TP1": Layout(),
+    "CP2": Layout(context=2),
+    "CP8": Layout(context=8),
+    "TP4 CP2 SP": Layout(tensor=4, context=2, sequence_parallel=True),
+    "TP4 CP2 SP, FP8 delayed (16)": Layout(tensor=4, context=2, sequence_parallel=True, token_alignment=FP8_TOKEN_ALIGNMENT["delayed"]),
+    "TP4 CP2 SP, FP8 blockwise (128)": Layout(tensor=4, context=2, sequence_parallel=True, token_alignment=FP8_TOKEN_ALIGNMENT["blockwise"]),
 }
 
 
@@ -48,9 +48,9 @@ def batch(seed: int) -> list[PackSequence]:
     return sequences
 
 
-def measure(sequences: list[PackSequence], layout: Layout, fp8: str | None) -> tuple[float, float, int]:
+def measure(sequences: list[PackSequence], layout: Layout) -> tuple[float, float, int]:
     """Share of real tokens in the rows; the same of rows filled up to the budget; rows a rank."""
-    sequence, row = token_multiples(layout, fp8)
+    sequence, row = token_multiples(layout)
     packer = Packer(
         image_token_id=-1, spatial_merge_size=2, pad_token_id=0, sequence_multiple=sequence, row_multiple=row
     )
@@ -72,10 +72,10 @@ def main() -> None:
     )
     for column in ("layout", "multiples (sequence, row)", "real tokens", "of the budget", "rows a rank"):
         table.add_column(column)
-    for name, (layout, fp8) in CASES.items():
-        results = [measure(sequences, layout, fp8) for sequences in batches]
+    for name, layout in CASES.items():
+        results = [measure(sequences, layout) for sequences in batches]
         real, full, rows = (min(r[0] for r in results), min(r[1] for r in results), max(r[2] for r in results))
-        table.add_row(name, str(token_multiples(layout, fp8)), f"{real:.2%}", f"{full:.2%}", str(rows))
+        table.add_row(name, str(token_multiples(layout)), f"{real:.2%}", f"{full:.2%}", str(rows))
     Console(width=120).print(table)
 
 

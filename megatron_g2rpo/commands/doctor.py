@@ -7,7 +7,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 from megatron_g2rpo import __version__, objective
-from megatron_g2rpo.policy.device import optional_packages, select
+from megatron_g2rpo.policy.device import select
+from megatron_g2rpo.policy.machine import optional_packages
 
 REQUIRED = ("torch", "megatron-core", "transformers", "pydantic", "omegaconf", "safetensors")
 

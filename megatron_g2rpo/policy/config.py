@@ -9,6 +9,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from megatron_g2rpo import models
+from megatron_g2rpo.policy.fp8 import fp8_fields
 from megatron_g2rpo.policy.layouts.layout import Layout, check_recompute
 from megatron_g2rpo.recipe import MegatronConfig
 
@@ -59,12 +60,13 @@ def transformer_config(
         calculate_per_token_loss=True,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
-        # Fusions that need apex or Transformer Engine kernels.
-        apply_rope_fusion=False,
+        apply_rope_fusion=megatron_cfg.apply_rope_fusion,
+        bias_activation_fusion=megatron_cfg.bias_activation_fusion,
+        gradient_accumulation_fusion=megatron_cfg.gradient_accumulation_fusion,
+        # There is no dropout, and no softmax outside of the core attention.
         bias_dropout_fusion=False,
-        bias_activation_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        **fp8_fields(megatron_cfg),
         persist_layer_norm=False,
     )
 

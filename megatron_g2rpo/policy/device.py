@@ -15,7 +15,6 @@ megatron-core makes unconditionally, so that the *unmodified* library runs on gl
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,6 +32,10 @@ class DeviceError(RuntimeError):
     """The hardware that the recipe asks for is not available."""
 
 
+class KernelError(DeviceError):
+    """The recipe asks for kernels that the machine does not have, or for some that cannot work together."""
+
+
 @dataclass(frozen=True)
 class Device:
     """The hardware of this process.
@@ -46,6 +49,19 @@ class Device:
     kind: str
     torch_device: torch.device
     backend: str
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """Compute capability of the GPU, for example (9, 0); None on a CPU."""
+        return torch.cuda.get_device_capability(self.torch_device) if self.kind == "gpu" else None
+
+    @property
+    def cuda(self) -> tuple[int, int] | None:
+        """Version of CUDA that torch was built for; None for a CPU build."""
+        if self.kind == "cpu" or torch.version.cuda is None:
+            return None
+        major, minor = torch.version.cuda.split(".")[:2]
+        return int(major), int(minor)
 
     @property
     def nccl(self) -> bool:
@@ -109,17 +125,6 @@ def set_cpu_threads(processes_per_node: int) -> None:
     """
     if "OMP_NUM_THREADS" not in os.environ or os.environ.get("TORCHELASTIC_RUN_ID"):
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_per_node))
-
-
-def optional_packages() -> dict[str, bool]:
-    """Return which optional packages are installed, without importing them.
-
-    ``apex`` counts only when it is NVIDIA's (PyPI's package of that name is an unrelated project).
-    """
-    names = ("transformer_engine", "flash_attn", "vllm", "wandb", "matplotlib")
-    found = {name: importlib.util.find_spec(name) is not None for name in names}
-    found["apex"] = importlib.util.find_spec("amp_C") is not None
-    return found
 
 
 class _CudaToCpu(TorchFunctionMode):

@@ -23,9 +23,10 @@ from megatron_g2rpo.models.directory import load_config
 from megatron_g2rpo.policy import sharded_state
 from megatron_g2rpo.policy.config import transformer_config
 from megatron_g2rpo.policy.device import Device
-from megatron_g2rpo.policy.layer_spec import core_attention
+from megatron_g2rpo.policy.kernels import choose
 from megatron_g2rpo.policy.layouts import context_parallel
 from megatron_g2rpo.policy.layouts.layout import check_layout, layout_of
+from megatron_g2rpo.policy.machine import this_machine
 from megatron_g2rpo.policy.model import PolicyModel
 from megatron_g2rpo.policy.optimizer import (
     build_optimizer,
@@ -76,6 +77,7 @@ class MegatronPolicy:
 
     Raises:
         LayoutError: the model cannot be split as the recipe asks.
+        KernelError: the machine lacks kernels that the recipe asks for.
         CheckpointError: the weights of ``policy.model_name`` do not fit its config.
     """
 
@@ -93,6 +95,7 @@ class MegatronPolicy:
         self.hf_config = load_config(settings.model_name)
         self.layout = layout_of(settings.megatron_cfg)
         check_layout(self.hf_config, self.layout)
+        self.kernels = choose(settings, self.layout, this_machine(device))
         self.groups: ParallelGroups = initialize(device, self.layout, seed)
         self.dtype = DTYPES[settings.precision]
         self.table = models.family(self.hf_config.model_type).weights(self.hf_config)
@@ -108,7 +111,7 @@ class MegatronPolicy:
                 self.hf_config,
                 self.groups.collection,
                 device=device.torch_device,
-                core_attention=core_attention(megatron_cfg.core_attention, device),
+                kernels=self.kernels,
                 banned_token_ids=banned_token_ids,
                 chunk_size=settings.logprob_chunk_size,
                 vision_every_row=overlap and max_steps is not None and not megatron_cfg.freeze_vision,

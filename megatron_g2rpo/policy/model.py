@@ -21,8 +21,9 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from torch import Tensor, nn
 
 from megatron_g2rpo import models
-from megatron_g2rpo.policy.attention import PackedCoreAttention, packed_row_params
-from megatron_g2rpo.policy.layer_spec import local_block_spec
+from megatron_g2rpo.policy.attention import packed_row_params
+from megatron_g2rpo.policy.kernels import Kernels
+from megatron_g2rpo.policy.layer_spec import block_spec
 from megatron_g2rpo.policy.output_layer import LogprobOutputLayer
 from megatron_g2rpo.policy.vision import ImageFeatures, VisionEncoder
 from megatron_g2rpo.types import PackedBatch
@@ -37,7 +38,7 @@ class PolicyModel(MegatronModule):
         hf_config: transformers' configuration from which ``config`` was made.
         pg_collection: megatron-core's process groups.
         device: the device that the model will be moved to.
-        core_attention: class of the core attention, see ``policy.layer_spec.core_attention``.
+        kernels: the kernels of its layers, see ``kernels.choose``.
         banned_token_ids: ids that the policy never samples; they take no probability.
         chunk_size: number of tokens whose float32 logits are held at once; None for all.
         vision_every_row: run the vision tower on rows without images too; see ``VisionEncoder``.
@@ -50,7 +51,7 @@ class PolicyModel(MegatronModule):
         pg_collection: ProcessGroupCollection,
         *,
         device: torch.device,
-        core_attention: type[nn.Module] = PackedCoreAttention,
+        kernels: Kernels,
         banned_token_ids: Sequence[int] = (),
         chunk_size: int | None = None,
         vision_every_row: bool = False,
@@ -64,14 +65,14 @@ class PolicyModel(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder  # megatron-core's schedules ask for it
         self.share_embeddings_and_output_weights = bool(hf_config.tie_word_embeddings)
         self.vocab_size = text.vocab_size
-        self._local_attention = core_attention is PackedCoreAttention
+        self._local_attention = kernels.attention == "local"
         vision = family.vision if self.pre_process else None
         self.vision_model = None if vision is None else self._prepared(vision.tower(hf_config, config.params_dtype))
         layers = get_num_layers_to_build(config=config, vp_stage=None, pp_rank=stage)
         self.language_model = GPTModel(
             config=config,
             # Annotated as the spec of one layer; the block takes its submodules as well.
-            transformer_layer_spec=local_block_spec(layers, core_attention, qk_norm=bool(config.qk_layernorm)),  # pyright: ignore[reportArgumentType]
+            transformer_layer_spec=block_spec(layers, kernels, qk_norm=bool(config.qk_layernorm)),  # pyright: ignore[reportArgumentType]
             vocab_size=padded_rows(text.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=text.max_position_embeddings,
             pre_process=self.pre_process,

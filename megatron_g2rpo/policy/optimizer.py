@@ -42,6 +42,8 @@ def wrap_ddp(
         overlap_param_gather=settings.overlap_param_gather,
         use_distributed_optimizer=settings.use_distributed_optimizer,
         average_in_collective=False,
+        # megatron-core 0.19 leaves weights as they are without it: an optimizer step would change nothing.
+        fp8_param_gather=config.fp8_param,
     )
     return DistributedDataParallel(config=config, ddp_config=ddp_config, module=model, pg_collection=pg_collection)
 
@@ -133,6 +135,7 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
         overlap_param_gather=model.ddp_config.overlap_param_gather,
+        fp8_recipe=model.config.fp8_recipe if model.config.fp8 else None,
     )
     return get_megatron_optimizer(
         config=config,

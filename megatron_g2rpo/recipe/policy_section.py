@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from megatron_g2rpo.recipe.base import Section, ascending, conflict
+from megatron_g2rpo.recipe.base import Section, Text, ascending, conflict
+from megatron_g2rpo.recipe.fp8_section import Fp8Config
 from megatron_g2rpo.recipe.generation_section import Generation
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -85,8 +86,11 @@ class MegatronConfig(Section):
     """Number of language layers of the first stage, at least that of deepstack features; null: an equal share."""
     num_layers_in_last_pipeline_stage: PositiveInt | None
     """Number of language layers of the last stage; null: an equal share."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"]
+    """Modules of the language layers: Megatron-core's own (``local``) or Transformer Engine's, which need a GPU;
+    ``auto``: Transformer Engine's on GPUs, the local ones on a CPU."""
     core_attention: Literal["auto", "local", "transformer_engine"]
-    """Attention kernel; ``auto``: Transformer Engine's on GPUs where it is installed, else the local one."""
+    """Attention kernel; ``auto``: Transformer Engine's on GPUs, the local one on a CPU."""
     cp_comm_type: Literal["p2p", "all_gather", "a2a"]
     """How Transformer Engine's attention exchanges keys between context-parallel ranks; the local kernel always
     gathers them."""
@@ -98,6 +102,23 @@ class MegatronConfig(Section):
     that many of each stage (``block``)."""
     recompute_num_layers: PositiveInt
     """Number of layers of a chunk (``uniform``), or of layers of each stage that are recomputed (``block``)."""
+    apply_rope_fusion: bool
+    """Rotate queries and keys by one kernel of Transformer Engine."""
+    bias_activation_fusion: bool
+    """Compute the gated activation of the MLP by one compiled kernel."""
+    gradient_accumulation_fusion: bool
+    """Add weight gradients to the gradient buffer inside of the matrix product; needs NVIDIA apex's
+    ``fused_weight_gradient_mlp_cuda``."""
+    fp8_cfg: Fp8Config
+    """8-bit arithmetic of the language layers."""
+    first_last_layers_bf16: bool
+    """Keep the first and last language layers out of FP8, as many as the next two keys say."""
+    num_layers_at_start_in_bf16: NonNegativeInt
+    """Number of first layers that ``first_last_layers_bf16`` keeps in bfloat16."""
+    num_layers_at_end_in_bf16: NonNegativeInt
+    """Number of last layers that ``first_last_layers_bf16`` keeps in bfloat16."""
+    env_vars: dict[Text, str]
+    """Environment variables of the training processes, set before torch is asked for a device."""
     freeze_vision: bool
     """Keep the vision tower and its merger at their initial weights."""
     optimizer: Optimizer

@@ -30,6 +30,8 @@ class Layout:
         sequence_parallel: whether tensor-parallel ranks also split the activations between their regions by tokens.
         first_stage_layers, last_stage_layers: number of layers on the first and on the last pipeline stage; None for an
             equal share.
+        token_alignment: number of tokens that what a rank multiplies must be a multiple of, 1 without FP8; see
+            ``FP8_TOKEN_ALIGNMENT``.
     """
 
     tensor: int = 1
@@ -38,6 +40,7 @@ class Layout:
     sequence_parallel: bool = False
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
+    token_alignment: int = 1
 
     @property
     def model_parallel(self) -> int:
@@ -93,12 +96,11 @@ class Layout:
 FP8_TOKEN_ALIGNMENT = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
 
 
-def token_multiples(layout: Layout, fp8_recipe: str | None = None) -> tuple[int, int]:
+def token_multiples(layout: Layout) -> tuple[int, int]:
     """Return what the lengths of sequences and of rows must be multiples of, in tokens before any split.
 
     Args:
         layout: the parallel sizes.
-        fp8_recipe: megatron-core's name of the FP8 recipe; None when no layer runs in FP8.
 
     Returns:
         ``(sequence, row)``. A sequence is cut into ``2 * context`` equal chunks (zigzag). What a rank holds of a row
@@ -106,8 +108,7 @@ def token_multiples(layout: Layout, fp8_recipe: str | None = None) -> tuple[int,
     """
     sequence = 2 * layout.context if layout.context > 1 else 1
     share = layout.tensor if layout.sequence_parallel else 1
-    alignment = 1 if fp8_recipe is None else FP8_TOKEN_ALIGNMENT[fp8_recipe]
-    return sequence, math.lcm(sequence, layout.context * share * alignment)
+    return sequence, math.lcm(sequence, layout.context * share * layout.token_alignment)
 
 
 def check_layout(hf_config: Any, layout: Layout) -> None:
@@ -175,6 +176,7 @@ def layout_of(megatron_cfg: MegatronConfig) -> Layout:
         sequence_parallel=megatron_cfg.sequence_parallel,
         first_stage_layers=megatron_cfg.num_layers_in_first_pipeline_stage,
         last_stage_layers=megatron_cfg.num_layers_in_last_pipeline_stage,
+        token_alignment=FP8_TOKEN_ALIGNMENT[megatron_cfg.fp8_cfg.fp8_recipe] if megatron_cfg.fp8_cfg.enabled else 1,
     )
 
 

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_g2rpo.policy.device import select
-from megatron_g2rpo.policy.layouts.layout import Layout, LayoutError, check_layout, token_multiples
+from megatron_g2rpo.policy.layouts.layout import FP8_TOKEN_ALIGNMENT, Layout, LayoutError, check_layout, token_multiples
 from tests.common.tiny_model import tiny_config
 
 
@@ -97,7 +99,8 @@ def test_sequence_parallelism_without_tensor_parallelism() -> None:
     ],
 )
 def test_token_multiples(layout: Layout, fp8: str | None, expected: tuple[int, int]) -> None:
-    assert token_multiples(layout, fp8) == expected
+    alignment = 1 if fp8 is None else FP8_TOKEN_ALIGNMENT[fp8]
+    assert token_multiples(replace(layout, token_alignment=alignment)) == expected
 
 
 def test_a_world_that_holds_no_whole_number_of_replicas() -> None:
