@@ -11,6 +11,8 @@ ones, exactly as in training (the same ``Packer``).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from rich.console import Console
@@ -21,13 +23,14 @@ from megatron_g2rpo.policy.layouts.layout import FP8_TOKEN_ALIGNMENT, Layout, to
 from megatron_g2rpo.types import ModelInputs
 
 PROMPTS, SAMPLES, DATA_RANKS, BUDGET = 128, 8, 8, 16_384
+WIDE = Layout(tensor=4, context=2, sequence_parallel=True)
 CASES = {
     "TP1": Layout(),
     "CP2": Layout(context=2),
     "CP8": Layout(context=8),
-    "TP4 CP2 SP": Layout(tensor=4, context=2, sequence_parallel=True),
-    "TP4 CP2 SP, FP8 delayed (16)": Layout(tensor=4, context=2, sequence_parallel=True, token_alignment=FP8_TOKEN_ALIGNMENT["delayed"]),
-    "TP4 CP2 SP, FP8 blockwise (128)": Layout(tensor=4, context=2, sequence_parallel=True, token_alignment=FP8_TOKEN_ALIGNMENT["blockwise"]),
+    "TP4 CP2 SP": WIDE,
+    "TP4 CP2 SP, FP8 delayed (16)": replace(WIDE, token_alignment=FP8_TOKEN_ALIGNMENT["delayed"]),
+    "TP4 CP2 SP, FP8 blockwise (128)": replace(WIDE, token_alignment=FP8_TOKEN_ALIGNMENT["blockwise"]),
 }
 
 

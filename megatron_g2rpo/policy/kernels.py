@@ -82,8 +82,8 @@ def _check_attention(policy: Policy, layout: Layout, attention: str) -> None:
 def _check_fusions(megatron: MegatronConfig, layers: str, machine: Machine) -> None:
     if megatron.gradient_accumulation_fusion and not machine.packages["apex_wgrad"]:
         raise KernelError(
-            f"{_KEY}.gradient_accumulation_fusion needs fused_weight_gradient_mlp_cuda of NVIDIA apex (PyPI's `apex` is "
-            "an unrelated project), for the output layer also under Transformer Engine; set it to false"
+            f"{_KEY}.gradient_accumulation_fusion needs fused_weight_gradient_mlp_cuda of NVIDIA apex (PyPI's `apex` "
+            "is an unrelated project), for the output layer also under Transformer Engine; set it to false"
         )
     if megatron.apply_rope_fusion and not (machine.device == "gpu" and machine.packages["transformer_engine"]):
         raise KernelError(f"{_KEY}.apply_rope_fusion needs Transformer Engine on a GPU; set it to false")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layer spec seam: which modules the transformer layers are made of.
 
-The local layers are megatron-core's own parallel linears with this package's norm, and run on CPUs and GPUs alike. Those
-of Transformer Engine normalise inside of the linears, and need a GPU. Either has one of two core attentions.
+The local layers are megatron-core's own parallel linears with this package's norm, and run on CPUs and GPUs alike.
+Those of Transformer Engine normalise inside of the linears, and need a GPU. Either has one of two core attentions.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from megatron_g2rpo.policy.deepstack import DeepstackLayer
 from megatron_g2rpo.policy.kernels import Kernels
 from megatron_g2rpo.policy.norm import RMSNorm
 
-
-# Tensors of the local layers that Transformer Engine's linears hold, under the names of the latter: checkpoints have one
-# naming. megatron-core's own specs say it the same way.
+# Tensors of the local layers that Transformer Engine's linears hold, under the names of the latter: checkpoints have
+# one naming. megatron-core's own specs say it the same way.
 _CHECKPOINT_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",

@@ -57,6 +57,4 @@ def installed_version(package: str) -> str | None:
 @functools.cache
 def this_machine(device: Device) -> Machine:
     """Return the facts of this process's machine."""
-    return Machine(
-        device=device.kind, capability=device.capability, cuda=device.cuda, packages=optional_packages()
-    )
+    return Machine(device=device.kind, capability=device.capability, cuda=device.cuda, packages=optional_packages())

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -12,14 +13,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 SOURCE = Path(__file__).with_name("device.cpp")
-# In the environment of the interpreter, whose torch it is built against.
-LIBRARY = Path(sysconfig.get_path("platlib")) / "_virtual_cuda.so"
+# In the environment of the interpreter, whose torch it is built against, and by its source's contents.
+FOLDER = Path(sys.prefix) / "virtual_cuda" / hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+LIBRARY = FOLDER / "_virtual_cuda.so"
 
 
 def build() -> None:
-    """Compile the library, about a minute, unless it is newer than its source."""
-    if LIBRARY.exists() and LIBRARY.stat().st_mtime > SOURCE.stat().st_mtime:
+    """Compile the library, about a minute, unless it is there."""
+    if LIBRARY.exists():
         return
+    FOLDER.mkdir(parents=True, exist_ok=True)
     spec = find_spec("torch")
     assert spec is not None and spec.origin is not None, "torch is not installed"
     torch = Path(spec.origin).parent
@@ -39,7 +42,7 @@ def build() -> None:
 
 def environment(*, transformer_engine: bool) -> dict[str, str]:
     """Return the variables by which Python processes use the virtual GPU, with or without Transformer Engine."""
-    path = [str(ROOT / "tests" / "gpu" / "site"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    path = [str(ROOT / "tests" / "gpu" / "site"), str(FOLDER), str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {
         "VIRTUAL_CUDA": "1",
         "VIRTUAL_TE": str(int(transformer_engine)),
