@@ -1,39 +1,88 @@
-"""Executed by TE as its extension module: every name of the real one exists, the emulated ones work, the others say so.
+# SPDX-License-Identifier: Apache-2.0
+"""Executed by Transformer Engine as its extension module: see ``load.py``.
 
-`calls` counts each emulated call; a name the real extension does not have raises AttributeError, as it would there.
+Every function of the real extension exists. Those of ``_EMULATED`` work and are counted in ``calls``; the others raise
+NotImplementedError with their name. What the real one does not have raises AttributeError, as it would there.
 """
-import collections, functools, importlib, pathlib, sys
 
-import tests.gpu.te_emulation.enums as _enums
+from __future__ import annotations
 
-calls = collections.Counter()
-_names = set(pathlib.Path(__file__).with_name("pybind_names.txt").read_text().split())
+import functools
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+from tests.gpu.te_emulation import (
+    attention,
+    context_parallel,
+    enums,
+    gemm,
+    norm,
+    optimizers,
+    quantize,
+    quantized_tensors,
+    rope,
+    scaling,
+    softmax,
+    versions,
+)
+
+# How often each emulated function was called in this process.
+calls: Counter[str] = Counter()
+
+_EXTENSION = json.loads((Path(enums.__file__).parent / "extension_2_20_2.json").read_text())
+_EMULATED = (
+    attention,
+    context_parallel,
+    gemm,
+    norm,
+    optimizers,
+    quantize,
+    quantized_tensors,
+    rope,
+    scaling,
+    softmax,
+    versions,
+)
 
 
-def _missing(name):
-    def call(*a, **k):
+def _missing(name: str) -> Callable[..., Any]:
+    def call(*arguments: Any, **keywords: Any) -> Any:
         raise NotImplementedError(f"transformer_engine_torch.{name} is not emulated")
-    call.__name__ = name; call.emulated = False
+
+    call.__name__ = name
+    call.emulated = False
     return call
 
 
-def _counted(name, f):
-    @functools.wraps(f)
-    def call(*a, **k):
+def _counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    by_position = not _EXTENSION["functions"][name]["by_keyword"]
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        if by_position and keywords:  # no names are registered, so pybind takes none
+            raise TypeError(f"transformer_engine_torch.{name}() takes its arguments by position, got {[*keywords]}")
         calls[name] += 1
-        return f(*a, **k)
+        return function(*arguments, **keywords)
+
     call.emulated = True
     return call
 
 
-for _n, _v in vars(_enums).items():
-    if isinstance(_v, type) and not _n.startswith("_"): globals()[_n] = _v
-for _n in _names: globals()[_n] = _missing(_n)
-for _part in ("fp8", "gemm", "norm", "attention", "cp", "optim", "softmax", "misc"):
-    _m = importlib.import_module("tests.gpu.te_emulation." + _part)
-    for _n in _m.EXPORT:
-        assert _n in _names, _n
-        globals()[_n] = _counted(_n, getattr(_m, _n))
-import types as _types
-grouped_mlp_experimental = _types.SimpleNamespace(swizzle_scales_and_pack_ptrs_for_discrete_weights=_missing("grouped_mlp_experimental"))
-__all__ = [n for n in globals() if not n.startswith("_")]
+def _function(name: str) -> Callable[..., Any]:
+    own = ((module.__name__, getattr(module, name, None)) for module in _EMULATED)
+    found = next((each for module, each in own if isinstance(each, FunctionType) and each.__module__ == module), None)
+    return _missing(name) if found is None else _counting(name, found)
+
+
+globals().update({name: getattr(enums, name) for name in (*_EXTENSION["enums"], *_EXTENSION["classes"])})
+globals().update({name: _function(name) for name in _EXTENSION["functions"]})
+globals().update(
+    {
+        name: SimpleNamespace(**{each: _missing(f"{name}.{each}") for each in functions})
+        for name, functions in _EXTENSION["submodules"].items()
+    }
+)
