@@ -129,14 +129,15 @@ def rounding_of(kind: str, slots: dict[str, DelayedSlot]) -> references.Rounding
 
 
 # Of the emulation: blocks have powers of two for scales, so both sides compute the same numbers. Other scales are
-# applied to the product there and to the operands in the reference: an fp32 rounding each, which may move one to bf16.
+# applied to the product there and to the operands in the reference: an fp32 rounding each, which may move a bf16 result by a
+# unit in its last place (2^-7 at most).
 FP8_TOLERANCE = {
     ("blockwise", torch.float32): 0.0,
     ("blockwise", torch.bfloat16): 0.0,
     ("current", torch.float32): 1e-6,
-    ("current", torch.bfloat16): 4e-3,
+    ("current", torch.bfloat16): 8e-3,
     ("delayed", torch.float32): 1e-6,
-    ("delayed", torch.bfloat16): 4e-3,
+    ("delayed", torch.bfloat16): 8e-3,
 }
 
 

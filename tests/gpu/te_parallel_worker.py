@@ -160,6 +160,8 @@ def sequence_parallel_linear(kind: str) -> None:
 
 def main() -> None:
     """Run every case and say which fail."""
+    import transformer_engine.pytorch  # noqa: F401  (it loads the extension)
+
     faulthandler.dump_traceback_later(500, exit=True)
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")

@@ -68,12 +68,14 @@ def columns_from_the_rows_bytes(patch: Patch) -> None:
 
 
 def stale_cached_weight(patch: Patch) -> None:
+    """A buffer that was filled once stays as it is. They are kept here, so that none is another's memory."""
     real = quantize.fill
+    buffers: dict[int, torch.Tensor] = {}
 
     def fill(quantizer: Any, out: Any, x: torch.Tensor, amax: torch.Tensor | None = None) -> None:
-        if not getattr(out, "_filled", False):
+        if out._data.data_ptr() not in buffers:
             real(quantizer, out, x, amax)
-        out._filled = True
+        buffers[out._data.data_ptr()] = out._data
 
     patch.setattr(quantize, "fill", fill)
 
@@ -195,7 +197,7 @@ def main_copy_not_written_back(patch: Patch) -> None:
 FAULTS: dict[Callable[[Patch], None], Callable[[], Any]] = {
     wrong_e5m2_maximum: DELAYED_SCALES,
     uncleared_history_row: DELAYED_SCALES,
-    reciprocal_for_a_division: partial(te_checks.check_delayed_scales, 20),
+    reciprocal_for_a_division: partial(te_checks.check_delayed_scales, 20, length=1, algorithm="most_recent"),
     amax_of_the_last_tensor_only: DELAYED_SCALES,
     columns_from_the_rows_bytes: BLOCKWISE,
     stale_cached_weight: partial(te_checks.check_weight_cache, "current"),

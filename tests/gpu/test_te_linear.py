@@ -78,8 +78,8 @@ def test_grouped_layers_are_one_layer_for_each_expert(recipe: str | None) -> Non
         rounding = checks.references.current if recipe else _unrounded
         expected = checks.references.linear(rounding, x[part], weight, None, dy[part])
         names = [f"{name} of expert {expert}" for name in ("y", "dx", "dw")]
-        # One rounding to bf16 of an fp32 sum that may differ in its last place.
-        tolerance = checks.within(4e-3, checks.FP8_ON_A_GPU)
+        # One rounding to bf16 of an fp32 sum that may differ in its last place: 2^-7 at most.
+        tolerance = checks.within(8e-3, checks.FP8_ON_A_GPU)
         checks.assert_near((y[part], x.grad[part], weight.grad), expected[:3], tolerance, names)
 
 

@@ -168,3 +168,10 @@ def fp8_transpose(input: torch.Tensor, dtype: Any, *, out: torch.Tensor | None) 
         return result
     out.copy_(result.view(out.shape))
     return out
+
+
+@torch.no_grad()
+def swap_first_dims(tensor: torch.Tensor, *, out: torch.Tensor | None) -> torch.Tensor:
+    """Return [a, b, ..] as [b, a, ..], contiguous: gathered column-wise blocks become those of the whole tensor."""
+    swapped = tensor.transpose(0, 1).contiguous()
+    return swapped if out is None else out.copy_(swapped)
