@@ -40,6 +40,7 @@ Sharded = ShardedTensor | ShardedTensorFactory
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "fp32_param"
+_EXTRA = "._extra_state"
 
 # callback(num_bytes), called after each parameter with the bytes that were moved.
 Advance = Callable[[int], None]
@@ -60,13 +61,30 @@ def load_weights(model: MegatronModule, directory: str | Path, dtype: torch.dtyp
     if found != {dtype}:
         names = ", ".join(sorted(str(each).removeprefix("torch.") for each in found))
         raise CheckpointError(f"{directory}: its weights are {names}; set policy.precision to that")
-    template: Any = {"model": model.sharded_state_dict()}
+    template: Any = {"model": _sharded_weights(model)}
     _keep_what_is_in_place(template)
     try:
         state: Any = checkpoint_reading.load(template, directory)
     except (CheckpointingException, KeyError, ValueError) as error:
         raise CheckpointError(f"{directory} does not fit the model of policy.model_name: {error}") from error
-    model.load_state_dict(state["model"])
+    _load_weights(model, state["model"])
+
+
+def _sharded_weights(model: MegatronModule) -> dict[str, Any]:
+    """Return the sharded weights, without the extra state of Transformer Engine's modules.
+
+    That is a pickle, so that nobody may read it from a file, and one for every layout. What of it a run needs to go on
+    is saved as tensors, see ``fp8_state``.
+    """
+    state: Any = model.sharded_state_dict()
+    return {name: entry for name, entry in state.items() if not name.endswith(_EXTRA)}
+
+
+def _load_weights(model: MegatronModule, state: Mapping[str, Any]) -> None:
+    found: Any = model.load_state_dict(state, strict=False)
+    missing = [name for name in found.missing_keys if not name.endswith(_EXTRA)]
+    if missing or found.unexpected_keys:
+        raise RuntimeError(f"weights that were loaded lack {missing}, and have {found.unexpected_keys} too many")
 
 
 def _keep_what_is_in_place(template: Any) -> None:
@@ -100,7 +118,7 @@ def sharded_state_dict(
         optimizer, scheduler: the policy's optimizer and schedule; None for a policy that does not learn.
         is_loading: whether the result is a template to load into.
     """
-    state: dict[str, Any] = {"model": model.sharded_state_dict()}
+    state: dict[str, Any] = {"model": _sharded_weights(model)}
     if optimizer is not None and scheduler is not None:
         part = _single(optimizer)
         _prefill(part)
@@ -128,7 +146,7 @@ def load_state_dict(
         optimizer, scheduler: the policy's optimizer and schedule; None for a policy that does not learn.
         state: the loaded state.
     """
-    model.load_state_dict(state["model"])
+    _load_weights(model, state["model"])
     if optimizer is None or scheduler is None:
         return
     part = _single(optimizer)
