@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_g2rpo.policy import fp8_state
 from megatron_g2rpo.policy.layer_spec import CHECKPOINT_NAMES
 from megatron_g2rpo.weights import CheckpointError
 from megatron_g2rpo.weights.checkpoint_metadata import read_metadata
@@ -36,6 +39,8 @@ def load(template: dict[str, Any], directory: str | Path) -> Any:
     # Refuses what megatron-core's own reading would run.
     stored = read_metadata(Path(directory)).state_dict_metadata
     _use_stored_names(template, stored.keys())
+    if "fp8" in template:
+        fp8_state.keep_stored(template["fp8"], _sizes(stored), directory)
     try:
         with _data_alone():
             return dist_checkpointing.load(sharded_state_dict=template, checkpoint_dir=str(directory))
@@ -44,6 +49,10 @@ def load(template: dict[str, Any], directory: str | Path) -> Any:
         raise CheckpointError(f"{directory} cannot be read: {why}") from error
     except (EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{directory}: a file of it is damaged ({error!r}); use another checkpoint") from error
+
+
+def _sizes(stored: Mapping[str, Any]) -> dict[str, torch.Size]:
+    return {name: entry.size for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def _use_stored_names(template: dict[str, Any], stored: Collection[str]) -> None:
