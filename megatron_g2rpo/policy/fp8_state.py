@@ -95,9 +95,7 @@ def _is_delayed(config: Any) -> bool:
 
 def _amax_group(config: Any) -> Any:
     """Return the ranks over which amaxes are reduced; megatron-core gives Transformer Engine the same."""
-    return parallel_state.get_amax_reduction_group(
-        with_context_parallel=True, tp_only_amax_red=config.tp_only_amax_red
-    )
+    return parallel_state.get_amax_reduction_group(with_context_parallel=True, tp_only_amax_red=config.tp_only_amax_red)
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
