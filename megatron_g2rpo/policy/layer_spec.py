@@ -28,7 +28,7 @@ from megatron_g2rpo.policy.norm import RMSNorm
 
 # Tensors of the local layers that Transformer Engine's linears hold, under the names of the latter: checkpoints have
 # one naming. megatron-core's own specs say it the same way.
-_CHECKPOINT_NAMES = {
+CHECKPOINT_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
@@ -99,7 +99,7 @@ class _Modules:
     checkpoint_names: dict[str, str]
 
 
-_LOCAL = _Modules(RMSNorm, RMSNorm, ColumnParallelLinear, RowParallelLinear, _CHECKPOINT_NAMES)
+_LOCAL = _Modules(RMSNorm, RMSNorm, ColumnParallelLinear, RowParallelLinear, CHECKPOINT_NAMES)
 
 
 def _transformer_engine() -> _Modules:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_g2rpo import models, weights
 from megatron_g2rpo.models.directory import load_config
-from megatron_g2rpo.policy import sharded_state
+from megatron_g2rpo.policy import quantized, sharded_state
 from megatron_g2rpo.policy.config import transformer_config
 from megatron_g2rpo.policy.device import Device
 from megatron_g2rpo.policy.kernels import choose
@@ -160,6 +160,7 @@ class MegatronPolicy:
             layer_offset=self._layer_offset,
             source=source,
             on_loaded=on_loaded,
+            assign=quantized.assign,
         )
         if self.optimizer is not None:
             with self.device.megatron():
@@ -168,20 +169,21 @@ class MegatronPolicy:
     def stream(self, tensor_of: Callable[[torch.nn.Parameter], Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the weights as ``(hf_name, full_tensor)``. A collective of the replica.
 
-        Every rank of the replica receives every tensor; see ``weights.stream``.
+        Every rank of the replica receives every tensor; see ``weights.stream``. Values of FP8 weights are those from
+        before quantisation, which a collective of the data-parallel ranks gathers.
 
         Args:
             tensor_of: what to stream of each parameter in place of its value, for example its gradient.
         """
         self._wait_for_parameters()
-        keywords = {} if tensor_of is None else {"tensor_of": tensor_of}
         return weights.stream(
             self.model,
             self.table,
             tensor_group=self.groups.tensor,
             pipeline_group=self.groups.pipeline,
             layer_offset=self._layer_offset,
-            **keywords,
+            tensor_of=tensor_of or quantized.value_of(self.optimizer),
+            dtype_of=None if tensor_of else lambda parameter: parameter.dtype,
         )
 
     def specs(self) -> dict[str, Tensor]:
@@ -229,6 +231,8 @@ class MegatronPolicy:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``dist_checkpointing.load`` returned for ``sharded_state_dict(is_loading=True)``."""
         sharded_state.load_state_dict(self.model, self.optimizer, self.scheduler, state)
+        if self._ddp is not None and self.config.fp8_param:
+            self._ddp.start_param_sync(force_sync=True)
 
     # -- computation --------------------------------------------------------------------------------------------
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The policy's state in megatron-core's distributed checkpoints: one format for every layout and either optimizer.
 
-Beside the weights, a checkpoint has Adam's moments ``exp_avg`` and ``exp_avg_sq`` of every parameter and under bf16 its
-float32 copy ``fp32_param`` (all in the parameter's shape, sharded as it is), and the number of steps once. The rest of
-an optimizer's state (learning rate, betas, weight decay) comes from the recipe and the schedule.
+Weights and their optimizer state have the names that Transformer Engine's modules give them, whatever the layers are
+made of; older ones are read too (``checkpoint_reading``). Beside the weights, a checkpoint has Adam's moments ``exp_avg`` and ``exp_avg_sq`` of every parameter and under bf16 its
+float32 copy ``fp32_param`` (all in the parameter's shape, sharded as it is), the number of steps once, and the state of
+FP8 scaling (``fp8_state``). Weights that are FP8 are saved as what they were rounded from. The rest of an optimizer's state (learning rate, betas, weight decay) comes from the recipe and the schedule.
 
 megatron-core's own state dicts would do neither: its two optimizers name their parts differently; its distributed one
 (0.16 to 0.19, ``fully_reshardable``) saves moments from the wrong places as soon as a bucket of gradients has padding,
@@ -14,7 +15,7 @@ them advances.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,18 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
 
-from megatron_g2rpo.policy import checkpoint_reading
+from megatron_g2rpo.policy import checkpoint_reading, fp8_state
+from megatron_g2rpo.policy.optimizer_shares import Spread, keeps_main_copies, piece, single, spreads
+from megatron_g2rpo.policy.quantized import is_float8tensor, keep_initial, value_of
 from megatron_g2rpo.weights import CheckpointError
 from megatron_g2rpo.weights.megatron_checkpoint import MegatronCheckpoint
 
@@ -40,6 +43,7 @@ Sharded = ShardedTensor | ShardedTensorFactory
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "fp32_param"
+_EXTRA = "._extra_state"
 
 # callback(num_bytes), called after each parameter with the bytes that were moved.
 Advance = Callable[[int], None]
@@ -60,13 +64,33 @@ def load_weights(model: MegatronModule, directory: str | Path, dtype: torch.dtyp
     if found != {dtype}:
         names = ", ".join(sorted(str(each).removeprefix("torch.") for each in found))
         raise CheckpointError(f"{directory}: its weights are {names}; set policy.precision to that")
-    template: Any = {"model": model.sharded_state_dict()}
+    template: Any = {"model": _sharded_weights(model)}
     _keep_what_is_in_place(template)
     try:
         state: Any = checkpoint_reading.load(template, directory)
     except (CheckpointingException, KeyError, ValueError) as error:
         raise CheckpointError(f"{directory} does not fit the model of policy.model_name: {error}") from error
-    model.load_state_dict(state["model"])
+    _load_weights(model, state["model"])
+
+
+def _sharded_weights(model: MegatronModule) -> dict[str, Any]:
+    """Return the sharded weights, without the extra state of Transformer Engine's modules.
+
+    That is a pickle, so that nobody may read it from a file, and one for every layout. What of it a run needs to go on
+    is saved as tensors, see ``fp8_state``.
+    """
+    state: Any = model.sharded_state_dict()
+    return {name: entry for name, entry in state.items() if not name.endswith(_EXTRA)}
+
+
+def _load_weights(model: MegatronModule, state: Mapping[str, Any]) -> None:
+    found: Any = model.load_state_dict(state, strict=False)
+    missing = [name for name in found.missing_keys if not name.endswith(_EXTRA)]
+    if missing or found.unexpected_keys:
+        raise RuntimeError(f"weights that were loaded lack {missing}, and have {found.unexpected_keys} too many")
+    for name, parameter in model.named_parameters():
+        if is_float8tensor(parameter):
+            keep_initial(parameter, state[name])
 
 
 def _keep_what_is_in_place(template: Any) -> None:
@@ -100,9 +124,9 @@ def sharded_state_dict(
         optimizer, scheduler: the policy's optimizer and schedule; None for a policy that does not learn.
         is_loading: whether the result is a template to load into.
     """
-    state: dict[str, Any] = {"model": model.sharded_state_dict()}
+    state: dict[str, Any] = {"model": _sharded_weights(model)}
     if optimizer is not None and scheduler is not None:
-        part = _single(optimizer)
+        part = single(optimizer)
         _prefill(part)
         entries = _entries(state["model"])
         tensors: dict[Any, Any]
@@ -112,7 +136,19 @@ def sharded_state_dict(
             tensors = dict(_replicated(part, entries))
         state["optimizer"] = {"state": tensors if is_loading else {**tensors, "common_step": _step(part)}}
         state["scheduler"] = scheduler.state_dict()
+    if not is_loading:
+        _save_unquantised(state["model"], value_of(optimizer))
+    state["fp8"] = fp8_state.sharded_state_dict(model)
     return state
+
+
+def _save_unquantised(model_state: Mapping[str, Any], value: Callable[[Any], Tensor]) -> None:
+    """Replace quantised weights by what they were rounded from, so that a run in other arithmetic can go on from it."""
+    for entry in nested_values(x=model_state):
+        if isinstance(entry, Sharded) and is_float8tensor(entry.data):
+            whole = value(entry.data)
+            # Only one copy is written; the others are there for their shape.
+            entry.data = whole.cpu() if is_main_replica(entry.replica_id) else torch.empty(()).expand(whole.shape)
 
 
 def load_state_dict(
@@ -123,15 +159,18 @@ def load_state_dict(
 ) -> None:
     """Restore what ``dist_checkpointing.load`` returned for ``sharded_state_dict(is_loading=True)``.
 
+    Where weights are quantised, a rank has only its share of the new ones afterwards, as after an optimizer step.
+
     Args:
         model: this rank's part of the model, without wrapper.
         optimizer, scheduler: the policy's optimizer and schedule; None for a policy that does not learn.
         state: the loaded state.
     """
-    model.load_state_dict(state["model"])
+    _load_weights(model, state["model"])
+    fp8_state.load_state_dict(model, state["fp8"])
     if optimizer is None or scheduler is None:
         return
-    part = _single(optimizer)
+    part = single(optimizer)
     tensors = dict(state["optimizer"]["state"])
     step = int(tensors.pop("common_step"))
     if isinstance(part, DistributedOptimizer):
@@ -139,6 +178,9 @@ def load_state_dict(
     else:
         _load_replicated(part, tensors)
     _set_step(part, step)
+    if any(is_float8tensor(parameter) for parameter in model.parameters()):
+        part._copy_main_params_to_model_params()  # as after a step: the checkpoint has no quantised weights
+        fp8_state.load_state_dict(model, state["fp8"])  # that has counted the weights' amaxes
     scheduler.num_steps = 0  # load_state_dict adds to it
     scheduler.load_state_dict(state_dict=state["scheduler"])
 
@@ -160,55 +202,16 @@ def _load_replicated(optimizer: Any, loaded: Mapping[Any, Mapping[str, Tensor]])
 
 def _parameters(optimizer: Any) -> list[nn.Parameter]:
     """Return the model's parameters that the optimizer updates."""
-    if _keeps_main_copies(optimizer):
+    if keeps_main_copies(optimizer):
         return [parameter for group in optimizer.float16_groups for parameter in group]
     return optimizer.get_parameters()
 
 
 def _main(optimizer: Any, parameter: Any) -> Tensor:
-    return parameter.main_param if _keeps_main_copies(optimizer) else parameter
+    return parameter.main_param if keeps_main_copies(optimizer) else parameter
 
 
 # -- data-parallel ranks share the state ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Spread:
-    """How a parameter's optimizer state is spread over data-parallel ranks.
-
-    The owner saves the state, and gets the elements that it lacks from the other ranks.
-
-    Attributes:
-        parameter: the parameter.
-        pieces: the elements of the flattened parameter whose state a rank holds, by data-parallel rank.
-    """
-
-    parameter: nn.Parameter
-    pieces: Mapping[int, slice]
-
-    @property
-    def owner(self) -> int:
-        """The first data-parallel rank that holds a piece."""
-        return min(self.pieces)
-
-
-def _spreads(optimizer: DistributedOptimizer) -> list[_Spread]:
-    """Return the spread of every parameter, in the order of the buffers, which is the same on all ranks of the group.
-
-    Each rank has an equal share of every bucket; parameters lie in buckets one after the other, with padding between.
-    """
-    spreads = []
-    for buffer in optimizer.buffers:
-        for parameter, (start, end, number) in buffer.param_index_map.items():
-            bucket = buffer.buckets[number]
-            share = bucket.grad_data.numel() // optimizer.data_parallel_group.size()
-            first, last = start - bucket.offset, end - bucket.offset
-            pieces = {
-                rank: slice(max(first, rank * share) - first, min(last, (rank + 1) * share) - first)
-                for rank in range(first // share, (last - 1) // share + 1)
-            }
-            spreads.append(_Spread(parameter, pieces))
-    return spreads
 
 
 def _distributed(
@@ -219,14 +222,14 @@ def _distributed(
     To save, these are the parameters that this rank owns; to load, all of which it has a piece.
     """
     rank = optimizer.data_parallel_group.rank()
-    for number, spread in enumerate(_spreads(optimizer)):
+    for number, spread in enumerate(spreads(optimizer)):
         if rank not in spread.pieces:
             continue
-        pieces = _state(optimizer, _piece(optimizer, spread.parameter))
+        shares = _state(optimizer, piece(optimizer, spread.parameter))
         if is_loading:
-            whole = {name: torch.empty(spread.parameter.shape, dtype=piece.dtype) for name, piece in pieces.items()}
+            whole = {name: torch.empty(spread.parameter.shape, dtype=share.dtype) for name, share in shares.items()}
         else:
-            whole = {name: _collect(optimizer, spread, piece) for name, piece in pieces.items()}
+            whole = {name: _collect(optimizer, spread, share) for name, share in shares.items()}
         if is_loading or rank == spread.owner:
             entry = entries[id(spread.parameter)]
             model_parallel: Any = entry.replica_id  # (..., data-parallel rank)
@@ -234,11 +237,11 @@ def _distributed(
             yield number, _sharded(replace(entry, replica_id=(*model_parallel[:-1], copy)), whole)
 
 
-def _collect(optimizer: DistributedOptimizer, spread: _Spread, piece: Tensor) -> Tensor:
+def _collect(optimizer: DistributedOptimizer, spread: Spread, share: Tensor) -> Tensor:
     """Return the whole tensor, on the CPU; it is complete on the owner only. Pieces travel through host memory."""
     group: Any = optimizer.data_parallel_group_gloo
-    whole = torch.empty(spread.parameter.numel(), dtype=piece.dtype)
-    whole[spread.pieces[group.rank()]] = piece.detach().cpu()
+    whole = torch.empty(spread.parameter.numel(), dtype=share.dtype)
+    whole[spread.pieces[group.rank()]] = share.detach().cpu()
     for sender, where in spread.pieces.items():
         if sender == spread.owner:
             continue
@@ -252,31 +255,14 @@ def _collect(optimizer: DistributedOptimizer, spread: _Spread, piece: Tensor) ->
 def _load_distributed(optimizer: DistributedOptimizer, loaded: Mapping[Any, Mapping[str, Tensor]]) -> None:
     rank = optimizer.data_parallel_group.rank()
     with torch.no_grad():
-        for number, spread in enumerate(_spreads(optimizer)):
+        for number, spread in enumerate(spreads(optimizer)):
             if rank not in spread.pieces:
                 continue
-            for name, piece in _state(optimizer, _piece(optimizer, spread.parameter)).items():
-                piece.copy_(loaded[number][name].flatten()[spread.pieces[rank]])
-
-
-def _piece(optimizer: DistributedOptimizer, parameter: nn.Parameter) -> Tensor:
-    """Return this rank's flat piece of a parameter (under bf16, of its float32 copy)."""
-    group, order = optimizer.model_param_group_index_map[parameter]
-    return optimizer.param_groups[group]["params"][order]
+            for name, share in _state(optimizer, piece(optimizer, spread.parameter)).items():
+                share.copy_(loaded[number][name].flatten()[spread.pieces[rank]])
 
 
 # -- both -------------------------------------------------------------------------------------------------------------
-
-
-def _single(optimizer: MegatronOptimizer) -> Any:
-    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    if len(parts) != 1:
-        raise NotImplementedError(f"a policy has one optimizer, not {len(parts)}: it has no experts")
-    return parts[0]
-
-
-def _keeps_main_copies(optimizer: Any) -> bool:
-    return optimizer.config.params_dtype is not torch.float32
 
 
 def _entries(model_state: Any) -> dict[int, Sharded]:
@@ -295,7 +281,7 @@ def _sharded(entry: Sharded, tensors: Mapping[str, Tensor]) -> dict[str, Sharded
 def _state(optimizer: Any, main: Tensor) -> dict[str, Tensor]:
     """Return the part of the optimizer's state of ``main``, the tensor that it updates, that a checkpoint keeps."""
     tensors = {name: optimizer.state[main][name] for name in MOMENTS}
-    return {**tensors, MAIN: main.detach()} if _keeps_main_copies(optimizer) else tensors
+    return {**tensors, MAIN: main.detach()} if keeps_main_copies(optimizer) else tensors
 
 
 def _prefill(optimizer: Any) -> None:

@@ -25,6 +25,7 @@ def load(
     pipeline_group: dist.ProcessGroup | None = None,
     layer_offset: int = 0,
     on_loaded: Callable[[int], None] | None = None,
+    assign: Callable[[nn.Parameter, Tensor], object] = lambda parameter, value: parameter.data.copy_(value),
 ) -> None:
     """Copy full Hugging Face tensors into this rank's shards. A collective of the pipeline group.
 
@@ -38,6 +39,7 @@ def load(
         pipeline_group: pipeline-parallel process group, in the order of the stages; None when there is one stage.
         layer_offset: number of layers on earlier stages.
         on_loaded: callback(num_bytes), called after each parameter that was copied.
+        assign: function that copies a value into a parameter.
 
     Raises:
         CheckpointError: tensors are missing, have other shapes, or fit no parameter on any stage: all are listed.
@@ -62,7 +64,7 @@ def load(
         raise CheckpointError.misfit(source, problems)
     for name, parameter in model.named_parameters():
         full = [tensors[hf_name] for hf_name in entries[name].hf_names]
-        parameter.data.copy_(entries[name].rule.shard(full, tensor_rank, tensor_size))
+        assign(parameter, entries[name].rule.shard(full, tensor_rank, tensor_size))
         if on_loaded is not None:
             on_loaded(parameter.nbytes)
 

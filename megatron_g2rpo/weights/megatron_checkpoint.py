@@ -25,7 +25,9 @@ from megatron_g2rpo.weights.table import Entry, UnmappedParameter, WeightTable
 
 # Folder of a checkpoint that holds the model's config, tokenizer and processor.
 MODEL_FILES = "huggingface"
-_OPTIMIZER = "optimizer."
+# How the names of the state of FP8 scaling start.
+FP8_STATE = "fp8."
+_NO_WEIGHTS = ("optimizer.", FP8_STATE)
 _STACKED = re.compile(r"(.*\bdecoder\.layers\.)(?!\d)(.*)")
 
 
@@ -35,7 +37,8 @@ class MegatronCheckpoint(Mapping[str, Tensor]):
     Names and tensors are those of a model on a single rank. megatron-core's ``dist_checkpointing`` writes the format of
     ``torch.distributed.checkpoint``: tensors are global, in pieces as the ranks held them, and a parameter of a
     decoder's layers is one tensor, its first axis the layers, unless the layers differ. Here it is one tensor per
-    layer. Optimizer state and entries that are not tensors are left out.
+    layer. Optimizer state, scales of FP8 and entries that are not
+    tensors are left out.
 
     Attributes:
         directory: the checkpoint's directory.
@@ -52,7 +55,7 @@ class MegatronCheckpoint(Mapping[str, Tensor]):
         self._stored = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not key.startswith(_OPTIMIZER)
+            if isinstance(entry, TensorStorageMetadata) and not key.startswith(_NO_WEIGHTS)
         }
         self._places = dict(self._places_of_parameters())
 

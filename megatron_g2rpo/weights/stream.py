@@ -40,6 +40,7 @@ def stream(
     pipeline_group: dist.ProcessGroup | None = None,
     layer_offset: int = 0,
     tensor_of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.data,
+    dtype_of: Callable[[nn.Parameter], torch.dtype] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Gather full tensors by Hugging Face name over pipeline stages and tensor-parallel ranks, as they are asked for.
 
@@ -55,7 +56,8 @@ def stream(
         pipeline_group: pipeline-parallel process group, in the order of the stages; None when there is one stage.
         layer_offset: number of layers on earlier stages.
         tensor_of: function that returns what to stream of a parameter, its data or for example its gradient. The result
-            has the parameter's shape; the function is called twice and must be cheap.
+            has the parameter's shape. The function is called for each parameter, in order, as they are asked for.
+        dtype_of: function that returns the dtype of that; with None, ``tensor_of`` is called once more to find out.
 
     Yields:
         ``(hf_name, full_tensor)`` in the order of the stages and of their parameters; at most one parameter is gathered
@@ -67,7 +69,8 @@ def stream(
     """
     parameters = dict(model.named_parameters())
     device = next(iter(parameters.values())).device
-    stages = _holdings(model, table, pipeline_group, layer_offset, tensor_of)
+    dtype_of = dtype_of or (lambda parameter: tensor_of(parameter).dtype)
+    stages = _holdings(model, table, pipeline_group, layer_offset, dtype_of)
     this_stage = dist.get_rank(pipeline_group) if pipeline_group is not None else 0
     for stage, holding in _without_copies(stages):
         if stage == this_stage:
@@ -94,7 +97,7 @@ def specs(
         model, table, pipeline_group, layer_offset: the arguments of ``stream`` with these names.
         tensor_size: number of ranks of the tensor-parallel group.
     """
-    stages = _holdings(model, table, pipeline_group, layer_offset, lambda parameter: parameter.data)
+    stages = _holdings(model, table, pipeline_group, layer_offset, lambda parameter: parameter.dtype)
     result: dict[str, Tensor] = {}
     for _, holding in _without_copies(stages):
         shard = torch.empty(holding.shape, dtype=holding.dtype, device="meta")
@@ -107,11 +110,11 @@ def _holdings(
     table: WeightTable,
     pipeline_group: dist.ProcessGroup | None,
     layer_offset: int,
-    tensor_of: Callable[[nn.Parameter], Tensor],
+    dtype_of: Callable[[nn.Parameter], torch.dtype],
 ) -> list[list[_Holding]]:
     def make() -> list[_Holding]:
         return [
-            _Holding(name, table.entry(name, layer_offset), parameter.shape, tensor_of(parameter).dtype)
+            _Holding(name, table.entry(name, layer_offset), parameter.shape, dtype_of(parameter))
             for name, parameter in model.named_parameters()
         ]
 

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters whose values are FP8 (``fp8_cfg.fp8_param``): what value they have, and how they get one.
+
+Such a parameter is what the last rounding left of a value that somebody else holds: the optimizer, in its float32 copy,
+or, until there is an optimizer, Transformer Engine, in the copy of the initial value that the optimizer will take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch import Tensor, nn
+
+from megatron_g2rpo.policy.optimizer_shares import main_copy, single, spreads
+
+
+def value_of(optimizer: MegatronOptimizer | None) -> Callable[[nn.Parameter], Tensor]:
+    """Return the function that gives a parameter's value, as a tensor of its (nominal) dtype that is not quantised.
+
+    Of a quantised parameter it is the float32 copy, rounded, or the initial value; its own value where there is
+    neither. The function is a collective of the data-parallel ranks, which call it for the same parameters in the same
+    order.
+
+    Args:
+        optimizer: the policy's optimizer; None for a policy that does not learn.
+    """
+    part = None if optimizer is None else single(optimizer)
+    shared = isinstance(part, DistributedOptimizer)
+    spread_of = {spread.parameter: spread for spread in spreads(part)} if shared else {}
+
+    def value(parameter: nn.Parameter) -> Tensor:
+        if not is_float8tensor(parameter):
+            return parameter.data
+        if optimizer is not None and parameter.requires_grad:
+            return main_copy(optimizer, parameter, spread_of.get(parameter)).to(parameter.dtype)
+        initial = _initial(parameter)
+        return dequantize_fp8_tensor(parameter) if initial is None else initial
+
+    return value
+
+
+@torch.no_grad()
+def assign(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter a value, as it will be when the optimizer is built on it.
+
+    Args:
+        parameter: the parameter, quantised or not.
+        value: what it is to hold, in its shape.
+    """
+    parameter.detach().copy_(value)
+    keep_initial(parameter, value)
+
+
+def keep_initial(parameter: nn.Parameter, value: Tensor) -> None:
+    """Have the optimizer that will be built start from a value, and not from what quantisation left of it.
+
+    Without it the optimizer would take what the memory held before weights were loaded.
+    """
+    if is_float8tensor(parameter) and (initial := _initial(parameter)) is not None:
+        initial.copy_(value)
+
+
+def _initial(parameter: Any) -> Tensor | None:
+    """Return Transformer Engine's copy of the value from before quantisation, in host memory, while there is one."""
+    kept = getattr(parameter, "get_high_precision_init_val", None)
+    return None if kept is None else kept()
