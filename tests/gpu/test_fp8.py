@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,12 +25,15 @@ from torch import Tensor
 from megatron_g2rpo.data.packing import response_values
 from megatron_g2rpo.policy import megatron
 from megatron_g2rpo.policy.device import Device, init_process_group, select
+from megatron_g2rpo.policy.layouts.layout import LayoutError, token_multiples
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.policy.reference_policy import ReferencePolicy
 from megatron_g2rpo.types import PackedBatch
+from megatron_g2rpo.weights import SafetensorsDirectory
 from tests.common.compare import Report, relative_distance, total_distance
 from tests.common.parity import TEMPERATURE, Values, packer_for, toy_loss
-from tests.common.tiny_model import random_inputs
+from tests.common.policy_layout import layout_options
+from tests.common.tiny_model import make_tiny_qwen3vl, random_inputs
 from tests.gpu.devices import needs_cuda, needs_transformer_engine, needs_virtual
 from tests.gpu.fp8_policy import (
     SHAPE,
@@ -39,6 +42,7 @@ from tests.gpu.fp8_policy import (
     model_directory,
     reference_model,
     reference_pass,
+    reset_scales,
     rows,
     scales,
     sequences,
@@ -158,7 +162,8 @@ def _compare_products(policy: MegatronPolicy, fp8: Fp8 | None, batches: list[Pac
                 expected = [float(linears[name].scales[operand]) for operand in ("input", "weight", "gradient")]
                 for value, scale in zip(values, expected, strict=True):
                     report.note("scale", abs(value / scale - 1), f"{name}, step {step}")
-        policy.update(batches, toy_loss, TEMPERATURE) if step + 1 < steps else None
+        _, optimizer, _ = policy._training()
+        optimizer.step()
     if policy.config.fp8_recipe != "delayed":
         report.note("scale", 0.0, "no recipe but delayed keeps scales")
     return report
@@ -173,7 +178,7 @@ def test_every_product_is_that_of_the_recipe(recipe: str, format: str, device: D
     policy = fp8_policy(directory, device, recipe, format)
     batches = rows(policy, sequences(policy.hf_config))
     assert len(batches) > 1  # cached weights, and scales that move between micro-batches
-    _compare_products(policy, fp8_of(recipe, format), batches, steps=1).assert_within_tolerance()
+    _compare_products(policy, fp8_of(recipe, format), batches, steps=2).assert_within_tolerance()
 
 
 @pytest.mark.parametrize(("recipe", "format"), RECIPES)
@@ -199,26 +204,300 @@ def _share(ours: dict[str, Tensor], quantised: Values, exact: Values) -> float:
     return total_distance(ours, quantised.gradients) / total_distance(ours, exact.gradients)
 
 
-def _responses(batches: list[PackedBatch], policy: MegatronPolicy) -> Tensor:
-    values = policy.logprobs(batches, TEMPERATURE)
-    found = {}
-    for batch, value in zip(batches, values, strict=True):
-        found.update(response_values(batch, value.logprobs))
-    return torch.cat([found[index] for index in sorted(found)])
+# Measured with these weights; the rest of the way, 1, is quantisation itself. Gradients in e5m2 have an eighth of the
+# numbers, and delayed scaling's first micro-batch uses scale 1, at which most gradients round to few numbers.
+SHARES = {"delayed-hybrid": 0.7, "tensorwise-e4m3": 0.35, "tensorwise-hybrid": 0.5, "blockwise-e4m3": 0.4}
 
 
 @pytest.mark.parametrize(("recipe", "format"), RECIPES)
-def test_the_whole_pass_is_near_the_quantised_reference(
+def test_the_whole_pass_is_nearer_to_the_quantised_reference(
     recipe: str, format: str, device: Device, directory: Path
 ) -> None:
     policy = fp8_policy(directory, device, recipe, format)
     members = sequences(policy.hf_config)
     batches = rows(policy, members)
-    reference = reference_model(directory, fp8_of(recipe, format))
-    quantised = reference_pass(reference, members, batches)
+    quantised = reference_pass(reference_model(directory, fp8_of(recipe, format)), members, batches)
     exact = reference_pass(reference_model(directory, None), members, batches)
     metrics = policy.gradients(batches, toy_loss, TEMPERATURE)
-    share = _share(gradients(policy), quantised, exact)
-    print(f"{recipe} {format}: share {share:.3f}, loss {metrics['loss']:.5f} {quantised.loss:.5f} {exact.loss:.5f}")
-    assert share < 0.7
-    assert abs(metrics["loss"] - quantised.loss) < 0.02 * abs(exact.loss)
+    assert _share(gradients(policy), quantised, exact) < SHARES[f"{recipe}-{format}"]
+    # A mean over 190 tokens, each off by some 1e-1 either way.
+    assert abs(metrics["loss"] - quantised.loss) < 0.03 * abs(exact.loss)
+
+
+def test_without_fp8_the_pass_is_the_unquantised_reference(device: Device, directory: Path) -> None:
+    policy = fp8_policy(directory, device, None)
+    members = sequences(policy.hf_config)
+    batches = rows(policy, members)
+    exact = reference_pass(reference_model(directory, None), members, batches)
+    metrics = policy.gradients(batches, toy_loss, TEMPERATURE)
+    assert metrics["loss"] == pytest.approx(exact.loss, rel=1e-5)  # float32
+    ours = gradients(policy)
+    assert max(relative_distance(ours[name], exact.gradients[name]) for name in ours) < 1e-4
+
+
+# -- what stays out of FP8 ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _outputs(policy: MegatronPolicy) -> Iterator[dict[str, Tensor]]:
+    """Record the latest output of every module, by name."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, Tensor):
+            found[name] = first.detach().cpu()
+
+    handles = [
+        module.register_forward_hook(lambda _, args, output, name=name: keep(name, output))
+        for name, module in policy.model.named_modules()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_only_the_linears_of_the_language_layers_are_quantised(
+    precision: str, device: Device, directory: Path
+) -> None:
+    found = []
+    for recipe in ("tensorwise", None):
+        policy = fp8_policy(directory, device, recipe, precision=precision)
+        batches = rows(policy, sequences(policy.hf_config))
+        with _outputs(policy) as outputs:
+            policy.logprobs(batches[:1], TEMPERATURE)
+        found.append(outputs)
+        computing = {name for name, module in policy.model.named_modules() if getattr(module, "fp8", False)}
+        expected = {
+            f"language_model.decoder.layers.{layer}.{owner}.{linear}"
+            for layer in range(SHAPE["layers"])
+            for owner, linear in (
+                ("self_attention", "linear_qkv"),
+                ("self_attention", "linear_proj"),
+                ("mlp", "linear_fc1"),
+                ("mlp", "linear_fc2"),
+            )
+        }
+        norms = {name for name in computing if name.endswith("layernorm")}
+        assert computing - norms == (expected if recipe else set())
+    quantised, plain = found
+    same = {name for name in plain if torch.equal(plain[name], quantised[name])}
+    outside = {name for name in plain if name.startswith(("vision_model", "language_model.embedding"))}
+    assert len(outside) > 20  # the tower is there
+    assert outside <= same
+    assert "language_model.decoder.layers.0.self_attention.linear_qkv" not in same
+    # The output layer gets other hidden states, but multiplies them as they are.
+    hidden = quantised["language_model.decoder"].flatten(0, 1)
+    weight = policy.model.language_model.output_layer.weight.detach().cpu()
+    assert policy.model.language_model.output_layer.weight.dtype == hidden.dtype == weight.dtype
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+def test_first_layers_that_stay_out_are_exactly_unquantised(recipe: str, device: Device, directory: Path) -> None:
+    found = []
+    for fp8 in (recipe, None):
+        policy = fp8_policy(
+            directory,
+            device,
+            fp8,
+            "e4m3",
+            "megatron_cfg.first_last_layers_bf16=true",
+            "megatron_cfg.num_layers_at_start_in_bf16=1",
+            "megatron_cfg.num_layers_at_end_in_bf16=0",
+            precision="bfloat16",
+        )
+        batches = rows(policy, sequences(policy.hf_config))
+        with _outputs(policy) as outputs:
+            policy.logprobs(batches[:1], TEMPERATURE)
+        found.append(outputs)
+    layers = [f"language_model.decoder.layers.{index}" for index in range(SHAPE["layers"])]
+    assert [torch.equal(found[0][name], found[1][name]) for name in layers] == [True, False]
+
+
+def test_a_layer_left_out_by_mistake_is_seen(device: Device, directory: Path) -> None:
+    overrides = ["first_last_layers_bf16=true", "num_layers_at_start_in_bf16=0", "num_layers_at_end_in_bf16=1"]
+    policy = fp8_policy(
+        directory, device, "tensorwise", "e4m3", *(f"megatron_cfg.{override}" for override in overrides)
+    )
+    batches = rows(policy, sequences(policy.hf_config))
+    report = _compare_products(policy, Fp8("tensorwise"), batches, steps=1)
+    report.assert_exceeded("output", "weight_gradient", margin=10)
+    assert all(failure.split()[1].startswith("1.") for failure in report.failures), report.failures
+
+
+# -- delayed scales -----------------------------------------------------------------------------------------------
+
+STEPS = 20
+
+
+def _run(
+    directory: Path, device: Device, recipe: str, *, passes: bool = False, **keys: Any
+) -> tuple[list[Any], dict[str, Tensor]]:
+    """Return the scales after each of ``STEPS`` optimizer steps, and the last weights.
+
+    Args:
+        passes: compute log-probabilities between the steps as well, some of them with four times the weights.
+    """
+    policy = fp8_policy(directory, device, recipe, "hybrid", lr=1e-3, **keys)
+    batches = rows(policy, sequences(policy.hf_config))
+    other = rows(policy, sequences(policy.hf_config, seed=5))
+    reference = ReferencePolicy(policy)
+    reference._weights = [4 * weight for weight in reference._weights]
+    found = []
+    for step in range(STEPS):
+        if passes:
+            policy.logprobs(other, TEMPERATURE)
+            reference.logprobs(batches, TEMPERATURE)
+        policy.update(batches, toy_loss, TEMPERATURE)
+        if passes and step % 3 == 0:
+            reference.logprobs(other, TEMPERATURE)
+        found.append(scales(policy) if recipe == "delayed" else None)
+    return found, {name: tensor.cpu().clone() for name, tensor in policy.stream()}
+
+
+def _equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.fixture(scope="module")
+def only_steps(device: Device, directory: Path) -> tuple[list[Any], dict[str, Tensor]]:
+    return _run(directory, device, "delayed")
+
+
+def test_passes_without_gradient_move_no_scale(
+    only_steps: tuple[list[Any], dict[str, Tensor]], device: Device, directory: Path
+) -> None:
+    found, weights = _run(directory, device, "delayed", passes=True)
+    assert found == only_steps[0]  # bit for bit, at every step
+    assert _equal(weights, only_steps[1])
+    assert found[0] != found[1] != found[2]  # they move
+
+
+def test_recomputation_moves_no_scale(
+    only_steps: tuple[list[Any], dict[str, Tensor]], device: Device, directory: Path
+) -> None:
+    found, weights = _run(directory, device, "delayed", recompute_granularity="full", recompute_num_layers=1)
+    assert found == only_steps[0]
+    assert _equal(weights, only_steps[1])
+
+
+def test_a_pass_without_gradient_that_moves_scales_is_seen(
+    only_steps: tuple[list[Any], dict[str, Tensor]], device: Device, directory: Path
+) -> None:
+    with patch.object(megatron, "unmoved_scales", lambda model: nullcontext()):
+        found, _ = _run(directory, device, "delayed", passes=True)
+    assert found[0] != only_steps[0][0]
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+def test_passes_between_and_recomputation_change_no_weight(recipe: str, device: Device, directory: Path) -> None:
+    _, plain = _run(directory, device, recipe)
+    _, other = _run(directory, device, recipe, passes=True, recompute_granularity="full", recompute_num_layers=1)
+    assert _equal(plain, other)
+
+
+# -- quantised weights that are kept over a step ------------------------------------------------------------------
+
+
+def _responses(batches: list[PackedBatch], policy: MegatronPolicy | ReferencePolicy) -> Tensor:
+    """Return the log-probabilities of all responses, one after the other."""
+    values = policy.logprobs(batches, TEMPERATURE)
+    found: dict[int, Tensor] = {}
+    for batch, value in zip(batches, values, strict=True):
+        found.update(response_values(batch, value.logprobs))
+    return torch.cat([found[index] for index in sorted(found)])
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+def test_changed_weights_are_quantised_again(recipe: str, device: Device, directory: Path) -> None:
+    """After an update, after a load, and with a reference policy's weights for a while."""
+    policy = fp8_policy(directory, device, recipe)
+    batches = rows(policy, sequences(policy.hf_config))
+    first = _responses(batches, policy)
+    initial = {name: tensor.cpu().clone() for name, tensor in policy.stream()}
+    reference = ReferencePolicy(policy)
+    policy.update(batches, toy_loss, TEMPERATURE)
+    updated = _responses(batches, policy)
+    assert not torch.equal(updated, first)
+    assert torch.equal(_responses(batches, reference), first)
+    assert torch.equal(_responses(batches, policy), updated)
+    policy.load(initial, source="the first weights")
+    assert torch.equal(_responses(batches, policy), first)
+
+
+def test_a_quantised_weight_that_is_not_renewed_is_seen(device: Device, directory: Path) -> None:
+    policy = fp8_policy(directory, device, "tensorwise")
+    batches = rows(policy, sequences(policy.hf_config))
+    policy.logprobs(batches, TEMPERATURE)
+    policy.update(batches, toy_loss, TEMPERATURE)
+    with patch.object(MegatronModule, "set_is_first_microbatch", lambda module: None):
+        stale = _responses(batches, policy)
+    assert not torch.equal(stale, _responses(batches, policy))
+
+
+# -- alignment ----------------------------------------------------------------------------------------------------
+
+
+def _row_of(policy: MegatronPolicy, tokens: int) -> list[PackedBatch]:
+    """Return one row of exactly this many tokens, whatever the layout needs."""
+    config = policy.hf_config
+    member = sequences(config, count=1)[0]
+    inputs = random_inputs(config, grids=[()], text_tokens=tokens - len(member.response_ids))[0]
+    packer = replace(packer_for(config), row_multiple=1, sequence_multiple=1)
+    (batch,) = packer.pack([replace(member, inputs=inputs)], tokens)
+    assert len(batch.tokens) == tokens
+    return [batch]
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
+def test_rows_are_padded_to_what_products_need(recipe: str, device: Device, directory: Path) -> None:
+    policy = fp8_policy(directory, device, recipe)
+    assert token_multiples(policy.layout) == (1, 16)
+    for tokens in (80, 96):
+        policy.gradients(_row_of(policy, tokens), toy_loss, TEMPERATURE)
+    with pytest.raises(ValueError, match="divisible by 8"):
+        policy.gradients(_row_of(policy, 95), toy_loss, TEMPERATURE)
+
+
+@needs_virtual
+def test_a_multiple_of_8_is_not_enough_for_a_weights_gradient(device: Device, directory: Path) -> None:
+    """Transformer Engine lets 88 tokens pass, and the matrix product that sums over them does not."""
+    policy = fp8_policy(directory, device, "tensorwise")
+    policy.logprobs(_row_of(policy, 88), TEMPERATURE)
+    with pytest.raises(RuntimeError, match="multiple of 16"):
+        policy.gradients(_row_of(policy, 88), toy_loss, TEMPERATURE)
+
+
+def test_features_that_products_do_not_take_are_refused_before(device: Device, tmp_path: Path) -> None:
+    make_tiny_qwen3vl(tmp_path, **{**SHAPE, "intermediate": 264})
+    section = layout_options(tmp_path, "megatron_cfg.fp8_cfg.enabled=true", "megatron_cfg.fp8_cfg.fp8_recipe=tensorwise")
+    with pytest.raises(LayoutError, match=r"multiples of 16, and a rank has 264 MLP features"):
+        MegatronPolicy(section, device, seed=0, max_steps=1)
+    # It is what Transformer Engine would say in the first pass.
+    with patch.object(megatron, "check_model", lambda *arguments: None):
+        reset_scales()
+        policy = MegatronPolicy(section, device, seed=0, max_steps=1)
+    with pytest.raises((ValueError, RuntimeError), match="16"):
+        policy.logprobs(rows(policy, sequences(policy.hf_config)), TEMPERATURE)
+
+
+# -- weights for the rollout engine -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+def test_rollouts_get_the_unquantised_weights(recipe: str, device: Device, directory: Path) -> None:
+    policy = fp8_policy(directory, device, recipe, precision="bfloat16")
+    pretrained = dict(SafetensorsDirectory(directory / "fp8_model"))
+    for name, tensor in policy.stream():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor.cpu(), pretrained[name].bfloat16()), name
+    policy.update(rows(policy, sequences(policy.hf_config)), toy_loss, TEMPERATURE)
+    main = dict(policy.stream(lambda weight: weight.main_param.view(weight.shape)))
+    moved = 0
+    for name, tensor in policy.stream():
+        assert torch.equal(tensor.cpu(), main[name].cpu().bfloat16()), name
+        moved += not torch.equal(tensor.cpu(), pretrained[name].bfloat16())
+    assert moved > len(main) / 2
