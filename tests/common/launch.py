@@ -25,7 +25,9 @@ def torchrun(nproc: int, *arguments: str, timeout: int = 300, **environment: str
         environment: further environment variables.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", *arguments]
-    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    # What is there stays: a virtual GPU is started from a folder on it.
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -39,7 +41,7 @@ def torchrun(nproc: int, *arguments: str, timeout: int = 300, **environment: str
     return output
 
 
-def torchrun_json(nproc: int, module: str, *arguments: str, timeout: int = 300) -> list[Any]:
+def torchrun_json(nproc: int, module: str, *arguments: str, timeout: int = 300, **environment: str) -> list[Any]:
     """Run a worker on ``nproc`` ranks, and return what each rank passed to ``report_result``, in the order of ranks.
 
     Fails the test if a rank fails, or ends without a report.
@@ -49,9 +51,10 @@ def torchrun_json(nproc: int, module: str, *arguments: str, timeout: int = 300) 
         module: dotted name of the worker's module.
         arguments: command-line arguments of the worker.
         timeout: seconds after which the test fails.
+        environment: further environment variables.
     """
     with tempfile.TemporaryDirectory(prefix="results-") as folder:
-        output = torchrun(nproc, "-m", module, *arguments, timeout=timeout, **{RESULTS: folder})
+        output = torchrun(nproc, "-m", module, *arguments, timeout=timeout, **{RESULTS: folder}, **environment)
         files = [Path(folder) / f"{rank}.json" for rank in range(nproc)]
         silent = [rank for rank, file in enumerate(files) if not file.exists()]
         assert not silent, f"{module}: ranks {silent} reported nothing:\n{output[-20000:]}"
