@@ -111,7 +111,7 @@ def unmoved_scales(model: nn.Module) -> Iterator[None]:
 
 
 def _histories(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Yield the modules that delayed scaling has state of, and their ``[length, slots]`` histories of the forward pass."""
+    """Yield each module that delayed scaling has state of, and its ``[length, slots]`` history of forward passes."""
     for module in model.modules():
         state = getattr(module, "fp8_meta", {}).get("scaling_fwd")
         history = getattr(state, "amax_history", None)

@@ -50,7 +50,13 @@ def model_directory(directory: Path) -> Path:
 
 
 def fp8_policy(
-    directory: Path, device: Device, fp8: str | None, format: str = "e4m3", *overrides: str, steps: int = 20, **keys: Any
+    directory: Path,
+    device: Device,
+    fp8: str | None,
+    format: str = "e4m3",
+    *overrides: str,
+    steps: int = 20,
+    **keys: Any,
 ) -> MegatronPolicy:
     """Return a policy on Transformer Engine's layers, in float32 unless ``precision`` says otherwise.
 

@@ -204,7 +204,7 @@ class Reference:
                     setattr(owner, old, part)
 
     def begin_pass(self, *, recording: bool) -> None:
-        """Start a pass over micro-batches: weights are quantised again; ``recording`` is off in one without gradient."""
+        """Start a pass over micro-batches: weights are quantised again; one without gradient is not ``recording``."""
         for linear in self.linears.values():
             linear.forget_weight()
             linear.recording = recording

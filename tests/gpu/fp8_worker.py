@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_g2rpo.policy.device import Device, init_process_group, select
 from tests.common.launch import report_result
@@ -24,6 +25,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp": {"tp": 2},
     "tp-sp": {"tp": 2, "sequence_parallel": True},
     "cp": {"cp": 2},
+    "pp": {"pp": 2},
     "dp": {},
 }
 
@@ -55,6 +57,7 @@ def main() -> None:
         found[name] = scales_of(directory, device, **layout)
         with no_reduction():
             found[f"{name} without reduction"] = scales_of(directory, device, **layout)
+        parallel_state.destroy_model_parallel()
     report_result(found)
     dist.destroy_process_group()
 

@@ -42,7 +42,9 @@ def two_ranks(directory: Path) -> list[dict[str, Scales]]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ranks_have_the_same_scales(layout: str, two_ranks: list[dict[str, Scales]]) -> None:
     first, second = (rank[layout] for rank in two_ranks)
-    assert first == second
+    shared = first.keys() & second.keys()
+    assert len(shared) == (0 if layout == "pp" else len(first))  # stages have layers of their own
+    assert all(first[name] == second[name] for name in shared)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -50,7 +52,7 @@ def test_scales_of_weights_are_exactly_those_of_one_rank(
     layout: str, one_rank: Scales, two_ranks: list[dict[str, Scales]]
 ) -> None:
     """No arithmetic is between a weight and its scale."""
-    ours = two_ranks[0][layout]
+    ours = two_ranks[0][layout] | two_ranks[1][layout]
     assert {name: values[WEIGHT] for name, values in ours.items()} == {
         name: values[WEIGHT] for name, values in one_rank.items()
     }
@@ -60,15 +62,18 @@ def test_scales_of_weights_are_exactly_those_of_one_rank(
 def test_scales_of_activations_and_gradients_are_near_those_of_one_rank(
     layout: str, one_rank: Scales, two_ranks: list[dict[str, Scales]]
 ) -> None:
-    """The first linear's input is exact but for its norm; further on, an FP8 number rounds the other way here and there,
-    by a part in 16 of an element: the largest of thousands moves by some percent of that."""
-    ours = two_ranks[0][layout]
+    """The first linear's input is exact but for its norm.
+
+    Further on, an FP8 number rounds the other way here and there, by a part in 16 of an element: the largest of
+    thousands moves by some percent.
+    """
+    ours = two_ranks[0][layout] | two_ranks[1][layout]
     assert ours["0.linear_qkv"][0] == pytest.approx(one_rank["0.linear_qkv"][0], rel=1e-5)
     for name, values in one_rank.items():
         assert ours[name] == pytest.approx(values, rel=5e-2), name
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "pp"])  # whose ranks share no layer
 def test_a_reduction_that_is_left_out_is_seen(layout: str, two_ranks: list[dict[str, Any]]) -> None:
     first, second = (rank[f"{layout} without reduction"] for rank in two_ranks)
     assert first != second

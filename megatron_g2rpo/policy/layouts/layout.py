@@ -177,7 +177,7 @@ def check_model(hf_config: Any, megatron_cfg: MegatronConfig) -> None:
         megatron_cfg: the recipe's ``policy.megatron_cfg``.
 
     Raises:
-        LayoutError: see ``check_layout`` and ``check_recompute``; or more layers are to stay out of FP8 than a stage has.
+        LayoutError: see ``check_layout`` and ``check_recompute``; or too many layers are to stay out of FP8.
     """
     layout = layout_of(megatron_cfg)
     check_layout(hf_config, layout)

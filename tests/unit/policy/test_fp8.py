@@ -12,7 +12,14 @@ from torch import nn
 from megatron_g2rpo.policy.device import KernelError
 from megatron_g2rpo.policy.fp8 import check_fp8, fp8_fields, unmoved_scales
 from megatron_g2rpo.policy.kernels import choose
-from megatron_g2rpo.policy.layouts.layout import Layout, LayoutError, check_layout, check_model, layout_of
+from megatron_g2rpo.policy.layouts.layout import (
+    Layout,
+    LayoutError,
+    check_layout,
+    check_model,
+    layout_of,
+    token_multiples,
+)
 from megatron_g2rpo.policy.machine import OPTIONAL, Machine
 from megatron_g2rpo.recipe import MegatronConfig, Policy, RecipeError
 from tests.common.policy_layout import layout_options, policy_section
@@ -64,6 +71,13 @@ def test_a_recipe_without_kernels_is_refused(recipe: str, machine: Machine, mess
 def test_a_recipe_with_kernels_is_chosen(recipe: str, machine: Machine) -> None:
     settings = section(recipe)
     assert choose(settings, layout_of(settings.megatron_cfg), machine).fp8 == recipe
+
+
+@pytest.mark.parametrize(("recipe", "tokens"), [("delayed", 16), ("tensorwise", 16), ("mxfp8", 32), ("blockwise", 128)])
+def test_rows_are_aligned_by_the_recipe(recipe: str, tokens: int) -> None:
+    layout = layout_of(megatron(recipe))
+    assert layout.token_alignment == tokens
+    assert token_multiples(layout) == (1, tokens)
 
 
 def test_fp8_off_asks_nothing_of_the_machine() -> None:
@@ -173,9 +187,14 @@ def test_a_pass_without_gradient_leaves_histories_as_they_were() -> None:
     """Those of a module that had none are left empty, and a pass that fails leaves nothing behind either."""
     known, new = _Delayed(torch.arange(6.0).view(2, 3)), _Delayed(None)
     model = nn.Sequential(known, nn.Sequential(new), nn.Linear(2, 2))
-    with pytest.raises(ZeroDivisionError), unmoved_scales(model):
-        known.see(5.0)
-        new.see(7.0)
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with unmoved_scales(model):
+            known.see(5.0)
+            new.see(7.0)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert torch.equal(known.fp8_meta["scaling_fwd"].amax_history, torch.arange(6.0).view(2, 3))
     assert torch.equal(new.fp8_meta["scaling_fwd"].amax_history, torch.zeros(2, 3))
