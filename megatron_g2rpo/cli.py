@@ -530,10 +530,10 @@ def _with_local_model(recipe: R) -> R:
         ValueError: the model cannot be split as the layout asks.
     """
     from megatron_g2rpo.commands.model_dir import with_local_model
-    from megatron_g2rpo.policy.layouts.layout import check_model_dir, layout_of
+    from megatron_g2rpo.policy.layouts.layout import check_model_dir
 
     local = with_local_model(recipe)
-    check_model_dir(local.policy.model_name, layout_of(local.policy.megatron_cfg))
+    check_model_dir(local.policy.model_name, local.policy.megatron_cfg)
     return local
 
 

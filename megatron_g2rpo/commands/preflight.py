@@ -19,7 +19,7 @@ from megatron_g2rpo.data.errors import DataError
 from megatron_g2rpo.data.mixture import Mixture
 from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.data.stream import complete_weights
-from megatron_g2rpo.policy.layouts.layout import LayoutError, check_model_dir, layout_of
+from megatron_g2rpo.policy.layouts.layout import LayoutError, check_model_dir
 from megatron_g2rpo.recipe import Examined, Recipe, RecipeError, SftRecipe, TrainRecipe
 from megatron_g2rpo.recipe.errors import Fault
 from megatron_g2rpo.weights import CheckpointError, SafetensorsDirectory
@@ -74,7 +74,7 @@ def _model(examined: Examined, download: bool) -> Iterator[Fault]:
     if examined.recipe is None:
         return  # its layout may be what is wrong
     try:
-        check_model_dir(directory, layout_of(examined.recipe.policy.megatron_cfg))
+        check_model_dir(directory, examined.recipe.policy.megatron_cfg)
     except LayoutError as error:
         named = _MEGATRON_KEY.search(str(error))
         yield Fault(named.group() if named else key, str(error))

@@ -12,7 +12,7 @@ from megatron_g2rpo.plan.memory import StageMemory, stage_memory
 from megatron_g2rpo.plan.model import Model
 from megatron_g2rpo.plan.rows import Assumptions, MicroBatches, assume, micro_batches
 from megatron_g2rpo.plan.wire import Traffic, stage_traffic
-from megatron_g2rpo.policy.layouts.layout import Layout, check_layout, check_recompute, layout_of, token_multiples
+from megatron_g2rpo.policy.layouts.layout import Layout, check_model, layout_of, token_multiples
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
 from megatron_g2rpo.recipe.layers import load_layers
 
@@ -104,8 +104,7 @@ def make_plan(
             not hold the model.
     """
     layout = layout_of(recipe.policy.megatron_cfg)
-    check_layout(model.config, layout)
-    check_recompute(layout.stage_layers(model.config.text_config.num_hidden_layers), recipe.policy.megatron_cfg)
+    check_model(model.config, recipe.policy.megatron_cfg)
     assumptions = assume(recipe, model.config, mean_tokens, image_tokens, gpu_memory)
     batches = micro_batches(recipe, layout, assumptions)
     return Plan(

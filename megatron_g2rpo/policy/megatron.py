@@ -23,9 +23,10 @@ from megatron_g2rpo.models.directory import load_config
 from megatron_g2rpo.policy import quantized, sharded_state
 from megatron_g2rpo.policy.config import transformer_config
 from megatron_g2rpo.policy.device import Device
+from megatron_g2rpo.policy.fp8 import unmoved_scales
 from megatron_g2rpo.policy.kernels import choose
 from megatron_g2rpo.policy.layouts import context_parallel
-from megatron_g2rpo.policy.layouts.layout import check_layout, layout_of
+from megatron_g2rpo.policy.layouts.layout import check_model, layout_of
 from megatron_g2rpo.policy.machine import this_machine
 from megatron_g2rpo.policy.model import PolicyModel
 from megatron_g2rpo.policy.optimizer import (
@@ -94,7 +95,7 @@ class MegatronPolicy:
         self.settings, self.device = settings, device
         self.hf_config = load_config(settings.model_name)
         self.layout = layout_of(settings.megatron_cfg)
-        check_layout(self.hf_config, self.layout)
+        check_model(self.hf_config, settings.megatron_cfg)
         self.kernels = choose(settings, self.layout, this_machine(device))
         self.groups: ParallelGroups = initialize(device, self.layout, seed)
         self.dtype = DTYPES[settings.precision]
@@ -247,7 +248,7 @@ class MegatronPolicy:
             One ``TokenStats`` per row, for the whole row, on the CPU, on every rank of the replica.
         """
         self.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), unmoved_scales(self.model):
             shares = self._run(batches, self._collect, temperature, forward_only=True)
         self.model.train()
         return self._whole_rows(batches, shares)

@@ -145,6 +145,13 @@ class MegatronConfig(Section):
                 *outer,
                 "pipeline_model_parallel_size",
             )
+        if self.fp8_cfg.enabled and self.fp8_cfg.fp8_recipe == "delayed" and self.first_last_layers_bf16:
+            raise conflict(
+                "delayed scaling covers all layers of a stage at once and cannot leave the first and last ones out: "
+                "set first_last_layers_bf16 to false, or another fp8_recipe",
+                "first_last_layers_bf16",
+                "fp8_cfg.fp8_recipe",
+            )
         return self
 
     @property

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ class Layout:
         sequence_parallel: whether tensor-parallel ranks also split the activations between their regions by tokens.
         first_stage_layers, last_stage_layers: number of layers on the first and on the last pipeline stage; None for an
             equal share.
-        token_alignment: number of tokens that what a rank multiplies must be a multiple of, 1 without FP8; see
-            ``FP8_TOKEN_ALIGNMENT``.
+        token_alignment: number that the tokens of what a rank multiplies must be a multiple of, and the features of
+            its weights as well; 1 without FP8, see ``FP8_TOKEN_ALIGNMENT``.
     """
 
     tensor: int = 1
@@ -92,7 +92,10 @@ class Layout:
         return (*first, *middle, *last)
 
 
-# Tokens that one operand's FP8 blocks span, by megatron-core's ``fp8_recipe`` (Transformer Engine's requirements).
+# What both dimensions of a matrix must be multiples of to be multiplied in FP8, by megatron-core's ``fp8_recipe``. 16
+# elements are what the products need, of features in the forward pass and of tokens in that of a weight's gradient
+# (Transformer Engine itself refuses other features, and tokens that are no multiple of 8, before it gathers those of
+# sequence parallelism). Beyond that: whole blocks, so that no split of a matrix changes what shares a scale.
 FP8_TOKEN_ALIGNMENT = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
 
 
@@ -136,6 +139,7 @@ def check_layout(hf_config: Any, layout: Layout) -> None:
         raise LayoutError(f"{key}={layout.tensor} neither divides nor is a multiple of the {groups} key/value heads")
     if layout.sequence_parallel and layout.tensor == 1:
         raise LayoutError(f"policy.megatron_cfg.sequence_parallel needs {key} above 1")
+    _check_features(fields, layout)
     levels = 0 if family.vision is None else family.vision.geometry(hf_config).levels
     first = layout.stage_layers(fields["num_layers"])[0]
     if first < levels:
@@ -144,6 +148,51 @@ def check_layout(hf_config: Any, layout: Layout) -> None:
             "and lives there: raise policy.megatron_cfg.num_layers_in_first_pipeline_stage or lower "
             "pipeline_model_parallel_size"
         )
+
+
+def _check_features(fields: Mapping[str, Any], layout: Layout) -> None:
+    """Refuse language linears whose share on a rank cannot be multiplied in FP8."""
+    heads, groups, head = (fields[name] for name in ("num_attention_heads", "num_query_groups", "kv_channels"))
+    # A rank holds at least one key/value head; with fewer of them than ranks, several ranks hold the same.
+    shares = {
+        "features of the hidden state": fields["hidden_size"],
+        "query features": heads * head // layout.tensor,
+        "query, key and value features": (heads // layout.tensor + 2 * max(groups // layout.tensor, 1)) * head,
+        "MLP features": fields["ffn_hidden_size"] // layout.tensor,
+    }
+    for what, size in shares.items():
+        if size % layout.token_alignment:
+            raise LayoutError(
+                f"policy.megatron_cfg.fp8_cfg.fp8_recipe: its blocks need multiples of {layout.token_alignment}, and a "
+                f"rank has {size} {what} at tensor_model_parallel_size={layout.tensor}: choose another recipe or "
+                "layout, or fp8_cfg.enabled=false"
+            )
+
+
+def check_model(hf_config: Any, megatron_cfg: MegatronConfig) -> None:
+    """Refuse what a recipe's ``policy.megatron_cfg`` asks of a model and its layers cannot do.
+
+    Args:
+        hf_config: transformers' configuration of the model.
+        megatron_cfg: the recipe's ``policy.megatron_cfg``.
+
+    Raises:
+        LayoutError: see ``check_layout`` and ``check_recompute``; or too many layers are to stay out of FP8.
+    """
+    layout = layout_of(megatron_cfg)
+    check_layout(hf_config, layout)
+    num_layers = hf_config.get_text_config().num_hidden_layers
+    check_recompute(layout.stage_layers(num_layers), megatron_cfg)
+    if not (megatron_cfg.fp8_cfg.enabled and megatron_cfg.first_last_layers_bf16):
+        return
+    # megatron-core's rule, whatever the number of layers of the first and the last stage.
+    largest = num_layers // layout.pipeline
+    for key in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        if getattr(megatron_cfg, key) > largest:
+            raise LayoutError(
+                f"policy.megatron_cfg.{key}={getattr(megatron_cfg, key)} is more than {largest}, the model's "
+                f"{num_layers} layers over pipeline_model_parallel_size={layout.pipeline}"
+            )
 
 
 def check_recompute(stages: Sequence[int], megatron_cfg: MegatronConfig) -> None:
@@ -180,15 +229,15 @@ def layout_of(megatron_cfg: MegatronConfig) -> Layout:
     )
 
 
-def check_model_dir(directory: str | Path, layout: Layout) -> None:
-    """Run ``check_layout`` for the model in a Hugging Face directory.
+def check_model_dir(directory: str | Path, megatron_cfg: MegatronConfig) -> None:
+    """Run ``check_model`` for the model in a Hugging Face directory.
 
     Raises:
-        LayoutError: see ``check_layout``; or config.json cannot be read.
+        LayoutError: see ``check_model``; or config.json cannot be read.
         OSError: the directory has no readable config.json.
     """
     try:
         config = load_config(directory)
     except ValueError as error:
         raise LayoutError(f"policy.model_name: {error}") from error
-    check_layout(config, layout)
+    check_model(config, megatron_cfg)
