@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from megatron_g2rpo.policy import process_groups
 
@@ -75,8 +75,8 @@ def without_values() -> Iterator[None]:
         # Everything is on the CPU as it is made, and torch cannot exchange fake parameters that something refers to.
         _replaced(PolicyModel, "to", lambda model, *_, **__: model),
         _replaced(distributed_c10d, "_object_to_tensor", _real(distributed_c10d._object_to_tensor)),
-        FakeTensorMode(allow_non_fake_inputs=True),
-        _RealIndices(),
+        FakeTensorMode(allow_non_fake_inputs=True) as fake_mode,
+        _RealIndices(fake_mode),
     ):
         yield
 
@@ -84,13 +84,21 @@ def without_values() -> Iterator[None]:
 class _RealIndices(TorchDispatchMode):
     """Runs ops without a fake operand for real, and leaves all others to the fake mode beneath."""
 
+    def __init__(self, fake_mode: FakeTensorMode) -> None:
+        super().__init__()
+        self._fake_mode = fake_mode
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else self._fake_mode.from_tensor(tensor)
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         tensors = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
         if any(isinstance(tensor, FakeTensor) for tensor in tensors):
-            return func(*args, **kwargs)
+            # Converted here and not beneath: what the fake mode converts itself, it does not cache.
+            return func(*tree_map_only(Tensor, self._fake, args), **tree_map_only(Tensor, self._fake, kwargs))
         if tensors:
             real = _elements(tensors) <= MOST_REAL_ELEMENTS
         else:

@@ -49,7 +49,9 @@ def packed_row(row: Row, hf_config: Any, response_tokens: int) -> PackedBatch:
             vision_index[:shown] = first_features[image] + torch.arange(shown)
         fields = (labels, vision_index, torch.full((length,), index), torch.arange(length))
         fills = (NO_LABEL, -1, -1, 0)
-        parts.append([F.pad(field, (0, padded - length), value=fill) for field, fill in zip(fields, fills, strict=True)])
+        parts.append(
+            [F.pad(field, (0, padded - length), value=fill) for field, fill in zip(fields, fills, strict=True)]
+        )
     labels, vision_index, segments, positions = (torch.cat(part) for part in zip(*parts, strict=True))
     mask = (labels != NO_LABEL).float()
     return PackedBatch(

@@ -5,23 +5,28 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from megatron_g2rpo.models.directory import load_config
 from megatron_g2rpo.plan.rehearsal.fakes import fake_world, without_values
 from megatron_g2rpo.plan.rehearsal.ledger import Ledger, Message
+from megatron_g2rpo.plan.rehearsal.rows import packed_row
+from megatron_g2rpo.plan.rows import MicroBatches
 from megatron_g2rpo.policy.device import select
+from megatron_g2rpo.policy.layouts.layout import layout_of
 from megatron_g2rpo.policy.megatron import LossTerms, MegatronPolicy
-from megatron_g2rpo.recipe import Policy
+from megatron_g2rpo.recipe import Policy, Recipe, TrainRecipe
 from megatron_g2rpo.types import PackedBatch, TokenStats
 
 
-class RehearsalError(RuntimeError):
+class RehearsalError(ValueError):
     """A stage of the recipe cannot be built or run; the message names the stage and what it was doing."""
 
 
@@ -52,7 +57,6 @@ class StageRehearsal:
         stage: number of the pipeline stage, from 0.
         rank: the global rank that was rehearsed.
         micro_batches: number of micro-batches that it ran.
-        in_flight: most micro-batches whose activations were held at once.
         weights, gradients, optimizer: bytes of the model's weights; of gradient buffers, and the float32 copies of
             gradients that the optimizer keeps; of the optimizer's state and master weights.
         activations: most bytes that forward passes left alive for the backward passes, with their inputs and outputs.
@@ -65,7 +69,6 @@ class StageRehearsal:
     stage: int
     rank: int
     micro_batches: int
-    in_flight: int
     weights: int
     gradients: int
     optimizer: int
@@ -74,6 +77,29 @@ class StageRehearsal:
     optimizer_peak: int
     traffic: tuple[Traffic, ...]
     seconds: float
+
+
+def rehearse(recipe: Recipe, model_dir: str, batches: MicroBatches) -> list[StageRehearsal]:
+    """Rehearse the first, a middle and the last pipeline stage, one after the other.
+
+    Each runs as many micro-batches as the first stage holds at once.
+
+    Args:
+        recipe: the recipe.
+        model_dir: directory of the model's config.json.
+        batches: the micro-batches of an optimizer step; all are of the full row.
+
+    Raises:
+        RehearsalError: a stage cannot be built or run.
+    """
+    stages = layout_of(recipe.policy.megatron_cfg).pipeline
+    settings = rehearsed_settings(recipe.policy, model_dir)
+    row = packed_row(batches.row, load_config(model_dir), recipe.policy.generation.max_new_tokens)
+    count, logprobs = min(stages, batches.count), isinstance(recipe, TrainRecipe)
+    return [
+        rehearse_stage(settings, recipe.world_size, stage, row, count, logprobs=logprobs)
+        for stage in sorted({0, stages // 2, stages - 1})
+    ]
 
 
 class _RehearsedPolicy(MegatronPolicy):
@@ -101,6 +127,7 @@ def rehearsed_settings(settings: Policy, model_dir: str) -> Policy:
             "transformer_impl": "local",
             "core_attention": "local",
             "apply_rope_fusion": False,
+            "bias_activation_fusion": False,
             "gradient_accumulation_fusion": False,
             "fp8_cfg": settings.megatron_cfg.fp8_cfg.model_copy(update={"enabled": False}),
             "first_last_layers_bf16": False,
@@ -170,9 +197,10 @@ class _Rehearsal:
                 policy.logprobs(batches)
         base = ledger.held
         ledger.restart()
-        with self._doing("update (forward and backward pass)"), _watched(policy, ledger) as watch:
+        with self._doing("update (forward and backward pass)"), _after_forward(policy, ledger) as alive:
             policy.gradients(batches, _loss)
-        found = {"activations": watch.most - base, "peak": ledger.peak - base, "in_flight": watch.in_flight}
+        # Beside the micro-batches' index tensors, which were there before.
+        found = {"activations": max(alive) - base, "peak": ledger.peak - base}
         with self._doing("optimizer step"):
             optimizer_peak = self._optimizer_step()
         return {**found, **self._state(), "optimizer_peak": optimizer_peak}
@@ -209,11 +237,9 @@ class _Rehearsal:
     def groups(self) -> dict[str, str]:
         """Return what a plan calls the process groups, by torch's name."""
         groups = self.policy.groups
-        collection = groups.collection
         named: list[tuple[Any, str]] = [
-            (collection.embd, "first and last stage"),
-            (groups.model, "replica"),
-            (groups.data, "data"),
+            (dist.group.WORLD, "all"),
+            (groups.collection.embd, "first and last stage"),
             (groups.row, "tensor x context"),
             (groups.data_context, "data x context"),
             (groups.pipeline, "pipeline"),
@@ -223,23 +249,13 @@ class _Rehearsal:
         return {group.group_name: name for group, name in named if group is not None}
 
 
-@dataclass
-class _Watch:
-    most: int = 0
-    in_flight: int = 0
-
-
 @contextmanager
-def _watched(policy: MegatronPolicy, ledger: Ledger) -> Iterator[_Watch]:
-    """Note what is alive after each forward pass, and how many of them a backward pass has not followed yet."""
-    watch, model = _Watch(), policy.model
-
-    def after(*_: Any) -> None:
-        watch.most = max(watch.most, ledger.held)
-
-    handle = model.register_forward_hook(after)
+def _after_forward(policy: MegatronPolicy, ledger: Ledger) -> Iterator[list[int]]:
+    """Note the bytes that are alive after each forward pass of the model."""
+    alive: list[int] = []
+    handle = policy.model.register_forward_hook(lambda *_: alive.append(ledger.held))
     try:
-        yield watch
+        yield alive
     finally:
         handle.remove()
 
