@@ -132,6 +132,10 @@ def plan(
     ] = None,
     image_tokens: Annotated[int | None, typer.Option(help="Image tokens per prompt; default: as many as fit.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    rehearse: Annotated[
+        bool,
+        typer.Option("--rehearse", help="Also run a step of one rank of some stages, on tensors without values."),
+    ] = False,
 ) -> None:
     """Check a layout before any GPU is asked for: memory, micro-batches, traffic. Exit code 1 if it does not fit."""
 
@@ -139,7 +143,7 @@ def plan(
         from megatron_g2rpo.commands import plan
 
         arguments = {"gpu_memory_gb": gpu_memory_gb, "mean_tokens": mean_tokens, "image_tokens": image_tokens}
-        if not plan.run(recipe, overrides or [], **arguments, as_json=as_json):
+        if not plan.run(recipe, overrides or [], **arguments, as_json=as_json, rehearse=rehearse):
             raise typer.Exit(1)
 
     _with_errors(run)

@@ -194,18 +194,17 @@ def stage_layers(
         layers: number of layers of the stage.
         context_levels: number of deepstack levels that travel through the stage's layers (0 without images or on later
             stages); a checkpointed layer keeps them with its input.
-        first: whether the stage has the embedding. Under sequence parallelism a rank's share of the embeddings (and of
-            the deepstack levels) is a view of those of all tokens, so that keeping the share keeps all.
+        first: whether the stage has the embedding. Under sequence parallelism a rank's share of the embeddings is a view
+            of those of all tokens, so that keeping the share keeps all; what is recomputed starts from a copy.
     """
     chunks, whole = recompute.chunks(layers)
     kept = whole * layer(size, slots, selective=recompute.granularity == "selective")
     hidden = size.nbytes * size.shared * size.hidden
-    others = size.nbytes * (size.tokens - size.shared) * size.hidden if first else 0
     if chunks:
-        kept += len(chunks) * hidden + FP32 * size.tokens * size.head_dim  # inputs; rotary angles
-        kept += context_levels * (hidden + others) + others
-    elif size.nbytes == FP32:
-        kept += others  # the first norm keeps its input
+        kept += (len(chunks) + context_levels) * hidden  # inputs
+        kept += FP32 * size.tokens * size.head_dim  # rotary angles
+    elif size.nbytes == FP32 and first:
+        kept += size.nbytes * (size.tokens - size.shared) * size.hidden  # the first norm keeps its input
     return kept + indices(slots, recompute)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -56,14 +57,14 @@ class Parameter:
         return self.name.startswith("vision_model.")
 
 
-def read_config(name: str) -> Any:
-    """Return transformers' configuration of ``policy.model_name``; nothing else of the model is read or downloaded.
+def config_dir(name: str) -> Path:
+    """Return the directory that holds the config.json of ``policy.model_name``; nothing else is downloaded.
 
     Args:
         name: a directory with a config.json, or the name of a model on the Hugging Face hub.
 
     Raises:
-        ModelConfigError: there is no such directory or model, or its family is unknown or text-only; says what to do.
+        ModelConfigError: there is no such directory or model; says what to do.
     """
     try:
         directory = local_model_dir(name, only=CONFIG)
@@ -74,6 +75,19 @@ def read_config(name: str) -> Any:
         ) from error
     if not (directory / CONFIG).is_file():
         raise ModelConfigError(f"policy.model_name: the directory {name} has no {CONFIG}, which is what a plan reads")
+    return directory
+
+
+def read_config(name: str) -> Any:
+    """Return transformers' configuration of ``policy.model_name``.
+
+    Args:
+        name: see ``config_dir``.
+
+    Raises:
+        ModelConfigError: see ``config_dir``; or the model's family is unknown or text-only.
+    """
+    directory = config_dir(name)
     try:
         config = load_config(directory)
         vision_of(config)

@@ -43,9 +43,14 @@ def tables(plan: Plan, verdict: Verdict, memory: float) -> RenderableType:
     )
 
 
-def as_json(plan: Plan, verdict: Verdict, memory: float) -> str:
-    """Return the whole plan as JSON, in bytes and tokens; the arguments are those of ``tables``."""
-    return json.dumps(_tree(plan, verdict, memory), indent=2)
+def as_json(plan: Plan, verdict: Verdict, memory: float, rehearsal: dict[str, Any] | None = None) -> str:
+    """Return the whole plan as JSON, in bytes and tokens; the first arguments are those of ``tables``.
+
+    Args:
+        rehearsal: what ``rehearsal.show.tree`` returns, as an entry of its own; None for none.
+    """
+    tree = _tree(plan, verdict, memory)
+    return json.dumps(tree if rehearsal is None else {**tree, "rehearsal": rehearsal}, indent=2)
 
 
 def _layout(plan: Plan) -> str:
