@@ -39,7 +39,7 @@ def torchrun(nproc: int, *arguments: str, timeout: int = 300, **environment: str
     return output
 
 
-def torchrun_json(nproc: int, module: str, *arguments: str, timeout: int = 300) -> list[Any]:
+def torchrun_json(nproc: int, module: str, *arguments: str, timeout: int = 300, **environment: str) -> list[Any]:
     """Run a worker on ``nproc`` ranks, and return what each rank passed to ``report_result``, in the order of ranks.
 
     Fails the test if a rank fails, or ends without a report.
@@ -49,9 +49,10 @@ def torchrun_json(nproc: int, module: str, *arguments: str, timeout: int = 300) 
         module: dotted name of the worker's module.
         arguments: command-line arguments of the worker.
         timeout: seconds after which the test fails.
+        environment: further environment variables.
     """
     with tempfile.TemporaryDirectory(prefix="results-") as folder:
-        output = torchrun(nproc, "-m", module, *arguments, timeout=timeout, **{RESULTS: folder})
+        output = torchrun(nproc, "-m", module, *arguments, timeout=timeout, **{RESULTS: folder}, **environment)
         files = [Path(folder) / f"{rank}.json" for rank in range(nproc)]
         silent = [rank for rank, file in enumerate(files) if not file.exists()]
         assert not silent, f"{module}: ranks {silent} reported nothing:\n{output[-20000:]}"

@@ -36,6 +36,7 @@ from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.recipe import Optimizer, Policy
 from megatron_g2rpo.types import PackedBatch
 from tests.common.compare import Report, largest_error, relative_distance
+from tests.common.hardware import layer_overrides
 from tests.common.parity import (
     LOGPROB_TOLERANCE,
     TEMPERATURE,
@@ -106,6 +107,9 @@ class Case:
             weights the next forward pass as well.
         recompute: recompute granularity, and for ``full`` the method and the number of layers.
         stages: number of layers of the first and of the last pipeline stage.
+        impl: layers and core attention, see ``hardware.layer_overrides``.
+        cp_comm: how Transformer Engine's attention exchanges keys.
+        fusions: keys of ``megatron_cfg`` to set to true.
     """
 
     tensor: int = 1
@@ -119,6 +123,9 @@ class Case:
     recompute: tuple[str, str, int] | tuple[str] | None = None
     stages: tuple[int | None, int | None] = (None, None)
     freeze_vision: bool = False
+    impl: str = "auto"
+    cp_comm: str = "p2p"
+    fusions: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         first, last = self.stages
@@ -132,6 +139,9 @@ class Case:
             self.shape,
             "frozen-vision" if self.freeze_vision else "",
             "" if self.precision == "float32" else self.precision,
+            "" if self.impl == "auto" else self.impl,
+            "" if self.cp_comm == "p2p" else self.cp_comm,
+            *self.fusions,
         ]
         return " ".join(word for word in words if word)
 
@@ -162,6 +172,9 @@ class Case:
             recompute_method=method,
             recompute_num_layers=layers,
             freeze_vision=self.freeze_vision,
+            cp_comm_type=self.cp_comm,
+            **layer_overrides(self.impl),
+            **dict.fromkeys(self.fusions, True),
         )
 
 
