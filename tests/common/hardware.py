@@ -18,6 +18,12 @@ def this_device() -> Device:
     return select()
 
 
+def layers_of(impl: str = "auto") -> str:
+    """Return the layers that ``layer_overrides`` leads to here, ``local`` or ``transformer_engine``."""
+    engine = torch.cuda.is_available() and optional_packages()["transformer_engine"]
+    return ("transformer_engine" if engine else "local") if impl == "auto" else impl
+
+
 def layer_overrides(impl: str = "auto") -> dict[str, str]:
     """Return the keys of ``policy.megatron_cfg`` that choose layers and core attention of a test's policy.
 

@@ -25,7 +25,9 @@ def torchrun(nproc: int, *arguments: str, timeout: int = 300, **environment: str
         environment: further environment variables.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", *arguments]
-    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    # What is there stays: a virtual GPU is started from a folder on it.
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         command,
         cwd=ROOT,
