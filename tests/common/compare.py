@@ -3,6 +3,8 @@
 
 A ``Report`` is told every error (``note``), and says at the end that all are within their tolerances, or that those of
 a deliberate mistake exceed them by a margin. An error that is no number exceeds every tolerance.
+
+Tensors may be on any device; they are compared on the CPU.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ def relative_distance(ours: Tensor, theirs: Tensor, scale: Tensor | None = None)
         scale: tensor whose norm the distance is divided by; None for ``theirs``.
     """
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
-    difference, size = float((ours.float() - theirs).norm()), float((theirs if scale is None else scale).norm())
+    ours, theirs = ours.cpu(), theirs.cpu()
+    difference, size = float((ours.float() - theirs).norm()), float((theirs if scale is None else scale.cpu()).norm())
     return difference / size if size else difference
 
 
@@ -39,18 +42,21 @@ def largest_distance(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -
 def total_distance(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
     """Return ``||ours - theirs||`` over all tensors together, in float64."""
     assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
-    return float(torch.stack([(ours[name].double() - theirs[name].double()).norm() for name in ours]).norm())
+    return float(
+        torch.stack([(ours[name].cpu().double() - theirs[name].cpu().double()).norm() for name in ours]).norm()
+    )
 
 
 def largest_difference(ours: Tensor, theirs: Tensor) -> float:
     """Return the largest ``|ours - theirs|``; 0 for tensors without elements."""
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
-    return float((ours - theirs).abs().max()) if ours.numel() else 0.0
+    return float((ours.cpu() - theirs.cpu()).abs().max()) if ours.numel() else 0.0
 
 
 def largest_error(ours: Tensor, theirs: Tensor) -> float:
     """Return the largest ``|ours - theirs|``, relative to values above one; 0 for tensors without elements."""
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    ours, theirs = ours.cpu(), theirs.cpu()
     return float(((ours - theirs).abs() / theirs.abs().clamp(min=1)).max()) if ours.numel() else 0.0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.recipe import Policy
+from tests.common.hardware import layer_overrides
 from tests.common.recipes import G2RPO
 
 # Beside the exemplar's defaults: numbers that can be compared closely, steps and a decay that are larger than rounding,
@@ -44,7 +45,8 @@ def policy_section(directory: Path | str, *overrides: str) -> Policy:
     Raises:
         RecipeError: a key is unknown, or a value is refused.
     """
-    own = [f"{key}={json.dumps(value)}" for key, value in {"model_name": str(directory), **TINY}.items()]
+    layers = {f"megatron_cfg.{key}": value for key, value in layer_overrides().items()}
+    own = [f"{key}={json.dumps(value)}" for key, value in {"model_name": str(directory), **TINY, **layers}.items()]
     keys = [f"policy.{override}" for override in (*own, *overrides)]
     return recipes.load(G2RPO, [PROCESSES, *keys], "train").policy
 

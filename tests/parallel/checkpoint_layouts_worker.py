@@ -19,12 +19,13 @@ from torch import Tensor
 from megatron_g2rpo.data.packing import Packer
 from megatron_g2rpo.policy import optimizer as policy_optimizer
 from megatron_g2rpo.policy import process_groups
-from megatron_g2rpo.policy.device import init_process_group, select
+from megatron_g2rpo.policy.device import init_process_group
 from megatron_g2rpo.policy.layouts.layout import token_multiples
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.train.run.checkpoints import Checkpoints
 from megatron_g2rpo.types import PackedBatch
 from tests.common.compare import total_distance
+from tests.common.hardware import this_device
 from tests.common.launch import report_result
 from tests.common.parity import packer_for, random_sequences, toy_loss
 from tests.common.policy_layout import layout_options
@@ -67,10 +68,10 @@ class Saved:
 
 
 def build(directory: Path, case: Case) -> MegatronPolicy:
-    init_process_group(select("cpu"))
+    init_process_group(this_device())
     process_groups.reset()
     options = layout_options(directory, tp=case.tp, pp=case.pp, cp=case.cp, mode=case.mode, precision=case.precision)
-    return MegatronPolicy(options, select("cpu"), seed=0, max_steps=10)
+    return MegatronPolicy(options, this_device(), seed=0, max_steps=10)
 
 
 def micro_batches(policy: MegatronPolicy) -> list[PackedBatch]:

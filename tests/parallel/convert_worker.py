@@ -27,11 +27,12 @@ from megatron_g2rpo.commands.convert.export_hf import export, model_files
 from megatron_g2rpo.commands.convert.import_hf import import_hf
 from megatron_g2rpo.models.dense_decoder import DenseDecoder
 from megatron_g2rpo.policy import process_groups
-from megatron_g2rpo.policy.device import init_process_group, select
+from megatron_g2rpo.policy.device import init_process_group
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.recipe import Recipe
 from megatron_g2rpo.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_g2rpo.weights.table import WeightTable
+from tests.common.hardware import this_device
 from tests.common.launch import report_result
 from tests.common.recipes import SFT
 
@@ -70,7 +71,7 @@ def round_trip(model: Path, pair: str) -> list[dict[str, Tensor]]:
 
     recipe = recipe_of(second, precision, model_name=directory, pretrained_checkpoint=checkpoint)
     torch.use_deterministic_algorithms(True)  # fills what is not initialised with nan
-    policy = MegatronPolicy(recipe.policy, select("cpu"), seed=0, max_steps=None)
+    policy = MegatronPolicy(recipe.policy, this_device(), seed=0, max_steps=None)
     torch.use_deterministic_algorithms(False)
     for name, parameter in policy.model.named_parameters():
         assert parameter.isfinite().all(), f"{model.name}, {pair}: {name}"  # the vocabulary's padding among them
@@ -135,7 +136,7 @@ def check_a_swapped_row_is_detected(model: Path, pair: str) -> int:
 
 
 def main() -> None:
-    init_process_group(select("cpu"))
+    init_process_group(this_device())
     directory, pairs = Path(sys.argv[1]), sys.argv[2:]
     models = sorted(path for path in directory.iterdir() if (path / "config.json").is_file())
     tensors = {model.name: {pair: check(model, pair) for pair in pairs} for model in models}

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from megatron_g2rpo.policy import optimizer as policy_optimizer
-from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.policy.reference_policy import ReferencePolicy
 from tests.common.compare import Report, largest_difference, largest_distance, total_distance
+from tests.common.hardware import this_device
 from tests.common.launch import report_result
 from tests.common.parity import toy_loss
 from tests.common.policy_layout import DATA_PARALLELISM, layout_options
@@ -36,7 +36,7 @@ def build(directory: Path, sizes: tuple[int, int, int], mode: str) -> MegatronPo
     options = layout_options(
         directory, tp=tp, pp=pp, cp=cp, mode=mode, recompute_granularity="full" if recompute else None
     )
-    return MegatronPolicy(options, select("cpu"), seed=0, max_steps=10)
+    return MegatronPolicy(options, this_device(), seed=0, max_steps=10)
 
 
 def run(policy: MegatronPolicy) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from megatron_g2rpo.policy.logprobs import linear_logprobs
 from megatron_g2rpo.policy.output_layer import LogprobOutputLayer
 from megatron_g2rpo.types import NO_LABEL
 from tests.common.compare import Report, largest_difference
+from tests.common.hardware import this_device
 from tests.common.launch import report_result
 
 PADDED, HIDDEN, TOKENS, TEMPERATURE = 54, 6, 8, 0.5
@@ -157,7 +158,7 @@ def check_layer(report: Report, group: dist.ProcessGroup, hardware: device.Devic
 
 
 def main() -> None:
-    hardware = device.select("cpu")
+    hardware = this_device()
     device.init_process_group(hardware)
     group = dist.group.WORLD
     assert group is not None

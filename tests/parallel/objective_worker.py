@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from megatron_g2rpo.policy import process_groups
-from megatron_g2rpo.policy.device import init_process_group, select
+from megatron_g2rpo.policy.device import init_process_group
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from tests.common.compare import Report, largest_distance
+from tests.common.hardware import this_device
 from tests.common.launch import report_result
 from tests.common.objective_parity import OBJECTIVES, gradients, loss_on, objective, with_fixed
 from tests.common.parity import packer_for, parity_sequences, rows_of, sequences_by_rank
@@ -29,7 +30,7 @@ def check(directory: Path, layout: str) -> Report:
     """The largest relative error of a gradient under each objective."""
     tp, pp, cp, mode = layout.split(",")
     options = layout_options(directory, tp=int(tp), pp=int(pp), cp=int(cp), mode=mode)
-    policy = MegatronPolicy(options, select("cpu"), seed=0, max_steps=10)
+    policy = MegatronPolicy(options, this_device(), seed=0, max_steps=10)
     sequences = parity_sequences(policy.hf_config)
     packer = packer_for(policy.hf_config, policy.layout)
     by_rank = sequences_by_rank(len(sequences), policy.groups.data_size, idle=False)
@@ -44,7 +45,7 @@ def check(directory: Path, layout: str) -> Report:
 
 
 def main() -> None:
-    init_process_group(select("cpu"))
+    init_process_group(this_device())
     results = {}
     for layout in sys.argv[2:]:
         results[layout] = check(Path(sys.argv[1]), layout).worst

@@ -19,10 +19,11 @@ from megatron_g2rpo.data.errors import SampleError
 from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.data.shard_index import ShardIndex
 from megatron_g2rpo.data.stream import PromptStream
-from megatron_g2rpo.policy.device import init_process_group, select
+from megatron_g2rpo.policy.device import init_process_group
 from megatron_g2rpo.train.step.metrics import skipped_metrics
 from megatron_g2rpo.train.step.prompts import draw
 from megatron_g2rpo.types import Prompt
+from tests.common.hardware import this_device
 from tests.common.launch import report_result
 
 SIZE = 7
@@ -37,7 +38,7 @@ def same(mine: Prompt, whole: Prompt) -> bool:
 
 
 def main(dataset: Path, model: Path, repetitions: int) -> None:
-    init_process_group(select("cpu"))
+    init_process_group(this_device())
     world = dist.group.WORLD
     groups: Any = SimpleNamespace(model=world, model_rank=dist.get_rank(), model_size=dist.get_world_size())
     processor, index = ChatProcessor(model), ShardIndex(dataset)

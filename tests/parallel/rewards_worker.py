@@ -12,12 +12,13 @@ import torch.distributed as dist
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.extend import reward_part
 from megatron_g2rpo.objective import History
-from megatron_g2rpo.policy.device import init_process_group, select
+from megatron_g2rpo.policy.device import init_process_group
 from megatron_g2rpo.recipe.grpo_section import AdvEstimator
 from megatron_g2rpo.tasks.scoring import RewardError, Scoring
 from megatron_g2rpo.train.step.advantages import advantages_of
 from megatron_g2rpo.train.step.rewards import scored
 from megatron_g2rpo.types import ModelInputs, Prompt, Rewards, Rollout, Sample
+from tests.common.hardware import this_device
 from tests.common.launch import report_result
 from tests.common.recipes import G2RPO
 from tests.unit.tasks.common import make_env, make_task
@@ -81,7 +82,7 @@ def advantages(mine: list[Rollout], rewards: Rewards, section: AdvEstimator, gro
 
 
 def main() -> None:
-    init_process_group(select("cpu"))
+    init_process_group(this_device())
     rank, world = dist.get_rank(), dist.group.WORLD
     alone = [dist.new_group([0]), dist.new_group([1])][rank]
     section = recipes.load(G2RPO, [], "train").grpo.adv_estimator

@@ -15,7 +15,7 @@ import pytest
 
 from tests.common.compare import Report
 from tests.common.launch import torchrun_json
-from tests.common.layout_parity import TOLERANCES, prepare
+from tests.common.layout_parity import prepare
 from tests.parallel.layouts import WORLDS
 
 
@@ -53,7 +53,7 @@ def check_world(directory: Path, world: str) -> None:
         assert list(results) == [str(case) for case in cases]
         for case in cases:
             result = results[str(case)]
-            report = Report(TOLERANCES[case.precision], result["worst"])
+            report = Report(case.tolerances, result["worst"])
             if rank == 0:  # the others found the same: reports are merged
                 print(f"parity [{case}] {result['seconds']:.1f} s: {report}")
             report.assert_within_tolerance()

@@ -22,13 +22,14 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from torch import Tensor
 
 from megatron_g2rpo.policy import attention, megatron, process_groups
-from megatron_g2rpo.policy.device import init_process_group, select
+from megatron_g2rpo.policy.device import init_process_group
 from megatron_g2rpo.policy.layouts import context_parallel
 from megatron_g2rpo.policy.layouts.image_shares import assign_images
 from megatron_g2rpo.policy.megatron import LossTerms, MegatronPolicy
 from megatron_g2rpo.policy.norm import RMSNorm
 from megatron_g2rpo.types import NO_LABEL, PackedBatch, TokenStats
 from tests.common.compare import Report
+from tests.common.hardware import this_device
 from tests.common.launch import report_result
 from tests.common.parity import packer_for, toy_loss
 from tests.common.policy_layout import layout_options
@@ -85,7 +86,7 @@ def rejected(layout: str, message: str) -> Callable[[Make], Make]:
 
 def build(baseline: Baseline, layout: str, **megatron_cfg: Any) -> MegatronPolicy:
     section = layout_options(baseline.directory, **LAYOUTS[layout], **megatron_cfg)
-    return MegatronPolicy(section, select("cpu"), seed=0, max_steps=10)
+    return MegatronPolicy(section, this_device(), seed=0, max_steps=10)
 
 
 # -- context parallelism ------------------------------------------------------------------------------------------
@@ -423,7 +424,7 @@ def run_layout(baseline: Baseline, layout: str) -> dict[str, dict[str, Any]]:
 def main() -> None:
     directory = Path(sys.argv[1])
     baseline = Baseline.load(directory)
-    init_process_group(select("cpu"))
+    init_process_group(this_device())
     results = {}
     for layout in LAYOUTS:
         results |= run_layout(baseline, layout)

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claim: on a GPU no layout and neither kind of layers changes what the policy computes, against transformers on the CPU.
+
+Local layers in float32 keep the CPU's tolerances. Transformer Engine's layers keep them where its attention exists in
+float32, and in bfloat16 they are as near to float32 as transformers' bfloat16 is (``layout_parity.TOLERANCES``). The
+matrix is in ``tests.gpu.layouts``; one launch a world. With ``-s`` the largest errors of every layout are shown.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_g2rpo.policy.machine import optional_packages
+from tests.common.compare import Report
+from tests.common.launch import torchrun_json
+from tests.common.layout_parity import prepare
+from tests.gpu.layouts import WORLDS as GPU_WORLDS
+from tests.parallel.layouts import WORLDS as CPU_WORLDS
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_engine = pytest.mark.skipif(not optional_packages()["transformer_engine"], reason="needs Transformer Engine")
+FAST = [name for name in GPU_WORLDS if "fast" in name]
+FULL = [name for name in GPU_WORLDS if "full" in name]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+def check_world(directory: Path, world: str) -> None:
+    ranks, cases = {**CPU_WORLDS, **GPU_WORLDS}[world]
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    for case in cases:
+        prepare(directory, case)
+    # The virtual GPU hides Transformer Engine from worlds that are to do without; a real one has it or has not.
+    without = {} if world.startswith("engine") else {"VIRTUAL_TE": "0"}
+    everyone = torchrun_json(ranks, "tests.parallel.parity_worker", str(directory), world, timeout=1700, **without)
+    for rank, results in enumerate(everyone):
+        assert list(results) == [str(case) for case in cases]
+        for case in cases:
+            result = results[str(case)]
+            report = Report(case.tolerances, result["worst"])
+            if rank == 0:  # the others found the same: reports are merged
+                print(f"parity on a GPU [{case}] {result['seconds']:.1f} s: {report}")
+            report.assert_within_tolerance()
+
+
+def of(names: list[str]) -> list:
+    """The worlds as parameters; those of Transformer Engine are skipped where it is absent."""
+    return [pytest.param(name, marks=[needs_engine] if name.startswith("engine") else []) for name in names]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("world", of(FAST))
+def test_every_layout_computes_what_transformers_computes(directory: Path, world: str) -> None:
+    check_world(directory, world)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("world", [*of(FULL), *CPU_WORLDS])
+def test_the_whole_matrix_computes_what_transformers_computes(directory: Path, world: str) -> None:
+    check_world(directory, world)
