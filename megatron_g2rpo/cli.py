@@ -366,7 +366,7 @@ def _loop(
             return
         from megatron_g2rpo.train.run import directory
 
-        local, on_many = _with_local_model(recipe), _launch_needed(recipe)
+        local, on_many = _with_local_model(recipe), _prepare_processes(recipe)
         if not launch.is_launched() and _is_first():
             for note in directory.prepare(recipe, fresh=fresh):
                 typer.echo(note)
@@ -392,7 +392,7 @@ def _entry(kind: str) -> Callable[..., Path | None]:
 
 def _logprobs(model: Path, source: Path, target: Path, overrides: list[str], nproc: int | None) -> None:
     recipe = _policy_recipe([f"policy.model_name={model}", "policy.precision=float32", *overrides], nproc)
-    if _launch_needed(recipe):
+    if _prepare_processes(recipe):
         from megatron_g2rpo.commands.launch import launch
 
         arguments = ["logprobs", "--model", str(model), "--input", str(source), "--output", str(target), *overrides]
@@ -411,7 +411,7 @@ def _evaluate(request: Request, nproc: int | None) -> None:
     from megatron_g2rpo.commands.launch import launch
 
     settings = completed(request, _cluster(nproc))
-    if _launch_needed(settings.recipe):
+    if _prepare_processes(settings.recipe):
         launch(settings.recipe.cluster.gpus_per_node, request.arguments())
         return
     run.evaluate(request, settings)
@@ -437,7 +437,7 @@ def _import(source: Path, target: Path, overrides: list[str], nproc: int | None,
         warn_without_tokenizer(source)
     dtype = dtype or precision_of(SafetensorsDirectory(source).dtypes, source)
     recipe = _policy_recipe([f"policy.model_name={source}", f"policy.precision={dtype}", *overrides], nproc)
-    if _launch_needed(recipe):
+    if _prepare_processes(recipe):
         arguments = ["convert", "import", str(source), str(target), "--dtype", dtype, *overrides]
         with remove_on_failure(target):
             launch(recipe.cluster.gpus_per_node, arguments)
@@ -476,7 +476,7 @@ def _export(
     directory = Path(recipe.policy.model_name)
     if not is_launched():
         warn_without_tokenizer(directory)
-    if _launch_needed(recipe):
+    if _prepare_processes(recipe):
         options = ["--max-shard-size", max_shard_size, "--model", str(directory), "--dtype", dtype]
         with remove_on_failure(target):
             launch(recipe.cluster.gpus_per_node, ["convert", "export", str(source), str(target), *options, *overrides])
@@ -491,7 +491,7 @@ def _compare(path: Path, overrides: list[str], prompts: int, samples: int, nproc
     from megatron_g2rpo.commands.launch import launch
 
     recipe = _with_local_model(recipes.load(path, [*overrides, *_cluster(nproc)], "train"))
-    if _launch_needed(recipe):
+    if _prepare_processes(recipe):
         options = [f"--rollout={path}", f"--prompts={prompts}", f"--samples={samples}"]
         launch(recipe.cluster.gpus_per_node, ["doctor", *options, *overrides])
         return
@@ -549,7 +549,14 @@ def _cluster(nproc: int | None) -> list[str]:
     return [] if nproc is None else [f"cluster.gpus_per_node={nproc}", "cluster.num_nodes=1"]
 
 
-def _launch_needed(recipe: Recipe) -> bool:
+def _prepare_processes(recipe: Recipe) -> bool:
+    """Set the recipe's environment variables, and return whether processes must be launched, which then inherit them.
+
+    Call it before the policy is imported: Transformer Engine reads some of the variables as it is loaded.
+    """
+    from megatron_g2rpo.policy.environment import set_environment
+
+    set_environment(recipe.policy.megatron_cfg.env_vars)
     nodes, processes = recipe.cluster.num_nodes, recipe.cluster.gpus_per_node
     if "RANK" in os.environ:
         return False
