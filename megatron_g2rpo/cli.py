@@ -98,7 +98,7 @@ def evaluate(
     Accuracy, format, length and pass@k of each task with confidence intervals; every answer in OUT/answers.jsonl.
     """
     given = list(arguments or [])
-    recipe = Path(given.pop(0)) if given and ("=" not in given[0] or Path(given[0]).is_file()) else None
+    recipe = _recipe_of(given)
 
     def run() -> None:
         from megatron_g2rpo.commands.eval.settings import Request
@@ -327,7 +327,15 @@ def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
 
 @app.command()
 def doctor(
-    overrides: Overrides = None,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Path of a recipe (YAML), and overrides of its keys, key=value.",
+            metavar="[RECIPE] [OVERRIDES]...",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     rollout: Annotated[
         Path | None,
         typer.Option(metavar="RECIPE", help="Sample a few responses; compare engine and trainer token by token."),
@@ -336,14 +344,27 @@ def doctor(
     samples: Annotated[int, typer.Option(min=1, help="Number of responses to each prompt.")] = 1,
     nproc: Nproc = None,
 ) -> None:
-    """Show this machine's device, versions, optional packages and compiled op; or check a recipe's rollouts."""
-    if rollout is not None:
-        recipe = rollout
-        _with_errors(lambda: _compare(recipe, overrides or [], prompts, samples, nproc))
-        return
-    from megatron_g2rpo.commands.doctor import describe
+    """Show what this machine has and what a recipe would run on; or check a recipe's rollouts.
 
-    typer.echo(describe())
+    Exit code 1 if something that is needed is missing, or something that is installed is broken.
+    """
+    given = list(arguments or [])
+    if rollout is not None:
+        path = rollout
+        _with_errors(lambda: _compare(path, given, prompts, samples, nproc))
+        return
+
+    def run() -> None:
+        from megatron_g2rpo.commands import doctor
+
+        recipe = _recipe_of(given)
+        overrides = [*given, *_cluster(nproc)]
+        if recipe is None and overrides:
+            raise ValueError(f"doctor: {overrides[0]} is an override, and there is no recipe to override")
+        if not doctor.run(recipe, overrides, json=as_json):
+            raise typer.Exit(1)
+
+    _with_errors(run)
 
 
 def _loop(
@@ -535,6 +556,13 @@ def _with_local_model(recipe: R) -> R:
     local = with_local_model(recipe)
     check_model_dir(local.policy.model_name, layout_of(local.policy.megatron_cfg))
     return local
+
+
+def _recipe_of(arguments: list[str]) -> Path | None:
+    """Take the recipe from arguments that begin with one, unless they are overrides alone."""
+    if arguments and ("=" not in arguments[0] or Path(arguments[0]).is_file()):
+        return Path(arguments.pop(0))
+    return None
 
 
 def _is_first() -> bool:

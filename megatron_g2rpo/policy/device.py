@@ -139,7 +139,7 @@ def driver_version(file: Path = _DRIVER_FILE) -> str | None:
 
 
 def _cudnn(number: int | None) -> str | None:
-    """cuDNN says 91900 for 9.19.0."""
+    """Version as text; the library says 91900 for 9.19.0."""
     return None if number is None else f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
