@@ -124,7 +124,7 @@ def hardware(device: Device) -> Hardware:
         driver=found,
         cuda=torch.version.cuda,
         cudnn=_cudnn(torch.backends.cudnn.version()),
-        nccl=".".join(map(str, torch.cuda.nccl.version())),
+        nccl=".".join(map(str, torch.cuda.nccl.version())),  # pyright: ignore[reportAttributeAccessIssue] - no stub
     )
 
 

@@ -58,8 +58,11 @@ def hardware_findings(device: Device) -> Iterator[Finding]:
         memory = 0.0 if found.memory is None else found.memory / 1e9
         capability = ".".join(map(str, device.capability or ()))
         text = f"{found.count} x {found.name}, {memory:.0f} GB, compute capability {capability}"
-        virtual = "host memory that poses as a GPU (tests/gpu): nothing seen here was seen on a GPU"
-        yield row("device", text, *(("warning", virtual) if found.virtual else ()))
+        if found.virtual:
+            why = "host memory that poses as a GPU (tests/gpu): nothing seen here was seen on a GPU"
+            yield row("device", text, "warning", why)
+        else:
+            yield row("device", text)
     else:
         yield row("device", f"cpu, {platform.machine()}")
     yield _driver(found.driver, found.cuda, device.kind)

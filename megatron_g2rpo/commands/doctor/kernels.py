@@ -6,21 +6,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from megatron_g2rpo import models
 from megatron_g2rpo.commands.doctor.findings import Finding
-from megatron_g2rpo.models.directory import load_config, local_model_dir
+from megatron_g2rpo.models.directory import load_config
 from megatron_g2rpo.policy.device import Device, KernelError
-from megatron_g2rpo.policy.kernels import Kernels, choose
+from megatron_g2rpo.policy.kernels import Kernels, check_heads, check_training, choose
 from megatron_g2rpo.policy.layouts.layout import Layout, LayoutError, check_layout, layout_of, token_multiples
 from megatron_g2rpo.policy.machine import Machine
 from megatron_g2rpo.policy.transformer_engine_probe import Answer, AttentionShape
 from megatron_g2rpo.recipe import Policy, Recipe
 
 _GROUP = "recipe"
-# Rollout engine -> the package that it needs in the training environment.
-_ENGINES = {"vllm": "vllm"}
+# Rollout engine -> the package that it needs in the training environment; servers are spoken to by vLLM's classes.
+_ENGINES = {"vllm": "vllm", "vllm_server": "vllm"}
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,17 @@ def wanted(recipe: Recipe, device: Device, machine: Machine) -> Wanted:
     chosen, shape = None, None
     try:
         chosen = choose(policy, layout, machine)
+        check_training(chosen, machine)
     except KernelError as error:
         refusals.append(("kernels", str(error)))
     hf_config = _config(policy.model_name)
     if hf_config is not None:
         try:
             check_layout(hf_config, layout)
-        except LayoutError as error:
-            refusals.append(("layout", str(error)))
+            if chosen is not None:
+                check_heads(chosen, layout, hf_config)
+        except (LayoutError, KernelError) as error:
+            refusals.append(("layout" if isinstance(error, LayoutError) else "kernels", str(error)))
         else:
             if chosen is not None and chosen.attention == "transformer_engine":
                 shape = attention_shape(policy, layout, hf_config)
@@ -73,11 +77,8 @@ def wanted(recipe: Recipe, device: Device, machine: Machine) -> Wanted:
 
 
 def _config(name: str) -> Any | None:
-    """The model's configuration; None where the model does not lie on this machine."""
-    try:
-        return load_config(local_model_dir(name))
-    except (OSError, ValueError):
-        return None
+    """The model's configuration; None where its name is no directory: nothing is downloaded for a report."""
+    return load_config(name) if Path(name).is_dir() else None
 
 
 def attention_shape(policy: Policy, layout: Layout, hf_config: Any) -> AttentionShape:
@@ -125,17 +126,11 @@ def findings(asked: Wanted, no_device: str | None, answer: Answer | None) -> Ite
     for what, message in asked.refusals:
         yield row(what, "refused", "error", message)
     if asked.kernels is not None:
-        for what, choice, why in choices(asked.kernels):
+        for what, choice, why in asked.kernels.describe():
             yield row(what, choice, "ok", why)
     yield from _attention_backend(asked, answer)
     yield from _fp8(asked, answer)
     yield from _runtime(asked)
-
-
-def choices(kernels: Kernels) -> list[tuple[str, str, str]]:
-    """Return ``(what, choice, why)`` of every kernel."""
-    described = {"layers": kernels.layers, "attention": kernels.attention, "fp8": kernels.fp8 or "none"}
-    return [(what, choice, kernels.why.get(what, "")) for what, choice in described.items()]
 
 
 def _attention_backend(asked: Wanted, answer: Answer | None) -> Iterator[Finding]:
@@ -145,7 +140,7 @@ def _attention_backend(asked: Wanted, answer: Answer | None) -> Iterator[Finding
         return
     if asked.attention is None:
         name = asked.recipe.policy.model_name
-        yield row("unknown", "warning", f"depends on the heads of {name}, which does not lie on this machine")
+        yield row("unknown", "warning", f"depends on the heads of {name}, which is no directory of this machine")
     elif answer is None or answer.attention is None:
         yield row("unknown", "error", "Transformer Engine could not be asked, see above")
     else:
