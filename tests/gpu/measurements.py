@@ -142,6 +142,7 @@ def random_policy(directory: Path, device: Device, steps: int, *, engine: bool, 
         "policy.precision=bfloat16",
         f"policy.max_total_sequence_length={row // 4}",
         f"policy.sequence_packing.train_mb_tokens={row}",
+        f"policy.generation.max_new_tokens={row // 8}",
         "policy.train_global_batch_size=8",
         "data.train.path=unused",
         "cluster.device=gpu",
@@ -163,7 +164,7 @@ def random_policy(directory: Path, device: Device, steps: int, *, engine: bool, 
         policy.update(rows, sft_loss)
         device.synchronize()
         seconds.append(time.perf_counter() - start)
-    median, tokens = statistics.median(seconds[1:]), sum(int(batch.token_ids.numel()) for batch in rows)
+    median, tokens = statistics.median(seconds[1:]), sum(batch.tokens.numel() for batch in rows)
     shape = "the quickstart's shape" if small else "Qwen3-VL-2B's shape"
     what = f"update, {shape}, {_layers(engine)}, tokens of rows of {row}"
     return Measured(what, median, tokens / median, torch.cuda.max_memory_allocated(), _without_allowance(plan))
