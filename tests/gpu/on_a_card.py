@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that one GPU can show, in under ten minutes: python -m tests.gpu.on_a_card [--out FILE] [--no-suite]
+"""Everything that one GPU can show, in under ten minutes: python -m tests.gpu.on_a_card [--out FILE]
 
 Runs the part of this folder's tests that one GPU can run, then measures parity with transformers, time and memory; the
 end is a table, and a JSON file for a report. Installs and builds nothing: run it from the repository's root, in the
@@ -33,7 +33,6 @@ from tests.gpu.devices import TRANSFORMER_ENGINE, VIRTUAL
 from tests.gpu.measurements import QUICKSTART, Measured, parity, quickstart, random_policy
 
 SUITE_SECONDS = 330
-STEPS = 6
 DATA = Path("data/quickstart/card.json")
 
 
@@ -71,8 +70,8 @@ def suite() -> dict[str, Any]:
     return {"status": done.returncode, "tests": len(cases), "failed": failed, "skipped": dict(skipped)}
 
 
-def measure(directory: Path) -> dict[str, Any]:
-    """Return errors of parity, and what was measured beside ``plan``."""
+def measure(directory: Path, steps: int) -> dict[str, Any]:
+    """Return errors of parity, and what was measured beside ``plan`` in so many steps."""
     device = select("gpu")
     init_process_group(device)
     engines = (False, True) if TRANSFORMER_ENGINE else (False,)
@@ -81,9 +80,9 @@ def measure(directory: Path) -> dict[str, Any]:
     for engine in engines:
         scratch = directory / str(engine)
         scratch.mkdir()
-        found.append(quickstart(device, STEPS, engine=engine))
+        found.append(quickstart(device, steps, engine=engine))
         torch.cuda.empty_cache()
-        found.append(random_policy(scratch, device, STEPS, engine=engine, small=VIRTUAL))
+        found.append(random_policy(scratch, device, steps, engine=engine, small=VIRTUAL))
         torch.cuda.empty_cache()
     return {"parity": errors, "measured": [asdict(each) for each in found if each is not None]}
 
@@ -134,7 +133,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What one GPU can show.")
     parser.add_argument("--out", type=Path, default=Path("on_a_card.json"))
     parser.add_argument("--no-suite", action="store_true", help="only measure")
+    parser.add_argument("--steps", type=int, default=6, help="to measure, at least 2: the first is not counted")
     arguments = parser.parse_args()
+    if arguments.steps < 2:
+        parser.error("--steps must be at least 2")
     if not torch.cuda.is_available():
         sys.exit(
             "error: torch sees no GPU; install a CUDA build of torch (docs/install-gpu.md), or test this script with "
@@ -146,7 +148,7 @@ def main() -> None:
     if not arguments.no_suite:
         report["suite"] = suite()
     with tempfile.TemporaryDirectory() as folder:
-        report.update(measure(Path(folder)))
+        report.update(measure(Path(folder), arguments.steps))
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     show(report, Console(width=140))
     print(f"wrote {arguments.out}")
