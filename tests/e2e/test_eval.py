@@ -15,7 +15,7 @@ import pytest
 from megatron_g2rpo.data.shard_index import ShardIndex
 from megatron_g2rpo.rollout.transformers.engine import TransformersEngine
 from megatron_g2rpo.types import Prompt, Rollout
-from tests.e2e.toy import ROOT, TASKS, Toy, break_image, call, error_of, metrics, succeed, write_shards
+from tests.e2e.toy import ON_DEVICE, ROOT, TASKS, Toy, break_image, call, error_of, metrics, succeed, write_shards
 
 # Several batches for 36 prompts.
 SMALL_BATCHES = "policy.generation.batch_size=4"
@@ -130,7 +130,7 @@ def test_another_evaluation_is_refused_by_what_differs(recipe: Path, evaluated: 
 def test_a_model_and_a_dataset_need_no_recipe(toy: Toy, tmp_path: Path) -> None:
     """Several samples, some tasks with a threshold of their own."""
     # The vocabulary was learned from the questions alone; the exemplar's prompts have an instruction.
-    keys = ("data.format_instruction=false", "policy.generation.max_new_tokens=32", "cluster.device=cpu")
+    keys = ("data.format_instruction=false", "policy.generation.max_new_tokens=32", *ON_DEVICE)
     out = tmp_path / "out"
     options = ("--samples", "3", "--temperature", "1", "--limit", "3", "--pass-threshold", "pair=0.5", "--out", out)
     shown = evaluate("--model", toy.model, "--data", toy.data / "val", *options, *keys)

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from megatron_g2rpo.data.processing import ChatProcessor
 from tests.common.tiny_model import hf_logits
-from tests.e2e.toy import Toy, call, error_of, png, succeed
+from tests.e2e.toy import ON_DEVICE, Toy, call, error_of, png, succeed
 
 # fp32 over a few layers, summed in another order.
 TOLERANCE = 1e-5
@@ -98,7 +98,7 @@ def assert_same(actual: Lines, expected: Lines) -> None:
 def test_every_layout_gives_the_numbers_of_transformers(toy: Toy, source: Path, tmp_path: Path) -> None:
     expected = reference(toy.model, source, 1.0)
     assert [len(item["token_ids"]) for item in expected][4::2] == [1, 1], "an empty response is its end token"
-    arguments = ("logprobs", "--model", toy.model, "--input", source, "cluster.device=cpu", "--output")
+    arguments = ("logprobs", "--model", toy.model, "--input", source, *ON_DEVICE, "--output")
     result = call(*arguments, tmp_path / "tp1.jsonl")
     assert result.exit_code == 0, result.output
     assert f"wrote 7 lines to {tmp_path / 'tp1.jsonl'}" in result.stdout
@@ -125,13 +125,13 @@ def test_mixed_layouts_give_the_numbers_of_transformers(
     toy: Toy, source: Path, tmp_path: Path, nproc: int, keys: tuple[str, ...]
 ) -> None:
     target = tmp_path / "out.jsonl"
-    arguments = ("--model", toy.model, "--input", source, "--output", target, "cluster.device=cpu")
+    arguments = ("--model", toy.model, "--input", source, "--output", target, *ON_DEVICE)
     succeed("logprobs", *arguments, "--nproc", str(nproc), *keys)
     assert_same(read(target), reference(toy.model, source, 1.0))
 
 
 def test_the_temperature_is_that_of_the_policy_section(toy: Toy, source: Path, tmp_path: Path) -> None:
-    arguments = ("--model", toy.model, "--input", source, "--output", tmp_path / "out.jsonl", "cluster.device=cpu")
+    arguments = ("--model", toy.model, "--input", source, "--output", tmp_path / "out.jsonl", *ON_DEVICE)
     result = call("logprobs", *arguments, "policy.generation.temperature=0.7")
     assert result.exit_code == 0, result.output
     assert_same(read(tmp_path / "out.jsonl"), reference(toy.model, source, 0.7))
@@ -195,7 +195,7 @@ def test_a_line_that_cannot_be_used_is_named(
     (source.parent / "broken.png").write_bytes(b"\0" * 50)
     bad, target = write(source.parent / "bad.jsonl", lines), source.parent / "out" / "bad.jsonl"
     message = error_of(
-        "logprobs", "--model", toy.model, "--input", bad, "--output", target, "cluster.device=cpu",
+        "logprobs", "--model", toy.model, "--input", bad, "--output", target, *ON_DEVICE,
         "policy.max_total_sequence_length=1024", "policy.generation.max_new_tokens=1000",
         "policy.sequence_packing.train_mb_tokens=1024",
     )  # fmt: skip
@@ -207,6 +207,6 @@ def test_a_line_that_cannot_be_used_is_named(
 def test_a_line_that_is_not_json_and_a_file_that_is_not_there(toy: Toy, tmp_path: Path) -> None:
     broken = tmp_path / "in.jsonl"
     broken.write_text('{"prompt": [], "response": ""}\n\n{"prompt": [\n')
-    arguments = ("logprobs", "--model", toy.model, "--output", tmp_path / "out.jsonl", "cluster.device=cpu", "--input")
+    arguments = ("logprobs", "--model", toy.model, "--output", tmp_path / "out.jsonl", *ON_DEVICE, "--input")
     assert error_of(*arguments, broken).startswith(f"{broken}:3: not JSON")
     assert error_of(*arguments, tmp_path / "none.jsonl") == f"{tmp_path / 'none.jsonl'} does not exist"

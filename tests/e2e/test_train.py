@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +21,16 @@ from megatron_g2rpo.train.run.loop import Run
 from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies, entropy_bounds
 from megatron_g2rpo.types import PackedBatch
 from tests.common.tiny_model import hf_greedy
-from tests.e2e.toy import TASKS, Toy, call, metrics, numbers, succeed
-
-# Five significant digits: half a unit of the fifth.
-FIVE_DIGITS = 5e-6
-TENSOR_PARALLEL = "policy.megatron_cfg.tensor_model_parallel_size"
-LAYOUTS_OF_TWO = {
-    "dp2": (),
-    "tp2-sp": (f"{TENSOR_PARALLEL}=2", "policy.megatron_cfg.sequence_parallel=true"),
-    "pp2": ("policy.megatron_cfg.pipeline_model_parallel_size=2",),
-    "cp2": ("policy.megatron_cfg.context_parallel_size=2",),
-}
-DISTRIBUTED = tuple(
-    f"policy.megatron_cfg.distributed_data_parallel_config.{key}=true"
-    for key in ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
+from tests.e2e.runs import (
+    BARE,
+    DISTRIBUTED,
+    FIVE_DIGITS,
+    LAYOUTS_OF_TWO,
+    TENSOR_PARALLEL,
+    assert_same_step,
+    checkpoints,
 )
-# One step and nothing around it.
-BARE = ("grpo.max_num_steps=1", "grpo.val_at_start=false", "grpo.val_at_end=false", "checkpointing.export_hf=false")
-
-
-def checkpoints(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / "checkpoints").iterdir())
+from tests.e2e.toy import TASKS, Toy, call, metrics, numbers, succeed
 
 
 def test_a_run_leaves_its_metrics_recipe_events_and_checkpoint(toy: Toy, straight: Path) -> None:
@@ -185,15 +173,6 @@ def test_two_ranks_filter_as_one_does(toy: Toy, tmp_path: Path, layout: str) -> 
     one, two = (metrics(run)[1] for run in runs)
     assert_same_step(two, one, FIVE_DIGITS)
     assert two["train/rollout_gap_max"] < 1e-4
-
-
-def assert_same_step(line: dict[str, float], expected: dict[str, float], tolerance: float) -> None:
-    exact = [name for name in expected if name.startswith("train/sampling/")]
-    assert exact
-    assert {name: line[name] for name in exact} == {name: expected[name] for name in exact}
-    for name in ("train/loss", "train/grad_norm", "train/entropy", "train/reward"):
-        assert math.isclose(line[name], expected[name], rel_tol=tolerance), (name, line[name], expected[name])
-    assert line["train/num_tokens"] == expected["train/num_tokens"]
 
 
 @pytest.mark.full

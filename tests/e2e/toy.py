@@ -32,6 +32,10 @@ ROOT = Path(__file__).resolve().parents[2]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
 TASKS = ("colour", "pair", "sum")
 VOCAB_SIZE = 289
+# `cluster.device` of the recipes, cpu or gpu. On a GPU the layers are still those of the CPU, so that the numbers are.
+DEVICE = os.environ.get("G2RPO_TEST_DEVICE", "cpu")
+LOCAL = ("policy.megatron_cfg.transformer_impl=local", "policy.megatron_cfg.core_attention=local")
+ON_DEVICE = (f"cluster.device={DEVICE}", *LOCAL)
 
 
 def png(colour: str, width: int = 32, height: int = 32) -> bytes:
@@ -104,10 +108,12 @@ class Toy:
     Attributes:
         data: holds ``train`` and ``val``.
         model: Hugging Face directory.
+        device: ``cluster.device`` of its recipes.
     """
 
     data: Path
     model: Path
+    device: str = DEVICE
 
     def recipe(self, path: Path, kind: str = "train", **changes: Any) -> Path:
         """Write a recipe for ``kind``; ``changes`` are merged into it at the top level, mapping by mapping."""
@@ -126,6 +132,7 @@ def _common(toy: Toy) -> dict[str, Any]:
             "precision": "float32",
             "max_total_sequence_length": 128,
             "sequence_packing": {"train_mb_tokens": 640},
+            "megatron_cfg": {"transformer_impl": "local", "core_attention": "local"},
             "generation": {"max_new_tokens": 32},
         },
         "data": {
@@ -140,7 +147,7 @@ def _common(toy: Toy) -> dict[str, Any]:
             "default_task": {"length": length},
             "tasks": dict.fromkeys(TASKS),
         },
-        "cluster": {"device": "cpu"},
+        "cluster": {"device": toy.device},
     }
 
 

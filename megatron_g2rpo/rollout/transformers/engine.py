@@ -295,11 +295,12 @@ class TransformersEngine:
             if tails:
                 ended |= self._stopped(batch, drawn.tokens, ended, tails)
             ended &= batch.running
-            lengths[batch.sequence_ids[ended]] = step + 1
+            lengths[batch.sequence_ids] = torch.where(ended, step + 1, lengths[batch.sequence_ids])
             batch.running &= ~ended
-            if step + 1 == limit or not batch.running.any():
+            running = int(batch.running.sum())  # a wait for the GPU, the only one beside the check of the logits
+            if step + 1 == limit or not running:
                 break
-            self._advance(batch, drawn.tokens, limit - step - 1)
+            self._advance(batch, drawn.tokens, running, limit - step - 1)
         # [T, K, N], as pad_sequence wants it: the number of tokens that are kept differs from step to step.
         drawn_from = pad_sequence(kept, batch_first=True, padding_value=-1).permute(2, 0, 1) if kept else None
         return _Responses(tokens.cpu(), logprobs.cpu(), lengths.cpu(), drawn_from)
@@ -340,15 +341,15 @@ class TransformersEngine:
         batch.sequence_ids = torch.arange(len(sequences), device=self._device)
         return batch
 
-    def _advance(self, batch: _Batch, tokens: Tensor, tokens_left: int) -> None:
+    def _advance(self, batch: _Batch, tokens: Tensor, running: int, tokens_left: int) -> None:
         """Feed the drawn ``tokens [B]`` to the model, after dropping finished sequences where that saves time.
 
         Args:
             batch: the sequences; changed in place.
             tokens: int64 ``[B]``, the last token of each.
+            running: number of sequences that go on.
             tokens_left: number of tokens that may still be drawn for each sequence.
         """
-        running = int(batch.running.sum())
         if batch.free_tokens == 0 or running <= (1 - _DROP_SHARE) * len(tokens):
             index = batch.running.nonzero()[:, 0]
             tokens = tokens[index]
