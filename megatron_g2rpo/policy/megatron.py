@@ -23,7 +23,7 @@ from megatron_g2rpo.models.directory import load_config
 from megatron_g2rpo.policy import sharded_state
 from megatron_g2rpo.policy.config import transformer_config
 from megatron_g2rpo.policy.device import Device
-from megatron_g2rpo.policy.kernels import choose
+from megatron_g2rpo.policy.kernels import check_heads, check_training, choose
 from megatron_g2rpo.policy.layouts import context_parallel
 from megatron_g2rpo.policy.layouts.layout import check_layout, layout_of
 from megatron_g2rpo.policy.machine import this_machine
@@ -95,7 +95,11 @@ class MegatronPolicy:
         self.hf_config = load_config(settings.model_name)
         self.layout = layout_of(settings.megatron_cfg)
         check_layout(self.hf_config, self.layout)
-        self.kernels = choose(settings, self.layout, this_machine(device))
+        machine = this_machine(device)
+        self.kernels = choose(settings, self.layout, machine)
+        check_heads(self.kernels, self.layout, self.hf_config)
+        if max_steps is not None:
+            check_training(self.kernels, machine)
         self.groups: ParallelGroups = initialize(device, self.layout, seed)
         self.dtype = DTYPES[settings.precision]
         self.table = models.family(self.hf_config.model_type).weights(self.hf_config)
