@@ -23,6 +23,7 @@ from megatron_g2rpo.models.directory import load_config
 from megatron_g2rpo.policy import sharded_state
 from megatron_g2rpo.policy.config import transformer_config
 from megatron_g2rpo.policy.device import Device
+from megatron_g2rpo.policy.environment import check_environment
 from megatron_g2rpo.policy.kernels import check_heads, check_training, choose
 from megatron_g2rpo.policy.layouts import context_parallel
 from megatron_g2rpo.policy.layouts.layout import check_layout, layout_of
@@ -78,6 +79,7 @@ class MegatronPolicy:
     Raises:
         LayoutError: the model cannot be split as the recipe asks.
         KernelError: the machine lacks kernels that the recipe asks for.
+        DeviceError: the recipe's environment variables are not set.
         CheckpointError: the weights of ``policy.model_name`` do not fit its config.
     """
 
@@ -92,6 +94,7 @@ class MegatronPolicy:
         on_loaded: sharded_state.Advance | None = None,
     ) -> None:
         self.settings, self.device = settings, device
+        check_environment(settings.megatron_cfg.env_vars)
         self.hf_config = load_config(settings.model_name)
         self.layout = layout_of(settings.megatron_cfg)
         check_layout(self.hf_config, self.layout)

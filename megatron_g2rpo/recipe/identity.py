@@ -59,7 +59,13 @@ NOT_IDENTITY = (
     "policy.megatron_cfg.sequence_parallel",
     "policy.megatron_cfg.num_layers_in_first_pipeline_stage",
     "policy.megatron_cfg.num_layers_in_last_pipeline_stage",
+    # Which kernels compute the same, and their switches. What `fp8_cfg` rounds to is learnt with, so it is identity.
+    "policy.megatron_cfg.transformer_impl",
     "policy.megatron_cfg.core_attention",
+    "policy.megatron_cfg.apply_rope_fusion",
+    "policy.megatron_cfg.bias_activation_fusion",
+    "policy.megatron_cfg.gradient_accumulation_fusion",
+    "policy.megatron_cfg.env_vars",
     "policy.megatron_cfg.cp_comm_type",
     "policy.megatron_cfg.recompute_granularity",
     "policy.megatron_cfg.recompute_method",

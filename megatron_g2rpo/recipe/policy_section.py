@@ -5,11 +5,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
-from megatron_g2rpo.recipe.base import Section, Text, ascending, conflict
+from megatron_g2rpo.recipe import env_vars
+from megatron_g2rpo.recipe.base import Section, ascending, conflict
 from megatron_g2rpo.recipe.fp8_section import Fp8Config
 from megatron_g2rpo.recipe.generation_section import Generation
+from megatron_g2rpo.recipe.keys import quoted
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -117,8 +126,9 @@ class MegatronConfig(Section):
     """Number of first layers that ``first_last_layers_bf16`` keeps in bfloat16."""
     num_layers_at_end_in_bf16: NonNegativeInt
     """Number of last layers that ``first_last_layers_bf16`` keeps in bfloat16."""
-    env_vars: dict[Text, str]
-    """Environment variables of the training processes, set before torch is asked for a device."""
+    env_vars: dict[str, str]
+    """Environment variables of the training processes, set before torch is asked for a device and before Megatron-core
+    and Transformer Engine are imported; they replace what the processes inherit."""
     freeze_vision: bool
     """Keep the vision tower and its merger at their initial weights."""
     optimizer: Optimizer
@@ -127,6 +137,12 @@ class MegatronConfig(Section):
     """How the learning rate changes over optimizer steps."""
     distributed_data_parallel_config: DistributedDataParallelConfig
     """How gradients are reduced over data-parallel ranks."""
+
+    @model_validator(mode="after")
+    def _environment(self) -> MegatronConfig:
+        if wrong := env_vars.faults(self.env_vars):
+            raise conflict("; ".join(wrong.values()), *(f"env_vars.{quoted(name)}" for name in wrong))
+        return self
 
     @model_validator(mode="after")
     def _layout(self) -> MegatronConfig:

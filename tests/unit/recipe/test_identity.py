@@ -38,6 +38,11 @@ def fingerprint(*overrides: str) -> str:
             f"{DDP}={{use_distributed_optimizer: true, overlap_grad_reduce: true, overlap_param_gather: true}}",
         ],
         ["cluster.device=cpu"],
+        # Other kernels of the same computation, and their settings.
+        [
+            f"{MEGATRON}={{transformer_impl: local, apply_rope_fusion: true, bias_activation_fusion: true}}",
+            f"{MEGATRON}={{gradient_accumulation_fusion: true, env_vars: {{NCCL_DEBUG: INFO}}}}",
+        ],
         ["logger.log_dir=elsewhere", "logger.tensorboard_enabled=false"],
         ["checkpointing.save_period=3", "checkpointing.enabled=false"],
         ["policy.generation.batch_size=3"],
@@ -68,6 +73,10 @@ def test_a_run_may_continue_with_another_layout_or_length(overrides: list[str]) 
         "policy.precision=float32",
         f"{MEGATRON}.optimizer.lr=1e-6",
         f"{MEGATRON}.freeze_vision=true",
+        # Weights are learnt with what FP8 rounds them to.
+        f"{MEGATRON}.fp8_cfg.enabled=true",
+        f"{MEGATRON}.fp8_cfg.fp8_recipe=tensorwise",
+        f"{MEGATRON}.first_last_layers_bf16=true",
         f"{DDP}.grad_reduce_in_fp32=false",
         "policy.generation.temperature=0.9",
         "data.task_weights={ocr: 2.0}",
