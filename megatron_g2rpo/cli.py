@@ -98,7 +98,7 @@ def evaluate(
     Accuracy, format, length and pass@k of each task with confidence intervals; every answer in OUT/answers.jsonl.
     """
     given = list(arguments or [])
-    recipe = Path(given.pop(0)) if given and ("=" not in given[0] or Path(given[0]).is_file()) else None
+    recipe = _recipe_of(given)
 
     def run() -> None:
         from megatron_g2rpo.commands.eval.settings import Request
@@ -327,7 +327,15 @@ def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
 
 @app.command()
 def doctor(
-    overrides: Overrides = None,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Path of a recipe (YAML), and overrides of its keys, key=value.",
+            metavar="[RECIPE] [OVERRIDES]...",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     rollout: Annotated[
         Path | None,
         typer.Option(metavar="RECIPE", help="Sample a few responses; compare engine and trainer token by token."),
@@ -336,14 +344,27 @@ def doctor(
     samples: Annotated[int, typer.Option(min=1, help="Number of responses to each prompt.")] = 1,
     nproc: Nproc = None,
 ) -> None:
-    """Show this machine's device, versions, optional packages and compiled op; or check a recipe's rollouts."""
-    if rollout is not None:
-        recipe = rollout
-        _with_errors(lambda: _compare(recipe, overrides or [], prompts, samples, nproc))
-        return
-    from megatron_g2rpo.commands.doctor import describe
+    """Show what this machine has and what a recipe would run on; or check a recipe's rollouts.
 
-    typer.echo(describe())
+    Exit code 1 if something that is needed is missing, or something that is installed is broken.
+    """
+    given = list(arguments or [])
+    if rollout is not None:
+        path = rollout
+        _with_errors(lambda: _compare(path, given, prompts, samples, nproc))
+        return
+
+    def run() -> None:
+        from megatron_g2rpo.commands import doctor
+
+        recipe = _recipe_of(given)
+        overrides = [*given, *_cluster(nproc)]
+        if recipe is None and overrides:
+            raise ValueError(f"doctor: {overrides[0]} is an override, and there is no recipe to override")
+        if not doctor.run(recipe, overrides, json=as_json):
+            raise typer.Exit(1)
+
+    _with_errors(run)
 
 
 def _loop(
@@ -366,7 +387,7 @@ def _loop(
             return
         from megatron_g2rpo.train.run import directory
 
-        local, on_many = _with_local_model(recipe), _launch_needed(recipe)
+        local, on_many = _with_local_model(recipe), _prepare_processes(recipe)
         if not launch.is_launched() and _is_first():
             for note in directory.prepare(recipe, fresh=fresh):
                 typer.echo(note)
@@ -392,7 +413,7 @@ def _entry(kind: str) -> Callable[..., Path | None]:
 
 def _logprobs(model: Path, source: Path, target: Path, overrides: list[str], nproc: int | None) -> None:
     recipe = _policy_recipe([f"policy.model_name={model}", "policy.precision=float32", *overrides], nproc)
-    if _launch_needed(recipe):
+    if _prepare_processes(recipe):
         from megatron_g2rpo.commands.launch import launch
 
         arguments = ["logprobs", "--model", str(model), "--input", str(source), "--output", str(target), *overrides]
@@ -411,7 +432,7 @@ def _evaluate(request: Request, nproc: int | None) -> None:
     from megatron_g2rpo.commands.launch import launch
 
     settings = completed(request, _cluster(nproc))
-    if _launch_needed(settings.recipe):
+    if _prepare_processes(settings.recipe):
         launch(settings.recipe.cluster.gpus_per_node, request.arguments())
         return
     run.evaluate(request, settings)
@@ -437,7 +458,7 @@ def _import(source: Path, target: Path, overrides: list[str], nproc: int | None,
         warn_without_tokenizer(source)
     dtype = dtype or precision_of(SafetensorsDirectory(source).dtypes, source)
     recipe = _policy_recipe([f"policy.model_name={source}", f"policy.precision={dtype}", *overrides], nproc)
-    if _launch_needed(recipe):
+    if _prepare_processes(recipe):
         arguments = ["convert", "import", str(source), str(target), "--dtype", dtype, *overrides]
         with remove_on_failure(target):
             launch(recipe.cluster.gpus_per_node, arguments)
@@ -476,7 +497,7 @@ def _export(
     directory = Path(recipe.policy.model_name)
     if not is_launched():
         warn_without_tokenizer(directory)
-    if _launch_needed(recipe):
+    if _prepare_processes(recipe):
         options = ["--max-shard-size", max_shard_size, "--model", str(directory), "--dtype", dtype]
         with remove_on_failure(target):
             launch(recipe.cluster.gpus_per_node, ["convert", "export", str(source), str(target), *options, *overrides])
@@ -491,7 +512,7 @@ def _compare(path: Path, overrides: list[str], prompts: int, samples: int, nproc
     from megatron_g2rpo.commands.launch import launch
 
     recipe = _with_local_model(recipes.load(path, [*overrides, *_cluster(nproc)], "train"))
-    if _launch_needed(recipe):
+    if _prepare_processes(recipe):
         options = [f"--rollout={path}", f"--prompts={prompts}", f"--samples={samples}"]
         launch(recipe.cluster.gpus_per_node, ["doctor", *options, *overrides])
         return
@@ -537,6 +558,13 @@ def _with_local_model(recipe: R) -> R:
     return local
 
 
+def _recipe_of(arguments: list[str]) -> Path | None:
+    """Take the recipe from arguments that begin with one, unless they are overrides alone."""
+    if arguments and ("=" not in arguments[0] or Path(arguments[0]).is_file()):
+        return Path(arguments.pop(0))
+    return None
+
+
 def _is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
@@ -549,7 +577,14 @@ def _cluster(nproc: int | None) -> list[str]:
     return [] if nproc is None else [f"cluster.gpus_per_node={nproc}", "cluster.num_nodes=1"]
 
 
-def _launch_needed(recipe: Recipe) -> bool:
+def _prepare_processes(recipe: Recipe) -> bool:
+    """Set the recipe's environment variables, and return whether processes must be launched, which then inherit them.
+
+    Call it before the policy is imported: Transformer Engine reads some of the variables as it is loaded.
+    """
+    from megatron_g2rpo.policy.environment import set_environment
+
+    set_environment(recipe.policy.megatron_cfg.env_vars)
     nodes, processes = recipe.cluster.num_nodes, recipe.cluster.gpus_per_node
     if "RANK" in os.environ:
         return False

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,9 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+# Where NVIDIA's kernel module says its version, with torch's GPU build or without.
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 class DeviceError(RuntimeError):
@@ -76,6 +81,66 @@ class Device:
         """Wait for queued kernels, so that a wall clock that is read afterwards counts them."""
         if self.kind == "gpu":
             torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the process's hardware is, for people.
+
+    Attributes:
+        name: the GPU's name; None on a CPU.
+        count: number of GPUs that this process sees.
+        memory: memory of one, bytes; None on a CPU.
+        driver: version of NVIDIA's kernel module; None where there is none.
+        cuda: version of CUDA that torch was built for; None for a CPU build.
+        cudnn: version of cuDNN that torch loads; None on a CPU.
+        nccl: version of NCCL that torch was built with; None on a CPU.
+    """
+
+    name: str | None
+    count: int
+    memory: int | None
+    driver: str | None
+    cuda: str | None
+    cudnn: str | None
+    nccl: str | None
+
+    @property
+    def virtual(self) -> bool:
+        """Whether the GPU is one of host memory, which the tests make: nothing on it tells of speed or memory."""
+        return self.name is not None and "(virtual)" in self.name
+
+
+def hardware(device: Device) -> Hardware:
+    """Return what a device is."""
+    found = driver_version()
+    if device.kind == "cpu":
+        return Hardware(None, 0, None, found, torch.version.cuda, None, None)
+    properties = torch.cuda.get_device_properties(device.torch_device)
+    return Hardware(
+        name=properties.name,
+        count=torch.cuda.device_count(),
+        memory=properties.total_memory,
+        driver=found,
+        cuda=torch.version.cuda,
+        cudnn=_cudnn(torch.backends.cudnn.version()),
+        nccl=".".join(map(str, torch.cuda.nccl.version())),  # pyright: ignore[reportAttributeAccessIssue] - no stub
+    )
+
+
+def driver_version(file: Path = _DRIVER_FILE) -> str | None:
+    """Return the version of NVIDIA's kernel module, None where it is not loaded."""
+    try:
+        text = file.read_text()
+    except OSError:
+        return None
+    version = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", text)
+    return None if version is None else version[1]
+
+
+def _cudnn(number: int | None) -> str | None:
+    """Version as text; the library says 91900 for 9.19.0."""
+    return None if number is None else f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
 def select(kind: str = "auto") -> Device:
