@@ -99,6 +99,7 @@ def resolve(uv: Path, *constraints: str, python: str = "3.11") -> subprocess.Com
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 def test_it_resolves_anew(tmp_path: Path) -> None:
     """With the pins as constraints there is a solution, and it is the lock: no pin is missing or left over.
 
