@@ -2,9 +2,9 @@
 #
 # Two images on NVIDIA's PyTorch image. NEITHER WAS BUILT by the authors, who had no GPU: docs/install-gpu.md.
 #
-#   docker build -t megatron-g2rpo .                               # the lock, with vLLM
-#   docker build -t megatron-g2rpo:image --target image .          # NVIDIA's own builds, without vLLM
-#   docker run --rm --gpus all --ipc host megatron-g2rpo megatron-g2rpo doctor
+#   docker build -t g2rpo .                               # the lock, with vLLM
+#   docker build -t g2rpo:image --target image .          # NVIDIA's own builds, without vLLM
+#   docker run --rm --gpus all --ipc host g2rpo megatron-g2rpo doctor
 #
 # 26.07 is Ubuntu 24.04, Python 3.12, CUDA 13.3, torch 2.13.0a0, Transformer Engine 2.17, NVIDIA apex and flash-attn,
 # compiled against each other. Rollouts need vLLM 0.32, whose wheel needs torch 2.13.0 itself. So the first image takes

@@ -262,3 +262,13 @@ def test_no_attention_backend_is_an_error_and_its_reasons_are_told() -> None:
     assert (some["attention backend"].value, some["attention backend"].status) == ("FusedAttention", "ok")
     unasked = by_name(list(kernels.findings(asked, None, None)))
     assert unasked["attention backend"].status == "error"
+
+
+def test_an_fp8_recipe_that_transformer_engine_does_not_have_is_an_error() -> None:
+    fp8 = "policy.megatron_cfg.fp8_cfg={enabled: true, fp8: e4m3, fp8_recipe: blockwise}"
+    asked = kernels.Wanted(load(G2RPO, [fp8], "train"), select("cpu"), None, None, ())
+    reason = "FP8 block scaled GEMM requires compute capability 9.0 or higher and CUDA >= 12.9."
+    found = by_name(list(kernels.findings(asked, None, Answer(fp8={"blockwise": reason, "delayed": ""}))))
+    assert (found["FP8 blockwise"].status, found["FP8 blockwise"].why) == ("error", reason)
+    able = list(kernels.findings(asked, None, Answer(fp8={"blockwise": "", "delayed": ""})))
+    assert "FP8 blockwise" not in by_name(able)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claims about looking for optional packages: nothing is imported to find one, and what breaks megatron-core is named.
 
-Packages are stood in for by files on the path. That megatron-core does what is claimed of it is tested with the real one.
+Packages are stood in for by files on the path. What is claimed of megatron-core is tested with the real one.
 """
 
 from __future__ import annotations
