@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.policy.megatron import LossTerms, MegatronPolicy
 from megatron_g2rpo.types import PackedBatch, TokenStats
@@ -20,6 +18,8 @@ from tests.common.policy_layout import policy_section
 from tests.common.tiny_model import make_tiny_qwen3vl
 from tests.gpu.devices import needs_virtual
 from tests.gpu.virtual_cuda import counted_synchronisations
+
+LOCAL = ("megatron_cfg.transformer_impl=local", "megatron_cfg.core_attention=local")
 
 
 def _loss(batch: PackedBatch, stats: TokenStats) -> LossTerms:
@@ -31,7 +31,7 @@ def test_print(tmp_path: Path) -> None:
     config, _ = make_tiny_qwen3vl(tmp_path)
     device = select("gpu")
     init_process_group(device)
-    policy = MegatronPolicy(policy_section(tmp_path), device, seed=0, max_steps=10)
+    policy = MegatronPolicy(policy_section(tmp_path, *LOCAL), device, seed=0, max_steps=10)
     batches = packer_for(config).pack(random_sequences(config), budget=80)
     policy.update(batches, _loss)
     for n in (1, len(batches)):
