@@ -187,7 +187,8 @@ Handle Nccl::alltoall(Tensors& outputs, Tensors& inputs, const c10d::AllToAllOpt
   }
   auto sent = at::cat(pieces);
   auto received = at::empty({std::accumulate(output_splits.begin(), output_splits.end(), int64_t{0})}, sent.options());
-  auto work = began(gloo->alltoall_base(received, sent, output_splits, input_splits, options));
+  auto sizes = output_splits;  // gloo takes the lists that it is given
+  auto work = began(gloo->alltoall_base(received, sent, sizes, input_splits, options));
   work->wait();
   auto parts = received.split_with_sizes(output_splits);
   for (size_t i = 0; i < to.size(); ++i) to[i].copy_(parts[i].view(to[i].sizes()));
