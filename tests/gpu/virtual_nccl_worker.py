@@ -195,7 +195,7 @@ def main() -> None:
     assert isinstance(dist.group.WORLD, dist.ProcessGroup)
     for function in CHECKS:
         function(rank)
-        print(f"passed {rank} {function.__name__}", flush=True)
+        print(f"passed {rank} {function.__name__};\n", end="", flush=True)  # one piece: ranks write at once
     dist.destroy_process_group()
 
 
