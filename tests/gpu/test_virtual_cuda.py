@@ -319,7 +319,7 @@ import os, torch
 torch.ones(1, device="cuda")
 if os.fork() == 0:
     try:
-        torch.ones(1, device="cuda")
+        torch.cuda.synchronize()
     except RuntimeError as error:
         os._exit("Cannot re-initialize CUDA in forked subprocess" not in str(error))
     os._exit(2)
