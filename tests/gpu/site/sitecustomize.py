@@ -19,8 +19,11 @@ def _start() -> None:
 
 
 if os.environ.get("VIRTUAL_CUDA") == "1":
+    started = False
     try:
         _start()
-    except Exception:  # which Python would print and pass over, and the process would go on without a device
-        traceback.print_exc()
-        os._exit(1)
+        started = True
+    finally:  # an error is one that Python would print and pass over, and the process would go on without a device
+        if not started:
+            traceback.print_exc()
+            os._exit(1)

@@ -5,9 +5,9 @@
 compiles the C++ files (device.h says what is where), ``install`` completes ``torch.cuda``.
 
 What is as on a GPU: tensors that say ``cuda:N`` and refuse an operand elsewhere, by the rules of torch's own
-declarations; generators, memory counts, streams, events and sync debug mode per device; NCCL that takes dense, contiguous
-CUDA tensors. What is not: kernels (the CPU's compute), the numbers that a generator draws, speed, a limit of memory, and
-any order among streams, for all work is done at once.
+declarations; generators, memory counts, streams, events and sync debug mode per device; NCCL that takes dense,
+contiguous CUDA tensors. What is not: kernels (the CPU's compute), the numbers that a generator draws, speed, a limit of
+memory, and any order among streams, for all work is done at once.
 """
 
 from tests.gpu.virtual_cuda.synchronisations import counted_synchronisations, synchronisations

@@ -25,7 +25,7 @@ def _hash(*files: Path) -> str:
 
 
 # In the environment of the interpreter, against whose torch it is built, and by the contents of its sources.
-FOLDER = Path(sys.prefix) / "virtual_cuda" / _hash(Path(__file__), *HEADERS, *SOURCES)
+FOLDER = Path(sys.prefix) / "virtual_cuda" / _hash(*HEADERS, *SOURCES)
 LIBRARY = FOLDER / "_virtual_cuda.so"
 
 
@@ -39,12 +39,18 @@ def build() -> None:
     torch = Path(spec.origin).resolve().parent  # an environment that is reached by a link may lose it
     FOLDER.mkdir(parents=True, exist_ok=True)
     _write(FOLDER / "takes_numbers.inc", _takes_numbers(torch))
-    includes = [torch / "include", torch / "include/torch/csrc/api/include", sysconfig.get_path("include"), HERE, FOLDER]
+    includes = [
+        torch / "include",
+        torch / "include/torch/csrc/api/include",
+        sysconfig.get_path("include"),
+        HERE,
+        FOLDER,
+    ]
     objects = []
     for source in SOURCES:
-        target = FOLDER.parent / f"{source.stem}-{_hash(Path(__file__), *HEADERS, source)}.o"
+        target = FOLDER.parent / f"{source.stem}-{_hash(*HEADERS, source)}.o"
         if not target.exists():
-            _run(target, ["g++", *FLAGS, "-c", str(source), *(f"-I{folder}" for folder in includes)])
+            _run(target, ["g++", "-Wno-attributes", *FLAGS, "-c", str(source), *(f"-I{folder}" for folder in includes)])
         objects.append(str(target))
     library = torch / "lib"
     libraries = ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python", f"-Wl,-rpath,{library}"]

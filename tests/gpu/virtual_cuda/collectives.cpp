@@ -23,13 +23,14 @@ std::vector<Tensors> host(const std::vector<Tensors>& lists) {
   return aliases;
 }
 
-// Everything that was started, as one piece of work that may be waited for any number of times. NCCL's may (context
-// parallelism does); gloo's sends and receives may not.
+// Everything that was started, as one piece of work that may be waited for any number of times, as NCCL's may: context
+// parallelism does. gloo's sends and receives may not, and its reduce_scatter would copy its result out once more.
 struct Started final : c10d::Work {
   std::vector<Handle> parts;
   bool waited = false;
 
   explicit Started(std::vector<Handle> started) : parts(std::move(started)) {}
+  explicit Started(Handle one) : Started(std::vector<Handle>{std::move(one)}) {}
   bool isCompleted() override {
     return waited || std::all_of(parts.begin(), parts.end(), [](const auto& part) { return part->isCompleted(); });
   }
@@ -63,14 +64,16 @@ bool averages(Options& options) {
 Nccl::Nccl(c10::intrusive_ptr<c10d::Backend> with) : Backend(with->getRank(), with->getSize()), gloo(std::move(with)) {}
 
 Handle Nccl::began(Handle work) {
-  if (coalescing) pending.push_back(work);
-  return work;
+  Handle once = c10::make_intrusive<Started>(std::move(work));
+  if (coalescing) pending.push_back(once);
+  return once;
 }
 
 Handle Nccl::averaged(Handle work, const Tensors& results) {
-  work->wait();
+  auto once = began(std::move(work));
+  once->wait();
   for (auto result : results) result.div_(getSize());
-  return began(work);
+  return once;
 }
 
 void Nccl::startCoalescing() { coalescing = true; }
@@ -184,21 +187,22 @@ Handle Nccl::alltoall(Tensors& outputs, Tensors& inputs, const c10d::AllToAllOpt
   }
   auto sent = at::cat(pieces);
   auto received = at::empty({std::accumulate(output_splits.begin(), output_splits.end(), int64_t{0})}, sent.options());
-  auto work = gloo->alltoall_base(received, sent, output_splits, input_splits, options);
+  auto sizes = output_splits;  // gloo takes the lists that it is given
+  auto work = began(gloo->alltoall_base(received, sent, sizes, input_splits, options));
   work->wait();
   auto parts = received.split_with_sizes(output_splits);
   for (size_t i = 0; i < to.size(); ++i) to[i].copy_(parts[i].view(to[i].sizes()));
-  return began(work);
+  return work;
 }
 
 Handle Nccl::send(Tensors& tensors, int to, int tag) {
   auto aliases = host(tensors);
-  return began(c10::make_intrusive<Started>(std::vector<Handle>{gloo->send(aliases, to, tag)}));
+  return began(gloo->send(aliases, to, tag));
 }
 
 Handle Nccl::recv(Tensors& tensors, int from, int tag) {
   auto aliases = host(tensors);
-  return began(c10::make_intrusive<Started>(std::vector<Handle>{gloo->recv(aliases, from, tag)}));
+  return began(gloo->recv(aliases, from, tag));
 }
 
 Handle Nccl::barrier(const c10d::BarrierOptions& options) {

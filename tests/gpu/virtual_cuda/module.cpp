@@ -2,6 +2,7 @@
 // The extension module _virtual_cuda: what install.py puts where torch's Python looks for its CUDA half.
 #include "collectives.h"
 
+#include <torch/csrc/utils/device_lazy_init.h>
 #include <torch/extension.h>
 
 namespace virtual_cuda {
@@ -49,6 +50,9 @@ py::dict memory(int index) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("DEVICES") = static_cast<int>(kDevices);
+  // CUDA does not survive a fork, so the child of a process that uses it is told so.
+  m.def("refuse_forks", [] { torch::utils::register_fork_handler_for_device_init(c10::kCUDA); });
+  m.def("is_forked", [] { return torch::utils::is_device_in_bad_fork(c10::kCUDA); });
   m.def("current_device", [] { return static_cast<int>(current_device()); });
   m.def("exchange_device", [](int index) {
     return static_cast<int>(exchange_device(static_cast<c10::DeviceIndex>(index)));
