@@ -303,7 +303,7 @@ def test_fp8_primary_weights_read_back_what_was_written(tex: Any) -> None:
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_shards_of_a_weight_are_cast_to_the_bytes_of_the_whole(shards: int, tex: Any) -> None:
-    """The distributed optimizer holds flat shards of fp32 masters: it joins the amaxes of tiles, then casts each shard."""
+    """The distributed optimizer holds flat shards of fp32 masters: it joins amaxes of tiles, then casts each."""
     torch.manual_seed(0)
     weight = torch.randn(192, 320, device="cuda") * 5
     whole = block_quantizer(tex.DType.kFloat8E4M3, 2)(weight)
