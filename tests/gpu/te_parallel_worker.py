@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of several: context-parallel attention, and FP8 layers with sequence parallelism, against one process.
+"""One rank of several: context-parallel attention, FP8 layers with sequence parallelism, FP8 weights from shards.
 
-Started by ``test_te_attention.py``. Every rank computes the whole in plain torch and compares its own part.
+Started by ``test_te_attention.py``. Every rank computes the whole in plain torch, on its own, and compares
+its part.
 """
 
 from __future__ import annotations
@@ -160,6 +161,30 @@ def sequence_parallel_linear(kind: str) -> None:
         checks.assert_near((y, layer.weight.grad), (expected.y, expected.dw), tolerance, names)
 
 
+def weights_from_shards(kind: str) -> None:
+    """FP8 weights take the flat shards of an fp32 master that the ranks hold, scaled by the amaxes of the whole.
+
+    ``kind`` is "current" or "blockwise". The last rank's shard is far larger than the others'.
+    """
+    import transformer_engine.pytorch as te
+    from transformer_engine.pytorch.tensor.utils import quantize_master_weights
+
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    with te.quantized_model_init(enabled=True, recipe=checks.te_recipe(kind)):
+        layer = te.Linear(256, 96 * ranks, bias=False, params_dtype=torch.bfloat16, device="cuda")
+    torch.manual_seed(8)
+    sizes = 3.0 ** torch.arange(ranks).repeat_interleave(96)
+    master = torch.randn(96 * ranks, 256) * sizes[:, None]
+    length = 96 * 256
+    own = slice(rank * length, (rank + 1) * length)
+    shard = master.view(-1)[own].clone().cuda()
+    quantize_master_weights([layer.weight], [shard], [rank * length], dist.group.WORLD)
+    whole = references.tiles(master) if kind == "blockwise" else references.tensorwise(master, references.E4M3)
+    actual = layer.weight.dequantize().view(-1)[own]
+    tolerance = checks.FP8_TOLERANCE[kind, torch.bfloat16]
+    checks.assert_near([actual], [whole.bfloat16().view(-1)[own]], tolerance, ["weight"])
+
+
 def cases() -> dict[str, Callable[[], None]]:
     """Return every case by its name."""
     found: dict[str, Callable[[], None]] = {}
@@ -169,6 +194,8 @@ def cases() -> dict[str, Callable[[], None]]:
         found[f"{kind}, batch"] = partial(batch_attention, kind)
     for kind in checks.RECIPES:
         found[f"{kind}, sequence parallel"] = partial(sequence_parallel_linear, kind)
+    for kind in ("current", "blockwise"):
+        found[f"{kind}, weights from shards"] = partial(weights_from_shards, kind)
     return found
 
 
