@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of Transformer Engine's attention and of what surrounds it, against plain torch in fp32.
 
-Each raises AssertionError where they differ. They hold on a GPU as well as on the emulation; the tolerances, parts of the
-largest expected value, are those of bf16 operands and outputs (2^-8, and sums of them in gradients) unless said.
+Each raises AssertionError where they differ. They hold on a GPU as well as on the emulation; the tolerances, parts of
+the largest expected value, are those of bf16 operands and outputs (2^-8, and sums of them in gradients) unless said.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-5 if VIRTUAL else 2e-3}
 def plain(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = True, scale: float | None = None
 ) -> torch.Tensor:
-    """Return the attention of one sequence, fp32 [queries, heads, d]; q [queries, heads, d], k and v [keys, groups, d]."""
+    """Return the attention of one sequence, fp32 [queries, heads, d], from q and from k and v [keys, groups, d]."""
     group = q.shape[1] // k.shape[1]
     keys, values = (each.float().repeat_interleave(group, 1) for each in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q.float(), keys) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -184,8 +184,8 @@ def _compare_rotations(x: torch.Tensor, z: torch.Tensor, y: torch.Tensor, expect
 def check_merging() -> None:
     """Attention over two parts of the keys, merged by the helpers of context parallelism, is that over all keys.
 
-    In the second part either all queries take part, or those of second halves; log-sum-exps are packed or not. All is in
-    fp32: 1e-5.
+    In the second part either all queries take part, or those of second halves; log-sum-exps are packed or not. All is
+    in fp32: 1e-5.
     """
     import transformer_engine.pytorch  # noqa: F401  (it loads the extension)
     import transformer_engine_torch as tex

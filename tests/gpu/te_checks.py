@@ -129,8 +129,8 @@ def rounding_of(kind: str, slots: dict[str, DelayedSlot]) -> references.Rounding
 
 
 # Of the emulation: blocks have powers of two for scales, so both sides compute the same numbers. Other scales are
-# applied to the product there and to the operands in the reference: an fp32 rounding each, which may move a bf16 result by a
-# unit in its last place (2^-7 at most).
+# applied to the product there and to the operands in the reference: an fp32 rounding each, which may move a bf16 result
+# by a unit in its last place (2^-7 at most).
 FP8_TOLERANCE = {
     ("blockwise", torch.float32): 0.0,
     ("blockwise", torch.bfloat16): 0.0,

@@ -31,8 +31,8 @@ def step_gradients(step: int, dtype: torch.dtype) -> list[torch.Tensor]:
 def check_adam(dtype: torch.dtype, steps: int = 5, **options: Any) -> None:
     """FusedAdam is torch's AdamW on fp32 parameters, or on the fp32 main copies of bf16 ones.
 
-    A bf16 parameter is its main copy rounded. Differences are parts of the largest value; both work in fp32, torch decays
-    a weight before the step and divides in another order: 1e-6.
+    A bf16 parameter is its main copy rounded. Differences are parts of the largest value; both work in fp32, torch
+    decays a weight before the step and divides in another order: 1e-6.
     """
     from transformer_engine.pytorch.optimizers import FusedAdam
 

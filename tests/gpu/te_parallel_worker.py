@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of several: context-parallel attention, and FP8 layers with sequence parallelism, against one process.
+"""One rank of several: context-parallel attention, FP8 layers with sequence parallelism, FP8 weights from shards.
 
-Started by ``test_te_attention.py``. Every rank computes the whole in plain torch and compares its own part.
+Started by ``test_te_attention.py``. Every rank computes the whole in plain torch, on its own, and compares
+its part.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import faulthandler
 import os
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from tests.gpu import te_attention_checks as attention_checks
 from tests.gpu import te_checks as checks
 from tests.gpu import te_references as references
+from tests.gpu.devices import VIRTUAL
 
 WIDTH, HEADS, GROUPS = attention_checks.WIDTH, 8, 4
 # bf16 operands and outputs; a rank's partial outputs are rounded to bf16 before they are merged.
@@ -158,29 +161,94 @@ def sequence_parallel_linear(kind: str) -> None:
         checks.assert_near((y, layer.weight.grad), (expected.y, expected.dw), tolerance, names)
 
 
+def weights_from_shards(kind: str) -> None:
+    """FP8 weights take the flat shards of an fp32 master that the ranks hold, scaled by the amaxes of the whole.
+
+    ``kind`` is "current" or "blockwise". The last rank's shard is far larger than the others'.
+    """
+    import transformer_engine.pytorch as te
+    from transformer_engine.pytorch.tensor.utils import quantize_master_weights
+
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    with te.quantized_model_init(enabled=True, recipe=checks.te_recipe(kind)):
+        layer = te.Linear(256, 96 * ranks, bias=False, params_dtype=torch.bfloat16, device="cuda")
+    torch.manual_seed(8)
+    sizes = 3.0 ** torch.arange(ranks).repeat_interleave(96)
+    master = torch.randn(96 * ranks, 256) * sizes[:, None]
+    length = 96 * 256
+    own = slice(rank * length, (rank + 1) * length)
+    shard = master.view(-1)[own].clone().cuda()
+    quantize_master_weights([layer.weight], [shard], [rank * length], dist.group.WORLD)
+    # With one scale a tensor, Transformer Engine casts the master to the weight's own type before.
+    rounded_master = references.tensorwise(master.bfloat16(), references.E4M3)
+    whole = references.tiles(master) if kind == "blockwise" else rounded_master
+    actual = layer.weight.dequantize().view(-1)[own]
+    tolerance = checks.FP8_TOLERANCE[kind, torch.bfloat16]
+    checks.assert_near([actual], [whole.bfloat16().view(-1)[own]], tolerance, ["weight"])
+
+
+def cases() -> dict[str, Callable[[], None]]:
+    """Return every case by its name."""
+    found: dict[str, Callable[[], None]] = {}
+    for kind in ("p2p", "all_gather", "a2a"):
+        found[f"{kind}, packed"] = partial(packed_attention, kind, padding=False)
+        found[f"{kind}, packed and padded"] = partial(packed_attention, kind, padding=True)
+        found[f"{kind}, batch"] = partial(batch_attention, kind)
+    for kind in checks.RECIPES:
+        found[f"{kind}, sequence parallel"] = partial(sequence_parallel_linear, kind)
+    for kind in ("current", "blockwise"):
+        found[f"{kind}, weights from shards"] = partial(weights_from_shards, kind)
+    return found
+
+
+def faults() -> dict[str, tuple[Any, str, Any, Callable[[], None]]]:
+    """Return what to replace in the emulation, and by what, with the case that has to fail then on every rank."""
+    from tests.gpu.te_emulation import context_parallel, quantize
+
+    half = context_parallel._half
+    return {
+        "amax of this rank only": (
+            quantize,
+            "reduce_amax",
+            lambda amax, group: None,
+            partial(sequence_parallel_linear, "current"),
+        ),
+        "halves exchanged": (
+            context_parallel,
+            "_half",
+            lambda cu_seqlens, *, second: half(cu_seqlens, second=not second),
+            partial(packed_attention, "p2p", padding=False),
+        ),
+    }
+
+
+def failure(case: Callable[[], None]) -> str | None:
+    """Return how a case fails, or None."""
+    try:
+        case()
+    except AssertionError as error:
+        return str(error)
+    return None
+
+
 def main() -> None:
-    """Run every case and say which fail."""
+    """Run every case, and each fault's, and say which do not behave."""
     import transformer_engine.pytorch  # noqa: F401  (it loads the extension)
 
-    faulthandler.dump_traceback_later(500, exit=True)
+    faulthandler.dump_traceback_later(300, exit=True)
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
-    cases: dict[str, Callable[[], None]] = {}
-    for kind in ("p2p", "all_gather", "a2a"):
-        cases[f"{kind}, packed"] = partial(packed_attention, kind, padding=False)
-        cases[f"{kind}, packed and padded"] = partial(packed_attention, kind, padding=True)
-        cases[f"{kind}, batch"] = partial(batch_attention, kind)
-    for kind in checks.RECIPES:
-        cases[f"{kind}, sequence parallel"] = partial(sequence_parallel_linear, kind)
-    failed = []
-    for name, case in cases.items():
-        try:
-            case()
-        except AssertionError as error:
-            failed.append(f"rank {dist.get_rank()}, {name}: {error}")
+    wrong = [f"{name}: {why}" for name, case in cases().items() if (why := failure(case))]
+    if VIRTUAL:
+        for name, (module, function, fault, case) in faults().items():
+            real = getattr(module, function)
+            setattr(module, function, fault)
+            if failure(case) is None:
+                wrong.append(f"the fault '{name}' is not seen")
+            setattr(module, function, real)
     dist.barrier()
     dist.destroy_process_group()
-    assert not failed, "\n".join(failed)
+    assert not wrong, f"rank {os.environ['RANK']}: " + "\n".join(wrong)
     print("every case holds", flush=True)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faults that an emulation of Transformer Engine's kernels could have: each makes a check of this folder fail.
 
-So the checks tell a right kernel from a wrong one. A fault replaces one function or number of the emulation; the check that
-has to see it is named beside it, and passes without it.
+So the checks tell a right kernel from a wrong one. A fault replaces one function or number of the emulation; the check
+that has to see it is named beside it, and passes without it.
 """
 
 from __future__ import annotations

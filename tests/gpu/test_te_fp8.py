@@ -217,6 +217,16 @@ def test_bytes_are_rounded_to_even_and_saturate(format_: references.Format, tex:
     assert float(quantizer.amax) == float(torch.tensor(3e38))
 
 
+def test_a_cast_with_a_known_scale_notes_no_amax(tex: Any) -> None:
+    """So weights are cast from shards of their masters, by the scale that all ranks agreed on."""
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
+
+    quantizer = Float8Quantizer(torch.full((1,), 2.0, device="cuda"), torch.Tensor(), tex.DType.kFloat8E4M3)
+    data = quantizer(torch.full((16, 16), 3.0, device="cuda"))
+    assert data._data.view(torch.float8_e4m3fn).float().unique().tolist() == [6.0]
+    assert float(data._scale_inv) == 0.5
+
+
 @both_formats
 @both_types
 @pytest.mark.parametrize("power_of_two", [False, True])
@@ -303,7 +313,7 @@ def test_fp8_primary_weights_read_back_what_was_written(tex: Any) -> None:
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_shards_of_a_weight_are_cast_to_the_bytes_of_the_whole(shards: int, tex: Any) -> None:
-    """The distributed optimizer holds flat shards of fp32 masters: it joins the amaxes of tiles, then casts each shard."""
+    """The distributed optimizer holds flat shards of fp32 masters: it joins amaxes of tiles, then casts each."""
     torch.manual_seed(0)
     weight = torch.randn(192, 320, device="cuda") * 5
     whole = block_quantizer(tex.DType.kFloat8E4M3, 2)(weight)

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tests.gpu import te_checks as checks
-from tests.gpu.devices import needs_cuda, needs_transformer_engine
+from tests.gpu.devices import needs_cuda, needs_transformer_engine, needs_virtual
 
 pytestmark = [needs_cuda, needs_transformer_engine]
 both_types = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -87,13 +91,20 @@ def _unrounded(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor) -> checks.ref
     return checks.references.Rounded(*(each.float() for each in (x, w, dy, x, dy)))
 
 
-def test_the_stand_in_for_apex_adds_weight_gradients() -> None:
+@needs_virtual
+def test_the_stand_in_for_apex_adds_weight_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """megatron-core's own layers ask for it where weight gradients accumulate in the product."""
+    from importlib.util import find_spec
+
     from tests.gpu.te_emulation import apex_wgrad
 
+    name = "fused_weight_gradient_mlp_cuda"
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))  # after this test it is gone again
+    apex_wgrad.install()
+    assert find_spec(name) is not None
     torch.manual_seed(0)
     x, dy = torch.randn(4, 8, 16, dtype=torch.bfloat16), torch.randn(4, 8, 32, dtype=torch.bfloat16)
     main_grad = torch.ones(32, 16)
-    apex_wgrad.wgrad_gemm_accum(x, dy, main_grad)
+    importlib.import_module(name).wgrad_gemm_accum_fp32(x, dy, main_grad)
     expected = 1 + torch.einsum("sbn,sbk->nk", dy.float(), x.float())
     torch.testing.assert_close(main_grad, expected, rtol=1e-5, atol=1e-5)  # fp32 sums in another order

@@ -55,7 +55,8 @@ def fill(quantizer: Any, out: Any, x: torch.Tensor, amax: torch.Tensor | None = 
     if out._data is None and out._transpose is not None:
         raise NotImplementedError("Columnwise-only per-tensor FP8 quantization is not implemented")
     if kind == "delayed":
-        quantizer.amax.copy_(noted(quantizer.amax, x))
+        if quantizer.amax.numel():  # a cast with a scale that is known already brings an empty tensor
+            quantizer.amax.copy_(noted(quantizer.amax, x))
         scale = quantizer.scale
     else:
         amax = scaling.largest(x) if amax is None else amax
