@@ -78,7 +78,7 @@ def packed_row_params(batch: PackedBatch, size: int = 1, rank: int = 0, *, bucke
     """
     device = batch.tokens.device
     # One wait for the GPU here; every size below would be one more.
-    real, padded = batch.cu_seqlens.tolist(), batch.cu_seqlens_padded.tolist()
+    real, padded = torch.stack((batch.cu_seqlens, batch.cu_seqlens_padded)).tolist()
     lengths = [end - start for start, end in pairwise(real)]
     longest = max(end - start for start, end in pairwise(padded))
     # Transformer Engine takes the very same tensor as its sign that nothing is padded, and then allows more kernels.
@@ -91,12 +91,12 @@ def packed_row_params(batch: PackedBatch, size: int = 1, rank: int = 0, *, bucke
         cu_seqlens_kv_padded=cu_seqlens_padded,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        buckets=_buckets(pieces_of_row(lengths, padded, size, rank), batch, size, device) if buckets else (),
+        buckets=_buckets(pieces_of_row(lengths, padded, size, rank), padded, size, device) if buckets else (),
     )
 
 
-def _buckets(pieces: list[Piece], batch: PackedBatch, size: int, device: torch.device) -> tuple[Bucket, ...]:
-    places = None if size == 1 else gathered_places(batch.cu_seqlens_padded.cpu(), size)
+def _buckets(pieces: list[Piece], padded: list[int], size: int, device: torch.device) -> tuple[Bucket, ...]:
+    places = None if size == 1 else gathered_places(torch.tensor(padded, dtype=torch.int32), size)
     return tuple(_bucket(members, places, device) for members in buckets_of(pieces))
 
 

@@ -70,6 +70,9 @@ NOT_IDENTITY = (
     "policy.megatron_cfg.recompute_granularity",
     "policy.megatron_cfg.recompute_method",
     "policy.megatron_cfg.recompute_num_layers",
+    "policy.megatron_cfg.apply_rope_fusion",
+    "policy.megatron_cfg.bias_activation_fusion",
+    "policy.megatron_cfg.gradient_accumulation_fusion",
     "policy.megatron_cfg.distributed_data_parallel_config.overlap_grad_reduce",
     "policy.megatron_cfg.distributed_data_parallel_config.overlap_param_gather",
     # Both optimizers write the same checkpoint: policy/checkpointing.py.
@@ -124,6 +127,7 @@ def describe_layout(recipe: Recipe) -> str:
         f"context {megatron.context_parallel_size} x data {recipe.data_parallel_size}"
         + (", sequence parallel" if megatron.sequence_parallel else ""),
         *_stages(megatron),
+        _layers(megatron),
         _attention(megatron),
         _recompute(megatron),
         _optimizer(megatron.distributed_data_parallel_config),
@@ -146,6 +150,17 @@ def _stages(megatron: MegatronConfig) -> list[str]:
     }
     given = [f"{layers} on the {stage} stage" for stage, layers in outer.items() if layers is not None]
     return [f"language layers: {', '.join(given)}, the others shared out evenly"] if given else []
+
+
+def _layers(megatron: MegatronConfig) -> str:
+    fusions = ("apply_rope_fusion", "bias_activation_fusion", "gradient_accumulation_fusion")
+    fp8 = megatron.fp8_cfg
+    choices = [
+        megatron.transformer_impl,
+        *([f"FP8 {fp8.fp8_recipe} ({fp8.fp8})"] if fp8.enabled else []),
+        *(name for name in fusions if getattr(megatron, name)),
+    ]
+    return f"layers: {', '.join(choices)}"
 
 
 def _attention(megatron: MegatronConfig) -> str:

@@ -103,10 +103,31 @@ TE_ATTENTION_BUILT = (f"{TE_ATTENTION}.__init__", "super().__init__")
 TE_ATTENTION_CALLED = (f"{TE_ATTENTION}.forward", "super().forward")
 THEIR_CALLS = (CORE_ATTENTION_BUILT, CORE_ATTENTION_CALLED, TE_ATTENTION_BUILT, TE_ATTENTION_CALLED)
 PACKED = f"{LIBRARY}.packed_seq_params.PackedSeqParams"
+# What a layer's spec puts where: (megatron-core's function that builds it, the place, the class of Transformer Engine's
+# layers), see ``policy.layer_spec``.
+_EXTENSIONS = f"{LIBRARY}.extensions.transformer_engine"
+TE_COLUMN, TE_ROW, TE_NORM = (
+    f"{_EXTENSIONS}.{name}" for name in ("TELayerNormColumnParallelLinear", "TERowParallelLinear", "TENorm")
+)
+_SELF_ATTENTION = f"{LIBRARY}.transformer.attention.SelfAttention.__init__"
+SPEC_PLACES = (
+    (_SELF_ATTENTION, "submodules.linear_qkv", TE_COLUMN),
+    (_SELF_ATTENTION, "submodules.q_layernorm", TE_NORM),
+    (_SELF_ATTENTION, "submodules.k_layernorm", TE_NORM),
+    (f"{LIBRARY}.transformer.attention.Attention.__init__", "submodules.linear_proj", TE_ROW),
+    (f"{LIBRARY}.transformer.mlp.MLP.__init__", "submodules.linear_fc1", TE_COLUMN),
+    (f"{LIBRARY}.transformer.mlp.MLP.__init__", "submodules.linear_fc2", TE_ROW),
+    (f"{LIBRARY}.transformer.transformer_block.TransformerBlock._build_layers", "self.submodules.layer_norm", TE_NORM),
+)
 # Of Transformer Engine.
 DOT_PRODUCT_ATTENTION = (
     "transformer_engine.pytorch.attention.dot_product_attention.dot_product_attention.DotProductAttention"
 )
+# Classes of megatron-core that hand on to one of its: what, and to which.
+TE_LAYERS = {
+    TE_COLUMN: "transformer_engine.pytorch.module.layernorm_linear.LayerNormLinear",
+    f"{_EXTENSIONS}.TELinear": "transformer_engine.pytorch.module.linear.Linear",
+}
 
 
 @dataclass
@@ -199,7 +220,8 @@ class Release:
         fields = self._dataclass_fields(module, node)
         if fields is not None:
             return dict(sorted(fields.items()))
-        _, init = self._method(module, node, "__init__") or (module, None)
+        # A class whose ``__new__`` gives an object of another one has no ``__init__`` of its own.
+        _, init = self._method(module, node, "__init__") or self._method(module, node, "__new__") or (module, None)
         return {} if init is None else _function_parameters(init, is_method=True)
 
     def passed(self, function: str, callee: str) -> dict[str, bool]:
@@ -218,6 +240,26 @@ class Release:
         passed = {ast.unparse(argument): False for call in calls for argument in call.args}
         for call in calls:
             passed |= dict.fromkeys(_keywords(call) | _unpacked(node, call), True)
+        return dict(sorted(passed.items()))
+
+    def built(self, function: str, place: str) -> dict[str, bool]:
+        """What a function builds a place of a spec with, in the form of ``passed``.
+
+        By calling what is there (as it is, or through a variable or another expression of it), or by ``build_module``.
+
+        Raises:
+            LookupError: there is no such function, or it builds no such place.
+        """
+        _, node, _ = self._find(function)
+        passed: dict[str, bool] = {}
+        for call in [item for item in ast.walk(node) if isinstance(item, ast.Call)]:
+            through = ast.unparse(call.func) == "build_module"
+            what, arguments = (call.args[0], call.args[1:]) if through else (call.func, call.args)
+            if _mentions(what, place) or (isinstance(what, ast.Name) and _holds(node, what.id, place)):
+                passed |= {ast.unparse(argument): False for argument in arguments}
+                passed |= dict.fromkeys(_keywords(call), True)
+        if not passed:
+            raise LookupError(f"{self._library} {self.version}: {function} does not build {place}")
         return dict(sorted(passed.items()))
 
     def packed_fields_for_transformer_engine(self) -> dict[str, bool]:
@@ -315,6 +357,18 @@ class Release:
         return self._trees[module]
 
 
+def _mentions(expression: ast.expr, place: str) -> bool:
+    return any(ast.unparse(part) == place for part in ast.walk(expression))
+
+
+def _holds(function: ast.AST, variable: str, place: str) -> bool:
+    """Whether a function assigns an expression of the place to the variable."""
+    return any(
+        isinstance(item, ast.Assign) and ast.unparse(item.targets[0]) == variable and _mentions(item.value, place)
+        for item in ast.walk(function)
+    )
+
+
 def _statements(tree: ast.Module) -> Iterator[ast.stmt]:
     """Statements of a module, those inside of its ``if`` and ``try`` blocks included."""
     pending = list(tree.body)
@@ -376,12 +430,19 @@ def megatron_core(release: Release) -> dict[str, dict[str, bool]]:
         **{name: release.parameters(name) for name in wanted()},
         **{f"{function} > {callee}": release.passed(function, callee) for function, callee in THEIR_CALLS},
         f"{PACKED} > {TE_ATTENTION}": release.packed_fields_for_transformer_engine(),
+        **{f"{function} > {place}": release.built(function, place) for function, place, _ in SPEC_PLACES},
+        **{name: release.parameters(name) for name in (TE_COLUMN, TE_ROW, TE_NORM, f"{TE_COLUMN}.forward")},
+        **{
+            f"{name}.__init__ > super().__init__": release.passed(f"{name}.__init__", "super().__init__")
+            for name in TE_LAYERS
+        },
     }
 
 
 def transformer_engine(release: Release) -> dict[str, dict[str, bool]]:
     """What we want to know of a release of Transformer Engine."""
-    return {name: release.parameters(name) for name in (DOT_PRODUCT_ATTENTION, f"{DOT_PRODUCT_ATTENTION}.forward")}
+    names = (DOT_PRODUCT_ATTENTION, f"{DOT_PRODUCT_ATTENTION}.forward", *TE_LAYERS.values())
+    return {name: release.parameters(name) for name in names}
 
 
 def vendored(library: str, version: str) -> Path:

@@ -3,7 +3,8 @@
 
 It runs on GPUs only, so this holds the way there: what ours passes to megatron-core's wrapper (here, and with all other
 calls in ``test_megatron_core.py``), what the wrapper passes on, by source; and, with an attention of plain torch in its
-place, shapes and the meaning of every field.
+place, shapes and the meaning of every field. What runs on a GPU is compared in ``tests/gpu``; this also holds for the
+newest release of megatron-core, of which only the source is read.
 """
 
 from __future__ import annotations
@@ -33,9 +34,12 @@ from tests.contract.signatures import (
     HERE,
     METHODS,
     PACKED,
+    SPEC_PLACES,
     TE_ATTENTION,
     TE_ATTENTION_BUILT,
     TE_ATTENTION_CALLED,
+    TE_COLUMN,
+    TE_LAYERS,
     Release,
     megatron_core,
     our_calls,
@@ -90,6 +94,54 @@ def test_every_field_of_a_packed_row_arrives(version: str) -> None:
     arriving = signatures(version)[f"{PACKED} > {TE_ATTENTION}"].keys()
     assert our_calls()[PACKED].keywords <= arriving
     assert arriving <= transformer_engine()[f"{DOT_PRODUCT_ATTENTION}.forward"].keys()
+
+
+# -- layers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("function", "place", "target"), SPEC_PLACES, ids=lambda text: text.rpartition(".")[2])
+def test_layers_take_what_they_are_built_with(version: str, function: str, place: str, target: str) -> None:
+    """What megatron-core builds a place of our spec with, is taken by the module that we put there."""
+    release = signatures(version)
+    built, takes = release[f"{function} > {place}"], release[target]
+    by_keyword = {name for name, keyword in built.items() if keyword}
+    assert ANY in takes or by_keyword <= takes.keys(), by_keyword - takes.keys()
+    needed = {name for name, must in takes.items() if must} - by_keyword
+    assert len(needed) == sum(not keyword for keyword in built.values()), (needed, built)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("wrapper", TE_LAYERS)
+def test_transformer_engines_layers_take_what_the_wrappers_pass(version: str, wrapper: str) -> None:
+    passed = signatures(version)[f"{wrapper}.__init__ > super().__init__"]
+    # `ub_`: communication that overlaps with products, which is off; names of old releases are among them.
+    by_keyword = {name for name, keyword in passed.items() if keyword and name != ANY and not name.startswith("ub_")}
+    assert by_keyword
+    assert by_keyword <= transformer_engine()[TE_LAYERS[wrapper]].keys()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_linear_takes_hidden_states_alone(version: str) -> None:
+    assert signatures(version)[f"{TE_COLUMN}.forward"] == {"x": True}
+
+
+def test_a_keyword_that_a_layer_does_not_take_is_seen(tmp_path: Path) -> None:
+    """Negative: both ways of building a place are read, and what is not there is an error."""
+    package = tmp_path / "megatron" / "core"
+    package.mkdir(parents=True)
+    (package / "package_info.py").write_text("MAJOR = 1\nMINOR = 2\nPATCH = 3\n")
+    (package / "mlp.py").write_text(
+        "def build(submodules):\n"
+        "    build_module(submodules.fc1, 3, config=1)\n"
+        "    norm = submodules.fc2 or 5\n"
+        "    norm(4, fly=2)\n"
+    )
+    release = Release(tmp_path)
+    assert release.built("megatron.core.mlp.build", "submodules.fc1") == {"3": False, "config": True}
+    assert release.built("megatron.core.mlp.build", "submodules.fc2") == {"4": False, "fly": True}
+    with pytest.raises(LookupError, match=r"does not build submodules\.fc3"):
+        release.built("megatron.core.mlp.build", "submodules.fc3")
 
 
 # -- with plain torch in its place --------------------------------------------------------------------------------

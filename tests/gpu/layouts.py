@@ -62,4 +62,60 @@ WORLDS: dict[str, tuple[int, list[Case]]] = {
             Engine(pipeline=2, context=2, shape="untied", stages=(2, None), cp_comm="all_gather"),
         ],
     ),
+    "engine-fused-fast-1": (
+        1,
+        [
+            Exact(shape="tied", fusions=("gradient_accumulation_fusion",)),
+            Exact(shape="untied", fusions=("bias_activation_fusion",)),
+            Engine(shape="wide", fusions=("gradient_accumulation_fusion", "bias_activation_fusion")),
+            Local(shape="untied", fusions=("gradient_accumulation_fusion",), overlap=True),
+        ],
+    ),
+    # What Transformer Engine's rotation computes in float32, megatron-core's own does in the precision of the weights.
+    "engine-rope-fast-1": (
+        1,
+        [
+            Exact(shape="tied", fusions=("apply_rope_fusion",)),
+            Engine(shape="untied", fusions=("apply_rope_fusion",)),
+        ],
+    ),
+    "engine-rope-full-2": (
+        2,
+        [
+            Engine(context=2, shape="tied", fusions=("apply_rope_fusion",)),
+            Engine(tensor=2, sequence_parallel=True, shape="tied", fusions=("apply_rope_fusion",)),
+        ],
+    ),
+    "engine-full-4": (
+        4,
+        [
+            Engine(tensor=4, sequence_parallel=True, shape="tied", distributed_optimizer=True, overlap=True),
+            Engine(pipeline=4, shape="deep", stages=(3, 1), recompute=("full", "uniform", 1)),
+            Engine(context=4, shape="tied", distributed_optimizer=True),
+            Engine(context=4, shape="untied", cp_comm="all_gather", recompute=("full", "block", 1)),
+            Engine(context=4, shape="untied", cp_comm="a2a", overlap=True),
+            Engine(tensor=2, context=2, sequence_parallel=True, shape="wide", recompute=("selective",)),
+            Engine(tensor=2, pipeline=2, sequence_parallel=True, shape="one_kv_head", distributed_optimizer=True),
+        ],
+    ),
+    "engine-full-8": (
+        8,
+        [
+            Engine(
+                tensor=2,
+                pipeline=2,
+                context=2,
+                sequence_parallel=True,
+                shape="untied",
+                stages=(2, 1),
+                cp_comm="a2a",
+                recompute=("full", "uniform", 1),
+                distributed_optimizer=True,
+                overlap=True,
+            ),
+            Engine(tensor=2, pipeline=2, context=2, sequence_parallel=True, shape="tied", cp_comm="all_gather"),
+            Engine(tensor=2, pipeline=2, sequence_parallel=True, shape="tied", overlap=True),
+            Engine(pipeline=2, context=4, shape="tied", distributed_optimizer=True, overlap=True),
+        ],
+    ),
 }

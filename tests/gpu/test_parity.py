@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claim: on a GPU no layout and neither kind of layers changes what the policy computes, against transformers on the CPU.
+"""Claim: on a GPU neither layouts nor layers nor fusions change what the policy computes (transformers on the CPU).
 
 Local layers in float32 keep the CPU's tolerances. Transformer Engine's layers keep them where its attention exists in
 float32, and in bfloat16 they are as near to float32 as transformers' bfloat16 is (``layout_parity.TOLERANCES``). The
@@ -8,6 +8,7 @@ matrix is in ``tests.gpu.layouts``; one launch a world. With ``-s`` the largest 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -35,11 +36,15 @@ def check_world(directory: Path, world: str) -> None:
     ranks, cases = {**CPU_WORLDS, **GPU_WORLDS}[world]
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
+    fusions = {fusion for case in cases for fusion in case.fusions}
+    virtual = os.environ.get("VIRTUAL_CUDA") == "1"
+    if "gradient_accumulation_fusion" in fusions and not virtual and not optional_packages()["apex_wgrad"]:
+        pytest.skip("needs fused_weight_gradient_mlp_cuda of NVIDIA apex")
     for case in cases:
         prepare(directory, case)
-    # The virtual GPU hides Transformer Engine from worlds that are to do without; a real one has it or has not.
-    without = {} if world.startswith("engine") else {"VIRTUAL_TE": "0"}
-    everyone = torchrun_json(ranks, "tests.parallel.parity_worker", str(directory), world, timeout=1700, **without)
+    everyone = torchrun_json(
+        ranks, "tests.parallel.parity_worker", str(directory), world, timeout=1700, **environment(world)
+    )
     for rank, results in enumerate(everyone):
         assert list(results) == [str(case) for case in cases]
         for case in cases:
@@ -48,6 +53,20 @@ def check_world(directory: Path, world: str) -> None:
             if rank == 0:  # the others found the same: reports are merged
                 print(f"parity on a GPU [{case}] {result['seconds']:.1f} s: {report}")
             report.assert_within_tolerance()
+
+
+def environment(world: str) -> dict[str, str]:
+    """What a world needs of the virtual GPU; a real one has its own packages, and compiles."""
+    if os.environ.get("VIRTUAL_CUDA") != "1":
+        return {}
+    if not world.startswith("engine"):
+        return {"VIRTUAL_TE": "0"}  # megatron-core takes the optimizer of Transformer Engine wherever it is
+    if "fused" not in world:
+        return {}
+    # Nothing is compiled on it: the functions run as they are, megatron-core's own gradient of SwiGLU among them;
+    # tests/unit/policy/test_activation.py compiles them for the CPU.
+    apex = str(Path(__file__).parent / "apex")
+    return {"PYTHONPATH": os.pathsep.join([apex, os.environ.get("PYTHONPATH", "")])}
 
 
 def of(names: list[str]) -> list:

@@ -138,6 +138,7 @@ def test_the_layout_is_described() -> None:
     assert recipe.describe_layout(recipe.load(G2RPO, layout, "train")).splitlines() == [
         "processes: 8 = 2 node(s) x 4",
         "layout: tensor 2 x pipeline 1 x context 1 x data 4",
+        "layers: auto",
         "core attention: auto",
         "recompute: none",
         "optimizer: whole on every rank",
@@ -151,14 +152,18 @@ def test_the_layout_is_described() -> None:
         f"{MEGATRON}={{recompute_granularity: full, recompute_num_layers: 2}}",
         f"{DDP}={{use_distributed_optimizer: true, overlap_grad_reduce: true, overlap_param_gather: true}}",
     ]
-    assert recipe.describe_layout(recipe.load(G2RPO, layout, "train")).splitlines()[1:6] == [
+    assert recipe.describe_layout(recipe.load(G2RPO, layout, "train")).splitlines()[1:7] == [
         "layout: tensor 2 x pipeline 2 x context 2 x data 2, sequence parallel",
         "language layers: 12 on the first stage, the others shared out evenly",
+        "layers: auto",
         "core attention: auto, p2p with Transformer Engine",
         "recompute: whole layers, 2 at a time, and the vision tower",
         "optimizer: shared out over data-parallel ranks; gradients reduced during the backward pass; weights gathered "
         "during the forward pass",
     ]
+    layers = [f"{MEGATRON}={{transformer_impl: transformer_engine, apply_rope_fusion: true}}"]
+    described = recipe.describe_layout(recipe.load(G2RPO, layers, "train"))
+    assert "layers: transformer_engine, apply_rope_fusion" in described.splitlines()
     sft = recipe.load(SFT, [], "sft")
     assert recipe.describe_layout(sft).splitlines()[-1] == "step: 128 sequences, 1 update"
 
