@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policy's state in megatron-core's distributed checkpoints: one format for every layout and either optimizer.
+"""The policy's state in megatron-core's distributed checkpoints: one format for every layout, layers and optimizer.
 
 Weights and their optimizer state have the names that Transformer Engine's modules give them, whatever the layers are
-made of; older ones are read too (``checkpoint_reading``). Beside the weights, a checkpoint has Adam's moments ``exp_avg`` and ``exp_avg_sq`` of every parameter and under bf16 its
-float32 copy ``fp32_param`` (all in the parameter's shape, sharded as it is), the number of steps once, and the state of
-FP8 scaling (``fp8_state``). Weights that are FP8 are saved as what they were rounded from. The rest of an optimizer's state (learning rate, betas, weight decay) comes from the recipe and the schedule.
+made of; older names are read too (``checkpoint_reading``). Beside the weights, a checkpoint has Adam's moments
+``exp_avg`` and ``exp_avg_sq`` of every parameter and under bf16 its float32 copy ``fp32_param`` (all in the parameter's
+shape, sharded as it is), the number of steps once, and the state of FP8 scaling (``fp8_state``). Weights that are FP8
+are saved as what they were rounded from. The rest of an optimizer's state (learning rate, betas, weight decay) comes
+from the recipe and the schedule.
 
 megatron-core's own state dicts would do neither: its two optimizers name their parts differently; its distributed one
 (0.16 to 0.19, ``fully_reshardable``) saves moments from the wrong places as soon as a bucket of gradients has padding,

@@ -69,6 +69,15 @@ def quantised(policy: MegatronPolicy) -> Weights:
     return {name: weight.dequantize().detach() for name, weight in named if is_float8tensor(weight)}
 
 
+class Saved:
+    """What a policy had when it saved, and did afterwards."""
+
+    def __init__(self, weights: Weights, scales: Weights, quantised: Weights) -> None:
+        self.weights, self.scales, self.quantised = weights, scales, quantised
+        self.metrics: list[dict[str, float]] = []
+        self.end: Weights = {}
+
+
 def resume(directory: Path, checkpoint: Path, **keys: Any) -> Saved:
     """A run that is killed after a checkpoint and resumed goes on as if it had not been, bit for bit."""
     policy = build(directory, **keys)
@@ -88,15 +97,6 @@ def resume(directory: Path, checkpoint: Path, **keys: Any) -> Saved:
     assert two_steps(resumed) == before.metrics
     assert_equal(weights_of(resumed), before.end, "weights two steps after resuming")
     return before
-
-
-class Saved:
-    """What a policy had when it saved, and did afterwards."""
-
-    def __init__(self, weights: Weights, scales: Weights, quantised: Weights) -> None:
-        self.weights, self.scales, self.quantised = weights, scales, quantised
-        self.metrics: list[dict[str, float]] = []
-        self.end: Weights = {}
 
 
 @contextmanager
@@ -267,7 +267,7 @@ def _reference_with_fp8_weights(policy: MegatronPolicy) -> None:
 
 
 def layouts(directory: Path) -> dict[str, float]:
-    """Resuming at TP 2 with sequence parallelism; the stream at TP 2 and PP 2; delayed scales from TP 2 to DP 2, PP 2."""
+    """Resuming at TP 2 with sequence parallelism; the stream at TP 2 and PP 2; scales from TP 2 to DP 2 and PP 2."""
     sharded: dict[str, Any] = {"tp": 2, "sequence_parallel": True}
     resume(directory, directory / "tensor", **sharded)
     stored = {name: tensor.bfloat16() for name, tensor in weights.SafetensorsDirectory(directory).items()}
@@ -280,13 +280,14 @@ def layouts(directory: Path) -> dict[str, float]:
         save(policy, again)
         same_files(directory / "tensor", again)
     saved = resume(directory, directory / "tensor-delayed", fp8="delayed", **sharded)
-    for keys in ({"mode": "distributed"}, {"pp": 2}):
+    others: tuple[dict[str, Any], ...] = ({"tp": 1}, {"pp": 2})
+    for keys in others:
         policy = build(directory, fp8="delayed", **keys)
         load(policy, directory / "tensor-delayed")
         found = scales(policy)
         assert found.keys() <= saved.scales.keys()
         assert_equal(found, {name: saved.scales[name] for name in found}, f"delayed scales of TP 2 at {keys}")
-        assert torch.tensor(len(found)) * (2 if "pp" in keys else 1) == len(saved.scales)
+        assert len(found) * keys.get("pp", 1) == len(saved.scales)
     return {}
 
 
