@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,13 @@ def resume(directory: Path, checkpoint: Path, **keys: Any) -> Saved:
 
 @contextmanager
 def names_of_version_0_3_0() -> Iterator[None]:
-    """Local layers save their norms under their own names, as up to version 0.3.0."""
-    before = dict(layer_spec.CHECKPOINT_NAMES)
-    layer_spec.CHECKPOINT_NAMES.clear()
+    """Local layers that are built here save norms under their own names, as up to version 0.3.0."""
+    before = layer_spec._LOCAL
+    layer_spec._LOCAL = replace(before, checkpoint_names={})
     try:
         yield
     finally:
-        layer_spec.CHECKPOINT_NAMES.update(before)
+        layer_spec._LOCAL = before
 
 
 # -- one process ------------------------------------------------------------------------------------------------------
@@ -188,8 +189,8 @@ def engine(directory: Path) -> dict[str, float]:
 
     with names_of_version_0_3_0():
         local = build(directory, transformer_impl="local", core_attention="local")
-        load(local, directory / "engine")  # the reverse: these names, and a checkpoint of the others
-        save(local, directory / "old")
+    load(local, directory / "engine")  # the reverse: these names, and a checkpoint of the others
+    save(local, directory / "old")
     names = set(MegatronCheckpoint(directory / "old" / f"step_{STEP}"))
     assert any("input_layernorm" in name for name in names)
     assert not any("layer_norm_weight" in name for name in names)
