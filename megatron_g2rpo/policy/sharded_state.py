@@ -140,7 +140,8 @@ def sharded_state_dict(
         state["scheduler"] = scheduler.state_dict()
     if not is_loading:
         _save_unquantised(state["model"], value_of(optimizer))
-    state["fp8"] = fp8_state.sharded_state_dict(model)
+    if scaling := fp8_state.sharded_state_dict(model):
+        state["fp8"] = scaling
     return state
 
 
@@ -169,7 +170,8 @@ def load_state_dict(
         state: the loaded state.
     """
     _load_weights(model, state["model"])
-    fp8_state.load_state_dict(model, state["fp8"])
+    scaling = state.get("fp8", {})
+    fp8_state.load_state_dict(model, scaling)
     if optimizer is None or scheduler is None:
         return
     part = single(optimizer)
@@ -182,7 +184,7 @@ def load_state_dict(
     _set_step(part, step)
     if any(is_float8tensor(parameter) for parameter in model.parameters()):
         part._copy_main_params_to_model_params()  # as after a step: the checkpoint has no quantised weights
-        fp8_state.load_state_dict(model, state["fp8"])  # that has counted the weights' amaxes
+        fp8_state.load_state_dict(model, scaling)  # that has counted the weights' amaxes
     scheduler.num_steps = 0  # load_state_dict adds to it
     scheduler.load_state_dict(state_dict=state["scheduler"])
 

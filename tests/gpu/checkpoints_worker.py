@@ -37,13 +37,15 @@ from tests.parallel.checkpoint_layouts_worker import Weights, micro_batches, sam
 STEP = 2  # of every checkpoint
 
 
-def build(directory: Path, *, steps: int | None = 10, fp8: str = "", fp8_param: bool = False, **keys: Any) -> Any:
-    """A policy in bf16; ``fp8`` names its recipe, ``keys`` are those of ``layout_options``."""
+def build(
+    directory: Path, *overrides: str, steps: int | None = 10, fp8: str = "", fp8_param: bool = False, **keys: Any
+) -> MegatronPolicy:
+    """A policy in bf16; ``fp8`` names its recipe, the others are those of ``layout_options``."""
     process_groups.reset()
     cfg = {"enabled": bool(fp8), "fp8_param": fp8_param, "fp8": "hybrid", "fp8_recipe": fp8 or "tensorwise"}
     options = [f"megatron_cfg.fp8_cfg.{key}={value}" for key, value in cfg.items()]
     keys = {"precision": "bfloat16", "mode": "distributed", **keys}
-    return MegatronPolicy(layout_options(directory, *options, **keys), select(), seed=0, max_steps=steps)
+    return MegatronPolicy(layout_options(directory, *options, *overrides, **keys), select(), seed=0, max_steps=steps)
 
 
 def save(policy: MegatronPolicy, directory: Path) -> None:
@@ -199,7 +201,7 @@ def engine(directory: Path) -> dict[str, float]:
     same_files(directory / "engine", directory / "old-new")
     # pretrained_checkpoint, and convert export: weights alone.
     for step in (directory / name / f"step_{STEP}" for name in ("engine", "old")):
-        alone = build(step / MODEL_FILES, steps=None, pretrained_checkpoint=str(step))
+        alone = build(step / MODEL_FILES, f"pretrained_checkpoint={step}", steps=None)
         assert_equal(weights_of(alone), saved.weights, f"{step} as a pretrained checkpoint")
         _exported(step, saved.weights)
 

@@ -35,8 +35,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def build(directory: Path, steps: int | None = 10, **keys: Any) -> MegatronPolicy:
-    return MegatronPolicy(layout_options(directory, **keys), select("cpu"), seed=0, max_steps=steps)
+def build(directory: Path, *overrides: str, steps: int | None = 10, **keys: Any) -> MegatronPolicy:
+    return MegatronPolicy(layout_options(directory, *overrides, **keys), select("cpu"), seed=0, max_steps=steps)
 
 
 def step(policy: MegatronPolicy) -> dict[str, float]:
@@ -73,7 +73,7 @@ def test_a_checkpoint_of_version_0_3_0_is_resumed_loaded_and_exported(
     assert not any(name.endswith(LOCAL) for name in names_in(tmp_path / "new" / "step_1"))
     assert step(resumed) == expected
 
-    alone = build(old / MODEL_FILES, steps=None, pretrained_checkpoint=str(old))
+    alone = build(old / MODEL_FILES, f"pretrained_checkpoint={old}", steps=None)
     source = old / MODEL_FILES
     export(MegatronCheckpoint(old), tmp_path / "hf", source=source, dtype="float32", max_shard_size="5GB")
     for found in (dict(alone.stream()), SafetensorsDirectory(tmp_path / "hf")):
