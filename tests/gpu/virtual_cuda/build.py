@@ -48,3 +48,5 @@ def environment(*, transformer_engine: bool) -> dict[str, str]:
         "VIRTUAL_TE": str(int(transformer_engine)),
         "PYTHONPATH": os.pathsep.join(folder for folder in path if folder),
     }
+
+
