@@ -40,7 +40,10 @@ STEP = 2  # of every checkpoint
 def build(
     directory: Path, *overrides: str, steps: int | None = 10, fp8: str = "", fp8_param: bool = False, **keys: Any
 ) -> MegatronPolicy:
-    """A policy in bf16; ``fp8`` names its recipe, the others are those of ``layout_options``."""
+    """A policy in bf16; ``fp8`` names its recipe, the others are those of ``layout_options``.
+
+    The process groups of the policy before it are gone: that one computes no more.
+    """
     process_groups.reset()
     cfg = {"enabled": bool(fp8), "fp8_param": fp8_param, "fp8": "hybrid", "fp8_recipe": fp8 or "tensorwise"}
     options = [f"megatron_cfg.fp8_cfg.{key}={value}" for key, value in cfg.items()]
@@ -196,6 +199,7 @@ def engine(directory: Path) -> dict[str, float]:
     names = set(MegatronCheckpoint(directory / "old" / f"step_{STEP}"))
     assert any("input_layernorm" in name for name in names)
     assert not any("layer_norm_weight" in name for name in names)
+    policy = build(directory)
     load(policy, directory / "old")
     save(policy, directory / "old-new")
     same_files(directory / "engine", directory / "old-new")
@@ -205,6 +209,7 @@ def engine(directory: Path) -> dict[str, float]:
         assert_equal(weights_of(alone), saved.weights, f"{step} as a pretrained checkpoint")
         _exported(step, saved.weights)
 
+    policy = build(directory)
     batches = micro_batches(policy)
     load(policy, directory / "engine")
     reference = ReferencePolicy(policy)
@@ -240,16 +245,17 @@ def delayed(directory: Path) -> dict[str, float]:
 
 def fp8_weights(directory: Path) -> dict[str, float]:
     """Weights that are FP8: bit for bit on resuming; saved and streamed as what they were rounded from."""
-    start = build(directory)
+    start = weights_of(build(directory))
     for recipe in ("tensorwise", "delayed"):
         policy = build(directory, fp8=recipe, fp8_param=True)
         assert quantised(policy)
-        assert_equal(weights_of(policy), weights_of(start), f"{recipe}: the stream of what was loaded")
+        assert_equal(weights_of(policy), start, f"{recipe}: the stream of what was loaded")
         saved = resume(directory, directory / recipe, fp8=recipe, fp8_param=True)
         _exported(directory / recipe / f"step_{STEP}", saved.weights)
         plain = build(directory)
         load(plain, directory / recipe)
         assert_equal(weights_of(plain), saved.weights, f"{recipe}: as weights in bf16")
+        policy = build(directory, fp8=recipe, fp8_param=True)
         load(policy, directory / recipe)
         _reference_with_fp8_weights(policy)
     return {}
