@@ -55,7 +55,8 @@ def fill(quantizer: Any, out: Any, x: torch.Tensor, amax: torch.Tensor | None = 
     if out._data is None and out._transpose is not None:
         raise NotImplementedError("Columnwise-only per-tensor FP8 quantization is not implemented")
     if kind == "delayed":
-        quantizer.amax.copy_(noted(quantizer.amax, x))
+        if quantizer.amax.numel():  # none where a known scale is used, for shares of a weight
+            quantizer.amax.copy_(noted(quantizer.amax, x))
         scale = quantizer.scale
     else:
         amax = scaling.largest(x) if amax is None else amax
@@ -65,7 +66,7 @@ def fill(quantizer: Any, out: Any, x: torch.Tensor, amax: torch.Tensor | None = 
             amax, quantizer.dtype, power_of_2=quantizer.force_pow_2_scales, epsilon=quantizer.amax_epsilon
         )
     data = scaling.encode(x, scale, quantizer.dtype)
-    out._scale_inv.copy_(scale.reciprocal().reshape(1))
+    out._scale_inv.copy_(scale.reciprocal().reshape(out._scale_inv.shape))
     if out._data is not None:
         out._data.copy_(data.view(out._data.shape))
     if out._transpose is not None:
