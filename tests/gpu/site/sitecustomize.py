@@ -2,8 +2,10 @@
 """Python runs this at the start of every process that has this folder on its path: see tests/gpu/virtual_cuda."""
 
 import os
+import traceback
 
-if os.environ.get("VIRTUAL_CUDA") == "1":
+
+def _start() -> None:
     import tests.gpu.virtual_cuda.install  # noqa: F401
 
     if os.environ.get("VIRTUAL_TE") == "1":
@@ -14,3 +16,14 @@ if os.environ.get("VIRTUAL_CUDA") == "1":
         from tests.gpu.virtual_cuda.hide import hide
 
         hide("transformer_engine")  # megatron-core takes parts of it wherever it can be imported
+
+
+if os.environ.get("VIRTUAL_CUDA") == "1":
+    started = False
+    try:
+        _start()
+        started = True
+    finally:  # an error is one that Python would print and pass over, and the process would go on without a device
+        if not started:
+            traceback.print_exc()
+            os._exit(1)

@@ -5,39 +5,56 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[3]
-SOURCE = Path(__file__).with_name("device.cpp")
-# In the environment of the interpreter, whose torch it is built against, and by its source's contents.
-FOLDER = Path(sys.prefix) / "virtual_cuda" / hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+HEADERS = sorted(HERE.glob("*.h"))
+SOURCES = sorted(HERE.glob("*.cpp"))
+FLAGS = ["-O1", "-std=c++20", "-fPIC", "-DTORCH_EXTENSION_NAME=_virtual_cuda", "-DUSE_DISTRIBUTED"]
+
+
+def _hash(*files: Path) -> str:
+    contents = b"".join(file.read_bytes() for file in files)
+    return hashlib.sha256(contents + " ".join(FLAGS).encode()).hexdigest()[:16]
+
+
+# In the environment of the interpreter, against whose torch it is built, and by the contents of its sources.
+FOLDER = Path(sys.prefix) / "virtual_cuda" / _hash(*HEADERS, *SOURCES)
 LIBRARY = FOLDER / "_virtual_cuda.so"
 
 
 def build() -> None:
-    """Compile the library, about a minute, unless it is there."""
+    """Compile the library, a few minutes of one core, unless it is there; a source that has not changed is kept."""
     if LIBRARY.exists():
         return
-    FOLDER.mkdir(parents=True, exist_ok=True)
     spec = find_spec("torch")
-    assert spec is not None and spec.origin is not None, "torch is not installed"
-    torch = Path(spec.origin).parent
-    unfinished = LIBRARY.with_suffix(f".{os.getpid()}")
-    includes = [torch / "include", torch / "include/torch/csrc/api/include", sysconfig.get_path("include")]
-    subprocess.run(
-        [
-            *("g++", "-O1", "-std=c++20", "-shared", "-fPIC", "-DTORCH_EXTENSION_NAME=_virtual_cuda"),
-            *("-DUSE_DISTRIBUTED", "-DUSE_C10D_GLOO", str(SOURCE), *(f"-I{folder}" for folder in includes)),
-            *(f"-L{torch / 'lib'}", "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"),
-            *(f"-Wl,-rpath,{torch / 'lib'}", "-o", str(unfinished)),
-        ],
-        check=True,
-    )
-    unfinished.rename(LIBRARY)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"torch is not installed in {sys.prefix}, so nothing can be built against it")
+    torch = Path(spec.origin).resolve().parent  # an environment that is reached by a link may lose it
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    _write(FOLDER / "takes_numbers.inc", _takes_numbers(torch))
+    includes = [
+        torch / "include",
+        torch / "include/torch/csrc/api/include",
+        sysconfig.get_path("include"),
+        HERE,
+        FOLDER,
+    ]
+    objects = []
+    for source in SOURCES:
+        target = FOLDER.parent / f"{source.stem}-{_hash(*HEADERS, source)}.o"
+        if not target.exists():
+            _run(target, ["g++", "-Wno-attributes", *FLAGS, "-c", str(source), *(f"-I{folder}" for folder in includes)])
+        objects.append(str(target))
+    library = torch / "lib"
+    libraries = ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python", f"-Wl,-rpath,{library}"]
+    _run(LIBRARY, ["g++", "-shared", *objects, f"-L{library}", *libraries])
 
 
 def environment(*, transformer_engine: bool) -> dict[str, str]:
@@ -50,3 +67,21 @@ def environment(*, transformer_engine: bool) -> dict[str, str]:
     }
 
 
+def _takes_numbers(torch: Path) -> str:
+    """Name the operators, as C++ strings, that CUDA's dispatch does not check for devices: TensorIterator does."""
+    declared = (torch.parent / "torchgen/packaged/ATen/native/native_functions.yaml").read_text()
+    operators = re.findall(r"^- func: ([\w.]+)\((.*?)(?=^- func: |\Z)", declared, flags=re.MULTILINE | re.DOTALL)
+    return "".join(f'"{name}",\n' for name, rest in operators if "device_check: NoCheck" in rest)
+
+
+def _run(target: Path, command: list[str]) -> None:
+    """Make a file by a compiler's command; two builders at once do not see each other's half-written ones."""
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}")
+    subprocess.run([*command, "-o", str(unfinished)], check=True)
+    unfinished.rename(target)
+
+
+def _write(target: Path, text: str) -> None:
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.rename(target)

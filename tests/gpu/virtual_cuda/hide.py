@@ -14,9 +14,9 @@ def hide(package: str) -> None:
     real = PathFinder.find_spec
 
     def find_spec(
-        fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+        cls: type[PathFinder], fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         return None if fullname == package else real(fullname, path, target)
 
     finder = next(each for each in sys.meta_path if each is PathFinder)
-    finder.find_spec = staticmethod(find_spec)
+    finder.find_spec = classmethod(find_spec)  # others keep it as an attribute of theirs, where a function would bind
