@@ -34,6 +34,7 @@ from tests.common.launch import report_result
 from tests.common.policy_layout import layout_options
 from tests.parallel.checkpoint_layouts_worker import Weights, micro_batches, same_files, two_steps, weights_of
 
+LOCAL: dict[str, Any] = {"transformer_impl": "local", "core_attention": "local"}
 STEP = 2  # of every checkpoint
 
 
@@ -121,9 +122,9 @@ def names_of_version_0_3_0() -> Iterator[None]:
 
 def torch_saves(directory: Path) -> dict[str, float]:
     """Without Transformer Engine: local layers and torch's AdamW write a checkpoint."""
-    policy = build(directory)
+    policy = build(directory, **LOCAL)
     assert isinstance(single(policy.optimizer).optimizer, torch.optim.AdamW)
-    resume(directory, directory / "torch")
+    resume(directory, directory / "torch", **LOCAL)
     return {}
 
 
@@ -140,7 +141,7 @@ def engine_loads(directory: Path) -> dict[str, float]:
     error = _same_step(adam)
     load(policy, directory / "torch")
     two_steps(policy)
-    local = build(directory, transformer_impl="local", core_attention="local")
+    local = build(directory, **LOCAL)
     load(local, directory / "torch")
     assert_equal(weights_of(local), before, "local layers")
     two_steps(local)
@@ -174,7 +175,7 @@ def _same_step(adam: Any) -> float:
 
 def torch_loads(directory: Path) -> dict[str, float]:
     """Without Transformer Engine again: local layers and AdamW go on from what Transformer Engine's left."""
-    policy = build(directory)
+    policy = build(directory, **LOCAL)
     load(policy, directory / "engine")
     save(policy, directory / "engine-torch")
     same_files(directory / "engine", directory / "engine-torch")
@@ -193,7 +194,7 @@ def engine(directory: Path) -> dict[str, float]:
     assert all((specs[name].shape, specs[name].dtype) == (t.shape, t.dtype) for name, t in streamed.items())
 
     with names_of_version_0_3_0():
-        local = build(directory, transformer_impl="local", core_attention="local")
+        local = build(directory, **LOCAL)
     load(local, directory / "engine")  # the reverse: these names, and a checkpoint of the others
     save(local, directory / "old")
     names = set(MegatronCheckpoint(directory / "old" / f"step_{STEP}"))
@@ -280,7 +281,7 @@ def layouts(directory: Path) -> dict[str, float]:
     sharded: dict[str, Any] = {"tp": 2, "sequence_parallel": True}
     resume(directory, directory / "tensor", **sharded)
     stored = {name: tensor.bfloat16() for name, tensor in weights.SafetensorsDirectory(directory).items()}
-    for keys in (sharded, {"pp": 2}, {"pp": 2, "transformer_impl": "local", "core_attention": "local"}):
+    for keys in (sharded, {"pp": 2}, {"pp": 2, **LOCAL}):
         policy = build(directory, **keys)
         streamed = {name: tensor.cpu() for name, tensor in weights_of(policy).items()}
         assert_equal(streamed, stored, f"the stream at {keys}")
