@@ -145,10 +145,10 @@ def sharded_state_dict(
     return state
 
 
-def _save_unquantised(model_state: Mapping[str, Any], value: Callable[[Any], Tensor]) -> None:
+def _save_unquantised(model_state: dict[str, Any], value: Callable[[Any], Tensor]) -> None:
     """Replace quantised weights by what they were rounded from, so that a run in other arithmetic can go on from it."""
     for entry in nested_values(x=model_state):
-        if isinstance(entry, Sharded) and is_float8tensor(entry.data):
+        if isinstance(entry, Sharded) and entry.data is not None and is_float8tensor(entry.data):
             whole = value(entry.data)
             # Only one copy is written; the others are there for their shape.
             entry.data = whole.cpu() if is_main_replica(entry.replica_id) else torch.empty(()).expand(whole.shape)
