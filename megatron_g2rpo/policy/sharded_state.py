@@ -150,8 +150,9 @@ def _save_unquantised(model_state: dict[str, Any], value: Callable[[Any], Tensor
     for entry in nested_values(x=model_state):
         if isinstance(entry, Sharded) and entry.data is not None and is_float8tensor(entry.data):
             whole = value(entry.data)
-            # Only one copy is written; the others are there for their shape.
-            entry.data = whole.cpu() if is_main_replica(entry.replica_id) else torch.empty(()).expand(whole.shape)
+            # Only one copy is written; the others are there for their shape and dtype.
+            other = torch.empty((), dtype=whole.dtype).expand(whole.shape)
+            entry.data = whole.cpu() if is_main_replica(entry.replica_id) else other
 
 
 def load_state_dict(
