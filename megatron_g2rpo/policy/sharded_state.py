@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policy's state in megatron-core's distributed checkpoints: one format for every layout and either optimizer.
+"""The policy's state in megatron-core's distributed checkpoints: one format for every layout, layers and optimizer.
 
 Weights and their optimizer state have the names that Transformer Engine's modules give them, whatever the layers are
-made of; older ones are read too (``checkpoint_reading``). Beside the weights, a checkpoint has Adam's moments ``exp_avg`` and ``exp_avg_sq`` of every parameter and under bf16 its
-float32 copy ``fp32_param`` (all in the parameter's shape, sharded as it is), the number of steps once, and the state of
-FP8 scaling (``fp8_state``). Weights that are FP8 are saved as what they were rounded from. The rest of an optimizer's state (learning rate, betas, weight decay) comes from the recipe and the schedule.
+made of; older names are read too (``checkpoint_reading``). Beside the weights, a checkpoint has Adam's moments
+``exp_avg`` and ``exp_avg_sq`` of every parameter and under bf16 its float32 copy ``fp32_param`` (all in the parameter's
+shape, sharded as it is), the number of steps once, and the state of FP8 scaling (``fp8_state``). Weights that are FP8
+are saved as what they were rounded from. The rest of an optimizer's state (learning rate, betas, weight decay) comes
+from the recipe and the schedule.
 
 megatron-core's own state dicts would do neither: its two optimizers name their parts differently; its distributed one
 (0.16 to 0.19, ``fully_reshardable``) saves moments from the wrong places as soon as a bucket of gradients has padding,
@@ -138,17 +140,19 @@ def sharded_state_dict(
         state["scheduler"] = scheduler.state_dict()
     if not is_loading:
         _save_unquantised(state["model"], value_of(optimizer))
-    state["fp8"] = fp8_state.sharded_state_dict(model)
+    if scaling := fp8_state.sharded_state_dict(model):
+        state["fp8"] = scaling
     return state
 
 
-def _save_unquantised(model_state: Mapping[str, Any], value: Callable[[Any], Tensor]) -> None:
+def _save_unquantised(model_state: dict[str, Any], value: Callable[[Any], Tensor]) -> None:
     """Replace quantised weights by what they were rounded from, so that a run in other arithmetic can go on from it."""
     for entry in nested_values(x=model_state):
-        if isinstance(entry, Sharded) and is_float8tensor(entry.data):
+        if isinstance(entry, Sharded) and entry.data is not None and is_float8tensor(entry.data):
             whole = value(entry.data)
-            # Only one copy is written; the others are there for their shape.
-            entry.data = whole.cpu() if is_main_replica(entry.replica_id) else torch.empty(()).expand(whole.shape)
+            # Only one copy is written; the others are there for their shape and dtype.
+            other = torch.empty((), dtype=whole.dtype).expand(whole.shape)
+            entry.data = whole.cpu() if is_main_replica(entry.replica_id) else other
 
 
 def load_state_dict(
@@ -167,7 +171,8 @@ def load_state_dict(
         state: the loaded state.
     """
     _load_weights(model, state["model"])
-    fp8_state.load_state_dict(model, state["fp8"])
+    scaling = state.get("fp8", {})
+    fp8_state.load_state_dict(model, scaling)
     if optimizer is None or scheduler is None:
         return
     part = single(optimizer)
@@ -180,7 +185,7 @@ def load_state_dict(
     _set_step(part, step)
     if any(is_float8tensor(parameter) for parameter in model.parameters()):
         part._copy_main_params_to_model_params()  # as after a step: the checkpoint has no quantised weights
-        fp8_state.load_state_dict(model, state["fp8"])  # that has counted the weights' amaxes
+        fp8_state.load_state_dict(model, scaling)  # that has counted the weights' amaxes
     scheduler.num_steps = 0  # load_state_dict adds to it
     scheduler.load_state_dict(state_dict=state["scheduler"])
 

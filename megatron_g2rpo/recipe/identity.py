@@ -70,9 +70,6 @@ NOT_IDENTITY = (
     "policy.megatron_cfg.recompute_granularity",
     "policy.megatron_cfg.recompute_method",
     "policy.megatron_cfg.recompute_num_layers",
-    "policy.megatron_cfg.apply_rope_fusion",
-    "policy.megatron_cfg.bias_activation_fusion",
-    "policy.megatron_cfg.gradient_accumulation_fusion",
     "policy.megatron_cfg.distributed_data_parallel_config.overlap_grad_reduce",
     "policy.megatron_cfg.distributed_data_parallel_config.overlap_param_gather",
     # Both optimizers write the same checkpoint: policy/checkpointing.py.

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,22 @@ from tests.common.launch import report_result
 from tests.common.policy_layout import layout_options
 from tests.parallel.checkpoint_layouts_worker import Weights, micro_batches, same_files, two_steps, weights_of
 
+LOCAL: dict[str, Any] = {"transformer_impl": "local", "core_attention": "local"}
 STEP = 2  # of every checkpoint
 
 
-def build(directory: Path, *, steps: int | None = 10, fp8: str = "", fp8_param: bool = False, **keys: Any) -> Any:
-    """A policy in bf16; ``fp8`` names its recipe, ``keys`` are those of ``layout_options``."""
+def build(
+    directory: Path, *overrides: str, steps: int | None = 10, fp8: str = "", fp8_param: bool = False, **keys: Any
+) -> MegatronPolicy:
+    """A policy in bf16; ``fp8`` names its recipe, the others are those of ``layout_options``.
+
+    The process groups of the policy before it are gone: that one computes no more.
+    """
     process_groups.reset()
     cfg = {"enabled": bool(fp8), "fp8_param": fp8_param, "fp8": "hybrid", "fp8_recipe": fp8 or "tensorwise"}
     options = [f"megatron_cfg.fp8_cfg.{key}={value}" for key, value in cfg.items()]
     keys = {"precision": "bfloat16", "mode": "distributed", **keys}
-    return MegatronPolicy(layout_options(directory, *options, **keys), select(), seed=0, max_steps=steps)
+    return MegatronPolicy(layout_options(directory, *options, *overrides, **keys), select(), seed=0, max_steps=steps)
 
 
 def save(policy: MegatronPolicy, directory: Path) -> None:
@@ -69,6 +76,15 @@ def quantised(policy: MegatronPolicy) -> Weights:
     return {name: weight.dequantize().detach() for name, weight in named if is_float8tensor(weight)}
 
 
+class Saved:
+    """What a policy had when it saved, and did afterwards."""
+
+    def __init__(self, weights: Weights, scales: Weights, quantised: Weights) -> None:
+        self.weights, self.scales, self.quantised = weights, scales, quantised
+        self.metrics: list[dict[str, float]] = []
+        self.end: Weights = {}
+
+
 def resume(directory: Path, checkpoint: Path, **keys: Any) -> Saved:
     """A run that is killed after a checkpoint and resumed goes on as if it had not been, bit for bit."""
     policy = build(directory, **keys)
@@ -90,24 +106,15 @@ def resume(directory: Path, checkpoint: Path, **keys: Any) -> Saved:
     return before
 
 
-class Saved:
-    """What a policy had when it saved, and did afterwards."""
-
-    def __init__(self, weights: Weights, scales: Weights, quantised: Weights) -> None:
-        self.weights, self.scales, self.quantised = weights, scales, quantised
-        self.metrics: list[dict[str, float]] = []
-        self.end: Weights = {}
-
-
 @contextmanager
 def names_of_version_0_3_0() -> Iterator[None]:
-    """Local layers save their norms under their own names, as up to version 0.3.0."""
-    before = dict(layer_spec.CHECKPOINT_NAMES)
-    layer_spec.CHECKPOINT_NAMES.clear()
+    """Local layers that are built here save norms under their own names, as up to version 0.3.0."""
+    before = layer_spec._LOCAL
+    layer_spec._LOCAL = replace(before, checkpoint_names={})
     try:
         yield
     finally:
-        layer_spec.CHECKPOINT_NAMES.update(before)
+        layer_spec._LOCAL = before
 
 
 # -- one process ------------------------------------------------------------------------------------------------------
@@ -115,9 +122,9 @@ def names_of_version_0_3_0() -> Iterator[None]:
 
 def torch_saves(directory: Path) -> dict[str, float]:
     """Without Transformer Engine: local layers and torch's AdamW write a checkpoint."""
-    policy = build(directory)
+    policy = build(directory, **LOCAL)
     assert isinstance(single(policy.optimizer).optimizer, torch.optim.AdamW)
-    resume(directory, directory / "torch")
+    resume(directory, directory / "torch", **LOCAL)
     return {}
 
 
@@ -134,7 +141,7 @@ def engine_loads(directory: Path) -> dict[str, float]:
     error = _same_step(adam)
     load(policy, directory / "torch")
     two_steps(policy)
-    local = build(directory, transformer_impl="local", core_attention="local")
+    local = build(directory, **LOCAL)
     load(local, directory / "torch")
     assert_equal(weights_of(local), before, "local layers")
     two_steps(local)
@@ -168,7 +175,7 @@ def _same_step(adam: Any) -> float:
 
 def torch_loads(directory: Path) -> dict[str, float]:
     """Without Transformer Engine again: local layers and AdamW go on from what Transformer Engine's left."""
-    policy = build(directory)
+    policy = build(directory, **LOCAL)
     load(policy, directory / "engine")
     save(policy, directory / "engine-torch")
     same_files(directory / "engine", directory / "engine-torch")
@@ -187,21 +194,23 @@ def engine(directory: Path) -> dict[str, float]:
     assert all((specs[name].shape, specs[name].dtype) == (t.shape, t.dtype) for name, t in streamed.items())
 
     with names_of_version_0_3_0():
-        local = build(directory, transformer_impl="local", core_attention="local")
-        load(local, directory / "engine")  # the reverse: these names, and a checkpoint of the others
-        save(local, directory / "old")
+        local = build(directory, **LOCAL)
+    load(local, directory / "engine")  # the reverse: these names, and a checkpoint of the others
+    save(local, directory / "old")
     names = set(MegatronCheckpoint(directory / "old" / f"step_{STEP}"))
     assert any("input_layernorm" in name for name in names)
     assert not any("layer_norm_weight" in name for name in names)
+    policy = build(directory)
     load(policy, directory / "old")
     save(policy, directory / "old-new")
     same_files(directory / "engine", directory / "old-new")
     # pretrained_checkpoint, and convert export: weights alone.
     for step in (directory / name / f"step_{STEP}" for name in ("engine", "old")):
-        alone = build(step / MODEL_FILES, steps=None, pretrained_checkpoint=str(step))
+        alone = build(step / MODEL_FILES, f"pretrained_checkpoint={step}", steps=None)
         assert_equal(weights_of(alone), saved.weights, f"{step} as a pretrained checkpoint")
         _exported(step, saved.weights)
 
+    policy = build(directory)
     batches = micro_batches(policy)
     load(policy, directory / "engine")
     reference = ReferencePolicy(policy)
@@ -237,16 +246,17 @@ def delayed(directory: Path) -> dict[str, float]:
 
 def fp8_weights(directory: Path) -> dict[str, float]:
     """Weights that are FP8: bit for bit on resuming; saved and streamed as what they were rounded from."""
-    start = build(directory)
+    start = weights_of(build(directory))
     for recipe in ("tensorwise", "delayed"):
         policy = build(directory, fp8=recipe, fp8_param=True)
         assert quantised(policy)
-        assert_equal(weights_of(policy), weights_of(start), f"{recipe}: the stream of what was loaded")
+        assert_equal(weights_of(policy), start, f"{recipe}: the stream of what was loaded")
         saved = resume(directory, directory / recipe, fp8=recipe, fp8_param=True)
         _exported(directory / recipe / f"step_{STEP}", saved.weights)
         plain = build(directory)
         load(plain, directory / recipe)
         assert_equal(weights_of(plain), saved.weights, f"{recipe}: as weights in bf16")
+        policy = build(directory, fp8=recipe, fp8_param=True)
         load(policy, directory / recipe)
         _reference_with_fp8_weights(policy)
     return {}
@@ -267,11 +277,11 @@ def _reference_with_fp8_weights(policy: MegatronPolicy) -> None:
 
 
 def layouts(directory: Path) -> dict[str, float]:
-    """Resuming at TP 2 with sequence parallelism; the stream at TP 2 and PP 2; delayed scales from TP 2 to DP 2, PP 2."""
+    """Resuming at TP 2 with sequence parallelism; the stream at TP 2 and PP 2; scales from TP 2 to DP 2 and PP 2."""
     sharded: dict[str, Any] = {"tp": 2, "sequence_parallel": True}
     resume(directory, directory / "tensor", **sharded)
     stored = {name: tensor.bfloat16() for name, tensor in weights.SafetensorsDirectory(directory).items()}
-    for keys in (sharded, {"pp": 2}, {"pp": 2, "transformer_impl": "local", "core_attention": "local"}):
+    for keys in (sharded, {"pp": 2}, {"pp": 2, **LOCAL}):
         policy = build(directory, **keys)
         streamed = {name: tensor.cpu() for name, tensor in weights_of(policy).items()}
         assert_equal(streamed, stored, f"the stream at {keys}")
@@ -280,13 +290,14 @@ def layouts(directory: Path) -> dict[str, float]:
         save(policy, again)
         same_files(directory / "tensor", again)
     saved = resume(directory, directory / "tensor-delayed", fp8="delayed", **sharded)
-    for keys in ({"mode": "distributed"}, {"pp": 2}):
+    others: tuple[dict[str, Any], ...] = ({"tp": 1}, {"pp": 2})
+    for keys in others:
         policy = build(directory, fp8="delayed", **keys)
         load(policy, directory / "tensor-delayed")
         found = scales(policy)
         assert found.keys() <= saved.scales.keys()
         assert_equal(found, {name: saved.scales[name] for name in found}, f"delayed scales of TP 2 at {keys}")
-        assert torch.tensor(len(found)) * (2 if "pp" in keys else 1) == len(saved.scales)
+        assert len(found) * keys.get("pp", 1) == len(saved.scales)
     return {}
 
 

@@ -17,7 +17,7 @@ from megatron_g2rpo.policy import optimizer as policy_optimizer
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.policy.optimizer import check_normalisation
-from megatron_g2rpo.policy.sharded_state import _piece, _spreads
+from megatron_g2rpo.policy.optimizer_shares import piece, spreads
 from megatron_g2rpo.train.run.checkpoints import Checkpoints
 from tests.common.parity import packer_for, random_sequences, toy_loss
 from tests.common.policy_layout import layout_options
@@ -150,8 +150,8 @@ def test_megatron_cores_own_state_dict_takes_moments_from_wrong_places(make: Cal
             metadata={"distrib_optim_sharding_type": "fully_reshardable"},
         )
     wrong = 0
-    for number, spread in enumerate(_spreads(optimizer)):
-        moments = optimizer.state[_piece(optimizer, spread.parameter)]  # of one rank: all there is
+    for number, spread in enumerate(spreads(optimizer)):
+        moments = optimizer.state[piece(optimizer, spread.parameter)]  # of one rank: all there is
         wrong += not torch.equal(theirs[number]["exp_avg"].data.flatten(), moments["exp_avg"])
     assert len(optimizer.buffers[0].buckets) > 3
     assert wrong > 0

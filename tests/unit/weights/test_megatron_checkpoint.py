@@ -72,6 +72,7 @@ def test_every_form_exports_the_same(model, tmp_path, engine, stacked):
     directory, _ = model
     tensors = stored(model, engine=engine, stacked=stacked)
     others = {f"optimizer.state.exp_avg.{name}": torch.ones_like(tensor) for name, tensor in tensors.items()}
+    others["fp8.hybrid.layers.0.mlp.linear_fc1.scaling_fwd.scale"] = torch.ones(3)
     checkpoint = write(tmp_path / "checkpoint", {**tensors, **others, "rng": {"state": [1, 2]}})
     options = {"source": directory, "dtype": "float32", "max_shard_size": "5GB"}
     export(MegatronCheckpoint(checkpoint), tmp_path / "hf", **options)
