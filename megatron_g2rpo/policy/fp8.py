@@ -15,6 +15,7 @@ from megatron_g2rpo.policy.machine import Machine
 from megatron_g2rpo.recipe import MegatronConfig
 
 _KEY = "policy.megatron_cfg"
+_NONE: tuple[int, int] = (0, 0)  # version of what a machine lacks
 
 
 def check_fp8(megatron: MegatronConfig, layers: str, machine: Machine) -> None:
@@ -51,7 +52,7 @@ def check_fp8(megatron: MegatronConfig, layers: str, machine: Machine) -> None:
 
 def _check_hardware(recipe: str, machine: Machine) -> None:
     """Refuse a recipe that Transformer Engine has no kernels for on this GPU, or with this CUDA."""
-    capability, cuda = machine.capability or (0, 0), machine.cuda or (0, 0)
+    capability, cuda = machine.capability or _NONE, machine.cuda or _NONE
     has = f"this GPU has compute capability {capability[0]}.{capability[1]}"
     key = f"{_KEY}.fp8_cfg.fp8_recipe"
     if capability < (8, 9):
