@@ -83,7 +83,7 @@ def test_two_ranks_give_the_numbers_of_one(toy: Toy, straight: Path, tmp_path: P
     succeed("train", recipe, *ENGINE, "--nproc", "2", "grpo.max_num_steps=1", *LAYOUTS_OF_TWO["tp2-sp"])
     assert_same_step(metrics(run)[1], expected[1], 2e-2)
     succeed("train", recipe, *ENGINE, "--nproc", "2", "grpo.max_num_steps=2", *DISTRIBUTED)
-    # The second step has samples of its own: bfloat16 moves some. What the first update did to the policy is there again.
+    # The second step has samples of its own: bfloat16 moves some. What the first update did is there again.
     assert list(metrics(run)) == [1, 2]
     distance, reference = metrics(run)[2]["train/reference_kl"], expected[2]["train/reference_kl"]
     assert reference / 3 < distance < 3 * reference
