@@ -104,6 +104,10 @@ def read(results: Path, arm: str, corrected: bool) -> dict[int, Lines]:
     }
 
 
+def _label(arm: str, corrected: bool) -> str:
+    return f"{arm}, corrected" if corrected else arm
+
+
 def spread(values: Sequence[float], digits: int) -> str:
     """Mean and range."""
     return f"{statistics.fmean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
@@ -118,7 +122,7 @@ def rewards(results: Path) -> Iterator[str]:
                 steps = zip(*([line["train/reward"] for line in lines] for lines in runs.values()), strict=True)
                 level = [statistics.fmean(line["train/reward"] for line in lines) for lines in runs.values()]
                 curve = " | ".join(f"{statistics.fmean(values):.3f}" for values in steps)
-                yield f"| {arm} | {'yes' if corrected else 'no'} | {curve} | {spread(level, 3)} |"
+                yield f"| {_label(arm, corrected)} | {len(runs)} | {curve} | {spread(level, 3)} |"
 
 
 def gradients(results: Path, base: str) -> Iterator[str]:
@@ -134,7 +138,7 @@ def gradients(results: Path, base: str) -> Iterator[str]:
             if ratios and arm != base:
                 first = spread([row[0] for row in ratios], 3)
                 later = spread([value for row in ratios for value in row[1:]], 2)
-                yield f"| {arm} | {'yes' if corrected else 'no'} | {first} | {later} |"
+                yield f"| {_label(arm, corrected)} | {len(ratios)} | {first} | {later} |"
 
 
 def gaps(results: Path) -> Iterator[str]:
@@ -142,23 +146,24 @@ def gaps(results: Path) -> Iterator[str]:
     columns = {"mean": statistics.fmean, "kl": statistics.fmean, "max": max}
     for corrected in (False, True):
         for arm in ARMS:
-            lines = [line for run in read(results, arm, corrected).values() for line in run]
+            runs = read(results, arm, corrected)
+            lines = [line for run in runs.values() for line in run]
             if lines:
                 gap = [f"{of([line[f'train/rollout_gap_{key}'] for line in lines]):.2g}" for key, of in columns.items()]
                 ratio = max(abs(line["train/ratio"] - 1.0) for line in lines)
                 cut = statistics.fmean(line.get("train/importance_truncated", 0.0) for line in lines)
                 share = f"{cut:.2%}" if corrected else "-"
-                yield f"| {arm} | {'yes' if corrected else 'no'} | {' | '.join(gap)} | {ratio:.2g} | {share} |"
+                yield f"| {_label(arm, corrected)} | {len(runs)} | {' | '.join(gap)} | {ratio:.2g} | {share} |"
 
 
 def report(results: Path, steps: int) -> None:
     """Print the tables of the runs that are finished."""
     numbers = " | ".join(map(str, range(1, steps + 1)))
-    print(f"| arithmetic | corrected | {numbers} | all steps |\n|---|---|{'---|' * (steps + 1)}")
+    print(f"| arithmetic | seeds | {numbers} | all steps |\n|---|---|{'---|' * (steps + 1)}")
     print("\n".join(rewards(results)), "\n")
-    print("| arithmetic | corrected | first step | later steps |\n|---|---|---|---|")
+    print("| arithmetic | seeds | first step | later steps |\n|---|---|---|---|")
     print("\n".join(gradients(results, "bfloat16")), "\n")
-    print("| arithmetic | corrected | mean, nats | KL, nats | largest, nats | ratio off 1 by | truncated |")
+    print("| arithmetic | seeds | mean, nats | KL, nats | largest, nats | ratio off 1 by | truncated |")
     print("|---|---|---|---|---|---|---|")
     print("\n".join(gaps(results)))
 

