@@ -34,10 +34,12 @@ SMOLLM2 = {
     "max_position_embeddings": 8192, "rope_theta": 100000, "rms_norm_eps": 1e-5, "hidden_act": "silu",
 }  # fmt: skip
 
-# In one process the allocator is asked, which also sees what kernels allocate within themselves and a few numbers that
-# closures keep; on two ranks autograd's saved tensors, of which results that nobody saves are none.
+# Against the allocator in one process: equal, but for two tensors of two numbers. What a recomputed layer makes of the
+# row's index tensors, 8 bytes a token, is kept here and not in a real run. On two ranks against autograd's saved tensors,
+# of which results that nobody saves are none.
 KEPT = {1: 1e-3, 2: 2e-2}
-PEAK = 0.05
+KEPT_RECOMPUTED = 2.5e-2
+PEAK = 0.02
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -55,9 +57,12 @@ def test_it_counts_what_a_real_run_holds_and_sends(tmp_path: Path, ranks: int) -
                 rehearsed, real = found[what]
                 assert rehearsed == real, (name, what)
             assert found["messages"][1] or ranks == 1, f"{name}: the real run sent nothing"
-            if "pipeline" not in name and "full" not in name:  # several in flight; autograd does not see closures
+            recomputes = "full" in name or "selective" in name
+            # Several in flight; and autograd does not see what closures hold.
+            if ranks == 1 or not (recomputes or "pipeline" in name):
                 rehearsed, real = found["activations"]
-                assert rehearsed == pytest.approx(real, rel=KEPT[ranks]), (name, "activations")
+                share = KEPT_RECOMPUTED if recomputes else KEPT[ranks]
+                assert rehearsed == pytest.approx(real, rel=share), (name, "activations")
             if ranks == 1:
                 rehearsed, real = found["peak"]
                 assert rehearsed == pytest.approx(real, rel=PEAK), (name, "peak")
@@ -104,7 +109,7 @@ cli.app()
 
 
 def test_what_megatron_core_refuses_is_one_error_that_names_the_stage() -> None:
-    """Five heads over four ranks, with this project's own check of the layout taken out."""
+    """Four heads over three ranks, with this project's own check of the layout taken out."""
     recipe = ROOT / "examples" / "recipes" / "vlm_g2rpo-quickstart-1n1g-megatron-tp1.yaml"
     world = ["cluster.gpus_per_node=3", "policy.megatron_cfg.tensor_model_parallel_size=3"]
     code = FAULT.format(arguments=["plan", str(recipe), "--rehearse", *world, "policy.train_global_batch_size=256"])
