@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_g2rpo.plan.rehearsal.stage import StageRehearsal, rehearse_stage, rehearsed_settings
+from megatron_g2rpo.commands.rehearsal.stage import StageRehearsal, rehearse_stage, rehearsed_settings
 from megatron_g2rpo.policy import process_groups
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.policy.layouts.layout import layout_of

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
+from megatron_g2rpo.commands.rehearsal.comparison import deviations, traffic_figures
+from megatron_g2rpo.commands.rehearsal.stage import StageRehearsal, Traffic
 from megatron_g2rpo.plan.model import Model, read_config
 from megatron_g2rpo.plan.planner import Plan, load_recipe, make_plan
-from megatron_g2rpo.plan.rehearsal.comparison import deviations, traffic_figures
-from megatron_g2rpo.plan.rehearsal.stage import StageRehearsal, Traffic
 from tests.common.launch import ROOT, torchrun_json
 from tests.unit.plan.rehearsal_worker import CASES
 
@@ -34,9 +34,9 @@ SMOLLM2 = {
     "max_position_embeddings": 8192, "rope_theta": 100000, "rms_norm_eps": 1e-5, "hidden_act": "silu",
 }  # fmt: skip
 
-# Against the allocator in one process: equal, but for two tensors of two numbers. What a recomputed layer makes of the
-# row's index tensors, 8 bytes a token, is kept here and not in a real run. On two ranks against autograd's saved tensors,
-# of which results that nobody saves are none.
+# Against the allocator in one process: equal but for a few numbers. What a recomputed layer makes of the row's index
+# tensors, 8 bytes a token, is kept here and not in a real run. On two ranks against autograd's saved tensors, of which
+# results that nobody saves are none.
 KEPT = {1: 1e-3, 2: 2e-2}
 KEPT_RECOMPUTED = 2.5e-2
 PEAK = 0.02

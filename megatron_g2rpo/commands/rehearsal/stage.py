@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_g2rpo.commands.rehearsal.fakes import fake_world, without_values
+from megatron_g2rpo.commands.rehearsal.ledger import Ledger, Message
+from megatron_g2rpo.commands.rehearsal.rows import packed_row
 from megatron_g2rpo.models.directory import load_config
-from megatron_g2rpo.plan.rehearsal.fakes import fake_world, without_values
-from megatron_g2rpo.plan.rehearsal.ledger import Ledger, Message
-from megatron_g2rpo.plan.rehearsal.rows import packed_row
 from megatron_g2rpo.plan.rows import MicroBatches
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.layouts.layout import layout_of
