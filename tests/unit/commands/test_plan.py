@@ -63,6 +63,7 @@ def test_json_holds_what_the_tables_say() -> None:
         "sequence_parallel": False,
         "first_stage_layers": None,
         "last_stage_layers": None,
+        "token_alignment": 1,
     }
     [stage] = tree["stages"]
     assert stage["peak"] == stage["persistent"] + max(stage["phases"].values()) + stage["memory"]["allowance"]
