@@ -62,8 +62,8 @@ def run(
     verdict = judge(plan, memory, again)
     rehearsal, tables = None, []
     if rehearse:
-        from megatron_g2rpo.plan.rehearsal import show as rehearsed
-        from megatron_g2rpo.plan.rehearsal.stage import rehearse as rehearse_recipe
+        from megatron_g2rpo.commands.rehearsal import show as rehearsed
+        from megatron_g2rpo.commands.rehearsal.stage import rehearse as rehearse_recipe
 
         stages = rehearse_recipe(recipe, str(config_dir(recipe.policy.model_name)), plan.batches)
         rehearsal, tables = rehearsed.tree(recipe, plan, stages), [rehearsed.tables(recipe, plan, stages)]
@@ -81,8 +81,8 @@ def _is_text_only(recipe: Recipe) -> bool:
 
 def _rehearse_text(recipe: Recipe, mean_tokens: int | None, *, as_json: bool) -> None:
     """Rehearse a model that a plan has no formulas for, and print what was counted."""
-    from megatron_g2rpo.plan.rehearsal import show as rehearsed
-    from megatron_g2rpo.plan.rehearsal.stage import rehearse
+    from megatron_g2rpo.commands.rehearsal import show as rehearsed
+    from megatron_g2rpo.commands.rehearsal.stage import rehearse
 
     directory, layout = config_dir(recipe.policy.model_name), layout_of(recipe.policy.megatron_cfg)
     check_model_dir(directory, layout)

@@ -194,8 +194,8 @@ def stage_layers(
         layers: number of layers of the stage.
         context_levels: number of deepstack levels that travel through the stage's layers (0 without images or on later
             stages); a checkpointed layer keeps them with its input.
-        first: whether the stage has the embedding. Under sequence parallelism a rank's share of the embeddings is a view
-            of those of all tokens, so that keeping the share keeps all; what is recomputed starts from a copy.
+        first: whether the stage has the embedding. Under sequence parallelism a rank's share of the embeddings is a
+            view of those of all tokens, so that keeping the share keeps all; what is recomputed starts from a copy.
     """
     chunks, whole = recompute.chunks(layers)
     kept = whole * layer(size, slots, selective=recompute.granularity == "selective")

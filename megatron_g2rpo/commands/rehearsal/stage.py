@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_g2rpo.commands.rehearsal.fakes import fake_world, without_values
+from megatron_g2rpo.commands.rehearsal.ledger import Ledger, Message
+from megatron_g2rpo.commands.rehearsal.rows import packed_row
 from megatron_g2rpo.models.directory import load_config
-from megatron_g2rpo.plan.rehearsal.fakes import fake_world, without_values
-from megatron_g2rpo.plan.rehearsal.ledger import Ledger, Message
-from megatron_g2rpo.plan.rehearsal.rows import packed_row
 from megatron_g2rpo.plan.rows import MicroBatches
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.layouts.layout import layout_of
@@ -40,6 +40,7 @@ class Traffic:
         count: number of messages.
         payload: bytes of their whole tensors, together.
         sent: bytes that one rank sends, with ring algorithms.
+        payloads: (payload, number of such messages), the largest first.
     """
 
     collective: str
@@ -47,6 +48,7 @@ class Traffic:
     count: int
     payload: int
     sent: int
+    payloads: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -271,14 +273,18 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def _by_group(messages: Counter[Message], names: Mapping[str, str]) -> tuple[Traffic, ...]:
-    sums: dict[tuple[str, str], list[float]] = {}
+    lines: dict[tuple[str, str], list[tuple[Message, int]]] = {}
     for message, count in messages.items():
         group = f"{names.get(message.group, message.group)} ({message.ranks})"
-        line = sums.setdefault((message.collective, group), [0, 0, 0])
-        line[0] += count
-        line[1] += count * message.payload
-        line[2] += count * message.sent
+        lines.setdefault((message.collective, group), []).append((message, count))
     return tuple(
-        Traffic(collective, group, int(count), int(payload), round(sent))
-        for (collective, group), (count, payload, sent) in sorted(sums.items())
+        Traffic(
+            collective=collective,
+            group=group,
+            count=sum(count for _, count in line),
+            payload=sum(count * message.payload for message, count in line),
+            sent=round(sum(count * message.sent for message, count in line)),
+            payloads=tuple(sorted(((message.payload, count) for message, count in line), reverse=True)),
+        )
+        for (collective, group), line in sorted(lines.items())
     )

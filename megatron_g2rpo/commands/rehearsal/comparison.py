@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from megatron_g2rpo.commands.rehearsal.stage import StageRehearsal
 from megatron_g2rpo.plan.planner import Plan
-from megatron_g2rpo.plan.rehearsal.stage import StageRehearsal
 from megatron_g2rpo.plan.wire import OPTIMIZER_STEP, stage_traffic
 
 # What a plan leaves out of its traffic: counts, metrics, a few numbers a token or a rank.

@@ -111,7 +111,7 @@ class Ledger(TorchDispatchMode):
         if name in _UNCOUNTED:
             return
         if name not in _COLLECTIVES:
-            raise NotImplementedError(f"a rehearsal does not know the collective {name}: add it to plan.rehearsal")
+            raise NotImplementedError(f"a rehearsal does not know the collective {name}: add it to commands.rehearsal")
         collective, whole = _COLLECTIVES[name]
         [boxed] = [value for value in args if isinstance(value, torch.ScriptObject)][:1]
         group = dist.ProcessGroup.unbox(boxed)

@@ -11,9 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from megatron_g2rpo.commands.rehearsal.comparison import Figure, deviations, memory_figures, traffic_figures
+from megatron_g2rpo.commands.rehearsal.stage import StageRehearsal
 from megatron_g2rpo.plan.planner import Plan
-from megatron_g2rpo.plan.rehearsal.comparison import Figure, deviations, memory_figures, traffic_figures
-from megatron_g2rpo.plan.rehearsal.stage import StageRehearsal
 from megatron_g2rpo.recipe import MegatronConfig, Recipe
 
 GB = 1e9
