@@ -29,8 +29,8 @@ EACH_MICRO_BATCH = {
     "model.py": 4,  # where the images' tokens are
     "vision.py": 19,  # transformers' tower reads the grids of images
 }
-# Waits of a whole update besides: losses, metrics, the norm of all gradients. Without Transformer Engine megatron-core clips and
-# steps by torch's own operators, which read one number of every parameter twice.
+# Waits of a whole update besides: losses, metrics, the norm of all gradients. Without Transformer Engine megatron-core
+# clips and steps by torch's own operators, which read one number of every parameter twice.
 EACH_UPDATE = 6
 EACH_PARAMETER = 2
 
