@@ -179,9 +179,8 @@ def weights_from_shards(kind: str) -> None:
     own = slice(rank * length, (rank + 1) * length)
     shard = master.view(-1)[own].clone().cuda()
     quantize_master_weights([layer.weight], [shard], [rank * length], dist.group.WORLD)
-    # With one scale a tensor, Transformer Engine casts the master to the weight's own type before.
-    rounded_master = references.tensorwise(master.bfloat16(), references.E4M3)
-    whole = references.tiles(master) if kind == "blockwise" else rounded_master
+    cast = master.bfloat16()  # Transformer Engine casts a master to the weight's own type before
+    whole = references.tiles(cast) if kind == "blockwise" else references.tensorwise(cast, references.E4M3)
     actual = layer.weight.dequantize().view(-1)[own]
     tolerance = checks.FP8_TOLERANCE[kind, torch.bfloat16]
     checks.assert_near([actual], [whole.bfloat16().view(-1)[own]], tolerance, ["weight"])
