@@ -31,4 +31,4 @@ def test_the_compiled_activation_is_swiglu(dtype: torch.dtype, tolerance: float)
     for result, right in ((ours, expected), (fused.grad, exact.grad)):
         assert float((result.double() - right).norm() / right.norm()) < tolerance
     # Negative: gate and up the other way round are seen.
-    assert float((F.silu(up) * gate - expected).norm() / expected.norm()) > 100 * tolerance
+    assert float((F.silu(up) * gate - expected).norm() / expected.norm()) > 50 * tolerance
