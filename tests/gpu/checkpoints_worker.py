@@ -141,11 +141,11 @@ def engine_loads(directory: Path) -> dict[str, float]:
     error = _same_step(adam)
     load(policy, directory / "torch")
     two_steps(policy)
+    moved = weights_of(policy)
     local = build(directory, **LOCAL)
     load(local, directory / "torch")
     assert_equal(weights_of(local), before, "local layers")
     two_steps(local)
-    moved = weights_of(policy)
     layers = total_distance(weights_of(local), moved) / total_distance(moved, before)
     return {"optimizer step": error, "two steps": layers}
 

@@ -22,8 +22,8 @@ pytestmark = [needs_cuda, needs_transformer_engine]
 WORKER = "tests.gpu.checkpoints_worker"
 
 TOLERANCES = {
-    # Both compute in float32, in another order.
-    "optimizer step": 1e-5,
+    # Both compute in float32, in another order: a weight near 1 rounds an update of 1e-3 to 6e-5 of it.
+    "optimizer step": 1e-4,
     # Layers differ in bf16's rounding, and Adam makes a step of the learning rate out of any gradient near zero (see
     # UPDATE_TOLERANCE of tests/parallel/checkpoint_layouts_worker.py).
     "two steps": 0.1,
