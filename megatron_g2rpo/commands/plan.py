@@ -85,7 +85,7 @@ def _rehearse_text(recipe: Recipe, mean_tokens: int | None, *, as_json: bool) ->
     from megatron_g2rpo.commands.rehearsal.stage import rehearse
 
     directory, layout = config_dir(recipe.policy.model_name), layout_of(recipe.policy.megatron_cfg)
-    check_model_dir(directory, layout)
+    check_model_dir(directory, recipe.policy.megatron_cfg)
     tokens = recipe.policy.max_total_sequence_length if mean_tokens is None else mean_tokens
     batches = micro_batches(recipe, layout, Assumptions(tokens, image_tokens=0, gpu_memory=0.0))
     stages = rehearse(recipe, str(directory), batches)
