@@ -179,6 +179,7 @@ class _Rehearsal:
         self.ledger, self.where = ledger, where
         with self._doing("building the model, its gradient buffers and its optimizer"):
             self.policy = _RehearsedPolicy(settings, select("cpu"), seed=0, max_steps=1)
+        ledger.messages.clear()  # tied embeddings are made equal once, when they are built
         # Every row has one length: peers need not tell each other the shapes of what they send.
         self.policy.config.variable_seq_lengths = False
 

@@ -128,11 +128,11 @@ def counted_messages() -> Iterator[Counter[str]]:
     methods = {
         "allreduce": ("all-reduce", 0, False),
         "allreduce_coalesced": ("all-reduce", 0, True),
-        "_allgather_base": ("all-gather", 0, False),
+        "all_gather_single": ("all-gather", 0, False),
         "allgather": ("all-gather", 0, False),
-        "allgather_into_tensor_coalesced": ("all-gather", 0, True),
-        "_reduce_scatter_base": ("reduce-scatter", 1, False),
-        "reduce_scatter_tensor_coalesced": ("reduce-scatter", 1, True),
+        "all_gather_single_coalesced": ("all-gather", 0, True),
+        "reduce_scatter_single": ("reduce-scatter", 1, False),
+        "reduce_scatter_single_coalesced": ("reduce-scatter", 1, True),
         "broadcast": ("broadcast", 0, False),
         "send": ("send", 0, False),
     }
