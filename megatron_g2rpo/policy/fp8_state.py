@@ -47,11 +47,14 @@ def sharded_state_dict(model: Any) -> dict[str, ShardedTensor]:
     group = _amax_group(model.config)
     if state and dist.get_world_size(group) > 1:
         # The newest amaxes may not have been reduced yet, and each rank has its own. Their maximum takes part in the
-        # next reduction as the ranks' own would have.
-        flat = torch.cat([tensor.flatten() for tensor in state.values()])
+        # next reduction as the ranks' own would have. Scales are one already, but for those of FP8 weights before the
+        # first pass with gradient: the smallest, of the largest shard, fits all of them.
+        signs = [-1 if name.endswith(".scale") else 1 for name in state]
+        flat = torch.cat([sign * tensor.flatten() for sign, tensor in zip(signs, state.values(), strict=True)])
         dist.all_reduce(flat, op=dist.ReduceOp.MAX, group=group)
         pieces = flat.split([tensor.numel() for tensor in state.values()])
-        state = {name: piece.view_as(state[name]) for name, piece in zip(state, pieces, strict=True)}
+        reduced = zip(state.items(), signs, pieces, strict=True)
+        state = {name: sign * piece.view_as(tensor) for (name, tensor), sign, piece in reduced}
     replica = (0, dist.get_rank(group))
     return {name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=replica) for name, tensor in state.items()}
 

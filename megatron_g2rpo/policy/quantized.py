@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from megatron_g2rpo.policy.optimizer_shares import main_copy, single, spreads
 
+_LARGEST = torch.finfo(torch.float8_e4m3fn).max  # weights are e4m3 in both formats, e4m3 and hybrid
+
 
 def value_of(optimizer: MegatronOptimizer | None) -> Callable[[nn.Parameter], Tensor]:
     """Return the function that gives a parameter's value, as a tensor of its (nominal) dtype that is not quantised.
@@ -52,17 +54,31 @@ def assign(parameter: nn.Parameter, value: Tensor) -> None:
         parameter: the parameter, quantised or not.
         value: what it is to hold, in its shape.
     """
+    if is_float8tensor(parameter):
+        _start_scale(parameter, value)
     parameter.detach().copy_(value)
-    keep_initial(parameter, value)
-
-
-def keep_initial(parameter: nn.Parameter, value: Tensor) -> None:
-    """Have the optimizer that will be built start from a value, and not from what quantisation left of it.
-
-    Without it the optimizer would take what the memory held before weights were loaded.
-    """
     if is_float8tensor(parameter) and (initial := _initial(parameter)) is not None:
-        initial.copy_(value)
+        initial.copy_(value)  # the optimizer would take what the memory held before weights were loaded
+
+
+def _start_scale(parameter: Any, value: Tensor) -> None:
+    """Set a delayed scale by the value that it is about to round; other recipes keep none.
+
+    Transformer Engine has rounded what the memory held when the module was built, by a scale of 1. The magnitude of
+    that would stay in the history, and hold the scale down, for as many passes as the history is long; where it was no
+    number the scale would stay 1. And a scale of 1 would serve until the first optimizer step, whereas a weight that is
+    rounded in every pass has one of its own from the second micro-batch on.
+
+    Each rank takes the scale of its own shard. The first pass with gradient reduces amaxes, and gives all ranks one.
+    """
+    quantizer = parameter._get_quantizer()
+    scale, seen = getattr(quantizer, "scale", None), getattr(quantizer, "amax", None)
+    if scale is None or seen is None:
+        return
+    seen.zero_()
+    amax = value.abs().max().to(device=scale.device, dtype=torch.float32)
+    new = _LARGEST / amax
+    scale.copy_(torch.where(new.isfinite(), new, 1.0))
 
 
 def _initial(parameter: Any) -> Tensor | None:

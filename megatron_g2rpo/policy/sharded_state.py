@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from megatron_g2rpo.policy import checkpoint_reading, fp8_state
 from megatron_g2rpo.policy.optimizer_shares import Spread, keeps_main_copies, piece, single, spreads
-from megatron_g2rpo.policy.quantized import is_float8tensor, keep_initial, value_of
+from megatron_g2rpo.policy.quantized import assign, is_float8tensor, value_of
 from megatron_g2rpo.weights import CheckpointError
 from megatron_g2rpo.weights.megatron_checkpoint import MegatronCheckpoint
 
@@ -92,7 +92,7 @@ def _load_weights(model: MegatronModule, state: Mapping[str, Any]) -> None:
         raise RuntimeError(f"weights that were loaded lack {missing}, and have {found.unexpected_keys} too many")
     for name, parameter in model.named_parameters():
         if is_float8tensor(parameter):
-            keep_initial(parameter, state[name])
+            assign(parameter, state[name])
 
 
 def _keep_what_is_in_place(template: Any) -> None:

@@ -66,7 +66,7 @@ def fill(quantizer: Any, out: Any, x: torch.Tensor, amax: torch.Tensor | None = 
             amax, quantizer.dtype, power_of_2=quantizer.force_pow_2_scales, epsilon=quantizer.amax_epsilon
         )
     data = scaling.encode(x, scale, quantizer.dtype)
-    out._scale_inv.copy_(scale.reciprocal().reshape(1))
+    out._scale_inv.copy_(scale.reciprocal().reshape(out._scale_inv.shape))
     if out._data is not None:
         out._data.copy_(data.view(out._data.shape))
     if out._transpose is not None:
