@@ -5,6 +5,6 @@ megatron-core's own column-parallel linear, the output layer under Transformer E
 where the module cannot be imported.
 """
 
-from tests.gpu.te_emulation.apex_wgrad import wgrad_gemm_accum_fp32 as wgrad_gemm_accum_fp32
+from tests.gpu.te_emulation.apex_wgrad import wgrad_gemm_accum
 
-wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
+wgrad_gemm_accum_fp32 = wgrad_gemm_accum_fp16 = wgrad_gemm_accum
