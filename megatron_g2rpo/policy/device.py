@@ -61,7 +61,7 @@ class Device:
         return torch.cuda.get_device_capability(self.torch_device) if self.kind == "gpu" else None
 
     @property
-    def cuda(self) -> tuple[int, int] | None:
+    def cuda_version(self) -> tuple[int, int] | None:
         """Version of CUDA that torch was built for; None for a CPU build."""
         if self.kind == "cpu" or torch.version.cuda is None:
             return None
@@ -92,7 +92,7 @@ class Hardware:
         count: number of GPUs that this process sees.
         memory: memory of one, bytes; None on a CPU.
         driver: version of NVIDIA's kernel module; None where there is none.
-        cuda: version of CUDA that torch was built for; None for a CPU build.
+        cuda_version: version of CUDA that torch was built for; None for a CPU build.
         cudnn: version of cuDNN that torch loads; None on a CPU.
         nccl: version of NCCL that torch was built with; None on a CPU.
     """
@@ -101,7 +101,7 @@ class Hardware:
     count: int
     memory: int | None
     driver: str | None
-    cuda: str | None
+    cuda_version: str | None
     cudnn: str | None
     nccl: str | None
 
@@ -122,7 +122,7 @@ def hardware(device: Device) -> Hardware:
         count=torch.cuda.device_count(),
         memory=properties.total_memory,
         driver=found,
-        cuda=torch.version.cuda,
+        cuda_version=torch.version.cuda,
         cudnn=_cudnn(torch.backends.cudnn.version()),
         nccl=".".join(map(str, torch.cuda.nccl.version())),  # pyright: ignore[reportAttributeAccessIssue] - no stub
     )

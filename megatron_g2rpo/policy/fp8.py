@@ -52,7 +52,7 @@ def check_fp8(megatron: MegatronConfig, layers: str, machine: Machine) -> None:
 
 def _check_hardware(recipe: str, machine: Machine) -> None:
     """Refuse a recipe that Transformer Engine has no kernels for on this GPU, or with this CUDA."""
-    capability, cuda = machine.capability or _NONE, machine.cuda or _NONE
+    capability, cuda = machine.capability or _NONE, machine.cuda_version or _NONE
     has = f"this GPU has compute capability {capability[0]}.{capability[1]}"
     key = f"{_KEY}.fp8_cfg.fp8_recipe"
     if capability < (8, 9):
@@ -83,8 +83,8 @@ def fp8_fields(megatron: MegatronConfig) -> dict[str, Any]:
         "fp8": fp8.fp8,
         "fp8_recipe": fp8.fp8_recipe,
         "fp8_param": fp8.fp8_param,
-        # Transformer Engine's own defaults, of delayed scaling. megatron-core's, the last micro-batch's amax alone, lets
-        # a larger one saturate: of the quickstart's gradient norm 0.7 was left, with these 0.94 (docs/fp8.md).
+        # Of delayed scaling, Transformer Engine's own defaults. megatron-core's, the last micro-batch's amax alone,
+        # lets a larger one saturate, which costs gradient (docs/fp8.md).
         "fp8_amax_history_len": 1024,
         "fp8_amax_compute_algo": "max",
         "first_last_layers_bf16": megatron.first_last_layers_bf16,

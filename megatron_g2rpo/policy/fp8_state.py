@@ -56,7 +56,10 @@ def sharded_state_dict(model: Any) -> dict[str, ShardedTensor]:
         reduced = zip(state.items(), signs, pieces, strict=True)
         state = {name: sign * piece.view_as(tensor) for (name, tensor), sign, piece in reduced}
     replica = (0, dist.get_rank(group))
-    return {name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=replica) for name, tensor in state.items()}
+    return {
+        name: ShardedTensor.from_rank_offsets(key=name, data=tensor, replica_id=replica)
+        for name, tensor in state.items()
+    }
 
 
 def load_state_dict(model: Any, state: Mapping[str, Tensor]) -> None:
@@ -106,7 +109,7 @@ def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
 
     The format is part of a name: a scale is the largest number of its format over an amax, and would overflow another.
     """
-    recipe = get_fp8_recipe(model.config)
+    recipe = get_fp8_recipe(config=model.config)
     for layer in model.language_model.decoder.layers:
         for name, module in layer.named_modules():
             if not isinstance(module, TE_LINEAR_TYPES):

@@ -28,7 +28,6 @@ OPTIONAL = {
     "flash_attn_3": "flash_attn_3",
     "flash_attn_4": "flash_attn.cute",
     "vllm": "vllm",
-    "wandb": "wandb",
     "nemo": "nemo",
     "matplotlib": "matplotlib",
 }
@@ -65,13 +64,13 @@ class Machine:
     Attributes:
         device: ``cpu`` or ``gpu``.
         capability: compute capability of the GPU, (9, 0) for Hopper; None on a CPU.
-        cuda: version of CUDA that torch was built for, for example (13, 0); None for a CPU build.
+        cuda_version: version of CUDA that torch was built for, for example (13, 0); None for a CPU build.
         packages: optional package -> whether it is installed; see ``OPTIONAL``.
     """
 
     device: str
     capability: tuple[int, int] | None
-    cuda: tuple[int, int] | None
+    cuda_version: tuple[int, int] | None
     packages: dict[str, bool]
 
 
@@ -176,4 +175,6 @@ def last_line(text: str) -> str:
 @functools.cache
 def this_machine(device: Device) -> Machine:
     """Return the facts of this process's machine."""
-    return Machine(device=device.kind, capability=device.capability, cuda=device.cuda, packages=optional_packages())
+    return Machine(
+        device=device.kind, capability=device.capability, cuda_version=device.cuda_version, packages=optional_packages()
+    )

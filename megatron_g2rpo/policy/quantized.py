@@ -36,12 +36,12 @@ def value_of(optimizer: MegatronOptimizer | None) -> Callable[[nn.Parameter], Te
     spread_of = {spread.parameter: spread for spread in spreads(part)} if shared else {}
 
     def value(parameter: nn.Parameter) -> Tensor:
-        if not is_float8tensor(parameter):
+        if not is_float8tensor(tensor=parameter):
             return parameter.data
         if optimizer is not None and parameter.requires_grad:
             return main_copy(optimizer, parameter, spread_of.get(parameter)).to(parameter.dtype)
         initial = _initial(parameter)
-        return dequantize_fp8_tensor(parameter) if initial is None else initial
+        return dequantize_fp8_tensor(fp8_tensor=parameter) if initial is None else initial
 
     return value
 
@@ -54,10 +54,10 @@ def assign(parameter: nn.Parameter, value: Tensor) -> None:
         parameter: the parameter, quantised or not.
         value: what it is to hold, in its shape.
     """
-    if is_float8tensor(parameter):
+    if is_float8tensor(tensor=parameter):
         _start_scale(parameter, value)
     parameter.detach().copy_(value)
-    if is_float8tensor(parameter) and (initial := _initial(parameter)) is not None:
+    if is_float8tensor(tensor=parameter) and (initial := _initial(parameter)) is not None:
         initial.copy_(value)  # the optimizer would take what the memory held before weights were loaded
 
 

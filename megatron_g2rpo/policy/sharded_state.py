@@ -91,7 +91,7 @@ def _load_weights(model: MegatronModule, state: Mapping[str, Any]) -> None:
     if missing or found.unexpected_keys:
         raise RuntimeError(f"weights that were loaded lack {missing}, and have {found.unexpected_keys} too many")
     for name, parameter in model.named_parameters():
-        if is_float8tensor(parameter):
+        if is_float8tensor(tensor=parameter):
             assign(parameter, state[name])
 
 
@@ -148,11 +148,11 @@ def sharded_state_dict(
 def _save_unquantised(model_state: dict[str, Any], value: Callable[[Any], Tensor]) -> None:
     """Replace quantised weights by what they were rounded from, so that a run in other arithmetic can go on from it."""
     for entry in nested_values(x=model_state):
-        if isinstance(entry, Sharded) and entry.data is not None and is_float8tensor(entry.data):
+        if isinstance(entry, Sharded) and entry.data is not None and is_float8tensor(tensor=entry.data):
             whole = value(entry.data)
             # Only one copy is written; the others are there for their shape and dtype.
             other = torch.empty((), dtype=whole.dtype).expand(whole.shape)
-            entry.data = whole.cpu() if is_main_replica(entry.replica_id) else other
+            entry.data = whole.cpu() if is_main_replica(replica_id=entry.replica_id) else other
 
 
 def load_state_dict(
@@ -183,7 +183,7 @@ def load_state_dict(
     else:
         _load_replicated(part, tensors)
     _set_step(part, step)
-    if any(is_float8tensor(parameter) for parameter in model.parameters()):
+    if any(is_float8tensor(tensor=parameter) for parameter in model.parameters()):
         part._copy_main_params_to_model_params()  # as after a step: the checkpoint has no quantised weights
         fp8_state.load_state_dict(model, scaling)  # that has counted the weights' amaxes
     scheduler.num_steps = 0  # load_state_dict adds to it

@@ -79,6 +79,17 @@ NOT_IDENTITY = (
 # All keys that begin so: how validation samples.
 _NOT_IDENTITY_PREFIXES = ("policy.generation.val_",)
 
+# What begins so is identity, though the rest of its mapping is not: they choose how Transformer Engine rounds to FP8.
+_IDENTITY_PREFIXES = ("policy.megatron_cfg.env_vars.NVTE_",)
+
+# Keys that count only with `fp8_cfg.enabled`.
+_OF_FP8 = (
+    "policy.megatron_cfg.fp8_cfg.",
+    "policy.megatron_cfg.first_last_layers_bf16",
+    "policy.megatron_cfg.num_layers_at_start_in_bf16",
+    "policy.megatron_cfg.num_layers_at_end_in_bf16",
+)
+
 _SECTIONS = ("imports", "grpo", "sft", "loss_fn", "checkpointing", "policy", "data", "env", "logger", "cluster")
 
 
@@ -92,11 +103,15 @@ def dump(recipe: Recipe) -> str:
 def identity(recipe: Recipe) -> dict[str, Any]:
     """Return dotted key -> value of all that defines the run; compare two of them to see what differs.
 
-    The number of steps is among them only where the learning rate decays towards the last step.
+    The keys of FP8 are among them only where it is on, the number of steps only where the learning rate decays towards
+    the last step.
     """
     flat = settings(recipe)
     kept = {key: value for key, value in flat.items() if not may_change(key)}
-    scheduler = recipe.policy.megatron_cfg.scheduler
+    megatron = recipe.policy.megatron_cfg
+    if not megatron.fp8_cfg.enabled:  # they count only then; a run of a release without FP8 has none of them
+        kept = {key: value for key, value in kept.items() if not key.startswith(_OF_FP8)}
+    scheduler = megatron.scheduler
     if scheduler.lr_decay_style != "constant" and scheduler.lr_decay_steps is None:
         last_step = "grpo.max_num_steps" if isinstance(recipe, TrainRecipe) else "sft.max_num_steps"
         kept[last_step] = flat[last_step]
@@ -191,6 +206,8 @@ def _optimizer(ddp: DistributedDataParallelConfig) -> str:
 
 def may_change(key: str) -> bool:
     """Return whether a dotted key is no part of the identity, whatever else the recipe says."""
+    if key.startswith(_IDENTITY_PREFIXES):
+        return False
     excluded = any(key == excluded or key.startswith(f"{excluded}.") for excluded in NOT_IDENTITY)
     return excluded or key.startswith(_NOT_IDENTITY_PREFIXES)
 

@@ -39,9 +39,14 @@ def split(key: str) -> list[str]:
 
 
 def is_text(recipe: type[Section], path: Sequence[str]) -> bool:
-    """Return whether the value of a key is text, or text or null, and nothing else."""
+    """Return whether the value of a key is text, or text or null, and nothing else; also in an open mapping of text."""
     *around, name = path
     section = _section_at(recipe, around)
+    if section is None and around:
+        *around, mapping = around
+        section = _section_at(recipe, around)
+        field = section.model_fields.get(mapping) if section is not None else None
+        return field is not None and get_origin(field.annotation) is dict and _is_text(get_args(field.annotation)[1])
     field = section.model_fields.get(name) if section is not None else None
     return field is not None and _is_text(field.annotation)
 

@@ -123,9 +123,9 @@ class MegatronConfig(Section):
     first_last_layers_bf16: bool
     """Keep the first and last language layers out of FP8, as many as the next two keys say."""
     num_layers_at_start_in_bf16: NonNegativeInt
-    """Number of first layers that ``first_last_layers_bf16`` keeps in bfloat16."""
+    """Number of first layers that ``first_last_layers_bf16`` keeps in ``policy.precision``."""
     num_layers_at_end_in_bf16: NonNegativeInt
-    """Number of last layers that ``first_last_layers_bf16`` keeps in bfloat16."""
+    """Number of last layers that ``first_last_layers_bf16`` keeps in ``policy.precision``."""
     env_vars: dict[str, str]
     """Environment variables of the training processes, set before torch is asked for a device and before Megatron-core
     and Transformer Engine are imported; they replace what the processes inherit."""

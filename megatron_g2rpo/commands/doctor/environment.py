@@ -32,7 +32,6 @@ _PURPOSE = {
     "flash_attn_3": "attention that Transformer Engine may choose on Hopper",
     "flash_attn_4": "attention that Transformer Engine may choose on Blackwell",
     "vllm": "rollouts (policy.generation.backend)",
-    "wandb": "logging to Weights & Biases",
     "nemo": "no run: recipes only share its names of keys",
     "matplotlib": "megatron-g2rpo report",
 }
@@ -65,9 +64,12 @@ def hardware_findings(device: Device) -> Iterator[Finding]:
             yield row("device", text)
     else:
         yield row("device", f"cpu, {platform.machine()}")
-    yield _driver(found.driver, found.cuda, device.kind)
+    yield _driver(found.driver, found.cuda_version, device.kind)
     yield row(
-        "CUDA of torch", found.cuda or "none", "ok" if found.cuda else "absent", "" if found.cuda else "CPU build"
+        "CUDA of torch",
+        found.cuda_version or "none",
+        "ok" if found.cuda_version else "absent",
+        "" if found.cuda_version else "CPU build",
     )
     for what, value in (("cuDNN", found.cudnn), ("NCCL", found.nccl)):
         yield row(what, value or "none", "ok" if value else "absent")

@@ -14,7 +14,7 @@ from megatron_g2rpo.commands.doctor.findings import Finding
 from megatron_g2rpo.models.directory import load_config
 from megatron_g2rpo.policy.device import Device, KernelError
 from megatron_g2rpo.policy.kernels import Kernels, check_heads, check_training, choose
-from megatron_g2rpo.policy.layouts.layout import Layout, LayoutError, check_layout, layout_of, token_multiples
+from megatron_g2rpo.policy.layouts.layout import Layout, LayoutError, check_model, layout_of, token_multiples
 from megatron_g2rpo.policy.machine import Machine
 from megatron_g2rpo.policy.transformer_engine_probe import Answer, AttentionShape
 from megatron_g2rpo.recipe import Policy, Recipe
@@ -65,7 +65,7 @@ def wanted(recipe: Recipe, device: Device, machine: Machine) -> Wanted:
     hf_config = _config(policy.model_name)
     if hf_config is not None:
         try:
-            check_layout(hf_config, layout)
+            check_model(hf_config, policy.megatron_cfg)
             if chosen is not None:
                 check_heads(chosen, layout, hf_config)
         except (LayoutError, KernelError) as error:
@@ -169,7 +169,7 @@ def _runtime(asked: Wanted) -> Iterator[Finding]:
     yield row("precision", policy.precision)
     sequence, tokens = token_multiples(layout)
     yield row(
-        "padding", f"sequences to multiples of {sequence} tokens, rows of {tokens}", "ok", "by the layout and FP8"
+        "padding", f"sequences to multiples of {sequence} tokens, rows of {tokens}", "ok", "what layout and FP8 divide"
     )
     yield row("collectives", asked.device.backend, "ok", f"device {asked.device.kind}")
     overlaps = [name for name in ("overlap_grad_reduce", "overlap_param_gather") if getattr(ddp, name)]
@@ -177,9 +177,8 @@ def _runtime(asked: Wanted) -> Iterator[Finding]:
     yield row(
         "optimizer state", where, "ok", f"use_distributed_optimizer is {str(ddp.use_distributed_optimizer).lower()}"
     )
-    yield row(
-        "gradient reduction", " and ".join(overlaps) or "after the backward pass", "ok", "overlaps with computation"
-    )
+    when = "while others compute" if overlaps else "after the backward pass"
+    yield row("gradient reduction", when, "ok", " and ".join(overlaps) or "overlap_grad_reduce is false")
     yield row("rollouts", policy.generation.backend, "ok", "policy.generation.backend")
     for name, value in megatron.env_vars.items():
         yield row("environment", f"{name}={value}", "ok", "env_vars")

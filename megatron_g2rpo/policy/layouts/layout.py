@@ -177,7 +177,7 @@ def check_model(hf_config: Any, megatron_cfg: MegatronConfig) -> None:
         megatron_cfg: the recipe's ``policy.megatron_cfg``.
 
     Raises:
-        LayoutError: see ``check_layout`` and ``check_recompute``; or too many layers are to stay out of FP8.
+        LayoutError: see ``check_layout`` and ``check_recompute``; or too many layers are to stay out of FP8, or all.
     """
     layout = layout_of(megatron_cfg)
     check_layout(hf_config, layout)
@@ -193,6 +193,12 @@ def check_model(hf_config: Any, megatron_cfg: MegatronConfig) -> None:
                 f"policy.megatron_cfg.{key}={getattr(megatron_cfg, key)} is more than {largest}, the model's "
                 f"{num_layers} layers over pipeline_model_parallel_size={layout.pipeline}"
             )
+    start, end = megatron_cfg.num_layers_at_start_in_bf16, megatron_cfg.num_layers_at_end_in_bf16
+    if start + end >= num_layers:
+        raise LayoutError(
+            f"policy.megatron_cfg.num_layers_at_start_in_bf16 ({start}) and num_layers_at_end_in_bf16 ({end}) leave "
+            f"none of the model's {num_layers} layers in FP8: lower them, or set fp8_cfg.enabled=false"
+        )
 
 
 def check_recompute(stages: Sequence[int], megatron_cfg: MegatronConfig) -> None:

@@ -26,7 +26,7 @@ from tests.common.recipes import G2RPO, SFT
 
 ROOT = Path(__file__).parents[3]
 NONE = dict.fromkeys(OPTIONAL, False)
-CPU = Machine(device="cpu", capability=None, cuda=None, packages=NONE)
+CPU = Machine(device="cpu", capability=None, cuda_version=None, packages=NONE)
 QUICKSTART = ROOT / "examples" / "recipes" / "vlm_g2rpo-quickstart-1n1g-megatron-tp1.yaml"
 
 
@@ -88,7 +88,7 @@ def package_findings(
 ) -> dict[str, Finding]:
     monkeypatch.setattr(environment, "broken_imports", lambda names: broken or {})
     machine = Machine(
-        device="gpu", capability=(9, 0), cuda=(13, 0), packages={**NONE, **dict.fromkeys(installed, True)}
+        device="gpu", capability=(9, 0), cuda_version=(13, 0), packages={**NONE, **dict.fromkeys(installed, True)}
     )
     return by_name(list(environment.package_findings(machine, answer, needed or {})))
 
@@ -138,7 +138,11 @@ def test_what_is_broken_is_an_error_and_what_is_absent_only_where_it_is_needed(m
         broken={"flash_attn": "ImportError: undefined symbol"},
         needed={"vllm": "backend=vllm"},
     )
-    assert (found["flash-attn 2"].status, found["vLLM"].status, found["wandb"].status) == ("error", "error", "absent")
+    assert (found["flash-attn 2"].status, found["vLLM"].status, found["nemo-toolkit"].status) == (
+        "error",
+        "error",
+        "absent",
+    )
     assert "undefined symbol" in found["flash-attn 2"].why
 
 
@@ -182,7 +186,7 @@ def test_a_version_that_is_not_the_locks_is_a_warning_that_names_both(monkeypatc
 
 def test_a_gpu_is_held_against_the_lock_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "all_installed", lambda: {"transformer-engine": "2.20.1"})
-    gpu = Machine(device="gpu", capability=(9, 0), cuda=(13, 0), packages=NONE)
+    gpu = Machine(device="gpu", capability=(9, 0), cuda_version=(13, 0), packages=NONE)
     assert by_name(list(lock.findings(gpu)))["transformer-engine"].why == "the lock has 2.20.2"
 
 
@@ -219,11 +223,17 @@ def test_a_recipe_that_runs_here_is_usable_and_its_kernels_have_reasons(path: Pa
         ("policy.megatron_cfg.transformer_impl=transformer_engine", "kernels", "needs a GPU"),
         ("policy.megatron_cfg.fp8_cfg.enabled=true", "kernels", "fp8_cfg.enabled"),
         ("policy.megatron_cfg.gradient_accumulation_fusion=true", "kernels", "gradient_accumulation_fusion"),
+        ("policy.megatron_cfg.tensor_model_parallel_size=3 cluster.gpus_per_node=3", "layout", "=3 does not divide"),
+        (
+            "policy.megatron_cfg.recompute_granularity=full policy.megatron_cfg.recompute_num_layers=3",
+            "layout",
+            "recompute_num_layers=3",
+        ),
         ("policy.generation.backend=vllm", "vLLM", "policy.generation.backend=vllm needs it"),
     ],
 )
 def test_what_a_recipe_cannot_have_here_is_an_error_with_the_key(override: str, what: str, reason: str) -> None:
-    code, said = report(str(QUICKSTART), override)
+    code, said = report(str(QUICKSTART), *override.split())
     assert code == 1
     (error,) = [each for each in said["findings"] if each["status"] == "error"]
     assert error["what"] == what

@@ -99,9 +99,9 @@ def test_every_shipped_recipe_is_rehearsed(tmp_path: Path, recipe: Path) -> None
 FAULT = """
 import sys
 from megatron_g2rpo.policy import megatron
-megatron.check_layout = lambda *_: None  # what plan refuses first
+megatron.check_model = lambda *_: None  # what plan refuses first
 from megatron_g2rpo.plan import planner
-planner.check_layout = lambda *_: None
+planner.check_model = lambda *_: None
 from megatron_g2rpo import cli
 sys.argv[1:] = {arguments}
 cli.app()

@@ -26,7 +26,7 @@ from tests.common.policy_layout import layout_options, policy_section
 from tests.common.tiny_model import tiny_config
 
 ALL = dict.fromkeys(OPTIONAL, True)
-HOPPER = Machine(device="gpu", capability=(9, 0), cuda=(13, 0), packages=ALL)
+HOPPER = Machine(device="gpu", capability=(9, 0), cuda_version=(13, 0), packages=ALL)
 BLACKWELL = replace(HOPPER, capability=(10, 0))
 ADA = replace(HOPPER, capability=(8, 9))
 AMPERE = replace(HOPPER, capability=(8, 0))
@@ -47,7 +47,11 @@ def megatron(recipe: str, *overrides: str) -> MegatronConfig:
         ("tensorwise", AMPERE, r"fp8_cfg\.enabled needs a GPU of compute capability 8\.9 .* capability 8\.0"),
         ("delayed", AMPERE, r"capability 8\.9"),
         ("blockwise", ADA, r"fp8_recipe=blockwise needs compute capability 9\.0 .* capability 8\.9: set tensorwise"),
-        ("blockwise", replace(HOPPER, cuda=(12, 8)), r"blockwise needs CUDA 12\.9 .* torch was built for 12\.8"),
+        (
+            "blockwise",
+            replace(HOPPER, cuda_version=(12, 8)),
+            r"blockwise needs CUDA 12\.9 .* torch was built for 12\.8",
+        ),
         ("mxfp8", HOPPER, r"mxfp8 needs a data-centre Blackwell GPU .* capability 9\.0: set blockwise or tensorwise"),
         ("mxfp8", replace(BLACKWELL, capability=(12, 0)), r"mxfp8 needs .* capability 12\.0"),
     ],
@@ -63,7 +67,7 @@ def test_a_recipe_without_kernels_is_refused(recipe: str, machine: Machine, mess
         ("tensorwise", ADA),
         ("delayed", ADA),
         ("blockwise", HOPPER),
-        ("blockwise", replace(HOPPER, cuda=(12, 9))),
+        ("blockwise", replace(HOPPER, cuda_version=(12, 9))),
         ("mxfp8", BLACKWELL),
         ("blockwise", BLACKWELL),
     ],
@@ -83,9 +87,14 @@ def test_rows_are_aligned_by_the_recipe(recipe: str, tokens: int) -> None:
 def test_fp8_off_asks_nothing_of_the_machine() -> None:
     settings = policy_section("model").megatron_cfg
     assert not settings.fp8_cfg.enabled
-    check_fp8(settings, "local", replace(AMPERE, device="cpu", capability=None, cuda=None))
+    check_fp8(settings, "local", replace(AMPERE, device="cpu", capability=None, cuda_version=None))
     assert fp8_fields(settings) == {}
     assert layout_of(settings).token_alignment == 1
+
+
+def test_delayed_scaling_has_the_history_that_fp8_md_measured() -> None:
+    fields = fp8_fields(megatron("delayed"))
+    assert (fields["fp8_amax_history_len"], fields["fp8_amax_compute_algo"]) == (1024, "max")
 
 
 def test_local_layers_are_refused() -> None:
@@ -153,10 +162,12 @@ def test_the_vocabulary_and_the_vision_tower_may_have_any_size() -> None:
 
 
 def test_more_layers_to_leave_out_than_a_stage_has() -> None:
-    keys = ["first_last_layers_bf16=true", "num_layers_at_start_in_bf16=3", "num_layers_at_end_in_bf16=1"]
+    keys = ["first_last_layers_bf16=true", "num_layers_at_start_in_bf16=3", "num_layers_at_end_in_bf16=0"]
     overrides = [f"megatron_cfg.{key}" for key in keys]
     config = tiny_config(**ALIGNED, layers=4)
     check_model(config, megatron("tensorwise", *overrides))
+    with pytest.raises(LayoutError, match=r"\(3\) and num_layers_at_end_in_bf16 \(1\) leave none"):
+        check_model(config, megatron("tensorwise", *overrides, "megatron_cfg.num_layers_at_end_in_bf16=1"))
     with pytest.raises(LayoutError, match=r"num_layers_at_start_in_bf16=3 is more than 2, the model's 4 layers over"):
         check_model(config, megatron("tensorwise", *overrides, "megatron_cfg.pipeline_model_parallel_size=2"))
     off = layout_options("model", *overrides, pp=2).megatron_cfg  # counts only with FP8

@@ -15,12 +15,14 @@ from tests.common.policy_layout import layout_options
 from tests.common.tiny_model import tiny_config
 
 NONE = dict.fromkeys(OPTIONAL, False)
-CPU = Machine(device="cpu", capability=None, cuda=None, packages=NONE)
+CPU = Machine(device="cpu", capability=None, cuda_version=None, packages=NONE)
 
 
 def gpu(*packages: str) -> Machine:
     """A Hopper with these optional packages."""
-    return Machine(device="gpu", capability=(9, 0), cuda=(13, 0), packages={**NONE, **dict.fromkeys(packages, True)})
+    return Machine(
+        device="gpu", capability=(9, 0), cuda_version=(13, 0), packages={**NONE, **dict.fromkeys(packages, True)}
+    )
 
 
 ENGINE = gpu("transformer_engine")
@@ -173,7 +175,7 @@ def test_heads_are_shared_out_whole(heads: int, kv_heads: int, tp: int, refused:
 
 @pytest.mark.parametrize("package", ["transformer_engine", "apex"])
 def test_training_on_a_cpu_with_an_optimizer_of_gpus_is_refused(package: str) -> None:
-    machine = Machine(device="cpu", capability=None, cuda=None, packages={**NONE, package: True})
+    machine = Machine(device="cpu", capability=None, cuda_version=None, packages={**NONE, package: True})
     with pytest.raises(KernelError, match=r"megatron-core takes its optimizer wherever it can be imported"):
         check_training(kernels_of(machine), machine)
     check_training(kernels_of(CPU), CPU)

@@ -33,6 +33,12 @@ def test_variables_of_libraries_are_taken_as_text() -> None:
     }
 
 
+def test_a_variable_may_be_set_alone() -> None:
+    overrides = ["env.tasks.mine={}", "policy.megatron_cfg.env_vars.NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1"]
+    loaded = recipe.load(EXEMPLAR, overrides, "train").policy.megatron_cfg
+    assert loaded.env_vars == {"NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1"}
+
+
 def test_a_number_is_no_text() -> None:
     assert "'policy.megatron_cfg.env_vars.NVTE_X': Input should be a valid string, got 1 (int)" in refusal(
         "{NVTE_X: 1}"

@@ -75,8 +75,7 @@ def test_a_run_may_continue_with_another_layout_or_length(overrides: list[str]) 
         f"{MEGATRON}.freeze_vision=true",
         # Weights are learnt with what FP8 rounds them to.
         f"{MEGATRON}.fp8_cfg.enabled=true",
-        f"{MEGATRON}.fp8_cfg.fp8_recipe=tensorwise",
-        f"{MEGATRON}.first_last_layers_bf16=true",
+        f'{MEGATRON}.env_vars={{NVTE_FP8_BLOCK_SCALING_FP32_SCALES: "1"}}',
         f"{DDP}.grad_reduce_in_fp32=false",
         "policy.generation.temperature=0.9",
         "data.task_weights={ocr: 2.0}",
@@ -172,3 +171,12 @@ def test_a_dump_has_the_sections_in_the_order_of_the_exemplar() -> None:
     lines = recipe.dump(recipe.load(G2RPO, [], "train")).splitlines()
     sections = [line.rstrip(":") for line in lines if line.endswith(":") and not line.startswith(" ")]
     assert sections == ["grpo", "loss_fn", "checkpointing", "policy", "data", "env", "logger", "cluster"]
+
+
+def test_keys_of_fp8_count_where_it_is_on() -> None:
+    """A run of a release without FP8 goes on, and one with it only as it began."""
+    on = f"{MEGATRON}.fp8_cfg.enabled=true"
+    for key in ("fp8_cfg.fp8_recipe=tensorwise", "first_last_layers_bf16=true"):
+        assert fingerprint(f"{MEGATRON}.{key}") == fingerprint()
+        assert fingerprint(on, f"{MEGATRON}.{key}") != fingerprint(on)
+    assert not any("fp8" in key or "bf16" in key for key in recipe.identity(recipe.load(G2RPO, [], "train")))
