@@ -11,6 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = "G2RPO_TEST_RESULTS"  # environment variable: the folder that ranks report to
 
@@ -64,14 +66,19 @@ def torchrun_json(nproc: int, module: str, *arguments: str, timeout: int = 300, 
 def report_result(result: Any) -> None:
     """Pass this rank's result to ``torchrun_json``, or print it in other runs. A worker calls it once, at its end.
 
+    It ends the process group: an interpreter that ends while gloo's threads run aborts now and then.
+
     Args:
         result: a value that JSON can hold, or that contains nan and infinity.
     """
     text = json.dumps(result)
     if RESULTS not in os.environ:
         print(text, flush=True)
-        return
-    file = Path(os.environ[RESULTS]) / f"{os.environ['RANK']}.json"
-    partial = file.with_suffix(".partial")
-    partial.write_text(text)
-    partial.rename(file)
+    else:
+        file = Path(os.environ[RESULTS]) / f"{os.environ['RANK']}.json"
+        partial = file.with_suffix(".partial")
+        partial.write_text(text)
+        partial.rename(file)
+    if dist.is_initialized():
+        dist.barrier()  # a peer may still read from this rank
+        dist.destroy_process_group()

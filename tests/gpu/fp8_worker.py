@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_g2rpo.policy.device import Device, init_process_group, select
@@ -59,7 +58,6 @@ def main() -> None:
             found[f"{name} without reduction"] = scales_of(directory, device, **layout)
         parallel_state.destroy_model_parallel()
     report_result(found)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

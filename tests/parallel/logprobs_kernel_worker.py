@@ -178,8 +178,6 @@ def main() -> None:
     for sequence_parallel in (False, True):
         check_layer(report, group, hardware, sequence_parallel)
     report_result(report.worst)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

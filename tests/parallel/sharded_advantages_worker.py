@@ -150,8 +150,6 @@ def main() -> None:
             check_errors_reach_every_rank(group)
             checked.append(members)
     report_result(checked)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -356,8 +356,8 @@ def copies_of_the_tied_weight_are_not_summed(policy: MegatronPolicy, baseline: B
 
 @detected("pp2", "logprob", "entropy", "gradient")
 def deepstack_reaches_beyond_the_first_stage(policy: MegatronPolicy, baseline: Baseline) -> Report:
-    """The second layer's features are dropped with the first stage's end; ``check_layout`` would refuse it."""
-    with patch.object(megatron, "check_layout"):
+    """The second layer's features are dropped with the first stage's end; ``check_model`` would refuse it."""
+    with patch.object(megatron, "check_model"):
         short = build(baseline, "pp2", num_layers_in_first_pipeline_stage=1)
     return measure(short, baseline)
 
