@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_g2rpo import weights
@@ -317,7 +316,6 @@ def main() -> None:
     init_process_group(select())
     parts = {part.__name__: part for part in PARTS}
     report_result({name: parts[name](directory) for name in names})
-    dist.barrier()
 
 
 if __name__ == "__main__":
