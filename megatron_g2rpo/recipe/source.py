@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,12 @@ def read_document(path: Path) -> Document:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise RecipeError(f"recipe {path} cannot be read: {reason}") from error
+    return deepcopy(_parsed(text, path))
+
+
+# PyYAML takes most of the time in which a recipe is read, and all recipes read the same few exemplars.
+@lru_cache(maxsize=32)
+def _parsed(text: str, path: Path) -> Document:
     reader = _Reader(text, str(path), has_lines=True)
     tree = reader.read("")
     if tree is None:

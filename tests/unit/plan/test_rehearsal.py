@@ -42,7 +42,7 @@ KEPT_RECOMPUTED = 2.5e-2
 PEAK = 0.02
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_it_counts_what_a_real_run_holds_and_sends(tmp_path: Path, ranks: int) -> None:
     """State and messages are equal, to the byte and one by one; activations and their peak as stated above."""
     reports = torchrun_json(ranks, "tests.unit.plan.rehearsal_worker", str(tmp_path), timeout=900)
