@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -203,7 +204,9 @@ def test_an_import_that_is_ended_leaves_nothing(tmp_path: Path, end: signal.Sign
     os.mkfifo(fifo)  # the import waits for rows that do not come
     before = set(tmp_path.iterdir())
     command = [sys.executable, "-c", IMPORT, fifo, target, str(workers)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A shell has its background jobs ignore SIGINT, and what they start inherits that.
+    before_start = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=before_start)
     try:
         with open_for(process, fifo) as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
