@@ -95,7 +95,7 @@ def assert_same(actual: Lines, expected: Lines) -> None:
             assert difference <= TOLERANCE, f"line {number}: {name} differ by {difference}"
 
 
-def test_every_layout_gives_the_numbers_of_transformers(toy: Toy, source: Path, tmp_path: Path) -> None:
+def test_replicas_and_tensor_shards_give_the_numbers_of_transformers(toy: Toy, source: Path, tmp_path: Path) -> None:
     expected = reference(toy.model, source, 1.0)
     assert [len(item["token_ids"]) for item in expected][4::2] == [1, 1], "an empty response is its end token"
     arguments = ("logprobs", "--model", toy.model, "--input", source, *ON_DEVICE, "--output")
@@ -123,7 +123,7 @@ def test_every_layout_gives_the_numbers_of_transformers(toy: Toy, source: Path, 
     ],
     ids=["pp2", "cp2", "tp2-sp-pp2", "tp2-sp-cp2", "pp2-cp2", "tp2-dp2", "tp2-sp-pp2-cp2"],
 )
-def test_mixed_layouts_give_the_numbers_of_transformers(
+def test_other_layouts_give_the_numbers_of_transformers(
     toy: Toy, source: Path, tmp_path: Path, nproc: int, keys: tuple[str, ...]
 ) -> None:
     target = tmp_path / "out.jsonl"
