@@ -14,6 +14,7 @@ megatron-core makes unconditionally, so that the *unmodified* library runs on gl
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
@@ -172,15 +173,27 @@ def select(kind: str = "auto") -> Device:
 
 
 def init_process_group(device: Device) -> None:
-    """Join the job's process group: torchrun's when its environment is set, otherwise a group of one process."""
+    """Join the job's process group: torchrun's when its environment is set, otherwise a group of one process.
+
+    The interpreter leaves it as it ends. A thread of gloo that drops the tensors of its last collective needs Python for
+    it, and where Python is already being finalized the process aborts: "terminate called without an active exception".
+    """
     if dist.is_initialized():
         return
+    atexit.unregister(_leave_process_group)
+    atexit.register(_leave_process_group)
     if "RANK" in os.environ:
         dist.init_process_group(backend=device.backend, timeout=COLLECTIVE_TIMEOUT)
     else:
         dist.init_process_group(
             backend=device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
         )
+
+
+def _leave_process_group() -> None:
+    """Destroy what is left of the process groups, which joins the threads of gloo."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def set_cpu_threads(processes_per_node: int) -> None:
