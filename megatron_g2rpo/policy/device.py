@@ -175,8 +175,8 @@ def select(kind: str = "auto") -> Device:
 def init_process_group(device: Device) -> None:
     """Join the job's process group: torchrun's when its environment is set, otherwise a group of one process.
 
-    The interpreter leaves it as it ends. A thread of gloo that drops the tensors of its last collective needs Python for
-    it, and where Python is already being finalized the process aborts: "terminate called without an active exception".
+    The interpreter leaves it as it ends. A thread of gloo that drops the tensors of its last collective needs Python
+    for it; where Python is already being finalized the process aborts: "terminate called without an active exception".
     """
     if dist.is_initialized():
         return
