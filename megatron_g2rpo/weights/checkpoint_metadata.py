@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_g2rpo.weights.safetensors_directory import CheckpointError
 
-METADATA, TENSORS = "metadata.json", ".metadata"
+METADATA, TENSORS, COMMON = "metadata.json", ".metadata", "common.pt"
 _BACKEND = "torch_dist"
 _DCP = "torch.distributed.checkpoint."
 # What a list of tensors holds, by module: data classes and enumerations, sizes, paths, and torch's layout by its name.
@@ -81,3 +82,24 @@ def read_metadata(directory: Path) -> Metadata:
     if not isinstance(metadata, Metadata):
         raise CheckpointError(f"{path} is damaged: it holds a {type(metadata).__name__}; use another checkpoint")
     return metadata
+
+
+def structural_faults(directory: Path) -> Iterator[str]:
+    """Iterate over what can be seen to be wrong with a checkpoint that has no manifest, a sentence each.
+
+    Files that are missing or too short are found; bytes that are others than were written are not.
+    """
+    try:
+        metadata = read_metadata(directory)
+    except CheckpointError as error:
+        yield str(error)
+        return
+    needed = {COMMON: 1}
+    for place in (metadata.storage_data or {}).values():
+        needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
+    for name, least in sorted(needed.items()):
+        file = directory / name
+        if not file.is_file():
+            yield f"{file} is missing"
+        elif (size := file.stat().st_size) < least:
+            yield f"{file} has {size} bytes, at least {least} were written"

@@ -91,7 +91,11 @@ def read_manifest(directory: Path) -> Manifest | None:
         files = {name: FileRecord(int(of["size"]), str(of["sha256"])) for name, of in tree["files"].items()}
         metrics = {str(name): float(value) for name, value in tree["metrics"].items()}
         return Manifest(
-            run_id=str(tree["run_id"]), step=int(tree["step"]), version=str(tree["version"]), metrics=metrics, files=files
+            run_id=str(tree["run_id"]),
+            step=int(tree["step"]),
+            version=str(tree["version"]),
+            metrics=metrics,
+            files=files,
         )
     except FileNotFoundError:
         return None
@@ -122,11 +126,17 @@ def faults(directory: Path, manifest: Manifest, paths: Collection[str] | None = 
 
 
 def sync_directory(directory: Path) -> None:
-    """Wait until a directory's files, folders and names are on the disk."""
+    """Wait until all that a directory holds, and its names, are on the disk."""
     for folder, _, names in os.walk(directory, topdown=False):
-        for path in (*(os.path.join(folder, name) for name in names), folder):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        for name in names:
+            sync(Path(folder, name))
+        sync(Path(folder))
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a directory's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
