@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import uuid
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -18,6 +20,7 @@ SHOWN_DIFFERENCES = 5
 # Of the keys of a recipe; releases up to 0.1 wrote none.
 _VERSION, VERSION = "identity_version", 2
 _MODEL = "model_fingerprint"
+_RUN_ID = "run_id"
 _NEW_OF_TASKS = ("response_format", "reward_weights")
 
 
@@ -46,10 +49,13 @@ def prepare(recipe: Recipe, *, fresh: bool) -> list[str]:
     identity = {**recipes.identity(recipe), _MODEL: model_fingerprint(recipe.policy.model_name)}
     notes: list[str] = []
     claimed = directory / IDENTITY_FILE
+    known = uuid.uuid4().hex
     has_checkpoints = any(checkpoints.glob("step_*"))
     if claimed.exists():
         if has_checkpoints or (directory / METRICS_FILE).exists():
-            _check_same(identity, yaml.safe_load(claimed.read_text()), directory)
+            before = yaml.safe_load(claimed.read_text())
+            known = before.pop(_RUN_ID, known)
+            _check_same(identity, before, directory)
             notes = _changed(recipe, directory / RECIPE_FILE)
     elif directory.exists() and any(directory.iterdir()):
         raise RunDirectoryError(
@@ -61,9 +67,16 @@ def prepare(recipe: Recipe, *, fresh: bool) -> list[str]:
             "name another for either, or pass --fresh to move the checkpoints aside"
         )
     directory.mkdir(parents=True, exist_ok=True)
-    claimed.write_text(yaml.safe_dump({**identity, _VERSION: VERSION}, sort_keys=True))
+    claimed.write_text(yaml.safe_dump({**identity, _VERSION: VERSION, _RUN_ID: known}, sort_keys=True))
     (directory / RECIPE_FILE).write_text(recipes.dump(recipe))
     return notes
+
+
+def run_id(directory: str | Path) -> str:
+    """Return the id of the run that a directory belongs to, which its checkpoints name; empty if no run claimed it."""
+    claimed = Path(directory) / IDENTITY_FILE
+    tree: dict[str, Any] = yaml.safe_load(claimed.read_text()) if claimed.exists() else {}
+    return tree.get(_RUN_ID, "")
 
 
 def _changed(recipe: Recipe, before: Path) -> list[str]:

@@ -12,10 +12,12 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_g2rpo import weights
+from megatron_g2rpo.collectives import from_first
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
 from megatron_g2rpo.rollout.base import EngineUnavailable
 from megatron_g2rpo.train.assembly import Components
-from megatron_g2rpo.train.run.checkpoints import Checkpoints
+from megatron_g2rpo.train.run.checkpoints import Checkpoints, Found
+from megatron_g2rpo.train.run.directory import run_id
 from megatron_g2rpo.train.run.logs import MetricsLog, StepMetrics
 from megatron_g2rpo.train.run.validation import validate
 
@@ -38,15 +40,21 @@ class Run:
         self._recipe, self._components = recipe, components
         self._loop = recipe.grpo if isinstance(recipe, TrainRecipe) else recipe.sft
         options = recipe.checkpointing
-        self._checkpoints = Checkpoints(options.checkpoint_dir, options.keep_latest_k, components.processor.settings)
+        self._checkpoints = Checkpoints(
+            options.checkpoint_dir,
+            options.keep_latest_k,
+            components.processor.settings,
+            run_id=from_first(lambda: run_id(recipe.logger.log_dir)),
+        )
         self.first_step = 0
         self._validated = False
         grpo = recipe.grpo if isinstance(recipe, TrainRecipe) else None
         size = recipe.policy.train_global_batch_size if grpo is None else grpo.num_prompts_per_step
         self._notes = components.stream.shortages(size)
-        latest = self._checkpoints.latest() if recipe.checkpointing.enabled else None
-        if latest is not None:
-            state = self._checkpoints.load(latest, components.policy)
+        found = self._checkpoints.newest_whole() if recipe.checkpointing.enabled else Found(None)
+        self._notes += found.notes
+        if found.step is not None:
+            state = self._checkpoints.load(found.step, components.policy)
             self._notes += components.stream.load_state_dict(state["stream"])
             components.history.load_state_dict(state["history"])
             self.first_step = state["step"]
