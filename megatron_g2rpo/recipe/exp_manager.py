@@ -102,8 +102,8 @@ FIELDS: Mapping[str, Rule] = {
     "use_datetime_version": Unused(),
     "resume_if_exists": Only(
         (True,),
-        "the same command always goes on; for a new run change name or version, or give --fresh, which moves the earlier "
-        "run directory aside",
+        "the same command always goes on; for a new run change name or version, or give --fresh, which moves the "
+        "earlier run directory aside",
     ),
     # A run that is finished goes on where grpo.max_num_steps has grown, and does nothing else.
     "resume_past_end": Unused(),

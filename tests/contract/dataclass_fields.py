@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fields of a release's dataclasses, with their types and defaults, read from its wheel without importing it.
 
-nemo-toolkit cannot be installed beside this package (it wants an older omegaconf, and much else). What is read is kept
+What nemo-toolkit's exp_manager needs cannot be installed beside this package: an older omegaconf. What is read is kept
 in ``nemo_toolkit_<version>.json``; to write it again, or for another release:
 
     pip download --no-deps nemo-toolkit==3.0.0 --dest DIRECTORY
