@@ -110,7 +110,7 @@ def run(stubs: Path, *, code: int, **variables: str) -> subprocess.CompletedProc
     environment = {**clean, **job, **variables, "PATH": f"{stubs}:{clean['PATH']}", "TRAINER_CODE": str(code)}
     environment |= {"LOGS": str(stubs.parent / "logs"), "SERVER_RESTARTS": "0"}
     return subprocess.run(
-        ["bash", str(batch_script(stubs))], env=environment, capture_output=True, text=True, check=False, timeout=60
+        ["bash", str(batch_script(stubs))], env=environment, capture_output=True, text=True, check=False, timeout=200
     )
 
 
