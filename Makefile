@@ -7,6 +7,7 @@
 #   make test-unit  those of one process, and of other libraries' interfaces; a fraction of the time
 #   make test-vllm  tests on real vLLM, in an environment of its own (4 GB); test-vllm-full: those that take minutes too
 #   make test-gpu   tests on a GPU made of host memory, in an environment of its own (3 GB); test-gpu-full: all
+#   make test-nemo-run  the nemo-run example, in an environment of its own (0.6 GB)
 #   make lmms-eval  the harness for the paper's benchmarks, in an environment of its own (2.5 GB), see docs/evaluation.md
 #   make quickstart-vllm [ARGS="key=value ..."]         the quickstart, its rollouts from vLLM in that environment
 #   make lint       style, types, import rules          make clean        what was built; runs/ and data/ stay
@@ -44,6 +45,8 @@ GPU_BIN := $(GPU_VENV)/bin
 VIRTUAL_GPU := OMP_NUM_THREADS=1 $(GPU_BIN)/python -m tests.gpu.virtual_cuda
 LMMS_VENV := .venv-lmms
 LMMS_BIN := $(LMMS_VENV)/bin
+NEMO_RUN_VENV := .venv-nemo-run
+NEMO_RUN_BIN := $(NEMO_RUN_VENV)/bin
 
 # What an installation depends on; the package itself is installed in place, so its Python files are not among them.
 SOURCES := pyproject.toml setup.py constraints/cpu.txt $(wildcard csrc/*)
@@ -52,7 +55,7 @@ SOURCES := pyproject.toml setup.py constraints/cpu.txt $(wildcard csrc/*)
 INSTALL = MEGATRON_G2RPO_BUILD_EXT=1 $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/cpu.txt torch==2.13.0 -e
 
 .PHONY: quickstart quickstart-vllm setup data policy test test-unit test-full test-vllm test-vllm-full test-gpu \
-	test-gpu-full lmms-eval lint clean
+	test-gpu-full test-nemo-run lmms-eval lint clean
 
 quickstart: $(VENV)/.quickstart data
 	$(BIN)/megatron-g2rpo train $(RECIPE) --fresh --nproc $(NPROC) \
@@ -108,6 +111,9 @@ test-gpu-full: $(GPU_VENV)/.test data
 	G2RPO_TEST_DEVICE=gpu $(VIRTUAL_GPU) $(GPU_BIN)/python -m pytest tests/gpu tests/parallel tests/e2e $(PYTEST_ARGS)
 	$(VIRTUAL_GPU) --transformer-engine $(GPU_BIN)/python -m pytest tests/gpu tests/parallel \
 		-m "not without_transformer_engine" $(PYTEST_ARGS)
+
+test-nemo-run: $(NEMO_RUN_VENV)/.test
+	$(NEMO_RUN_BIN)/python -m pytest tests/nemo_run $(PYTEST_ARGS)
 
 lmms-eval: $(LMMS_VENV)/.ready
 
@@ -168,12 +174,19 @@ $(LMMS_VENV)/.ready: $(SOURCES) constraints/lmms-eval.txt tests/vllm/torchvision
 		&& cp tests/vllm/torchvision_ops.py "$$site" && echo "import torchvision_ops" > "$$site/torchvision_ops.pth"; }
 	@touch $@
 
-$(BIN)/python $(VLLM_BIN)/python $(GPU_BIN)/python $(LMMS_BIN)/python:
+# Without this package: the example needs it on the nodes only.
+$(NEMO_RUN_VENV)/.test: constraints/nemo-run.txt | $(NEMO_RUN_BIN)/python
+	@echo "Installing nemo-run into $(NEMO_RUN_VENV), 0.6 GB; this takes a minute or two ..."
+	$(NEMO_RUN_BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/nemo-run.txt \
+		nemo-run==0.11.1 hypothesis pytest pytest-timeout
+	@touch $@
+
+$(BIN)/python $(VLLM_BIN)/python $(GPU_BIN)/python $(LMMS_BIN)/python $(NEMO_RUN_BIN)/python:
 	@test -n "$(PYTHON)" && $(PYTHON) $(IS_3_11) \
 		|| { echo "Python 3.11 is needed$(PYTHON:%=, and % is not it): make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(@D:/bin=)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) $(LMMS_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) $(LMMS_VENV) $(NEMO_RUN_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find megatron_g2rpo -name '*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -80,8 +80,13 @@ def _at_key(key: str, *, _root_: Any) -> Any:
     return found
 
 
-def resolve(tree: dict[str, Any], origins: Mapping[str, Origin]) -> dict[str, Any]:
+def resolve(tree: dict[str, Any], origins: Mapping[str, Origin], section: str | None = None) -> dict[str, Any]:
     """Replace every interpolation by its value.
+
+    Args:
+        tree: the keys of a recipe.
+        origins: dotted key -> where it was written.
+        section: name of the section to resolve and return, which may refer to others; None for the whole tree.
 
     Raises:
         RecipeError: an interpolation that names no key, is malformed, circular or fails; a value left at ``???``.
@@ -92,7 +97,9 @@ def resolve(tree: dict[str, Any], origins: Mapping[str, Origin]) -> dict[str, An
         OmegaConf.register_resolver(name, function, replace=True, annotation_validation="error")
     OmegaConf.register_resolver(_AT, _at_key, replace=True)
     try:
-        resolved = OmegaConf.to_container(OmegaConf.create(_bracketed(tree)), resolve=True, throw_on_missing=True)
+        config = OmegaConf.create(_bracketed(tree))
+        chosen = config if section is None else config[section]
+        resolved = OmegaConf.to_container(chosen, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = re.sub(r"\[(\d+)\]", r".\1", str(error.full_key or ""))
         # OmegaConf writes no quotes.

@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from megatron_g2rpo.recipe import exp_manager
 from megatron_g2rpo.recipe.env_section import complete_tasks
 from megatron_g2rpo.recipe.errors import Fault, Origin, RecipeError, find_origin, shown
 from megatron_g2rpo.recipe.imports import IMPORTS, import_all
@@ -72,11 +73,12 @@ def examine(path: str | Path, overrides: Sequence[str], kind: Literal["train", "
         RecipeError: the recipe cannot be read at all: a file is missing or not YAML, an import fails, an interpolation
             leads nowhere, or the recipe is of the other kind.
     """
-    document = load_layers(Path(path), overrides)
+    document, faults = exp_manager.apply(load_layers(Path(path), overrides))
     _refuse_other_kind(document, kind, path)
     import_all(document.tree.get(IMPORTS, []), document.origins.get(IMPORTS))
     tree = complete_tasks(resolve(document.tree, document.origins))
-    faults = [fault.located(document.origins) for fault in (*expand_paths(tree), *check_names(tree))]
+    tree.pop(exp_manager.SECTION, None)
+    faults += [fault.located(document.origins) for fault in (*expand_paths(tree), *check_names(tree))]
     model, recipe = _KINDS[kind], None
     try:
         recipe = model.model_validate(tree)
