@@ -390,6 +390,7 @@ def _loop(
             typer.echo(recipes.describe_layout(recipe))
             return
         from megatron_g2rpo.train.run import directory
+        from megatron_g2rpo.train.run.watchdog import watching
 
         local, on_many = _with_local_model(recipe), _prepare_processes(recipe)
         if not launch.is_launched() and _is_first():
@@ -398,7 +399,8 @@ def _loop(
         if on_many:
             launch.launch(recipe.cluster.gpus_per_node, [kind, str(path), *overrides])
             return
-        exported = _entry(kind)(local)
+        with watching(recipe, launch.end):
+            exported = _entry(kind)(local)
         if exported is not None and _is_first():
             typer.echo(f"Hugging Face checkpoint: {exported}")
 

@@ -18,7 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_g2rpo import models, weights
+from megatron_g2rpo import models, progress, weights
 from megatron_g2rpo.models.directory import load_config
 from megatron_g2rpo.policy import quantized, sharded_state
 from megatron_g2rpo.policy.config import transformer_config
@@ -184,14 +184,16 @@ class MegatronPolicy:
             tensor_of: what to stream of each parameter in place of its value, for example its gradient.
         """
         self._wait_for_parameters()
-        return weights.stream(
-            self.model,
-            self.table,
-            tensor_group=self.groups.tensor,
-            pipeline_group=self.groups.pipeline,
-            layer_offset=self._layer_offset,
-            tensor_of=tensor_of or quantized.value_of(self.optimizer),
-            dtype_of=None if tensor_of else lambda parameter: parameter.dtype,
+        return _advancing(
+            weights.stream(
+                self.model,
+                self.table,
+                tensor_group=self.groups.tensor,
+                pipeline_group=self.groups.pipeline,
+                layer_offset=self._layer_offset,
+                tensor_of=tensor_of or quantized.value_of(self.optimizer),
+                dtype_of=None if tensor_of else lambda parameter: parameter.dtype,
+            )
         )
 
     def specs(self) -> dict[str, Tensor]:
@@ -350,6 +352,7 @@ class MegatronPolicy:
         size, rank = self.groups.context_size, self.groups.context_rank
 
         def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            progress.advance()
             share = _to(context_parallel.split(next(iterator), size, rank), self.device.torch_device)
             return model(share, temperature), partial(consume, share)
 
@@ -412,6 +415,13 @@ class MegatronPolicy:
                 f"say; here: {', '.join(names)}; not in all of this rank's micro-batches: {sorted(differing)}"
             )
         return names
+
+
+def _advancing(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield what comes, and say of each that it came (``progress``)."""
+    for each in tensors:
+        progress.advance()
+        yield each
 
 
 def _to(batch: PackedBatch, device: torch.device) -> PackedBatch:

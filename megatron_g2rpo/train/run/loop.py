@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_g2rpo import weights
+from megatron_g2rpo import progress, weights
 from megatron_g2rpo.collectives import from_first
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
 from megatron_g2rpo.rollout.base import EngineUnavailable
@@ -65,9 +65,11 @@ class Run:
         return self._loop.max_num_steps
 
     @property
-    def steps(self) -> range:
-        """Steps that are still to do, counted from 1."""
-        return range(self.first_step + 1, self.last_step + 1)
+    def steps(self) -> Iterator[int]:
+        """Steps that are still to do, counted from 1; each is said to begin (``progress``) as it is asked for."""
+        for step in range(self.first_step + 1, self.last_step + 1):
+            progress.enter("step", step=step)
+            yield step
 
     def validate_at_start(self, log: MetricsLog) -> None:
         """Validate the policy before the first step and log it as step 0, if the recipe asks for it.
@@ -107,6 +109,7 @@ class Run:
         """Save a step that was taken, when it is time to: every ``save_period`` steps and at the end. A collective."""
         options = self._recipe.checkpointing
         if options.enabled and (step == self.last_step or step % options.save_period == 0):
+            progress.enter("checkpoint")
             self._checkpoints.save(step, self._components.policy, self._state())
 
     @contextmanager
@@ -148,6 +151,7 @@ class Run:
         """
         if not self._recipe.checkpointing.export_hf:
             return None
+        progress.enter("export")
         directory = Path(self._recipe.logger.log_dir) / "hf"
         weights.export_hf(
             self._components.policy.stream(),
@@ -161,6 +165,7 @@ class Run:
         return directory
 
     def _validate(self, log: MetricsLog) -> dict[str, float]:
+        progress.enter("validation")
         start = time.perf_counter()
         self._components.engine.load_weights(self._components.policy.source())
         result = validate(self._recipe, self._components)

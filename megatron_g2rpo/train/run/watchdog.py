@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Notices that a job makes no progress, says which rank is the cause, and ends it; and which rank is gone.
+
+A thread of each rank publishes a beat in the job's store every few seconds: where the rank is (``progress``), for how
+long it has done nothing, and whether its main thread waits in a collective. A rank that hangs makes all others wait, so
+that silence alone does not tell who is the cause:
+
+- one whose beats have stopped is itself stopped, or its machine is;
+- one that does nothing, and does not wait in a collective, hangs;
+- if all wait in collectives, those that have entered the fewest phases are behind.
+
+A rank that waits is not blamed, however long, while another gets on. Whoever notices first publishes the verdict; every
+rank writes the stacks of its threads to ``<logger.log_dir>/stacks/rank_N.txt``, and the job ends.
+
+Ranks do not compare clocks: a beat says ages, and its reader measures with its own clock how long the next one takes.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import re
+import socket
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from types import FrameType
+
+import torch.distributed as dist
+
+from megatron_g2rpo import progress
+from megatron_g2rpo.recipe import Recipe
+
+# Seconds between two beats, at most: a thousand ranks are two hundred messages a second for the store.
+LONGEST_INTERVAL = 5.0
+# Beats that a rank may leave out, on a busy machine, before it counts as gone.
+_MISSED = 3
+# Seconds that the store has to answer.
+_STORE_LIMIT = timedelta(seconds=20)
+# Seconds that all ranks have to write their stacks before the job ends.
+_STACKS_LIMIT = 5.0
+_SHOWN_RANKS = 8
+# Bytes of a message that are sent to other ranks.
+_LONGEST_MESSAGE = 4000
+# What a collective raises on a rank whose peer has ended: gloo, NCCL, the store.
+_LOST = re.compile(
+    r"Connection (closed|reset|refused)|Broken pipe|gloo.*(Timed out|Read error|Write error)|ncclRemoteError|"
+    r"remote process exited|NCCL communicator was aborted",
+    re.IGNORECASE | re.DOTALL,
+)
+_LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+_IN_COLLECTIVE = (os.path.join("torch", "distributed", ""), os.path.join("megatron", "core", ""))
+
+
+class HangError(TimeoutError):
+    """The job makes no progress; the message names the ranks that are the cause."""
+
+
+class PeerLostError(ConnectionError):
+    """Another rank of the job has ended; the message says which."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank says of itself.
+
+    Attributes:
+        number: number of the beat; a rank whose number does not grow has stopped.
+        host: name of its machine.
+        pid: its process id there.
+        step, phase, phases: where it is, see ``progress.Mark``.
+        idle: seconds since it did a part of its work.
+        waits: whether its main thread is in a collective.
+        place: line of the program that its main thread is at.
+        left: whether it has ended in order, or has said why it ends.
+    """
+
+    number: int
+    host: str
+    pid: int
+    step: int
+    phase: str
+    phases: int
+    idle: float
+    waits: bool
+    place: str
+    left: bool = False
+
+
+@contextmanager
+def watching(recipe: Recipe, end: Callable[[BaseException], object]) -> Iterator[None]:
+    """Watch the job of this rank while the body runs.
+
+    Args:
+        recipe: the run's recipe; ``cluster.watchdog_s`` is the time without progress after which the job is ended.
+        end: ends this process with a message; it is called from a thread, while the main thread hangs.
+
+    Raises:
+        PeerLostError: a collective of the body failed because another rank has ended.
+    """
+    watchdog = Watchdog(Path(recipe.logger.log_dir) / "stacks", recipe.cluster.watchdog_s, end)
+    watchdog.start()
+    try:
+        yield
+    except Exception as error:
+        if not is_lost_peer(error):
+            watchdog.say_why(f"{type(error).__name__}: {error}")
+            raise
+        raise PeerLostError(f"{watchdog.who_is_gone()}\nwhat this rank saw of it: {error}".rstrip()) from error
+    finally:
+        watchdog.stop()
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Return whether an error is what a collective raises because another rank has ended."""
+    if isinstance(error, PeerLostError | dist.DistNetworkError):
+        return True
+    if isinstance(error, dist.DistBackendError) or type(error) is RuntimeError:
+        return bool(_LOST.search(str(error)))
+    return False
+
+
+class Watchdog:
+    """The watch of one rank.
+
+    Args:
+        stacks: folder for the stacks of all ranks' threads.
+        limit: seconds without progress after which the job is ended; None: it is not, but ranks that end are noticed.
+        end: ends this process with a message.
+    """
+
+    def __init__(self, stacks: Path, limit: float | None, end: Callable[[BaseException], object]) -> None:
+        self._limit, self._end = limit, end
+        self._rank, self._size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self._stacks = stacks / f"rank_{self._rank}.txt"
+        self._interval = LONGEST_INTERVAL if limit is None else min(LONGEST_INTERVAL, limit / 10)
+        self._board: Board | None = None
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._number = 0
+
+    def start(self) -> None:
+        """Begin to watch."""
+        with suppress(OSError):  # of an earlier attempt; a folder that cannot be written to is not this one's affair
+            self._stacks.unlink(missing_ok=True)
+        progress.enter("start", step=0)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the watch, and tell the others that this rank has left."""
+        self._stopped.set()
+        self._thread.join(timeout=2 * _STORE_LIMIT.total_seconds())
+        if self._board is not None:
+            with suppress(dist.DistError):
+                self._board.publish(self._rank, self._beat(left=True))
+
+    def say_why(self, message: str) -> None:
+        """Tell the other ranks why this one ends; they fail next, and would not know."""
+        if (board := self._connect()) is not None:
+            with suppress(dist.DistError):
+                board.say_why(self._rank, message)
+
+    def who_is_gone(self) -> str:
+        """Return which ranks have ended, with where they were; it takes some beats to find out."""
+        board = self._connect()
+        try:
+            if board is None:
+                return "another rank of the job has ended"
+            deadline = time.monotonic() + (_MISSED + 2) * self._interval
+            while True:
+                beats = board.read()
+                reasons = board.reasons()
+                gone = {r: beats[r] for r in board.silent(_MISSED * self._interval) if r not in reasons}
+                if reasons:
+                    rank = min(reasons)
+                    return f"rank {rank}{_of(beats.get(rank))} failed: {reasons[rank]}"
+                if gone:
+                    what = "have" if len(gone) > 1 else "has"
+                    return f"{_listed(gone)} {what} ended without a message; the other ranks cannot go on without it"
+                if time.monotonic() > deadline:
+                    return "the connection to another rank of the job was lost, and all ranks still run"
+                time.sleep(self._interval / 2)
+        except dist.DistError:
+            return f"the node that keeps the job's store ({_store_address()}) is gone, or its launcher has ended"
+
+    # -- the thread ---------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        before = time.monotonic()
+        read_at = 0.0
+        while not self._stopped.wait(self._interval):
+            now = time.monotonic()
+            if now - before > (_MISSED + 1) * self._interval + LONGEST_INTERVAL:
+                # This process was stopped, or its machine slept: the job was suspended, it did not hang.
+                progress.advance()
+                if self._board is not None:
+                    self._board.forget()
+            before = now
+            idle = now - progress.at().time
+            if self._board is None and dist.is_initialized() and self._size > 1:
+                self._board = self._connect()
+            try:
+                if self._board is None:
+                    verdict = self._alone(idle)
+                else:
+                    self._board.publish(self._rank, self._beat())
+                    verdict = self._board.verdict()
+                    # From half of the time on: a rank that has stopped is known by beats that do not come.
+                    if verdict is None and self._limit is not None and idle > self._limit / 2 and now >= read_at:
+                        read_at = now + max(self._interval, self._size / 50)
+                        self._board.read()
+                        if idle > self._limit:
+                            verdict = self._judge(self._board, self._limit)
+            except dist.DistError:
+                self._board = None  # its keeper has ended; the collectives say the rest
+                continue
+            if verdict is not None:
+                self._finish(verdict)
+                return
+
+    def _connect(self) -> Board | None:
+        """Open an own connection to the store: the main thread may hold the other one in a call that hangs."""
+        if not dist.is_initialized() or self._size == 1:
+            return None
+        try:
+            return Board(dist.distributed_c10d._get_default_store().clone(), self._size)
+        except dist.DistError:
+            return None
+
+    def _beat(self, *, left: bool = False) -> Beat:
+        self._number += 1
+        mark = progress.at()
+        waits, place = _main_thread()
+        idle = time.monotonic() - mark.time
+        host = socket.gethostname()
+        return Beat(self._number, host, os.getpid(), mark.step, mark.phase, mark.number, idle, waits, place, left)
+
+    def _alone(self, idle: float) -> str | None:
+        """What one process says, and one that has not joined the job yet."""
+        if self._limit is None or idle <= self._limit:
+            return None
+        return self._message(hanging({self._rank: self._beat()}))
+
+    def _judge(self, board: Board, limit: float) -> str | None:
+        """The verdict, if there is one now, and no other rank has found it."""
+        # This rank's own beat is one of them.
+        sentence = judged(board.beats, board.silent(max(limit / 2, _MISSED * self._interval)), limit)
+        if sentence is None or not board.claim():
+            return None
+        message = self._message(sentence)
+        board.publish_verdict(message)
+        return message
+
+    def _message(self, sentence: str) -> str:
+        folder = self._stacks.parent
+        return (
+            f"no progress for {self._limit:g} s (cluster.watchdog_s): {sentence}\n"
+            f"the stacks of all threads are in {folder}/rank_N.txt; a rank without a file could not write it"
+        )
+
+    def _finish(self, message: str) -> None:
+        self._dump()
+        if self._board is not None:
+            with suppress(dist.DistError):
+                self._board.wait_for_stacks(_STACKS_LIMIT + self._interval)
+        self._end(HangError(message))
+
+    def _dump(self) -> None:
+        mark = progress.at()
+        with suppress(OSError):  # a full disk: the message still comes
+            self._stacks.parent.mkdir(parents=True, exist_ok=True)
+            with self._stacks.open("w") as file:
+                now = datetime.now().isoformat(sep=" ", timespec="seconds")
+                file.write(
+                    f"rank {self._rank} on {socket.gethostname()}, step {mark.step}, phase {mark.phase}, {now}\n"
+                )
+                file.flush()
+                faulthandler.dump_traceback(file=file, all_threads=True)
+
+
+def judged(beats: Mapping[int, Beat], silent: Sequence[int], limit: float) -> str | None:
+    """Say which ranks are the cause of a job's silence.
+
+    Args:
+        beats: the newest beat of each rank.
+        silent: ranks whose beats no longer come.
+        limit: seconds without progress that are too many.
+
+    Returns:
+        A sentence; None if the job gets on.
+    """
+    if silent:
+        gone = _listed({rank: beats[rank] for rank in silent})
+        return f"{gone}: not heard of since; the process is stopped, or its machine hangs"
+    going = {rank: beat for rank, beat in beats.items() if not beat.left}
+    idle = {rank: beat for rank, beat in going.items() if beat.idle > limit}
+    busy = {rank: beat for rank, beat in idle.items() if not beat.waits}
+    if busy:
+        return hanging(_furthest_behind(busy))
+    if len(idle) < len(going):
+        return None  # these wait for one that gets on
+    return f"all ranks wait in collectives; furthest behind: {_listed(_furthest_behind(idle))}"
+
+
+def hanging(beats: Mapping[int, Beat]) -> str:
+    """Say that ranks hang, and where."""
+    verb = "hang" if len(beats) > 1 else "hangs"
+    return f"{_listed(beats)} {verb}"
+
+
+def _furthest_behind(beats: Mapping[int, Beat]) -> dict[int, Beat]:
+    least = min(beat.phases for beat in beats.values())
+    return {rank: beat for rank, beat in beats.items() if beat.phases == least}
+
+
+def _listed(beats: Mapping[int, Beat]) -> str:
+    shown = [f"rank {rank}{_of(beats[rank])}" for rank in sorted(beats)[:_SHOWN_RANKS]]
+    more = [f"{len(beats) - _SHOWN_RANKS} more"] if len(beats) > _SHOWN_RANKS else []
+    return ", ".join([*shown, *more])
+
+
+def _of(beat: Beat | None) -> str:
+    if beat is None:
+        return ""
+    idle = f" for {beat.idle:.0f} s" if beat.idle >= 1 else ""
+    return f" (host {beat.host}, pid {beat.pid}; step {beat.step}, phase {beat.phase}{idle}, at {beat.place})"
+
+
+class Board:
+    """The beats of all ranks, in the job's store.
+
+    Args:
+        store: an own connection to it.
+        size: number of ranks.
+
+    Attributes:
+        beats: the newest beat of each rank that was read.
+    """
+
+    def __init__(self, store: dist.Store, size: int) -> None:
+        store.set_timeout(_STORE_LIMIT)
+        self._store, self._size = dist.PrefixStore("watchdog", store), size
+        self.beats: dict[int, Beat] = {}
+        self._seen: dict[int, float] = {}
+
+    def publish(self, rank: int, beat: Beat) -> None:
+        """Publish a rank's beat."""
+        self._store.set(f"beat/{rank}", json.dumps(asdict(beat)))
+
+    def read(self) -> dict[int, Beat]:
+        """Read the beats of all ranks that have published one."""
+        present = [rank for rank in range(self._size) if rank in self.beats or self._store.check([f"beat/{rank}"])]
+        now = time.monotonic()
+        values = self._store.multi_get([f"beat/{rank}" for rank in present]) if present else []
+        for rank, value in zip(present, values, strict=True):
+            beat = Beat(**json.loads(value))
+            if rank not in self.beats or self.beats[rank].number != beat.number:
+                self.beats[rank] = beat
+                self._seen[rank] = now
+        return self.beats
+
+    def silent(self, limit: float) -> list[int]:
+        """Ranks that have not left and whose beats, as they were read, have not changed for ``limit`` seconds."""
+        now = time.monotonic()
+        return [rank for rank, since in self._seen.items() if now - since > limit and not self.beats[rank].left]
+
+    def forget(self) -> None:
+        """Measure anew how long the beats of the others take."""
+        self.beats.clear()
+        self._seen.clear()
+
+    def say_why(self, rank: int, message: str) -> None:
+        """Publish why a rank ends."""
+        self._store.set(f"why/{rank}", message[:_LONGEST_MESSAGE])
+        self._store.add("whys", 1)
+
+    def reasons(self) -> dict[int, str]:
+        """Why ranks have ended, of those that said it."""
+        if self._store.add("whys", 0) == 0:
+            return {}
+        ranks = [rank for rank in range(self._size) if self._store.check([f"why/{rank}"])]
+        return {rank: self._store.get(f"why/{rank}").decode() for rank in ranks}
+
+    def claim(self) -> bool:
+        """Whether this rank is the first that judges."""
+        return self._store.add("claims", 1) == 1
+
+    def publish_verdict(self, message: str) -> None:
+        """Publish what every rank ends with."""
+        self._store.set("verdict", message)
+
+    def verdict(self) -> str | None:
+        """What a rank has found, if one has."""
+        return self._store.get("verdict").decode() if self._store.check(["verdict"]) else None
+
+    def wait_for_stacks(self, limit: float) -> None:
+        """Say that this rank's stacks are written, and wait for the others', not longer than ``limit`` seconds."""
+        deadline = time.monotonic() + limit
+        count = self._store.add("stacks", 1)
+        while count < self._size and time.monotonic() < deadline:
+            time.sleep(0.1)
+            count = self._store.add("stacks", 0)
+
+
+def _main_thread() -> tuple[bool, str]:
+    """Whether the main thread is in a collective, and the innermost line of it that is no library's."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    waits = frame is not None and any(part in frame.f_code.co_filename for part in _IN_COLLECTIVE)
+    innermost: FrameType | None = frame
+    while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        frame = frame.f_back
+    frame = frame or innermost
+    if frame is None:
+        return waits, "its end"
+    return waits, f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _store_address() -> str:
+    return f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
