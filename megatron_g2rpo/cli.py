@@ -399,8 +399,9 @@ def _loop(
         if on_many:
             launch.launch(recipe.cluster.gpus_per_node, [kind, str(path), *overrides])
             return
+        entry = _entry(kind)  # what it imports takes seconds, and is not watched
         with watching(recipe, launch.end):
-            exported = _entry(kind)(local)
+            exported = entry(local)
         if exported is not None and _is_first():
             typer.echo(f"Hugging Face checkpoint: {exported}")
 

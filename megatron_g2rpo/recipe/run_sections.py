@@ -47,4 +47,5 @@ class Cluster(Section):
     """Hardware to run on; auto: GPUs where there are any."""
     watchdog_s: Annotated[float, Field(gt=0.0, lt=1800.0)] | None
     """Seconds without any progress of a rank, or of all, after which the stacks of all ranks are written and the job is
-    ended; less than the 30 minutes of the collectives, which would name a rank that waits. null: never."""
+    ended; less than the 30 minutes of the collectives, which would name a rank that waits; before the first step 10 minutes
+    at least. null: never."""

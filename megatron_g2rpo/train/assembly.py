@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_g2rpo import progress
 from megatron_g2rpo.data import checks
 from megatron_g2rpo.data.dataset import open_datasets
 from megatron_g2rpo.data.errors import DataError, SampleError
@@ -115,12 +116,15 @@ def _assembled(recipe: Recipe, workers: RewardWorkers | None) -> Components:
         checks=_training_checks(recipe, processor),
         task_ids=task_ids,
     )
+    progress.enter("weights")
     # What no engine samples has no probability in the policy either: both then speak of one distribution.
     banned = processor.banned_token_ids(processor.vocab_size)
     policy = MegatronPolicy(
         recipe.policy, device, seed=loop.seed, max_steps=loop.max_num_steps * updates, banned_token_ids=banned
     )
+    progress.enter("data")
     validation, left_out = _validation(recipe, held_out, processor, task_ids)
+    progress.enter("engine")
     return Components(
         device=device,
         processor=processor,

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import re
 import socket
@@ -46,6 +47,10 @@ _MISSED = 3
 _STORE_LIMIT = timedelta(seconds=20)
 # Seconds that all ranks have to write their stacks before the job ends.
 _STACKS_LIMIT = 5.0
+# Phases before the first step, whose parts (imports, weights, an engine that compiles) take minutes and say little, and
+# seconds that they have at least.
+STARTING = ("start", "weights", "data", "engine")
+_START_LIMIT = 600.0
 _SHOWN_RANKS = 8
 # Bytes of a message that are sent to other ranks.
 _LONGEST_MESSAGE = 4000
@@ -203,21 +208,22 @@ class Watchdog:
                 if self._board is not None:
                     self._board.forget()
             before = now
-            idle = now - progress.at().time
+            mark = progress.at()
+            idle, limit = now - mark.time, limit_of(mark.phase, self._limit)
             if self._board is None and dist.is_initialized() and self._size > 1:
                 self._board = self._connect()
             try:
                 if self._board is None:
-                    verdict = self._alone(idle)
+                    verdict = self._alone() if idle > limit else None
                 else:
                     self._board.publish(self._rank, self._beat())
                     verdict = self._board.verdict()
                     # From half of the time on: a rank that has stopped is known by beats that do not come.
-                    if verdict is None and self._limit is not None and idle > self._limit / 2 and now >= read_at:
+                    if verdict is None and idle > limit / 2 and now >= read_at:
                         read_at = now + max(self._interval, self._size / 50)
                         self._board.read()
-                        if idle > self._limit:
-                            verdict = self._judge(self._board, self._limit)
+                        if idle > limit:
+                            verdict = self._judge(self._board)
             except dist.DistError:
                 self._board = None  # its keeper has ended; the collectives say the rest
                 continue
@@ -242,16 +248,15 @@ class Watchdog:
         host = socket.gethostname()
         return Beat(self._number, host, os.getpid(), mark.step, mark.phase, mark.number, idle, waits, place, left)
 
-    def _alone(self, idle: float) -> str | None:
-        """What one process says, and one that has not joined the job yet."""
-        if self._limit is None or idle <= self._limit:
-            return None
+    def _alone(self) -> str:
+        """The verdict of one process, and of one that has not joined the job yet."""
         return self._message(hanging({self._rank: self._beat()}))
 
-    def _judge(self, board: Board, limit: float) -> str | None:
+    def _judge(self, board: Board) -> str | None:
         """The verdict, if there is one now, and no other rank has found it."""
-        # This rank's own beat is one of them.
-        sentence = judged(board.beats, board.silent(max(limit / 2, _MISSED * self._interval)), limit)
+        assert self._limit is not None
+        silent = board.silent(max(self._limit / 2, _MISSED * self._interval))
+        sentence = judged(board.beats, silent, self._limit)  # this rank's own beat is one of them
         if sentence is None or not board.claim():
             return None
         message = self._message(sentence)
@@ -259,9 +264,9 @@ class Watchdog:
         return message
 
     def _message(self, sentence: str) -> str:
-        folder = self._stacks.parent
+        folder, limit = self._stacks.parent, limit_of(progress.at().phase, self._limit)
         return (
-            f"no progress for {self._limit:g} s (cluster.watchdog_s): {sentence}\n"
+            f"no progress for {limit:g} s (cluster.watchdog_s): {sentence}\n"
             f"the stacks of all threads are in {folder}/rank_N.txt; a rank without a file could not write it"
         )
 
@@ -285,6 +290,18 @@ class Watchdog:
                 faulthandler.dump_traceback(file=file, all_threads=True)
 
 
+def limit_of(phase: str, limit: float | None) -> float:
+    """Return the seconds that a part of a phase may take; infinite where nothing is limited.
+
+    Args:
+        phase: the phase, see ``progress``.
+        limit: the recipe's ``cluster.watchdog_s``.
+    """
+    if limit is None:
+        return math.inf
+    return max(limit, _START_LIMIT) if phase in STARTING else limit
+
+
 def judged(beats: Mapping[int, Beat], silent: Sequence[int], limit: float) -> str | None:
     """Say which ranks are the cause of a job's silence.
 
@@ -300,7 +317,7 @@ def judged(beats: Mapping[int, Beat], silent: Sequence[int], limit: float) -> st
         gone = _listed({rank: beats[rank] for rank in silent})
         return f"{gone}: not heard of since; the process is stopped, or its machine hangs"
     going = {rank: beat for rank, beat in beats.items() if not beat.left}
-    idle = {rank: beat for rank, beat in going.items() if beat.idle > limit}
+    idle = {rank: beat for rank, beat in going.items() if beat.idle > limit_of(beat.phase, limit)}
     busy = {rank: beat for rank, beat in idle.items() if not beat.waits}
     if busy:
         return hanging(_furthest_behind(busy))
