@@ -282,17 +282,27 @@ class MegatronPolicy:
             dist.broadcast(stats, group=groups.pipeline, group_src=groups.pipeline_size - 1)
         return [TokenStats(logprobs=row[0], entropy=row[1]) for row in stats.split(sizes, dim=1)]
 
-    def update(self, batches: Sequence[PackedBatch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:
+    def update(
+        self,
+        batches: Sequence[PackedBatch],
+        loss: Loss,
+        temperature: float = 1.0,
+        *,
+        skips: Callable[[float, float], bool] | None = None,
+    ) -> dict[str, float]:
         """Take one optimizer step on the global minibatch. A collective of all ranks.
 
         Args:
             batches: this data-parallel rank's micro-batches; every rank passes the same number of them.
             loss: see ``Loss``. The gradient is that of (global sum of losses) / (global sum of token counts).
             temperature: temperature of the distribution whose log-probabilities the loss gets.
+            skips: says of loss and gradient norm whether this step is not taken, the same on all ranks; weights,
+                optimizer and schedule then stay as they are. None: a norm that is not finite raises.
 
         Returns:
             ``loss``, ``grad_norm`` (before clipping), ``lr``, ``num_tokens``, and the loss's metrics, each a global sum
-            divided by the global token count.
+            divided by the global token count; with ``skips``, also ``skipped_updates``, 0 or 1, and of a skipped step
+            only what is finite.
 
         Raises:
             FloatingPointError: the gradient norm is not finite; no step was taken.
@@ -300,29 +310,30 @@ class MegatronPolicy:
         _, optimizer, scheduler = self._training()
         # Before step(), which would clip by a norm that is not finite, and write it into every weight.
         metrics = self.gradient_norm(batches, loss, temperature)
-        lr = optimizer.param_groups[0]["lr"]
+        lr = {"lr": float(optimizer.param_groups[0]["lr"])}
+        if skips is not None and skips(metrics["loss"], metrics["grad_norm"]):
+            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            return {**finite, **lr, "skipped_updates": 1.0}
+        if not math.isfinite(metrics["grad_norm"]):
+            raise FloatingPointError(
+                f"the gradient's norm is {metrics['grad_norm']} at loss {metrics['loss']}; no optimizer step was taken"
+            )
         with self.device.megatron():
             optimizer.step()
         scheduler.step(increment=1)
-        return {**metrics, "lr": float(lr)}
+        return {**metrics, **lr, **({} if skips is None else {"skipped_updates": 0.0})}
 
     def gradient_norm(self, batches: Sequence[PackedBatch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:
         """Return what ``update`` would return, except ``lr``, without taking the step.
 
-        Gradients are left as ``update`` would use them; the arguments are those of ``update``.
-
-        Raises:
-            FloatingPointError: the gradient norm is not finite.
+        Gradients are left as ``update`` would use them; the arguments are those of ``update``. What is not finite is
+        returned as it is.
         """
         _, optimizer, _ = self._training()
         sums = self.gradients(batches, loss, temperature)
         with self.device.megatron():
             optimizer.prepare_grads()
             grad_norm = optimizer.get_grad_norm()
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"the gradient's norm is {grad_norm} at loss {sums['loss']}; no optimizer step was taken"
-            )
         return {**sums, "grad_norm": float(grad_norm)}
 
     def gradients(self, batches: Sequence[PackedBatch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:

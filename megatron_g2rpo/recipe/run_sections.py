@@ -46,6 +46,5 @@ class Cluster(Section):
     device: Literal["auto", "cpu", "gpu"]
     """Hardware to run on; auto: GPUs where there are any."""
     watchdog_s: Annotated[float, Field(gt=0.0, lt=1800.0)] | None
-    """Seconds without any progress of a rank, or of all, after which the stacks of all ranks are written and the job is
-    ended; less than the 30 minutes of the collectives, which would name a rank that waits; before the first step 10 minutes
-    at least. null: never."""
+    """Seconds without any progress after which the stacks of all ranks are written and the job is ended; before the
+    first step at least 600. Less than the collectives' 30 minutes, whose error names a rank that waits; null: never."""

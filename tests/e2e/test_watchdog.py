@@ -55,6 +55,7 @@ def recipe_of(toy: Toy, tmp_path: Path, *, seconds: float, after: int = 0, steps
         imports=[str(rewards), str(ROOT / "examples" / "quickstart" / "rewards.py")],
         env={
             "reward_weights": {"_override_": True, "accuracy": 0.9, "sleepy": 0.1},
+            "reward_workers": 0,  # in the rank: a worker that sleeps has a time limit of its own
             "reward_options": {"sleepy": {"seconds": seconds, "after": after}},
         },
         grpo=loop,

@@ -57,6 +57,8 @@ class Run:
             state = self._checkpoints.load(found.step, components.policy)
             self._notes += components.stream.load_state_dict(state["stream"])
             components.history.load_state_dict(state["history"])
+            if "guard" in state:  # releases up to 0.4 wrote none
+                components.guard.load_state_dict(state["guard"])
             self.first_step = state["step"]
 
     @property
@@ -130,7 +132,12 @@ class Run:
 
     def _state(self) -> dict[str, Any]:
         """Plain values that a checkpoint keeps beside the policy."""
-        return {"stream": self._components.stream.state_dict(), "history": self._components.history.state_dict()}
+        components = self._components
+        return {
+            "stream": components.stream.state_dict(),
+            "history": components.history.state_dict(),
+            "guard": components.guard.state_dict(),
+        }
 
     def _saved(self, step: int, state: dict[str, Any], error: EngineUnavailable) -> EngineUnavailable:
         """Save the policy as it is as that of ``step``, unless it is saved already, and add to the error where."""
