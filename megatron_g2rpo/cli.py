@@ -389,6 +389,7 @@ def _loop(
             typer.echo(recipes.dump(recipe))
             typer.echo(recipes.describe_layout(recipe))
             return
+        from megatron_g2rpo.commands import out_of_memory
         from megatron_g2rpo.train.run import directory
         from megatron_g2rpo.train.run.watchdog import watching
 
@@ -400,7 +401,7 @@ def _loop(
             launch.launch(recipe.cluster.gpus_per_node, [kind, str(path), *overrides])
             return
         entry = _entry(kind)  # what it imports takes seconds, and is not watched
-        with watching(recipe, launch.end):
+        with watching(recipe, launch.end), out_of_memory.explained(recipe):
             exported = entry(local)
         if exported is not None and _is_first():
             typer.echo(f"Hugging Face checkpoint: {exported}")

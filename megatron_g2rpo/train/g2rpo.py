@@ -44,7 +44,7 @@ from megatron_g2rpo.train.step.old_logprobs import add_logprobs, entropies_of, r
 from megatron_g2rpo.train.step.sampling import collect
 from megatron_g2rpo.train.step.timers import Timers
 from megatron_g2rpo.train.step.update_metrics import task_gradient_metrics, update_metrics
-from megatron_g2rpo.train.step.warnings import answer_warnings, gap_warnings
+from megatron_g2rpo.train.step.warnings import SignalWatch, answer_warnings, gap_warnings
 
 COLUMNS = (
     Column("reward", "train/reward"),
@@ -68,14 +68,15 @@ def train(recipe: TrainRecipe) -> Path | None:
         The exported Hugging Face directory, if the recipe asks for one.
     """
     with assemble(recipe) as components:
-        run = Run(recipe, components)
+        run, without_signal = Run(recipe, components), SignalWatch()
         enabled = dist.get_rank() == 0
         with MetricsLog(recipe.logger, COLUMNS, run.last_step, run.first_step, enabled=enabled) as log:
             run.validate_at_start(log)
             for step in run.steps:
                 with run.sampling(step):
                     metrics = g2rpo_step(recipe, components, step, log.note)
-                for warning in gap_warnings(recipe.policy.generation.gap_warning, tuple(recipe.env.tasks), metrics):
+                gaps = gap_warnings(recipe.policy.generation.gap_warning, tuple(recipe.env.tasks), metrics)
+                for warning in (*gaps, *without_signal(metrics)):
                     log.note(warning)
                 metrics |= run.validation(step, log, metrics)
                 log.log(StepMetrics(step=step, values=metrics))

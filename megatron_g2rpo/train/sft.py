@@ -35,7 +35,7 @@ COLUMNS = (
     Column("s/step", "time/step", ".2f"),
     Column("val", "val/mean_greedy_accuracy"),
 )
-LOG_PERIOD = 10  # steps; the first, the last and every validated step are logged too
+LOG_PERIOD = 10  # steps; the first, the last and every validated or skipped step are logged too
 
 
 def sft(recipe: SftRecipe) -> Path | None:
@@ -52,7 +52,8 @@ def sft(recipe: SftRecipe) -> Path | None:
             for step in run.steps:
                 metrics = sft_step(recipe, components, step, log.note)
                 validation = run.validation(step, log, metrics)
-                if validation or step % LOG_PERIOD == 0 or step in (1, run.last_step):
+                skipped = metrics["train/skipped_updates"] > 0
+                if validation or skipped or step % LOG_PERIOD == 0 or step in (1, run.last_step):
                     log.log(StepMetrics(step=step, values={**metrics, **validation}))
                 run.save(step)
             return run.finish()

@@ -50,7 +50,8 @@ def task_gradient_metrics(
 ) -> dict[str, float]:
     """Norm of the gradient that each task contributes to an update, by a backward pass each. A collective.
 
-    ``train/<task>/gradient_norm``, where it is finite, and ``.../gradient_share``, its share of the sum of the tasks' norms.
+    ``train/<task>/gradient_norm``, and ``.../gradient_share``, its share of the sum of the tasks' norms; nothing of a
+    norm that is not finite.
     """
     norms = {
         task: policy.gradient_norm(batches, loss.of_task(index), temperature)["grad_norm"]
