@@ -84,8 +84,8 @@ def _message(recipe: Recipe, error: BaseException) -> str:
     return (
         f"out of memory in step {mark.step}, phase {mark.phase}: {what}\n"
         f"what this phase holds depends on, the cheapest change first:\n{keys}\n"
-        f"`megatron-g2rpo plan {Path(recipe.logger.log_dir) / RECIPE_FILE} --gpu-memory-gb N` says what takes how much, "
-        "and which change makes it fit"
+        f"`megatron-g2rpo plan {Path(recipe.logger.log_dir) / RECIPE_FILE} --gpu-memory-gb N` says what takes how "
+        "much, and which change makes it fit"
     )
 
 
