@@ -15,18 +15,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.toy import ROOT, Toy, metrics
-
-
-@pytest.fixture(scope="module")
-def toy():
-    return Toy(Path("/tmp/14-C/toy/data"), Path("/tmp/14-C/toy/init"))  # TEMPORARY
-
 
 LIMIT = 10.0  # cluster.watchdog_s: some beats, and longer than any part of these runs' work takes on a busy machine
 # A reward part that sleeps for `seconds` at each response that rank 1 scores, from its `after`-th on.
@@ -77,17 +71,13 @@ def started(*command: str | Path, **environment: str) -> Iterator[subprocess.Pop
         text=True,
         start_new_session=True,
     )
-    ranks: set[int] = set()
-    process.ranks = ranks  # type: ignore[attr-defined]
     try:
         yield process
     finally:
-        for pid in [*ranks, process.pid]:  # ranks have process groups of their own
-            for number in (signal.SIGCONT, signal.SIGKILL):
-                try:
-                    os.kill(pid, number)
-                except ProcessLookupError:
-                    break
+        # While the launcher lives: what it leaves behind is no longer known by its parent.
+        for pid in [*ranks_of(process).values(), process.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.communicate()
 
 
@@ -107,11 +97,10 @@ def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
         rank = [int(each[5:]) for each in environment if each.startswith(b"RANK=")]
         if rank and parent == process.pid:
             found[rank[0]] = pid
-    process.ranks |= set(found.values())  # type: ignore[attr-defined]
     return found
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120.0) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 240.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -128,7 +117,7 @@ def test_a_reward_that_sleeps_is_named_with_its_rank_and_line_and_all_stacks_are
     toy: Toy, tmp_path: Path
 ) -> None:
     with started(*train(recipe_of(toy, tmp_path, seconds=3600.0, after=15))) as process:
-        _, err = process.communicate(timeout=150)
+        _, err = process.communicate(timeout=240)
     assert process.returncode == 1
     assert err.startswith(f"error: no progress for {LIMIT:g} s (cluster.watchdog_s): rank 1 (host"), err
     assert re.search(r"step 2, phase rewards for \d+ s, at \S+sleepy.py:12 in sleepy\) hangs", err), err
@@ -157,7 +146,7 @@ def test_a_stopped_rank_is_named(toy: Toy, tmp_path: Path) -> None:
 def test_a_slow_rank_that_gets_on_is_not_ended(toy: Toy, tmp_path: Path) -> None:
     """12 responses a rank of 1.5 s each: rank 0 waits for almost twice the limit."""
     with started(*train(recipe_of(toy, tmp_path, seconds=1.5, steps=1))) as process:
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert metrics(tmp_path / "run")[1]["time/rewards"] > 1.5 * LIMIT
     assert not (tmp_path / "run" / "stacks").exists()
@@ -195,7 +184,6 @@ def test_the_other_node_names_the_rank_that_died(toy: Toy, tmp_path: Path) -> No
 
     with started(*node(0)) as first, started(*node(1)) as second:
         wait_for(lambda: lines_of(tmp_path / "run") >= 2, first)
-        ranks_of(first)
         os.kill(ranks_of(second)[1], signal.SIGKILL)
         _, err = first.communicate(timeout=60)
         second.communicate(timeout=60)

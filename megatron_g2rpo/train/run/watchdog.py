@@ -150,6 +150,7 @@ class Watchdog:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._number = 0
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def start(self) -> None:
         """Begin to watch."""
@@ -208,6 +209,10 @@ class Watchdog:
                 if self._board is not None:
                     self._board.forget()
             before = now
+            if self._launcher not in (None, os.getppid()):
+                # It was killed, and the job with it; before the ranks have met, nothing else would tell them.
+                self._end(PeerLostError("the launcher of this rank has ended"))
+                return
             mark = progress.at()
             idle, limit = now - mark.time, limit_of(mark.phase, self._limit)
             if self._board is None and dist.is_initialized() and self._size > 1:

@@ -38,8 +38,8 @@ class SignalWatch:
         return [
             f"warning: in the last {self._steps} steps all responses of every group had the same reward (mean "
             f"{metrics.get('train/reward', 0.0):.3g}), so that the rewards teach nothing; look at responses and "
-            "rewards, let prompts be easier or harder, sample more responses (grpo.num_generations_per_prompt), or draw other "
-            "prompts for such groups (grpo.dynamic_sampling.enabled=true)"
+            "rewards, let prompts be easier or harder, sample more responses (grpo.num_generations_per_prompt), or "
+            "draw other prompts for such groups (grpo.dynamic_sampling.enabled=true)"
         ]
 
 

@@ -29,9 +29,7 @@ def group() -> dist.ProcessGroup:
 
 
 def guard_of(tmp_path: Path, **changes: Any) -> UpdateGuard:
-    keys = [
-        f"policy.megatron_cfg.optimizer.{key}={'null' if value is None else value}" for key, value in changes.items()
-    ]
+    keys = [f"policy.megatron_cfg.optimizer.{key}={value}" for key, value in changes.items()]
     options = recipes.load(G2RPO, keys, "train").policy.megatron_cfg.optimizer
     return UpdateGuard(options, tmp_path / "skipped")
 
