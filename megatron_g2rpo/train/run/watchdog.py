@@ -241,7 +241,8 @@ class Watchdog:
         if not dist.is_initialized() or self._size == 1:
             return None
         try:
-            return Board(dist.distributed_c10d._get_default_store().clone(), self._size)
+            store = dist.distributed_c10d._get_default_store()
+            return Board(store.clone(), self._size)  # pyright: ignore[reportAttributeAccessIssue] - no stub
         except dist.DistError:
             return None
 
