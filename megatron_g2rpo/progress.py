@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 # Environment variable: folder in which each rank of this machine leaves where it is, for its launcher.
@@ -27,16 +27,16 @@ class Mark:
         step: number of the step, from 1; 0 before the first.
         phase: what the step, or the time before and after the steps, is at.
         number: number of phases that were entered; it is equal on ranks that are at the same place.
-        time: when a part of the work was last done, seconds of ``time.monotonic``.
     """
 
     step: int = 0
     phase: str = "start"
     number: int = 0
-    time: float = 0.0
 
 
-_mark = Mark(time=time.monotonic())
+_mark = Mark()
+# Apart from the mark: any thread may advance it.
+_time = time.monotonic()
 
 
 def at() -> Mark:
@@ -52,15 +52,21 @@ def enter(phase: str, *, step: int | None = None) -> None:
         step: number of the step; None: the one before.
     """
     global _mark
-    _mark = Mark(_mark.step if step is None else step, phase, _mark.number + 1, time.monotonic())
+    _mark = Mark(_mark.step if step is None else step, phase, _mark.number + 1)
+    advance()
     if folder := os.environ.get(LEFT):
         _leave(Path(folder))
 
 
 def advance() -> None:
-    """Say that a part of the phase's work was done."""
-    global _mark
-    _mark = replace(_mark, time=time.monotonic())
+    """Say that a part of the phase's work was done; any thread may."""
+    global _time
+    _time = time.monotonic()
+
+
+def idle() -> float:
+    """Return the seconds since a part of the work was done."""
+    return time.monotonic() - _time
 
 
 def _leave(folder: Path) -> None:

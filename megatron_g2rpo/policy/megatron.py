@@ -168,7 +168,7 @@ class MegatronPolicy:
             layer_offset=self._layer_offset,
             source=source,
             on_loaded=on_loaded,
-            assign=quantized.assign,
+            assign=_assign,
         )
         if self.optimizer is not None:
             with self.device.megatron():
@@ -426,6 +426,12 @@ class MegatronPolicy:
                 f"say; here: {', '.join(names)}; not in all of this rank's micro-batches: {sorted(differing)}"
             )
         return names
+
+
+def _assign(parameter: torch.nn.Parameter, value: Tensor) -> None:
+    """Give a parameter its value, and say that it has it (``progress``)."""
+    progress.advance()
+    quantized.assign(parameter, value)
 
 
 def _advancing(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

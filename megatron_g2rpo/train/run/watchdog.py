@@ -18,7 +18,6 @@ Ranks do not compare clocks: a beat says ages, and its reader measures with its 
 from __future__ import annotations
 
 import faulthandler
-import json
 import math
 import os
 import re
@@ -29,8 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
@@ -38,22 +36,21 @@ import torch.distributed as dist
 
 from megatron_g2rpo import progress
 from megatron_g2rpo.recipe import Recipe
+from megatron_g2rpo.train.run.beats import STORE_LIMIT, Beat, Board
 
 # Seconds between two beats, at most: a thousand ranks are two hundred messages a second for the store.
 LONGEST_INTERVAL = 5.0
 # Beats that a rank may leave out, on a busy machine, before it counts as gone.
 _MISSED = 3
-# Seconds that the store has to answer.
-_STORE_LIMIT = timedelta(seconds=20)
 # Seconds that all ranks have to write their stacks before the job ends.
 _STACKS_LIMIT = 5.0
+# Seconds without progress after which a rank may be what a collective has waited for in vain.
+_LONG = 60.0
 # Phases before the first step, whose parts (imports, weights, an engine that compiles) take minutes and say little, and
 # seconds that they have at least.
 STARTING = ("start", "weights", "data", "engine")
 _START_LIMIT = 600.0
 _SHOWN_RANKS = 8
-# Bytes of a message that are sent to other ranks.
-_LONGEST_MESSAGE = 4000
 # What a collective raises on a rank whose peer has ended: gloo, NCCL, the store.
 _LOST = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|gloo.*(Timed out|Read error|Write error)|ncclRemoteError|"
@@ -70,33 +67,6 @@ class HangError(TimeoutError):
 
 class PeerLostError(ConnectionError):
     """Another rank of the job has ended; the message says which."""
-
-
-@dataclass(frozen=True)
-class Beat:
-    """What a rank says of itself.
-
-    Attributes:
-        number: number of the beat; a rank whose number does not grow has stopped.
-        host: name of its machine.
-        pid: its process id there.
-        step, phase, phases: where it is, see ``progress.Mark``.
-        idle: seconds since it did a part of its work.
-        waits: whether its main thread is in a collective.
-        place: line of the program that its main thread is at.
-        left: whether it has ended in order, or has said why it ends.
-    """
-
-    number: int
-    host: str
-    pid: int
-    step: int
-    phase: str
-    phases: int
-    idle: float
-    waits: bool
-    place: str
-    left: bool = False
 
 
 @contextmanager
@@ -162,7 +132,7 @@ class Watchdog:
     def stop(self) -> None:
         """End the watch, and tell the others that this rank has left."""
         self._stopped.set()
-        self._thread.join(timeout=2 * _STORE_LIMIT.total_seconds())
+        self._thread.join(timeout=2 * STORE_LIMIT.total_seconds())
         if self._board is not None:
             with suppress(dist.DistError):
                 self._board.publish(self._rank, self._beat(left=True))
@@ -191,7 +161,9 @@ class Watchdog:
                     what = "have" if len(gone) > 1 else "has"
                     return f"{_listed(gone)} {what} ended without a message; the other ranks cannot go on without it"
                 if time.monotonic() > deadline:
-                    return "the connection to another rank of the job was lost, and all ranks still run"
+                    others = {rank: beat for rank, beat in beats.items() if rank != self._rank}
+                    behind = judged(others, [], _LONG) if others else None
+                    return f"a collective failed, and all ranks still run{f': {behind}' if behind else ''}"
                 time.sleep(self._interval / 2)
         except dist.DistError:
             return f"the node that keeps the job's store ({_store_address()}) is gone, or its launcher has ended"
@@ -213,8 +185,7 @@ class Watchdog:
                 # It was killed, and the job with it; before the ranks have met, nothing else would tell them.
                 self._end(PeerLostError("the launcher of this rank has ended"))
                 return
-            mark = progress.at()
-            idle, limit = now - mark.time, limit_of(mark.phase, self._limit)
+            idle, limit = progress.idle(), limit_of(progress.at().phase, self._limit)
             if self._board is None and dist.is_initialized() and self._size > 1:
                 self._board = self._connect()
             try:
@@ -250,9 +221,8 @@ class Watchdog:
         self._number += 1
         mark = progress.at()
         waits, place = _main_thread()
-        idle = time.monotonic() - mark.time
-        host = socket.gethostname()
-        return Beat(self._number, host, os.getpid(), mark.step, mark.phase, mark.number, idle, waits, place, left)
+        here = socket.gethostname(), os.getpid(), mark.step, mark.phase, mark.number
+        return Beat(self._number, *here, progress.idle(), waits, place, left)
 
     def _alone(self) -> str:
         """The verdict of one process, and of one that has not joined the job yet."""
@@ -321,7 +291,7 @@ def judged(beats: Mapping[int, Beat], silent: Sequence[int], limit: float) -> st
     """
     if silent:
         gone = _listed({rank: beats[rank] for rank in silent})
-        return f"{gone}: not heard of since; the process is stopped, or its machine hangs"
+        return f"{gone}: not heard of since; the process is stopped, holds Python's lock, or its machine hangs"
     going = {rank: beat for rank, beat in beats.items() if not beat.left}
     idle = {rank: beat for rank, beat in going.items() if beat.idle > limit_of(beat.phase, limit)}
     busy = {rank: beat for rank, beat in idle.items() if not beat.waits}
@@ -354,82 +324,6 @@ def _of(beat: Beat | None) -> str:
         return ""
     idle = f" for {beat.idle:.0f} s" if beat.idle >= 1 else ""
     return f" (host {beat.host}, pid {beat.pid}; step {beat.step}, phase {beat.phase}{idle}, at {beat.place})"
-
-
-class Board:
-    """The beats of all ranks, in the job's store.
-
-    Args:
-        store: an own connection to it.
-        size: number of ranks.
-
-    Attributes:
-        beats: the newest beat of each rank that was read.
-    """
-
-    def __init__(self, store: dist.Store, size: int) -> None:
-        store.set_timeout(_STORE_LIMIT)
-        self._store, self._size = dist.PrefixStore("watchdog", store), size
-        self.beats: dict[int, Beat] = {}
-        self._seen: dict[int, float] = {}
-
-    def publish(self, rank: int, beat: Beat) -> None:
-        """Publish a rank's beat."""
-        self._store.set(f"beat/{rank}", json.dumps(asdict(beat)))
-
-    def read(self) -> dict[int, Beat]:
-        """Read the beats of all ranks that have published one."""
-        present = [rank for rank in range(self._size) if rank in self.beats or self._store.check([f"beat/{rank}"])]
-        now = time.monotonic()
-        values = self._store.multi_get([f"beat/{rank}" for rank in present]) if present else []
-        for rank, value in zip(present, values, strict=True):
-            beat = Beat(**json.loads(value))
-            if rank not in self.beats or self.beats[rank].number != beat.number:
-                self.beats[rank] = beat
-                self._seen[rank] = now
-        return self.beats
-
-    def silent(self, limit: float) -> list[int]:
-        """Ranks that have not left and whose beats, as they were read, have not changed for ``limit`` seconds."""
-        now = time.monotonic()
-        return [rank for rank, since in self._seen.items() if now - since > limit and not self.beats[rank].left]
-
-    def forget(self) -> None:
-        """Measure anew how long the beats of the others take."""
-        self.beats.clear()
-        self._seen.clear()
-
-    def say_why(self, rank: int, message: str) -> None:
-        """Publish why a rank ends."""
-        self._store.set(f"why/{rank}", message[:_LONGEST_MESSAGE])
-        self._store.add("whys", 1)
-
-    def reasons(self) -> dict[int, str]:
-        """Why ranks have ended, of those that said it."""
-        if self._store.add("whys", 0) == 0:
-            return {}
-        ranks = [rank for rank in range(self._size) if self._store.check([f"why/{rank}"])]
-        return {rank: self._store.get(f"why/{rank}").decode() for rank in ranks}
-
-    def claim(self) -> bool:
-        """Whether this rank is the first that judges."""
-        return self._store.add("claims", 1) == 1
-
-    def publish_verdict(self, message: str) -> None:
-        """Publish what every rank ends with."""
-        self._store.set("verdict", message)
-
-    def verdict(self) -> str | None:
-        """What a rank has found, if one has."""
-        return self._store.get("verdict").decode() if self._store.check(["verdict"]) else None
-
-    def wait_for_stacks(self, limit: float) -> None:
-        """Say that this rank's stacks are written, and wait for the others', not longer than ``limit`` seconds."""
-        deadline = time.monotonic() + limit
-        count = self._store.add("stacks", 1)
-        while count < self._size and time.monotonic() < deadline:
-            time.sleep(0.1)
-            count = self._store.add("stacks", 0)
 
 
 def _main_thread() -> tuple[bool, str]:

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from megatron_g2rpo import progress
 from megatron_g2rpo.train.run import watchdog
-from megatron_g2rpo.train.run.watchdog import Beat, Board, HangError, Watchdog, is_lost_peer, judged, limit_of
+from megatron_g2rpo.train.run.beats import Beat, Board
+from megatron_g2rpo.train.run.watchdog import HangError, Watchdog, is_lost_peer, judged, limit_of
 
 LIMIT = 100.0
 
