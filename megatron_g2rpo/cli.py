@@ -389,7 +389,9 @@ def _loop(
             typer.echo(recipes.dump(recipe))
             typer.echo(recipes.describe_layout(recipe))
             return
+        from megatron_g2rpo.commands import out_of_memory
         from megatron_g2rpo.train.run import directory
+        from megatron_g2rpo.train.run.watchdog import watching
 
         local, on_many = _with_local_model(recipe), _prepare_processes(recipe)
         if not launch.is_launched() and _is_first():
@@ -398,7 +400,9 @@ def _loop(
         if on_many:
             launch.launch(recipe.cluster.gpus_per_node, [kind, str(path), *overrides])
             return
-        exported = _entry(kind)(local)
+        entry = _entry(kind)  # what it imports takes seconds, and is not watched
+        with watching(recipe, launch.end), out_of_memory.explained(recipe):
+            exported = entry(local)
         if exported is not None and _is_first():
             typer.echo(f"Hugging Face checkpoint: {exported}")
 

@@ -2,7 +2,7 @@
 """Several processes on this machine, and how a job of one or many ends with an error: at once, with one message.
 
 When a rank fails, its peers fail next, in the collective that they waited in. So a rank that was launched here leaves
-its message, with the time, in the file that torchrun gives it, and the launcher prints the earliest one.
+its message, with the time, in the file that torchrun gives it, and the launcher prints that of the cause (``cause``).
 """
 
 from __future__ import annotations
@@ -10,24 +10,25 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from megatron_g2rpo.commands import cause
 from megatron_g2rpo.policy.device import DeviceError
 from megatron_g2rpo.rollout.base import EngineUnavailable
 from megatron_g2rpo.tasks.scoring import RewardError
 
 _LAUNCHED = "MEGATRON_G2RPO_LAUNCHED"
-_ERROR_FILE, _TIME = "TORCHELASTIC_ERROR_FILE", "time"
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 TRACEBACK = "MEGATRON_G2RPO_TRACEBACK"
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
@@ -65,9 +66,11 @@ def launch(processes: int, arguments: Sequence[str]) -> None:
     os.environ["PYTHONWARNINGS"] = ",".join([*filter(None, [warnings]), "ignore:resource_tracker:UserWarning"])
     logging.disable()  # torchrun's account of a failed process; what matters of it is raised here
     try:
-        main(["--standalone", f"--nproc-per-node={processes}", "-m", "megatron_g2rpo.cli", *arguments])
-    except ChildFailedError as error:
-        raise JobError(_first(error.failures)) from None
+        with cause.marks() as marks:
+            try:
+                main(["--standalone", f"--nproc-per-node={processes}", "-m", "megatron_g2rpo.cli", *arguments])
+            except ChildFailedError as error:
+                raise JobError(cause.first(error.failures, marks)) from None
     except SignalException as error:
         sys.exit(128 + int(error.sigval))
     finally:
@@ -89,7 +92,12 @@ def end(error: BaseException) -> NoReturn:
     expected = isinstance(error, EXPECTED) and not os.environ.get(TRACEBACK)
     text = str(error) if expected else "".join(traceback.format_exception(error)).rstrip()
     if is_launched() and _ERROR_FILE in os.environ:
-        record = {"message": text, "timestamp": int(time.time()), _TIME: time.time()}
+        record = {
+            "message": text,
+            "timestamp": int(time.time()),
+            cause.TIME: time.time(),
+            cause.KIND: cause.kind(error),
+        }
         Path(os.environ[_ERROR_FILE]).write_text(json.dumps(record))
     else:
         who = f"rank {os.environ['RANK']}: " if is_rank() else ""
@@ -100,23 +108,6 @@ def end(error: BaseException) -> NoReturn:
 def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
-    if is_rank():
+    if is_rank() or threading.current_thread() is not threading.main_thread():  # the watchdog's: the main one hangs
         os._exit(code)
     sys.exit(code)
-
-
-def _first(failures: Mapping[int, ProcessFailure]) -> str:
-    """Message of the rank that failed first; one that died without a word (a signal, no memory) is the cause."""
-    rank = min(failures, key=lambda rank: (*_precedence(failures[rank]), rank))
-    failure = failures[rank]
-    if _TIME in failure.error_file_data:
-        return f"rank {rank}: {failure.message}"
-    why = failure.message if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-    return f"rank {rank} ended without a message ({why})"
-
-
-def _precedence(failure: ProcessFailure) -> tuple[int, float]:
-    if _TIME in failure.error_file_data:
-        return 1, failure.error_file_data[_TIME]
-    ended_by_torchrun = failure.exitcode == -signal.SIGTERM
-    return (2 if ended_by_torchrun else 0), 0.0

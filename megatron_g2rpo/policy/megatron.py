@@ -18,7 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_g2rpo import models, weights
+from megatron_g2rpo import models, progress, weights
 from megatron_g2rpo.models.directory import load_config
 from megatron_g2rpo.policy import quantized, sharded_state
 from megatron_g2rpo.policy.config import transformer_config
@@ -168,7 +168,7 @@ class MegatronPolicy:
             layer_offset=self._layer_offset,
             source=source,
             on_loaded=on_loaded,
-            assign=quantized.assign,
+            assign=_assign,
         )
         if self.optimizer is not None:
             with self.device.megatron():
@@ -184,14 +184,16 @@ class MegatronPolicy:
             tensor_of: what to stream of each parameter in place of its value, for example its gradient.
         """
         self._wait_for_parameters()
-        return weights.stream(
-            self.model,
-            self.table,
-            tensor_group=self.groups.tensor,
-            pipeline_group=self.groups.pipeline,
-            layer_offset=self._layer_offset,
-            tensor_of=tensor_of or quantized.value_of(self.optimizer),
-            dtype_of=None if tensor_of else lambda parameter: parameter.dtype,
+        return _advancing(
+            weights.stream(
+                self.model,
+                self.table,
+                tensor_group=self.groups.tensor,
+                pipeline_group=self.groups.pipeline,
+                layer_offset=self._layer_offset,
+                tensor_of=tensor_of or quantized.value_of(self.optimizer),
+                dtype_of=None if tensor_of else lambda parameter: parameter.dtype,
+            )
         )
 
     def specs(self) -> dict[str, Tensor]:
@@ -280,17 +282,27 @@ class MegatronPolicy:
             dist.broadcast(stats, group=groups.pipeline, group_src=groups.pipeline_size - 1)
         return [TokenStats(logprobs=row[0], entropy=row[1]) for row in stats.split(sizes, dim=1)]
 
-    def update(self, batches: Sequence[PackedBatch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:
+    def update(
+        self,
+        batches: Sequence[PackedBatch],
+        loss: Loss,
+        temperature: float = 1.0,
+        *,
+        skips: Callable[[float, float], bool] | None = None,
+    ) -> dict[str, float]:
         """Take one optimizer step on the global minibatch. A collective of all ranks.
 
         Args:
             batches: this data-parallel rank's micro-batches; every rank passes the same number of them.
             loss: see ``Loss``. The gradient is that of (global sum of losses) / (global sum of token counts).
             temperature: temperature of the distribution whose log-probabilities the loss gets.
+            skips: says of loss and gradient norm whether this step is not taken, the same on all ranks; weights,
+                optimizer and schedule then stay as they are. None: a norm that is not finite raises.
 
         Returns:
             ``loss``, ``grad_norm`` (before clipping), ``lr``, ``num_tokens``, and the loss's metrics, each a global sum
-            divided by the global token count.
+            divided by the global token count; with ``skips``, also ``skipped_updates``, 0 or 1, and of a skipped step
+            only what is finite.
 
         Raises:
             FloatingPointError: the gradient norm is not finite; no step was taken.
@@ -298,29 +310,30 @@ class MegatronPolicy:
         _, optimizer, scheduler = self._training()
         # Before step(), which would clip by a norm that is not finite, and write it into every weight.
         metrics = self.gradient_norm(batches, loss, temperature)
-        lr = optimizer.param_groups[0]["lr"]
+        lr = {"lr": float(optimizer.param_groups[0]["lr"])}
+        if skips is not None and skips(metrics["loss"], metrics["grad_norm"]):
+            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            return {**finite, **lr, "skipped_updates": 1.0}
+        if not math.isfinite(metrics["grad_norm"]):
+            raise FloatingPointError(
+                f"the gradient's norm is {metrics['grad_norm']} at loss {metrics['loss']}; no optimizer step was taken"
+            )
         with self.device.megatron():
             optimizer.step()
         scheduler.step(increment=1)
-        return {**metrics, "lr": float(lr)}
+        return {**metrics, **lr, **({} if skips is None else {"skipped_updates": 0.0})}
 
     def gradient_norm(self, batches: Sequence[PackedBatch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:
         """Return what ``update`` would return, except ``lr``, without taking the step.
 
-        Gradients are left as ``update`` would use them; the arguments are those of ``update``.
-
-        Raises:
-            FloatingPointError: the gradient norm is not finite.
+        Gradients are left as ``update`` would use them; the arguments are those of ``update``. What is not finite is
+        returned as it is.
         """
         _, optimizer, _ = self._training()
         sums = self.gradients(batches, loss, temperature)
         with self.device.megatron():
             optimizer.prepare_grads()
             grad_norm = optimizer.get_grad_norm()
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"the gradient's norm is {grad_norm} at loss {sums['loss']}; no optimizer step was taken"
-            )
         return {**sums, "grad_norm": float(grad_norm)}
 
     def gradients(self, batches: Sequence[PackedBatch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:
@@ -350,6 +363,7 @@ class MegatronPolicy:
         size, rank = self.groups.context_size, self.groups.context_rank
 
         def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            progress.advance()
             share = _to(context_parallel.split(next(iterator), size, rank), self.device.torch_device)
             return model(share, temperature), partial(consume, share)
 
@@ -412,6 +426,19 @@ class MegatronPolicy:
                 f"say; here: {', '.join(names)}; not in all of this rank's micro-batches: {sorted(differing)}"
             )
         return names
+
+
+def _assign(parameter: torch.nn.Parameter, value: Tensor) -> None:
+    """Give a parameter its value, and say that it has it (``progress``)."""
+    progress.advance()
+    quantized.assign(parameter, value)
+
+
+def _advancing(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield what comes, and say of each that it came (``progress``)."""
+    for each in tensors:
+        progress.advance()
+        yield each
 
 
 def _to(batch: PackedBatch, device: torch.device) -> PackedBatch:

@@ -70,6 +70,10 @@ NOT_IDENTITY = (
     "policy.megatron_cfg.recompute_granularity",
     "policy.megatron_cfg.recompute_method",
     "policy.megatron_cfg.recompute_num_layers",
+    # Which updates were taken so far stays as it is.
+    "policy.megatron_cfg.optimizer.max_skipped_updates",
+    "policy.megatron_cfg.optimizer.grad_norm_spike_factor",
+    "policy.megatron_cfg.optimizer.grad_norm_spike_window",
     "policy.megatron_cfg.distributed_data_parallel_config.overlap_grad_reduce",
     "policy.megatron_cfg.distributed_data_parallel_config.overlap_param_gather",
     # Both optimizers write the same checkpoint: policy/checkpointing.py.

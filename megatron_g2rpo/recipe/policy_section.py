@@ -40,6 +40,13 @@ class Optimizer(Section):
     """Term added to the denominator of the update."""
     clip_grad: PositiveFloat
     """Largest global L2 norm of the gradient; larger ones are scaled down to it."""
+    max_skipped_updates: NonNegativeInt
+    """Number of updates in a row that are skipped, because loss or gradient are not finite or the gradient's norm is a
+    spike; one more ends the run."""
+    grad_norm_spike_factor: Annotated[float, Field(gt=1.0)] | None
+    """Multiple of the median of recent gradient norms above which an update is a spike; null: none is."""
+    grad_norm_spike_window: PositiveInt
+    """Number of last updates whose gradient norms the median is of; before there are as many, no update is a spike."""
 
     @model_validator(mode="after")
     def _rates(self) -> Optimizer:

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from megatron_g2rpo.recipe.base import Section, Text
 
@@ -45,3 +45,6 @@ class Cluster(Section):
     """Number of processes per machine: one per GPU; on CPUs any number."""
     device: Literal["auto", "cpu", "gpu"]
     """Hardware to run on; auto: GPUs where there are any."""
+    watchdog_s: Annotated[float, Field(gt=0.0, lt=1800.0)] | None
+    """Seconds without any progress after which the stacks of all ranks are written and the job is ended; before the
+    first step at least 600. Less than the collectives' 30 minutes, whose error names a rank that waits; null: never."""

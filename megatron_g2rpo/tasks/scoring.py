@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from megatron_g2rpo import progress
 from megatron_g2rpo.recipe import Env
 from megatron_g2rpo.tasks import response_formats
 from megatron_g2rpo.tasks.part_calls import Ask, Call, Outcome, ask_batch, ask_in_turn, is_batched, raised
@@ -166,6 +167,7 @@ class Scoring:
         wanted = {id(entry) for entry in entries}
         failures = [entry.failure for entry in entries if entry.failure is not None]
         for entry, outcomes in self._outcomes(entries):
+            progress.advance()
             for name, outcome in zip(self._ask(entry).parts, outcomes, strict=False):
                 entry.put(name, outcome)
             if entry.failure is not None and id(entry) in wanted:

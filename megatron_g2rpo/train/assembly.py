@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from megatron_g2rpo import progress
 from megatron_g2rpo.data import checks
 from megatron_g2rpo.data.dataset import open_datasets
 from megatron_g2rpo.data.errors import DataError, SampleError
@@ -25,6 +27,7 @@ from megatron_g2rpo.recipe import Policy, Recipe, TrainRecipe
 from megatron_g2rpo.rollout import base as engines
 from megatron_g2rpo.tasks import response_formats
 from megatron_g2rpo.tasks.workers import RewardWorkers
+from megatron_g2rpo.train.step.bad_updates import UpdateGuard
 from megatron_g2rpo.types import DTYPES, Prompt
 
 
@@ -43,6 +46,7 @@ class Components:
         left_out: reason -> number of held-out samples, of all ranks, that cannot be used (``on_bad_sample: skip``).
         tasks: task names in the order of their ids, which is sorted.
         history: what the advantage estimator remembers of earlier steps.
+        guard: decides which updates are taken.
         reference: the policy as it was before the run, where the loss or the reward measures the distance from it.
         workers: processes that reward parts run in; None: this process.
     """
@@ -57,6 +61,7 @@ class Components:
     left_out: Mapping[str, int]
     tasks: tuple[str, ...]
     history: History
+    guard: UpdateGuard
     reference: ReferencePolicy | None
     workers: RewardWorkers | None
 
@@ -115,12 +120,15 @@ def _assembled(recipe: Recipe, workers: RewardWorkers | None) -> Components:
         checks=_training_checks(recipe, processor),
         task_ids=task_ids,
     )
+    progress.enter("weights")
     # What no engine samples has no probability in the policy either: both then speak of one distribution.
     banned = processor.banned_token_ids(processor.vocab_size)
     policy = MegatronPolicy(
         recipe.policy, device, seed=loop.seed, max_steps=loop.max_num_steps * updates, banned_token_ids=banned
     )
+    progress.enter("data")
     validation, left_out = _validation(recipe, held_out, processor, task_ids)
+    progress.enter("engine")
     return Components(
         device=device,
         processor=processor,
@@ -132,6 +140,7 @@ def _assembled(recipe: Recipe, workers: RewardWorkers | None) -> Components:
         left_out=left_out,
         tasks=tuple(task_ids),
         history=History(),
+        guard=UpdateGuard(recipe.policy.megatron_cfg.optimizer, Path(recipe.logger.log_dir) / "skipped"),
         # Now, before the run's newest checkpoint is read.
         reference=ReferencePolicy(policy) if _needs_reference(recipe) else None,
         workers=workers,

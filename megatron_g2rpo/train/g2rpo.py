@@ -26,6 +26,7 @@ What it simplifies:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -35,6 +36,7 @@ from megatron_g2rpo.train.assembly import Components, assemble
 from megatron_g2rpo.train.run.logs import Column, MetricsLog, StepMetrics
 from megatron_g2rpo.train.run.loop import Run
 from megatron_g2rpo.train.step.advantages import advantages_of
+from megatron_g2rpo.train.step.bad_updates import rollout_records
 from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies, entropy_bounds
 from megatron_g2rpo.train.step.metrics import skipped_metrics, step_metrics
 from megatron_g2rpo.train.step.minibatches import Minibatch, pack_minibatches
@@ -42,7 +44,7 @@ from megatron_g2rpo.train.step.old_logprobs import add_logprobs, entropies_of, r
 from megatron_g2rpo.train.step.sampling import collect
 from megatron_g2rpo.train.step.timers import Timers
 from megatron_g2rpo.train.step.update_metrics import task_gradient_metrics, update_metrics
-from megatron_g2rpo.train.step.warnings import answer_warnings, gap_warnings
+from megatron_g2rpo.train.step.warnings import SignalWatch, answer_warnings, gap_warnings
 
 COLUMNS = (
     Column("reward", "train/reward"),
@@ -66,14 +68,15 @@ def train(recipe: TrainRecipe) -> Path | None:
         The exported Hugging Face directory, if the recipe asks for one.
     """
     with assemble(recipe) as components:
-        run = Run(recipe, components)
+        run, without_signal = Run(recipe, components), SignalWatch()
         enabled = dist.get_rank() == 0
         with MetricsLog(recipe.logger, COLUMNS, run.last_step, run.first_step, enabled=enabled) as log:
             run.validate_at_start(log)
             for step in run.steps:
                 with run.sampling(step):
                     metrics = g2rpo_step(recipe, components, step, log.note)
-                for warning in gap_warnings(recipe.policy.generation.gap_warning, tuple(recipe.env.tasks), metrics):
+                gaps = gap_warnings(recipe.policy.generation.gap_warning, tuple(recipe.env.tasks), metrics)
+                for warning in (*gaps, *without_signal(metrics)):
                     log.note(warning)
                 metrics |= run.validation(step, log, metrics)
                 log.log(StepMetrics(step=step, values=metrics))
@@ -124,14 +127,16 @@ def g2rpo_step(
         )
         minibatches = [minibatch.with_advantages(advantages.values) for minibatch in minibatches]
 
-    updates = [
-        update(recipe, components, step, number, minibatch, entropies[number], timers)
-        for number, minibatch in enumerate(minibatches)
-    ]
+    updates: list[dict[str, float]] = []
+    for number, minibatch in enumerate(minibatches):
+        updates.append(update(recipe, components, step, number, minibatch, entropies[number], timers))
+        batch = partial(rollout_records, rollouts, rewards, minibatch.rollouts.tolist())
+        components.guard.settle(step, number, batch, group=data_parallel, note=note)
     metrics = step_metrics(
         components.tasks, rollouts, rewards, advantages, minibatches, updates,
         env=recipe.env, truncated_ratio=loss_fn.importance_sampling.truncated_ratio, process_group=data_parallel,
     )  # fmt: skip
+    metrics["train/skipped_updates"] = sum(update["train/skipped_updates"] for update in updates)
     metrics |= collected.metrics | collected.failed.metrics("train/failed_rewards")
     metrics |= skipped_metrics(components.stream.skipped - skipped)
     return {**metrics, **timers.metrics()}
@@ -172,5 +177,5 @@ def update(
                 policy, tasks, minibatch.micro_batches, loss, entropies, temperature=temperature
             )
     with timers("update"):
-        means = policy.update(minibatch.micro_batches, loss, temperature)
+        means = policy.update(minibatch.micro_batches, loss, temperature, skips=components.guard.skips)
     return {**update_metrics(tasks, means, entropies, loss), **gradients}

@@ -7,6 +7,7 @@ logs, saves and resumes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -34,7 +35,7 @@ COLUMNS = (
     Column("s/step", "time/step", ".2f"),
     Column("val", "val/mean_greedy_accuracy"),
 )
-LOG_PERIOD = 10  # steps; the first, the last and every validated step are logged too
+LOG_PERIOD = 10  # steps; the first, the last and every validated or skipped step are logged too
 
 
 def sft(recipe: SftRecipe) -> Path | None:
@@ -49,22 +50,32 @@ def sft(recipe: SftRecipe) -> Path | None:
         with MetricsLog(recipe.logger, COLUMNS, run.last_step, run.first_step, enabled=enabled) as log:
             run.validate_at_start(log)
             for step in run.steps:
-                metrics = sft_step(recipe, components)
+                metrics = sft_step(recipe, components, step, log.note)
                 validation = run.validation(step, log, metrics)
-                if validation or step % LOG_PERIOD == 0 or step in (1, run.last_step):
+                skipped = metrics["train/skipped_updates"] > 0
+                if validation or skipped or step % LOG_PERIOD == 0 or step in (1, run.last_step):
                     log.log(StepMetrics(step=step, values={**metrics, **validation}))
                 run.save(step)
             return run.finish()
 
 
-def sft_step(recipe: SftRecipe, components: Components) -> dict[str, float]:
+def sft_step(
+    recipe: SftRecipe, components: Components, step: int, note: Callable[[str], None] = print
+) -> dict[str, float]:
     """Take one optimizer step on ``train_global_batch_size`` samples. A collective of all ranks.
+
+    Args:
+        recipe: the run's recipe.
+        components: what the loop works with.
+        step: number of the step, from 1.
+        note: shows the user a line.
 
     Returns:
         The metrics of the step.
 
     Raises:
         SampleError: a sample cannot be used, see ``PromptStream.next_batch``.
+        FloatingPointError: too many updates in a row were to be skipped, see ``UpdateGuard``.
     """
     policy, stream, groups = components.policy, components.stream, components.policy.groups
     timers, skipped = Timers(components.device), stream.skipped.copy()
@@ -75,7 +86,12 @@ def sft_step(recipe: SftRecipe, components: Components) -> dict[str, float]:
         budget = recipe.policy.sequence_packing.train_mb_tokens
         micro_batches = pack_evenly(components.packer, sequences, budget, groups.data)
     with timers("update"):
-        metrics = policy.update(micro_batches, sft_loss)
+        metrics = policy.update(micro_batches, sft_loss, skips=components.guard.skips)
+    batch = [
+        {"key": prompt.key, "task": prompt.task, "response_ids": sequence.response_ids.tolist()}
+        for prompt, sequence in zip(prompts, sequences, strict=True)
+    ]
+    components.guard.settle(step, 0, lambda: batch, group=groups.data, note=note)
     named = {f"train/{name}": value for name, value in metrics.items()}
     return {**named, **skipped_metrics(stream.skipped - skipped), **timers.metrics()}
 

@@ -25,7 +25,7 @@ ROOMS = (
     *("commands", "train", "report", "plan", "rollout", "policy", "policy/layouts", "data"),
     *("models", "weights", "tasks", "objective", "recipe", "processes"),
 )
-FILES = ("cli", "extend", "types", "registry", "collectives")
+FILES = ("cli", "extend", "types", "registry", "collectives", "progress")
 
 
 def imports_are_legal(config: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> bool:

@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
+from megatron_g2rpo import progress
 from megatron_g2rpo.models.directory import load_config
 from megatron_g2rpo.rollout import base
 from megatron_g2rpo.rollout.stop_strings import Tail, read_response
@@ -298,6 +299,7 @@ class TransformersEngine:
             lengths[batch.sequence_ids] = torch.where(ended, step + 1, lengths[batch.sequence_ids])
             batch.running &= ~ended
             running = int(batch.running.sum())  # a wait for the GPU, the only one beside the check of the logits
+            progress.advance()
             if step + 1 == limit or not running:
                 break
             self._advance(batch, drawn.tokens, running, limit - step - 1)

@@ -31,6 +31,7 @@ from vllm.distributed import get_tp_group
 from vllm.inputs import EngineInput, mm_input, tokens_input
 from vllm.platforms import current_platform
 
+from megatron_g2rpo import progress
 from megatron_g2rpo.rollout import base
 from megatron_g2rpo.rollout.vllm import reload
 from megatron_g2rpo.rollout.vllm.translate import Answer, Translator, engine_arguments
@@ -67,6 +68,7 @@ class VllmEngine:
             "disable_log_stats": True,
             **executor,
         }
+        _advance_with(self._llm.llm_engine)
         self._sleeps: bool = arguments["enable_sleep_mode"]
         self._asleep = self._loaded = False
         self._llm = LLM(**arguments)
@@ -156,6 +158,17 @@ class VllmEngine:
             mm_hashes={"image": images.hashes},
             mm_placeholders={"image": images.places},
         )
+
+
+def _advance_with(llm_engine: Any) -> None:
+    """Let each step of the engine, one token of every running sequence, count as progress."""
+    step = llm_engine.step
+
+    def advancing() -> Any:
+        progress.advance()
+        return step()
+
+    llm_engine.step = advancing
 
 
 def _answers(output: Any) -> list[Answer]:

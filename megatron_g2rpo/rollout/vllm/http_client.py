@@ -21,6 +21,7 @@ from typing import Any
 
 import httpx
 
+from megatron_g2rpo import progress
 from megatron_g2rpo.recipe import VllmServerConfig
 from megatron_g2rpo.rollout.base import EngineUnavailable
 
@@ -231,6 +232,8 @@ class _Generation:
         while failed < _HEALTH_CHECKS:
             await asyncio.sleep(self._options.heartbeat_s)
             failed = 0 if await self._healthy(server) else failed + 1
+            if not failed:
+                progress.advance()  # what a healthy server does not answer has a time limit of its own
         self._lose(server, f"{failed} health checks in a row failed")
 
     async def _healthy(self, server: Server) -> bool:

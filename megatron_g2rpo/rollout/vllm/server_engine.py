@@ -21,6 +21,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NC
 from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import encode_mm_kwargs_item
 from vllm.utils.network_utils import get_ip, get_open_port
 
+from megatron_g2rpo import progress
 from megatron_g2rpo.collectives import from_first
 from megatron_g2rpo.rollout import base
 from megatron_g2rpo.rollout.vllm.http_client import Request, Server, ServerLost, Servers
@@ -172,6 +173,7 @@ class VllmServerEngine:
                 raise nobody
             _logger.warning("%s\nwaiting for one; the next look is in %.0f s", nobody, pause)
             time.sleep(pause)
+            progress.advance()  # it waits as the recipe says
             pause = min(2 * pause, _LONGEST_PAUSE)
         self._servers.each(self._check)
         return [server.address for server in self._servers.live]

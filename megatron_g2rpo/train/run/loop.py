@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_g2rpo import weights
+from megatron_g2rpo import progress, weights
 from megatron_g2rpo.collectives import from_first
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
 from megatron_g2rpo.rollout.base import EngineUnavailable
@@ -57,6 +57,8 @@ class Run:
             state = self._checkpoints.load(found.step, components.policy)
             self._notes += components.stream.load_state_dict(state["stream"])
             components.history.load_state_dict(state["history"])
+            if "guard" in state:  # releases up to 0.4 wrote none
+                components.guard.load_state_dict(state["guard"])
             self.first_step = state["step"]
 
     @property
@@ -65,9 +67,11 @@ class Run:
         return self._loop.max_num_steps
 
     @property
-    def steps(self) -> range:
-        """Steps that are still to do, counted from 1."""
-        return range(self.first_step + 1, self.last_step + 1)
+    def steps(self) -> Iterator[int]:
+        """Steps that are still to do, counted from 1; each is said to begin (``progress``) as it is asked for."""
+        for step in range(self.first_step + 1, self.last_step + 1):
+            progress.enter("step", step=step)
+            yield step
 
     def validate_at_start(self, log: MetricsLog) -> None:
         """Validate the policy before the first step and log it as step 0, if the recipe asks for it.
@@ -107,6 +111,7 @@ class Run:
         """Save a step that was taken, when it is time to: every ``save_period`` steps and at the end. A collective."""
         options = self._recipe.checkpointing
         if options.enabled and (step == self.last_step or step % options.save_period == 0):
+            progress.enter("checkpoint")
             self._checkpoints.save(step, self._components.policy, self._state())
 
     @contextmanager
@@ -127,7 +132,12 @@ class Run:
 
     def _state(self) -> dict[str, Any]:
         """Plain values that a checkpoint keeps beside the policy."""
-        return {"stream": self._components.stream.state_dict(), "history": self._components.history.state_dict()}
+        components = self._components
+        return {
+            "stream": components.stream.state_dict(),
+            "history": components.history.state_dict(),
+            "guard": components.guard.state_dict(),
+        }
 
     def _saved(self, step: int, state: dict[str, Any], error: EngineUnavailable) -> EngineUnavailable:
         """Save the policy as it is as that of ``step``, unless it is saved already, and add to the error where."""
@@ -148,6 +158,7 @@ class Run:
         """
         if not self._recipe.checkpointing.export_hf:
             return None
+        progress.enter("export")
         directory = Path(self._recipe.logger.log_dir) / "hf"
         weights.export_hf(
             self._components.policy.stream(),
@@ -161,6 +172,7 @@ class Run:
         return directory
 
     def _validate(self, log: MetricsLog) -> dict[str, float]:
+        progress.enter("validation")
         start = time.perf_counter()
         self._components.engine.load_weights(self._components.policy.source())
         result = validate(self._recipe, self._components)

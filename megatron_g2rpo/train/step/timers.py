@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from megatron_g2rpo import progress
 from megatron_g2rpo.policy.device import Device
 
 
@@ -26,10 +27,12 @@ class Timers:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Time a phase; phases of the same name add up."""
+        """Time a phase, and say that it begins (``progress``); phases of the same name add up."""
+        progress.enter(phase)
         start = time.perf_counter()
         yield
         self._device.synchronize()
+        progress.advance()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from megatron_g2rpo.policy.megatron import MegatronPolicy
@@ -49,13 +50,15 @@ def task_gradient_metrics(
 ) -> dict[str, float]:
     """Norm of the gradient that each task contributes to an update, by a backward pass each. A collective.
 
-    ``train/<task>/gradient_norm``, and ``.../gradient_share``, its share of the sum of the tasks' norms.
+    ``train/<task>/gradient_norm``, and ``.../gradient_share``, its share of the sum of the tasks' norms; nothing of a
+    norm that is not finite.
     """
     norms = {
         task: policy.gradient_norm(batches, loss.of_task(index), temperature)["grad_norm"]
         for index, task in enumerate(tasks)
         if entropies.counts[index] > 0
     }
+    norms = {task: norm for task, norm in norms.items() if math.isfinite(norm)}
     total = sum(norms.values())
     return {
         **{f"train/{task}/gradient_norm": norm for task, norm in norms.items()},

@@ -16,6 +16,31 @@ from megatron_g2rpo.types import FailedReward, Rollout
 FEW_ANSWERS = 0.05
 # Characters of the response that is shown; of a longer one, both ends.
 SHOWN_CHARACTERS = 600
+# Steps in a row without signal after which it is said.
+STEPS_WITHOUT_SIGNAL = 5
+
+
+class SignalWatch:
+    """Says when no group has had two different rewards for several steps: nothing is learnt from them."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+
+    def __call__(self, metrics: Mapping[str, float]) -> list[str]:
+        """Return a line for the console every ``STEPS_WITHOUT_SIGNAL`` steps without signal in a row.
+
+        Args:
+            metrics: metrics of a step.
+        """
+        self._steps = self._steps + 1 if metrics["train/zero_variance_groups"] >= 1.0 else 0
+        if self._steps == 0 or self._steps % STEPS_WITHOUT_SIGNAL:
+            return []
+        return [
+            f"warning: in the last {self._steps} steps all responses of every group had the same reward (mean "
+            f"{metrics.get('train/reward', 0.0):.3g}), so that the rewards teach nothing; look at responses and "
+            "rewards, let prompts be easier or harder, sample more responses (grpo.num_generations_per_prompt), or "
+            "draw other prompts for such groups (grpo.dynamic_sampling.enabled=true)"
+        ]
 
 
 def gap_warnings(limit: float, tasks: Sequence[str], metrics: Mapping[str, float]) -> Iterator[str]:

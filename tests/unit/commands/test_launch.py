@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
 import torch.distributed.run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from megatron_g2rpo import progress
 from megatron_g2rpo.commands import launch
+from megatron_g2rpo.train.run.watchdog import HangError, PeerLostError
 
 
 def failure(path: Path, rank: int, exitcode: int = 1) -> ProcessFailure:
@@ -97,3 +100,39 @@ def test_alone_a_process_prints_its_error(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setenv("MEGATRON_G2RPO_TRACEBACK", "1")
     assert end(ValueError("sample 7 is bad")) == 1
     assert "ValueError: sample 7 is bad" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("as_rank")
+def test_what_follows_from_another_ranks_end_is_no_cause(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever the order in which their messages were written, and though NCCL aborts its process."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0.json"))
+    end(PeerLostError("rank 1 has ended"))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "1.json"))
+    end(ValueError("sample 7 is bad"))
+    lost, bad, aborted = failure(tmp_path, 0), failure(tmp_path, 1), failure(tmp_path, 2, -6)
+    assert message_of(monkeypatch, lost, bad, aborted) == "rank 1: sample 7 is bad"
+    assert message_of(monkeypatch, lost, aborted).startswith("rank 2 ended without a message (Signal 6")
+
+
+@pytest.mark.usefixtures("as_rank")
+def test_the_verdict_on_a_job_that_hangs_comes_before_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A stopped rank is killed by torchrun in the end: that is no cause."""
+    end(HangError("no progress for 20 s: rank 0 is stopped"))
+    assert message_of(monkeypatch, failure(tmp_path, 0, -9), failure(tmp_path, 1)) == (
+        "no progress for 20 s: rank 0 is stopped"
+    )
+
+
+def test_of_a_rank_that_died_without_a_word_its_last_place_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(arguments: list[str]) -> None:
+        monkeypatch.setenv("RANK", "3")
+        progress.enter("update", step=17)  # what the rank does, in the folder that the launcher has named
+        raise ChildFailedError("job", {3: failure(tmp_path, 3, -9)})
+
+    monkeypatch.setattr(torch.distributed.run, "main", fail)
+    with pytest.raises(launch.JobError) as raised:
+        launch.launch(4, ["train", "recipe.yaml"])
+    where = f"on {socket.gethostname()}, step 17, phase update"
+    assert str(raised.value).startswith(f"rank 3 ({where}) ended without a message (Signal 9")

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims: the rank that is blamed is the cause, not one that waits for it; who gets on is left alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megatron_g2rpo import progress
+from megatron_g2rpo.train.run import watchdog
+from megatron_g2rpo.train.run.beats import Beat, Board
+from megatron_g2rpo.train.run.watchdog import HangError, Watchdog, is_lost_peer, judged, limit_of
+
+LIMIT = 100.0
+
+
+def beat(number: int = 1, *, idle: float = 200.0, waits: bool = True, phases: int = 7, left: bool = False) -> Beat:
+    return Beat(number, "node", 11, 3, "rewards", phases, idle, waits, "rewards.py:12 in slow", left)
+
+
+def test_a_rank_that_does_nothing_outside_of_a_collective_is_blamed_by_line() -> None:
+    assert judged({0: beat(), 1: beat(waits=False), 2: beat()}, [], LIMIT) == (
+        "rank 1 (host node, pid 11; step 3, phase rewards for 200 s, at rewards.py:12 in slow) hangs"
+    )
+
+
+def test_of_ranks_that_do_nothing_those_that_are_furthest_behind_are_blamed() -> None:
+    """On a GPU a rank that waits may look as if it worked: it waits for the device."""
+    sentence = judged({0: beat(waits=False, phases=8), 1: beat(waits=False), 2: beat(phases=8)}, [], LIMIT)
+    assert sentence is not None
+    assert sentence.startswith("rank 1 (")
+    assert "rank 0" not in sentence
+    assert "rank 2" not in sentence
+
+
+def test_ranks_wait_as_long_as_one_gets_on() -> None:
+    assert judged({0: beat(), 1: beat(idle=99.0, waits=False)}, [], LIMIT) is None
+    # The same beats are a hang once it does not.
+    assert judged({0: beat(), 1: beat(idle=101.0, waits=False)}, [], LIMIT) is not None
+
+
+def test_a_rank_whose_beats_do_not_come_is_blamed_before_all_others() -> None:
+    sentence = judged({0: beat(waits=False), 1: beat()}, [1], LIMIT)
+    assert sentence is not None
+    assert sentence.startswith("rank 1 (")
+    assert "stopped" in sentence
+
+
+def test_where_all_wait_those_that_are_furthest_behind_are_named() -> None:
+    sentence = judged({0: beat(phases=8), 1: beat(), 2: beat(phases=9, left=True)}, [], LIMIT)
+    assert sentence is not None
+    assert sentence.startswith("all ranks wait in collectives; furthest behind: rank 1 (")
+    assert "rank 0" not in sentence
+
+
+def test_what_comes_before_the_first_step_has_ten_minutes() -> None:
+    assert limit_of("weights", LIMIT) == limit_of("engine", LIMIT) == 600.0
+    assert limit_of("weights", 1200.0) == 1200.0
+    assert limit_of("generation", LIMIT) == LIMIT
+    assert limit_of("generation", None) == float("inf")
+    starting = {0: beat(), 1: dataclasses.replace(beat(waits=False), phase="weights")}
+    assert judged(starting, [], LIMIT) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"), True),
+        (RuntimeError("[..gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 20400ms for recv"), True),
+        (dist.DistBackendError("NCCL error: remote process exited or there was a network error"), True),
+        (dist.DistNetworkError("failed to recv"), True),
+        (RuntimeError("shape mismatch"), False),
+        (dist.DistBackendError("NCCL error: unhandled cuda error"), False),
+        (ConnectionResetError("Connection reset by peer"), False),  # of a judge model, for example
+    ],
+)
+def test_what_a_collective_raises_when_a_peer_has_ended_is_told_from_other_errors(error: Exception, lost: bool) -> None:
+    assert is_lost_peer(error) is lost
+
+
+def test_a_beat_that_does_not_come_is_known_by_the_readers_own_clock() -> None:
+    store = dist.HashStore()
+    board = Board(store, 2)
+    board.publish(0, beat(1))
+    assert list(board.read()) == [0], "rank 1 has not published yet, and is not waited for"
+    board.publish(1, beat(1, left=True))
+    board.read()
+    time.sleep(0.3)
+    board.publish(0, beat(2))
+    board.read()
+    assert board.silent(0.2) == [], "rank 0 has a new one, and rank 1 has left in order"
+    time.sleep(0.3)
+    board.read()
+    assert board.silent(0.2) == [0]
+    board.forget()
+    assert board.silent(0.0) == []
+
+
+def test_one_rank_judges() -> None:
+    store = dist.HashStore()
+    assert [Board(store, 2).claim() for _ in range(3)] == [True, False, False]
+
+
+def watched(tmp_path: Path, seconds: float, *, advance: bool, limit: float | None = 0.8) -> list[BaseException]:
+    ended: list[BaseException] = []
+    dog = Watchdog(tmp_path / "stacks", limit, ended.append)
+    dog.start()
+    progress.enter("generation", step=4)
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not ended:
+        time.sleep(0.05)
+        if advance:
+            progress.advance()
+    dog.stop()
+    return ended
+
+
+def test_one_process_that_hangs_ends_with_its_stacks_written(tmp_path: Path) -> None:
+    (error,) = watched(tmp_path, 20.0, advance=False)
+    assert isinstance(error, HangError)
+    assert "no progress for 0.8 s (cluster.watchdog_s): rank 0 (host" in str(error)
+    assert "step 4, phase generation" in str(error)
+    assert "test_watchdog.py" in str(error), "the line of this test"
+    assert "in watched" in (tmp_path / "stacks" / "rank_0.txt").read_text()
+
+
+def test_one_process_that_gets_on_or_is_not_limited_is_left_alone(tmp_path: Path) -> None:
+    assert watched(tmp_path, 2.0, advance=True) == []
+    assert watched(tmp_path, 2.0, advance=False, limit=None) == []
+    assert not (tmp_path / "stacks").exists()
+
+
+def test_a_job_that_was_suspended_did_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that wakes long after its time was stopped with its process, whatever the marks say."""
+    jump = [0.0]
+    clock = time.monotonic
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock() + jump[0])
+    ended: list[BaseException] = []
+    dog = Watchdog(tmp_path / "stacks", 60.0, ended.append)
+    monkeypatch.setattr(dog, "_interval", 0.1)
+    dog.start()
+    progress.enter("update", step=1)
+    time.sleep(0.5)
+    jump[0] = 3600.0
+    time.sleep(0.5)
+    dog.stop()
+    assert ended == []
