@@ -69,7 +69,7 @@ def test_a_run_leaves_its_metrics_recipe_events_and_checkpoint(toy: Toy, straigh
     # TensorBoard stores float32.
     assert logged == pytest.approx({step: lines[step]["train/loss"] for step in range(1, 5)}, rel=1e-6)
 
-    # save_period 2, keep_latest_k 1
+    # save_period 2, keep_top_k 1
     assert checkpoints(straight) == ["step_4"]
 
 

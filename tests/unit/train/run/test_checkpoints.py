@@ -14,6 +14,7 @@ from megatron_g2rpo.policy import sharded_state
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.train.run.checkpoints import Checkpoints
+from megatron_g2rpo.train.run.retention import Retention
 from tests.common.parity import packer_for, random_sequences, toy_loss
 from tests.common.policy_layout import layout_options
 from tests.common.tiny_model import make_tiny_qwen3vl
@@ -91,13 +92,13 @@ def test_the_weights_alone_would_not_do(model_dir: Path, tmp_path: Path) -> None
 
 
 def test_the_newest_are_kept_and_an_unfinished_one_does_not_count(model_dir: Path, tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, 2)
-    assert checkpoints.latest() is None
+    checkpoints = Checkpoints(tmp_path, Retention(keep_top_k=2))
+    assert not checkpoints.has(2)
     policy = make_policy(model_dir)
     for number in (2, 9, 10):  # as text, 10 comes before 9
         (tmp_path / f"step_{number + 90}.partial").mkdir(parents=True)  # of a job that was killed
         checkpoints.save(number, policy, {})
-        assert checkpoints.latest() == number
+        assert checkpoints.has(number)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_9"]
 
 
