@@ -23,8 +23,8 @@ def non_finite(state: Mapping[str, Any]) -> list[str]:
         state: part of a sharded state dict, such as weights or the optimizer's state; what is not a tensor is left out.
     """
     # Asked for at the end: where tensors are a GPU's, every answer waits for it.
-    extremes = [(_name(entry), _extremes(tensor)) for entry, tensor in _tensors(state)]
-    return list(dict.fromkeys(name for name, bounds in extremes if not bool(bounds.isfinite().all())))
+    extremes = [(entry, _extremes(tensor)) for entry, tensor in _tensors(state)]
+    return list(dict.fromkeys(_name(entry) for entry, bounds in extremes if not bool(bounds.isfinite().all())))
 
 
 def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[Any, Tensor]]:
@@ -43,6 +43,9 @@ def _extremes(tensor: Tensor) -> Tensor:
 
 def _name(entry: Any) -> str:
     """A tensor's name, with the number of its layer where a checkpoint holds all layers as one tensor."""
-    if isinstance(entry, ShardedTensor) and entry.prepend_axis_num:
+    if isinstance(entry, ShardedTensorFactory):
+        # Gate and up projection are saved as two tensors of one name.
+        entry = next(iter(nested_values(x=entry.build())))
+    if entry.prepend_axis_num:
         return entry.key.replace(".layers.", f".layers.{entry.global_offset[0]}.", 1)
     return entry.key
