@@ -9,6 +9,7 @@ system, where it holds no lock of Python's.
 
 from __future__ import annotations
 
+import inspect
 import os
 import queue
 import shutil
@@ -28,6 +29,13 @@ from megatron_g2rpo.weights.manifest import FileRecord, records
 
 # Without the decorator, which switches the garbage collector of the whole process off: it is meant for a fork.
 _write_bucket = FileSystemWriterAsync.write_preloaded_data.__wrapped__  # type: ignore[attr-defined]
+
+# Releases after 0.16 have another writer beside this one, of another package, and take that unless told not to.
+_STRATEGY: Any = (
+    {"async_strategy": "mcore"}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters  # type: ignore[arg-type]
+    else {}
+)
 
 
 class CheckpointWriteError(OSError):
@@ -70,7 +78,7 @@ class Writing:
         filesystem_async._results_queue = self._results
         try:
             self._request: Any = dist_checkpointing.save(
-                sharded_state_dict=state, checkpoint_dir=str(directory), async_sharded_save=True
+                sharded_state_dict=state, checkpoint_dir=str(directory), async_sharded_save=True, **_STRATEGY
             )
         except (OSError, RuntimeError) as error:
             if not _is_of_the_disk(error):
@@ -94,7 +102,14 @@ class Writing:
             outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
             count: queue.Queue[int] = queue.Queue()
             count.put(number)
-            _write_bucket(self._transforms, number, bucket, outcome, count, use_fsync=True)
+            _write_bucket(
+                transform_list=self._transforms,
+                local_proc_idx=number,
+                write_bucket=bucket,
+                results_queue=outcome,
+                count_queue=count,
+                use_fsync=True,
+            )
             _, result = outcome.get()
             if isinstance(result, Exception):
                 raise result
