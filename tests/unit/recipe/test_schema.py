@@ -130,6 +130,18 @@ def test_a_value_out_of_its_range_is_refused(override: str) -> None:
             [f"{DDP}={{overlap_param_gather: true, use_distributed_optimizer: true}}"],
             "overlap_param_gather needs overlap_grad_reduce",
         ),
+        (
+            ["checkpointing.metric_name=val/mean_accurracy"],
+            r"'val/mean_accurracy' is no metric of this recipe's validation \(nearest: val/mean_accuracy; also",
+        ),
+        (["checkpointing.metric_name=train/reward"], "'train/reward' is no metric of this recipe's validation"),
+        (
+            [
+                "checkpointing.metric_name=val/mean_reward",
+                "grpo={val_period: 0, val_at_start: false, val_at_end: false}",
+            ],
+            r"ranked by val/mean_reward, and nothing validates(.|\n)*metric_name(.|\n)*grpo\.val_period",
+        ),
         (["data.task_weights={orc: 2.0}"], r"'orc' is not a task of env\.tasks \(nearest: ocr\)"),
         (
             [
@@ -161,6 +173,9 @@ def test_values_that_contradict_each_other_are_refused(overrides: list[str], mes
         ["env.tasks.ocr.length={start: 8, peak_start: 8, peak_end: 8, end: 8}"],
         ["env.tasks.ocr={length: null, entropy: null, answer_format: exact}"],
         ["loss_fn.ratio_clip_c=null", "policy.logprob_chunk_size=null", "checkpointing.keep_top_k=null"],
+        ["checkpointing={metric_name: val/mean_greedy_accuracy, async_save: true}"],
+        ["checkpointing={metric_name: val/ocr/response_tokens, higher_is_better: false}"],
+        ["checkpointing.metric_name=val/mean_format", "grpo.val_period=0", "grpo.val_at_end=false"],
         ["policy.train_global_batch_size=1024"],
         ["policy.generation={top_k: 128, top_p: 1.0, min_p: 1.0, stop_strings: [</answer>]}"],
         ["policy.generation={val_top_k: 1000, val_top_p: 0.95, val_min_p: 0.01, val_stop_strings: [a, b]}"],

@@ -93,9 +93,7 @@ def test_a_kill_in_between_leaves_the_old_one(model_dir: Path, tmp_path: Path, d
     checkpoints.finish()
 
 
-def test_it_is_published_at_the_first_boundary_after_it_is_written(
-    model_dir: Path, tmp_path: Path, disk: Disk
-) -> None:
+def test_it_is_published_at_the_first_boundary_after_it_is_written(model_dir: Path, tmp_path: Path, disk: Disk) -> None:
     policy, checkpoints = make_policy(model_dir), Checkpoints(tmp_path, Retention(1), is_async=True)
     checkpoints.poll()  # there is none
     checkpoints.save(1, policy, {})
@@ -147,7 +145,9 @@ def test_an_error_before_the_first_tensor_leaves_nothing(
 
     with monkeypatch.context() as patched:
         patched.setattr("megatron.core.dist_checkpointing.strategies.common.torch.save", full)
-        with pytest.raises(CheckpointWriteError, match=r"rank 0 could not write .*step_2\.partial: .* MiB are free there"):
+        with pytest.raises(
+            CheckpointWriteError, match=r"rank 0 could not write .*step_2\.partial: .* MiB are free there"
+        ):
             checkpoints.save(2, policy, {})
     assert names_in(tmp_path) == ["step_1"]
     checkpoints.save(2, policy, {})

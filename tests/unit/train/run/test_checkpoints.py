@@ -142,7 +142,9 @@ def test_a_policy_that_is_not_finite_is_not_saved(model_dir: Path, tmp_path: Pat
     policy, checkpoints = make_policy(model_dir), Checkpoints(tmp_path, Retention(1))
     checkpoints.save(1, policy, {})
     dict(policy.model.named_parameters())["language_model.decoder.layers.0.mlp.linear_fc1.weight"].data[2, 3] = value
-    with pytest.raises(PolicyNotFinite, match=r"after step 2, .* in \S*decoder\.layers\.0\.mlp\.linear_fc1\.weight\. The"):
+    with pytest.raises(
+        PolicyNotFinite, match=r"after step 2, .* in \S*decoder\.layers\.0\.mlp\.linear_fc1\.weight\. The"
+    ):
         checkpoints.save(2, policy, {})
     assert names_in(tmp_path) == ["step_1"]
 

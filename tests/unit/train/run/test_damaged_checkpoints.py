@@ -100,7 +100,10 @@ def test_what_has_a_checkpoints_name_and_is_none_is_skipped(two: Path, tmp_path:
     (directory / "step_9.partial").mkdir()  # of a job that was killed while it saved
     found = Checkpoints(directory, run_id="mine").newest_whole()
     assert found.step == 6
-    assert [note.split(": ")[0] for note in found.notes] == ["checkpoint step_8 is damaged", "checkpoint step_7 is damaged"]
+    assert [note.split(": ")[0] for note in found.notes] == [
+        "checkpoint step_8 is damaged",
+        "checkpoint step_7 is damaged",
+    ]
     assert "step_8 is no Megatron checkpoint" in found.notes[0]
     assert "step_7 is no directory" in found.notes[1]
 
@@ -152,9 +155,7 @@ def test_one_that_was_about_to_be_replaced_has_its_name_again(two: Path, tmp_pat
     assert names_in(directory) == ["step_4", "step_6"]
 
 
-def test_a_damaged_checkpoint_counts_for_nothing_and_is_kept(
-    policy: MegatronPolicy, two: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_checkpoint_counts_for_nothing_and_is_kept(policy: MegatronPolicy, two: Path, tmp_path: Path) -> None:
     """Of the two that are to stay neither is the damaged one, though only a look at its bytes tells."""
     directory = shutil.copytree(two, tmp_path / "run")
     flip(directory / "step_6" / BIG)
