@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from megatron_g2rpo.recipe.base import Section, Text
 
@@ -19,10 +19,24 @@ class Checkpointing(Section):
     """Folder of the checkpoints."""
     save_period: PositiveInt
     """Number of steps between checkpoints; the last step is always saved."""
-    keep_latest_k: PositiveInt | None
-    """Number of latest checkpoints to keep; null: all."""
+    keep_top_k: PositiveInt | None
+    """Number of checkpoints to keep, the best by ``metric_name``, and the newest beside them; null: all."""
+    metric_name: Text | None
+    """Metric of the validation that says which are best; null: the newest are."""
+    higher_is_better: bool
+    """Whether the best checkpoint is that with the largest metric, or with the smallest."""
+    async_save: bool
+    """Whether a checkpoint is written while the run goes on."""
     export_hf: bool
     """Whether to write the final policy as a Hugging Face directory, ``<logger.log_dir>/hf``."""
+
+    @field_validator("metric_name")
+    @classmethod
+    def _of_the_validation(cls, name: str | None) -> str | None:
+        """Take NeMo-RL's ``val:mean_reward`` for ``val/mean_reward``."""
+        if name is None:
+            return None
+        return f"val/{name.removeprefix('val:')}" if name.startswith("val:") else name
 
 
 class Logger(Section):

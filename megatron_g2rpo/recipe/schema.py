@@ -16,6 +16,7 @@ from megatron_g2rpo.recipe.keys import dotted
 from megatron_g2rpo.recipe.loss_section import LossFn
 from megatron_g2rpo.recipe.policy_section import Policy
 from megatron_g2rpo.recipe.run_sections import Checkpointing, Cluster, Logger
+from megatron_g2rpo.recipe.validation_metrics import validation_metrics
 
 
 class _Common(Section):
@@ -59,6 +60,26 @@ class _Common(Section):
                 "false",
                 "data.validation",
                 *keys,
+            )
+        self._check_metric(self.checkpointing.metric_name, asked, section)
+
+    def _check_metric(self, metric: str | None, asked: list[str], section: str) -> None:
+        if metric is None:
+            return
+        if not asked:
+            raise conflict(
+                f"checkpoints are ranked by {metric}, and nothing validates",
+                "checkpointing.metric_name",
+                *(f"{section}.{name}" for name in ("val_period", "val_at_start", "val_at_end")),
+            )
+        tasks = self.env.tasks
+        weights = [self.env.reward_weights, *(settings.reward_weights for settings in tasks.values())]
+        names = list(validation_metrics(tasks, (part for parts in weights for part in parts)))
+        if metric not in names:
+            near = difflib.get_close_matches(metric, names, n=1, cutoff=0.0)[0]
+            raise conflict(
+                f"{metric!r} is no metric of this recipe's validation (nearest: {near}; also {', '.join(names[:4])})",
+                "checkpointing.metric_name",
             )
 
     def _check_layout(self) -> None:

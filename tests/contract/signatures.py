@@ -47,6 +47,15 @@ METHODS: dict[str, set[str]] = {
     f"{LIBRARY}.optimizer_param_scheduler.OptimizerParamScheduler.load_state_dict": {"state_dict"},
     f"{LIBRARY}.optimizer_param_scheduler.OptimizerParamScheduler.state_dict": set(),
     f"{LIBRARY}.optimizer_param_scheduler.OptimizerParamScheduler.step": {"increment"},
+    # Without its decorator, in a thread: ``train.run.checkpoint_writing``.
+    f"{LIBRARY}.dist_checkpointing.strategies.filesystem_async.FileSystemWriterAsync.write_preloaded_data": {
+        "transform_list",
+        "local_proc_idx",
+        "write_bucket",
+        "results_queue",
+        "count_queue",
+        "use_fsync",
+    },
     f"{LIBRARY}.distributed.DistributedDataParallel.no_sync": set(),
     f"{LIBRARY}.distributed.DistributedDataParallel.start_grad_sync": set(),
     f"{LIBRARY}.distributed.DistributedDataParallel.start_param_sync": {"force_sync"},

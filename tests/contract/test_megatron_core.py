@@ -56,7 +56,8 @@ def installed(name: str) -> dict[str, bool]:
     for attribute in attributes:
         owner, target = target, getattr(target, attribute)
     parameters = list(inspect.signature(target).parameters.values())
-    if inspect.isfunction(target) and inspect.isclass(owner):
+    is_static = attributes and isinstance(inspect.getattr_static(owner, attributes[-1]), staticmethod)
+    if inspect.isfunction(target) and inspect.isclass(owner) and not is_static:
         parameters = parameters[1:]  # self
     kinds = {parameter.kind for parameter in parameters}
     named = {

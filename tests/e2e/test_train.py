@@ -14,12 +14,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.data.processing import ChatProcessor
+from megatron_g2rpo.recipe.validation_metrics import validation_metrics
 from megatron_g2rpo.rollout.base import Sampling
 from megatron_g2rpo.train.assembly import assemble
 from megatron_g2rpo.train.g2rpo import g2rpo_step
 from megatron_g2rpo.train.run.loop import Run
 from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies, entropy_bounds
 from megatron_g2rpo.types import PackedBatch
+from megatron_g2rpo.weights.manifest import read_manifest
 from tests.common.tiny_model import hf_greedy
 from tests.e2e.runs import (
     BARE,
@@ -69,15 +71,23 @@ def test_a_run_leaves_its_metrics_recipe_events_and_checkpoint(toy: Toy, straigh
     # TensorBoard stores float32.
     assert logged == pytest.approx({step: lines[step]["train/loss"] for step in range(1, 5)}, rel=1e-6)
 
-    # save_period 2, keep_latest_k 1
+    # save_period 2, keep_top_k 1
     assert checkpoints(straight) == ["step_4"]
 
 
 def test_a_resumed_run_is_the_straight_run_bit_for_bit(toy: Toy, straight: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     recipe = toy.recipe(tmp_path / "recipe.yaml", logger={"log_dir": str(run)})
-    succeed("train", recipe, "grpo.max_num_steps=2")
+    # How and which checkpoints are kept changes nothing that is learnt; NeMo-RL's way of writing the metric.
+    ways = ("checkpointing.async_save=true", "checkpointing.metric_name=val:mean_reward")
+    succeed("train", recipe, "grpo.max_num_steps=2", *ways)
     assert checkpoints(run) == ["step_2"]
+    manifest = read_manifest(run / "checkpoints" / "step_2")
+    assert manifest is not None
+    last = {name: value for name, value in metrics(run)[2].items() if name.startswith("val/")}  # val_at_end
+    assert set(validation_metrics(TASKS, ["accuracy", "format"])) <= last.keys(), "a recipe may name each of them"
+    assert manifest.metrics == last
+    assert (run / "checkpoints" / "step_2" / "recipe.yaml").read_text() == (run / "recipe.yaml").read_text()
     # As if the job had been killed in step 4, while it logged, and earlier while it saved.
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "train/loss": 0.0}\n{"step": 4, "tr')

@@ -126,7 +126,7 @@ class Toy:
 def _common(toy: Toy) -> dict[str, Any]:
     length = {"start": 0, "peak_start": 4, "peak_end": 16, "end": 32}
     return {
-        "checkpointing": {"save_period": 2, "keep_latest_k": 1},
+        "checkpointing": {"save_period": 2, "keep_top_k": 1},
         "policy": {
             "model_name": str(toy.model),
             "precision": "float32",

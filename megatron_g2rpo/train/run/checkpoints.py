@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +16,296 @@ import torch.distributed as dist
 
 from megatron_g2rpo.collectives import from_first, gather
 from megatron_g2rpo.policy import checkpoint_reading
+from megatron_g2rpo.policy.finite import non_finite
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from megatron_g2rpo.train.run.checkpoint_writing import Writing
-from megatron_g2rpo.weights import CheckpointError, ProcessorSettings, copy_model_files, partial_path
+from megatron_g2rpo.train.run.checkpoint_publishing import REPLACED, Publication, aside
+from megatron_g2rpo.train.run.retention import Retention
+from megatron_g2rpo.weights import CheckpointError, ProcessorSettings
 from megatron_g2rpo.weights.checkpoint_metadata import structural_faults
-from megatron_g2rpo.weights.manifest import (
-    FileRecord,
-    Manifest,
-    faults,
-    files_of,
-    read_manifest,
-    records,
-    sync,
-    sync_directory,
-    write_manifest,
-)
-from megatron_g2rpo.weights.megatron_checkpoint import MODEL_FILES
+from megatron_g2rpo.weights.manifest import Manifest, faults, read_manifest
 
 _NAME = re.compile(r"step_(\d+)")
-_REPLACED = ".replaced"
+SHOWN_TENSORS = 5
+
+
+class PolicyNotFinite(FloatingPointError):
+    """A policy that holds NaN or an infinity is not saved; earlier checkpoints are as they were."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint that a run goes on from.
+
+    Attributes:
+        step: number of steps that were completed; None where there is no checkpoint.
+        notes: a line for the user about each newer checkpoint that is damaged.
+        metrics: see ``Manifest``.
+    """
+
+    step: int | None
+    notes: Sequence[str] = ()
+    metrics: Mapping[str, float] | None = None
+
+
+class Checkpoints:
+    """The checkpoints of one run directory.
+
+    A checkpoint is written to ``step_N.partial`` and renamed when every rank has finished and all of it is on the disk:
+    a job killed while it saves leaves the previous one untouched. Older ones are removed after that alone, and only if
+    this run wrote them and those that stay were found whole.
+
+    Args:
+        directory: the directory that holds the checkpoints.
+        retention: which are kept; None for all.
+        settings: see ``write_checkpoint``.
+        run_id: the run that they belong to; those of another are never removed.
+        recipe: text of the run's recipe, which is kept in each of them; None for none.
+        is_async: whether ``save`` returns while the files are being written. Then ``poll`` gives a checkpoint its name
+            as soon as they are, and ``finish`` waits for that.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        retention: Retention | None = None,
+        settings: ProcessorSettings | None = None,
+        *,
+        run_id: str = "",
+        recipe: str | None = None,
+        is_async: bool = False,
+    ) -> None:
+        self._directory = Path(directory)
+        self._retention = retention or Retention()
+        self._settings, self._recipe, self._run_id = settings, recipe, run_id
+        self._is_async = is_async
+        self._pending: Publication | None = None
+        # Step -> what is wrong with its files, of those that were read, or written, by this process.
+        self._faults: dict[int, Sequence[str]] = {}
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def has(self, step: int) -> bool:
+        """Whether this process has written the checkpoint of a step, or found it whole."""
+        return step in self._faults and not self._faults[step]
+
+    def newest_whole(self) -> Found:
+        """Find the newest checkpoint of which every file is what was written. A collective of all ranks.
+
+        The ranks share the files between them, and read each byte once: SHA-256 takes about a second per 1.2 GB on a
+        core with SHA instructions, so that 8 ranks check the 160 GB of an 8B model with its optimizer in 17 s, if the
+        file system gives 10 GB/s. What was read is in the page cache when it is loaded.
+
+        Raises:
+            CheckpointError: there are checkpoints, and all of them are damaged; each is named with why.
+        """
+        steps = from_first(lambda: sorted(self._recovered(), reverse=True))
+        damaged: list[str] = []
+        for step in steps:
+            wrong = self._faults_of(step)
+            if not wrong:
+                manifest = from_first(lambda at=step: read_manifest(self._path(at)))
+                notes = [f"{why}; the run goes on from step {step}" for why in damaged]
+                return Found(step, notes, manifest.metrics if manifest is not None else None)
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            damaged.append(f"checkpoint step_{step} is damaged: {wrong[0]}{more}")
+        if damaged:
+            raise CheckpointError(
+                f"{self._directory}: no checkpoint is whole:\n" + "\n".join(damaged) + "\nrestore one of them, or pass "
+                "--fresh to move the run aside and start anew"
+            )
+        return Found(None)
+
+    def _faults_of(self, step: int) -> Sequence[str]:
+        """What of a checkpoint's files is not as it was written. A collective of all ranks; read once a process."""
+        if step not in self._faults:
+            found = gather(lambda: self._faults_of_share(step))
+            self._faults[step] = [sentence for rank in found for sentence in rank]
+        return self._faults[step]
+
+    def _faults_of_share(self, step: int) -> list[str]:
+        """What of this rank's share of a checkpoint's files is not as it was written."""
+        directory = self._path(step)
+        if not directory.is_dir():
+            return [f"{directory} is no directory"]
+        try:
+            manifest = read_manifest(directory)
+        except (CheckpointError, OSError) as error:
+            return [str(error)]
+        rank, size = dist.get_rank(), dist.get_world_size()
+        if manifest is None:  # of a release up to 0.4
+            return list(structural_faults(directory)) if rank == 0 else []
+        return list(faults(directory, manifest, sorted(manifest.files)[rank::size]))
+
+    def load(self, step: int, policy: MegatronPolicy) -> dict[str, Any]:
+        """Restore a checkpoint into the policy, which may have another layout. A collective.
+
+        Returns:
+            ``step`` and the plain values given to ``save``.
+        """
+        with policy.device.megatron():
+            loaded: Any = checkpoint_reading.load(
+                {**policy.sharded_state_dict(is_loading=True), "loop": {}}, self._path(step)
+            )
+            loop = loaded.pop("loop")
+            policy.load_state_dict(loaded)
+        return loop
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def save(
+        self, step: int, policy: MegatronPolicy, state: Mapping[str, Any], metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Write weights, optimizer, schedule and ``state``. A collective.
+
+        One that is still being written is waited for. If the checkpoints are asynchronous, this one is only begun:
+        what is written is the state at this moment, and a fault of the disk is raised by ``poll`` or ``finish``.
+
+        Args:
+            step: number of steps that were completed.
+            policy: the policy whose state is saved.
+            state: plain values that are equal on every rank, such as the position in the data.
+            metrics: see ``Manifest``.
+
+        Raises:
+            CheckpointWriteError: it could not be written; nothing is left of it, and earlier ones are as they were.
+            PolicyNotFinite: the policy holds NaN or an infinity.
+            CheckpointError: another run has a checkpoint of that step here.
+        """
+        self.finish()
+        tensors = policy.sharded_state_dict()
+        _check_finite(tensors, step)
+        damaged = bool(self._faults.get(step))
+        from_first(lambda: self._make_way(step, damaged=damaged))
+        self._faults.pop(step, None)
+        with self._cleaning():
+            self._pending = Publication(
+                self._path(step),
+                policy,
+                {**tensors, "loop": {"step": step, **state}},
+                self._settings,
+                run_id=self._run_id,
+                step=step,
+                metrics=metrics,
+                recipe=self._recipe,
+            )
+        if not self._is_async:
+            self.finish()
+
+    def poll(self) -> None:
+        """Give the checkpoint that is being written its name if its files are on the disk. A collective.
+
+        Raises:
+            CheckpointWriteError: see ``save``.
+        """
+        if self._pending is not None and self._pending.is_done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one, and give it its name. A collective.
+
+        Raises:
+            CheckpointWriteError: see ``save``.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        with self._cleaning():
+            pending.publish()
+        self._faults[pending.step] = ()
+        self._prune()
+
+    @contextmanager
+    def _cleaning(self) -> Iterator[None]:
+        """Leave nothing of a checkpoint that could not be written: a disk that is full is full of it."""
+        try:
+            yield
+        except OSError:
+            if dist.get_rank() == 0:  # which may be the only one to know
+                self._remove_unfinished()
+            raise
+
+    def _make_way(self, step: int, *, damaged: bool) -> None:
+        """Remove what a killed job left unfinished, and rename what has the name of a new checkpoint and is none."""
+        self._remove_unfinished()
+        place = self._path(step)
+        if not place.exists():
+            return
+        try:
+            manifest = read_manifest(place)
+        except (CheckpointError, OSError):
+            manifest, damaged = None, True
+        if manifest is not None and manifest.run_id != self._run_id:
+            raise CheckpointError(
+                f"{place} belongs to another run ({manifest.run_id or 'none'}; this is {self._run_id or 'none'}) and is "
+                "not replaced: set checkpointing.checkpoint_dir to another directory"
+            )
+        if damaged:
+            place.rename(aside(place))
+
+    def _remove_unfinished(self) -> None:
+        """Remove what a job left that was killed while it saved."""
+        for left in self._directory.glob("step_*.partial"):
+            shutil.rmtree(left)
+
+    # -- names --------------------------------------------------------------------------------------------------------
+
+    def _path(self, step: int) -> Path:
+        return self._directory / f"step_{step}"
+
+    def _recovered(self) -> list[int]:
+        """The steps, after a checkpoint that was about to be replaced when its job ended has its name again."""
+        for old in self._directory.glob(f"step_*{REPLACED}"):
+            place = old.with_name(old.name.removesuffix(REPLACED))
+            if place.exists():
+                shutil.rmtree(old)
+            else:
+                old.rename(place)
+        return self._steps()
+
+    def _steps(self) -> list[int]:
+        """Steps of all that has a checkpoint's name; a file that has is a damaged one."""
+        if not self._directory.exists():
+            return []
+        matches = (_NAME.fullmatch(name) for name in os.listdir(self._directory))
+        return [int(match[1]) for match in matches if match]
+
+    def _prune(self) -> None:
+        """Remove what ``Retention`` does not keep of this run's checkpoints. A collective.
+
+        A damaged one counts for nothing, and is left to whoever looks into it. Those that an earlier process wrote are
+        read once, when there is one to remove.
+        """
+        keep = self._retention.keep_top_k
+        ours = from_first(lambda: self._ours(self._steps()))
+        if keep is None or len(ours) <= keep:
+            return
+        whole = {step: metrics for step, metrics in ours.items() if not self._faults_of(step)}
+        kept = self._retention.kept(whole)
+
+        def remove() -> None:
+            for step in sorted(whole.keys() - kept):
+                shutil.rmtree(self._path(step))
+
+        from_first(remove)
+
+    def _ours(self, steps: Iterable[int]) -> dict[int, Mapping[str, float]]:
+        """Metrics by step of the checkpoints that this run wrote.
+
+        Those of releases up to 0.4 say nothing, and count as its own: without a metric.
+        """
+        found: dict[int, Mapping[str, float]] = {}
+        for step in steps:
+            try:
+                manifest: Manifest | None = read_manifest(self._path(step))
+            except (CheckpointError, OSError):
+                continue
+            if manifest is None or manifest.run_id == self._run_id:
+                found[step] = manifest.metrics if manifest is not None else {}
+        return found
 
 
 def write_checkpoint(
-    directory: Path,
-    policy: MegatronPolicy,
-    state: dict[str, Any],
-    settings: ProcessorSettings | None = None,
-    *,
-    run_id: str = "",
-    step: int = 0,
-    metrics: Mapping[str, float] | None = None,
+    directory: Path, policy: MegatronPolicy, state: dict[str, Any], settings: ProcessorSettings | None = None
 ) -> None:
     """Write a state in megatron-core's distributed format, with what its model directory holds beside weights.
 
@@ -56,207 +317,25 @@ def write_checkpoint(
         policy: whose state it is.
         state: a sharded state dict, and plain values that are equal on every rank.
         settings: what the model directory's files must say of the run's processor; None to leave them as they are.
-        run_id: the run that writes it; empty for a checkpoint that belongs to none.
-        step: number of steps that were completed.
-        metrics: see ``Manifest``.
 
     Raises:
         CheckpointWriteError: a rank could not write its files; what was there before is as it was.
     """
-    partial = partial_path(directory)
-    from_first(lambda: _make_empty(partial))
-    with policy.device.megatron():
-        mine = Writing(state, partial).finish()
-    everyone = gather(lambda: mine)
-    found = {path: record for rank in everyone for path, record in rank.items()}
-
-    def publish() -> None:
-        copy_model_files(policy.settings.model_name, _made(partial / MODEL_FILES), settings)
-        others = records(partial, [path for path in files_of(partial) if path not in found])
-        sync_directory(partial)
-        _publish(partial, directory, _manifest({**found, **others}, run_id, step, metrics))
-
-    from_first(publish)
+    Publication(directory, policy, state, settings).publish()
 
 
-def _made(directory: Path) -> Path:
-    directory.mkdir()
-    return directory
+def _check_finite(state: Mapping[str, Any], step: int) -> None:
+    """Refuse a state that nothing could go on from. A collective.
 
-
-def _make_empty(directory: Path) -> None:
-    if directory.exists():
-        shutil.rmtree(directory)
-    directory.mkdir(parents=True)
-
-
-def _manifest(files: Mapping[str, FileRecord], run_id: str, step: int, metrics: Mapping[str, float] | None) -> Manifest:
-    return Manifest(
-        run_id=run_id, step=step, version=version("megatron-g2rpo"), metrics=dict(metrics or {}), files=files
-    )
-
-
-def _publish(partial: Path, directory: Path, manifest: Manifest) -> None:
-    """Give a checkpoint that is written its name. At every moment the old or the new one can be found."""
-    write_manifest(partial, manifest)
-    old = directory.with_name(directory.name + _REPLACED)
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    sync(directory.parent)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-@dataclass(frozen=True)
-class Found:
-    """The checkpoint that a run goes on from.
-
-    Attributes:
-        step: number of steps that were completed; None where there is no checkpoint.
-        notes: a line for the user about each newer checkpoint that is damaged.
+    Raises:
+        PolicyNotFinite: names the tensors.
     """
-
-    step: int | None
-    notes: Sequence[str] = ()
-
-
-class Checkpoints:
-    """The checkpoints of one run directory.
-
-    A checkpoint is written to ``step_N.partial`` and renamed when every rank has finished and all of it is on the disk:
-    a job killed while it saves leaves the previous one untouched.
-
-    Args:
-        directory: the directory that holds the checkpoints.
-        keep_latest_k: how many checkpoints to keep; None for all.
-        settings: see ``write_checkpoint``.
-        run_id: the run that they belong to; those of another are never removed.
-    """
-
-    def __init__(
-        self,
-        directory: str | Path,
-        keep_latest_k: int | None,
-        settings: ProcessorSettings | None = None,
-        *,
-        run_id: str = "",
-    ) -> None:
-        self._settings = settings
-        self._directory = Path(directory)
-        self._keep = keep_latest_k
-        self._run_id = run_id
-
-    def latest(self) -> int | None:
-        """Step of the newest checkpoint, or None. Whether it is undamaged is not looked at."""
-        return max(self._steps(), default=None)
-
-    def newest_whole(self) -> Found:
-        """Find the newest checkpoint of which every file is what was written. A collective of all ranks.
-
-        The ranks share the files between them.
-
-        Raises:
-            CheckpointError: there are checkpoints, and all of them are damaged; each is named with why.
-        """
-        steps = from_first(lambda: sorted(self._recovered(), reverse=True))
-        damaged: list[str] = []
-        for step in steps:
-            wrong = [sentence for rank in gather(lambda at=step: self._faults(at)) for sentence in rank]
-            if not wrong:
-                return Found(step, [f"{why}; the run goes on from step {step}" for why in damaged])
-            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            damaged.append(f"checkpoint step_{step} is damaged: {wrong[0]}{more}")
-        if damaged:
-            raise CheckpointError(
-                f"{self._directory}: no checkpoint is whole:\n" + "\n".join(damaged) + "\nrestore one of them, or pass "
-                "--fresh to move the run aside and start anew"
-            )
-        return Found(None)
-
-    def _faults(self, step: int) -> list[str]:
-        """What this rank's share of a checkpoint's files is not as it was written."""
-        directory = self._directory / f"step_{step}"
-        try:
-            manifest = read_manifest(directory)
-        except CheckpointError as error:
-            return [str(error)]
-        rank, size = dist.get_rank(), dist.get_world_size()
-        if manifest is None:  # of a release up to 0.4
-            return list(structural_faults(directory)) if rank == 0 else []
-        return list(faults(directory, manifest, sorted(manifest.files)[rank::size]))
-
-    def save(
-        self, step: int, policy: MegatronPolicy, state: Mapping[str, Any], metrics: Mapping[str, float] | None = None
-    ) -> None:
-        """Write weights, optimizer, schedule and ``state``. A collective.
-
-        Args:
-            step: number of steps that were completed.
-            policy: the policy whose state is saved.
-            state: plain values that are equal on every rank, such as the position in the data.
-            metrics: see ``Manifest``.
-
-        Raises:
-            CheckpointWriteError: it could not be written; nothing is left of it, and earlier ones are as they were.
-        """
-        from_first(self._remove_unfinished)
-        everything = {**policy.sharded_state_dict(), "loop": {"step": step, **state}}
-        directory = self._directory / f"step_{step}"
-        try:
-            write_checkpoint(
-                directory, policy, everything, self._settings, run_id=self._run_id, step=step, metrics=metrics
-            )
-        except OSError:
-            from_first(self._remove_unfinished)  # a disk that is full is full of it
-            raise
-        from_first(self._prune)
-
-    def load(self, step: int, policy: MegatronPolicy) -> dict[str, Any]:
-        """Restore a checkpoint into the policy, which may have another layout. A collective.
-
-        Returns:
-            ``step`` and the plain values given to ``save``.
-        """
-        with policy.device.megatron():
-            loaded: Any = checkpoint_reading.load(
-                {**policy.sharded_state_dict(is_loading=True), "loop": {}}, self._directory / f"step_{step}"
-            )
-            loop = loaded.pop("loop")
-            policy.load_state_dict(loaded)
-        return loop
-
-    def _remove_unfinished(self) -> None:
-        """Remove what a job left that was killed while it saved."""
-        for left in self._directory.glob("step_*.partial"):
-            shutil.rmtree(left)
-
-    def _recovered(self) -> list[int]:
-        """The steps, after a checkpoint that was about to be replaced when its job ended has its name again."""
-        for old in self._directory.glob(f"step_*{_REPLACED}"):
-            place = old.with_name(old.name.removesuffix(_REPLACED))
-            if place.exists():
-                shutil.rmtree(old)
-            else:
-                old.rename(place)
-        return self._steps()
-
-    def _steps(self) -> list[int]:
-        if not self._directory.exists():
-            return []
-        matches = (_NAME.fullmatch(path.name) for path in self._directory.iterdir() if path.is_dir())
-        return [int(match[1]) for match in matches if match]
-
-    def _prune(self) -> None:
-        if self._keep is None:
-            return
-        for step in sorted(filter(self._is_ours, self._steps()))[: -self._keep]:
-            shutil.rmtree(self._directory / f"step_{step}")
-
-    def _is_ours(self, step: int) -> bool:
-        """Whether this run wrote a checkpoint; those of releases up to 0.4 say nothing, and count as its own."""
-        try:
-            manifest = read_manifest(self._directory / f"step_{step}")
-        except CheckpointError:
-            return False  # what is damaged is kept for whoever looks into it
-        return manifest is None or manifest.run_id == self._run_id
+    learnt = {part: state[part] for part in ("model", "optimizer") if part in state}
+    names = list(dict.fromkeys(name for rank in gather(lambda: non_finite(learnt)) for name in rank))
+    if names:
+        more = f" and {len(names) - SHOWN_TENSORS} more" if len(names) > SHOWN_TENSORS else ""
+        raise PolicyNotFinite(
+            f"the policy is not finite after step {step}, and is not saved: NaN or infinity in "
+            f"{', '.join(names[:SHOWN_TENSORS])}{more}. The checkpoints before it are as they were; go on from the "
+            "newest with a lower policy.megatron_cfg.optimizer.lr, or look into the batch of this step"
+        )

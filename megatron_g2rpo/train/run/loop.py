@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_g2rpo import progress, weights
+from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.collectives import from_first
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
 from megatron_g2rpo.rollout.base import EngineUnavailable
@@ -19,6 +20,7 @@ from megatron_g2rpo.train.assembly import Components
 from megatron_g2rpo.train.run.checkpoints import Checkpoints, Found
 from megatron_g2rpo.train.run.directory import run_id
 from megatron_g2rpo.train.run.logs import MetricsLog, StepMetrics
+from megatron_g2rpo.train.run.retention import Retention
 from megatron_g2rpo.train.run.validation import validate
 
 
@@ -42,11 +44,14 @@ class Run:
         options = recipe.checkpointing
         self._checkpoints = Checkpoints(
             options.checkpoint_dir,
-            options.keep_latest_k,
+            Retention(options.keep_top_k, options.metric_name, options.higher_is_better),
             components.processor.settings,
             run_id=from_first(lambda: run_id(recipe.logger.log_dir)),
+            recipe=recipes.dump(recipe),
+            is_async=options.async_save,
         )
         self.first_step = 0
+        self._metrics: Mapping[str, float] = {}  # of the last validation
         self._validated = False
         grpo = recipe.grpo if isinstance(recipe, TrainRecipe) else None
         size = recipe.policy.train_global_batch_size if grpo is None else grpo.num_prompts_per_step
@@ -60,6 +65,7 @@ class Run:
             if "guard" in state:  # releases up to 0.4 wrote none
                 components.guard.load_state_dict(state["guard"])
             self.first_step = state["step"]
+            self._metrics = found.metrics or {}
 
     @property
     def last_step(self) -> int:
@@ -108,11 +114,22 @@ class Run:
             raise self._saved(step, self._state(), error) from error
 
     def save(self, step: int) -> None:
-        """Save a step that was taken, when it is time to: every ``save_period`` steps and at the end. A collective."""
+        """Save a step that was taken, when it is time to: every ``save_period`` steps and at the end. A collective.
+
+        With ``checkpointing.async_save`` it is written while the next steps run. It gets its name at the end of the
+        first step by which every rank has written it, and an error of the disk is raised there.
+
+        Raises:
+            CheckpointWriteError: a checkpoint could not be written; names it, the rank and the cause.
+            PolicyNotFinite: the policy holds NaN or an infinity, and is not saved.
+        """
         options = self._recipe.checkpointing
-        if options.enabled and (step == self.last_step or step % options.save_period == 0):
+        if not options.enabled:
+            return
+        self._checkpoints.poll()
+        if step == self.last_step or step % options.save_period == 0:
             progress.enter("checkpoint")
-            self._checkpoints.save(step, self._components.policy, self._state())
+            self._checkpoints.save(step, self._components.policy, self._state(), self._metrics)
 
     @contextmanager
     def sampling(self, step: int) -> Iterator[None]:
@@ -144,18 +161,26 @@ class Run:
         options = self._recipe.checkpointing
         if not options.enabled:
             return EngineUnavailable(f"{error}\ncheckpointing.enabled is false: the steps since the start are lost")
-        if self._checkpoints.latest() != step:
-            self._checkpoints.save(step, self._components.policy, state)
+        self._checkpoints.finish()
+        if not self._checkpoints.has(step):
+            self._checkpoints.save(step, self._components.policy, state, self._metrics)
+            self._checkpoints.finish()
         return EngineUnavailable(
             f"{error}\n{step} steps are saved in {options.checkpoint_dir}/step_{step}; the same command goes on there"
         )
 
     def finish(self) -> Path | None:
-        """Export the policy as a Hugging Face directory, if the recipe asks for it. A collective of all ranks.
+        """Wait for the last checkpoint, and export the policy as a Hugging Face directory, if the recipe asks for it.
+
+        A collective of all ranks.
 
         Returns:
             The directory, or None.
+
+        Raises:
+            CheckpointWriteError: see ``save``.
         """
+        self._checkpoints.finish()
         if not self._recipe.checkpointing.export_hf:
             return None
         progress.enter("export")
@@ -186,4 +211,15 @@ class Run:
         for line in result.failures:
             log.note(line)
         self._validated = True
+        self._metrics = self._ranked(result.metrics)
         return {**result.metrics, "time/validation": time.perf_counter() - start}
+
+    def _ranked(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        """The metrics that a checkpoint keeps, after a check that the one which ranks checkpoints is among them."""
+        name = self._recipe.checkpointing.metric_name
+        if name is not None and name not in metrics:
+            raise ValueError(
+                f"checkpointing.metric_name: the validation has no {name}, as its task has no validation data; it has "
+                f"{', '.join(sorted(metrics))}"
+            )
+        return metrics

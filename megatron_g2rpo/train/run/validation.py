@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_g2rpo.recipe import Recipe
+from megatron_g2rpo.recipe.validation_metrics import OF_REWARDS
 from megatron_g2rpo.rollout.base import Sampling
 from megatron_g2rpo.train.assembly import Components
 from megatron_g2rpo.train.step.generation import answers
@@ -84,7 +85,7 @@ def _task_means(tasks: tuple[str, ...], rollouts: list[Rollout], rewards: Reward
     truncated = torch.tensor([rollout.truncated for rollout in rollouts], dtype=torch.float64)
     columns = {
         "reward": rewards.total,
-        **{name: rewards.parts[name] for name in ("accuracy", "format") if name in rewards.parts},
+        **{name: rewards.parts[name] for name in OF_REWARDS if name in rewards.parts},
         "response_tokens": lengths,
         "truncated": truncated,
     }

@@ -60,6 +60,7 @@ def test_an_unknown_key_names_its_file_line_and_the_nearest_key(write: Write) ->
         ("env.tasks.ocr.lenght=null", "env.tasks.ocr.length"),
         ("env.tasks.ocr.length.peak_strt=3", "env.tasks.ocr.length.peak_start"),
         ("grpo.val_temperature=0.7", "policy.generation.val_temperature"),
+        ("checkpointing.keep_latest_k=2", "checkpointing.keep_top_k"),  # the name it had up to 0.4
         ("zzz=1", None),
     ],
 )

@@ -39,7 +39,7 @@ def load(*overrides: str) -> recipe.TrainRecipe:
         "loss_fn.ratio_clip_max=0.0",
         "loss_fn.ratio_clip_c=1.0",
         "checkpointing.save_period=0",
-        "checkpointing.keep_latest_k=0",
+        "checkpointing.keep_top_k=0",
         "policy.init=scratch",
         "policy.precision=float16",
         "policy.logprob_chunk_size=0",
@@ -130,6 +130,18 @@ def test_a_value_out_of_its_range_is_refused(override: str) -> None:
             [f"{DDP}={{overlap_param_gather: true, use_distributed_optimizer: true}}"],
             "overlap_param_gather needs overlap_grad_reduce",
         ),
+        (
+            ["checkpointing.metric_name=val/mean_accurracy"],
+            r"'val/mean_accurracy' is no metric of this recipe's validation \(nearest: val/mean_accuracy; also",
+        ),
+        (["checkpointing.metric_name=train/reward"], "'train/reward' is no metric of this recipe's validation"),
+        (
+            [
+                "checkpointing.metric_name=val/mean_reward",
+                "grpo={val_period: 0, val_at_start: false, val_at_end: false}",
+            ],
+            r"ranked by val/mean_reward, and nothing validates(.|\n)*metric_name(.|\n)*grpo\.val_period",
+        ),
         (["data.task_weights={orc: 2.0}"], r"'orc' is not a task of env\.tasks \(nearest: ocr\)"),
         (
             [
@@ -160,7 +172,10 @@ def test_values_that_contradict_each_other_are_refused(overrides: list[str], mes
         ["grpo.num_generations_per_prompt=1", "grpo.adv_estimator.stages=[task]", "policy.train_global_batch_size=128"],
         ["env.tasks.ocr.length={start: 8, peak_start: 8, peak_end: 8, end: 8}"],
         ["env.tasks.ocr={length: null, entropy: null, answer_format: exact}"],
-        ["loss_fn.ratio_clip_c=null", "policy.logprob_chunk_size=null", "checkpointing.keep_latest_k=null"],
+        ["loss_fn.ratio_clip_c=null", "policy.logprob_chunk_size=null", "checkpointing.keep_top_k=null"],
+        ["checkpointing={metric_name: val/mean_greedy_accuracy, async_save: true}"],
+        ["checkpointing={metric_name: val/ocr/response_tokens, higher_is_better: false}"],
+        ["checkpointing.metric_name=val/mean_format", "grpo.val_period=0", "grpo.val_at_end=false"],
         ["policy.train_global_batch_size=1024"],
         ["policy.generation={top_k: 128, top_p: 1.0, min_p: 1.0, stop_strings: [</answer>]}"],
         ["policy.generation={val_top_k: 1000, val_top_p: 0.95, val_min_p: 0.01, val_stop_strings: [a, b]}"],

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +13,16 @@ import pytest
 import torch
 
 from megatron_g2rpo.policy import sharded_state
-from megatron_g2rpo.policy.device import select
-from megatron_g2rpo.policy.megatron import MegatronPolicy
-from megatron_g2rpo.train.run.checkpoints import Checkpoints
-from tests.common.parity import packer_for, random_sequences, toy_loss
-from tests.common.policy_layout import layout_options
-from tests.common.tiny_model import make_tiny_qwen3vl
+from megatron_g2rpo.train.run.checkpoints import Checkpoints, PolicyNotFinite
+from megatron_g2rpo.train.run.retention import Retention
+from megatron_g2rpo.weights import CheckpointError
+from megatron_g2rpo.weights.manifest import faults, files_of, read_manifest
+from tests.unit.train.run.checkpoint_cases import make_model, make_policy, names_in, step, weights_of
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    make_tiny_qwen3vl(directory, layers=1, vision_depth=2, deepstack=(0,))
-    return directory
-
-
-def make_policy(model_dir: Path, precision: str = "float32", freeze_vision: bool = False) -> MegatronPolicy:
-    settings = layout_options(model_dir, precision=precision, freeze_vision=freeze_vision)
-    return MegatronPolicy(settings, select("cpu"), seed=0, max_steps=10)
-
-
-def step(policy: MegatronPolicy) -> dict[str, float]:
-    sequences = random_sequences(policy.hf_config)
-    return policy.update(packer_for(policy.hf_config).pack(sequences, budget=80), toy_loss)
+    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +70,7 @@ def test_the_weights_alone_would_not_do(model_dir: Path, tmp_path: Path) -> None
     """The negative of the test above: without the optimizer's moments the steps differ."""
     straight = make_policy(model_dir)
     step(straight)
-    saved = {name: tensor.clone() for name, tensor in straight.stream()}
+    saved = weights_of(straight)
     expected = [step(straight) for _ in range(2)]
     fresh = make_policy(model_dir)
     fresh.load(saved, source="the policy after its first step")
@@ -91,17 +80,89 @@ def test_the_weights_alone_would_not_do(model_dir: Path, tmp_path: Path) -> None
 
 
 def test_the_newest_are_kept_and_an_unfinished_one_does_not_count(model_dir: Path, tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, 2)
-    assert checkpoints.latest() is None
+    checkpoints = Checkpoints(tmp_path, Retention(keep_top_k=2))
+    assert not checkpoints.has(2)
     policy = make_policy(model_dir)
     for number in (2, 9, 10):  # as text, 10 comes before 9
         (tmp_path / f"step_{number + 90}.partial").mkdir(parents=True)  # of a job that was killed
         checkpoints.save(number, policy, {})
-        assert checkpoints.latest() == number
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_9"]
+        assert checkpoints.has(number)
+    assert names_in(tmp_path) == ["step_10", "step_9"]
 
 
 def test_a_save_leaves_no_process_behind(model_dir: Path, tmp_path: Path) -> None:
     """One that outlived a failed rank would hold its standard output open, and whoever reads that would wait."""
     Checkpoints(tmp_path, None).save(1, make_policy(model_dir), {})
     assert multiprocessing.active_children() == []
+
+
+METRIC = "val/mean_reward"
+
+
+def test_the_best_are_kept_and_a_later_process_knows_them(model_dir: Path, tmp_path: Path) -> None:
+    """Their metrics stand in their manifests, so that a resumed run needs no other record."""
+    policy, best_one = make_policy(model_dir), Retention(1, METRIC)
+    checkpoints = Checkpoints(tmp_path, best_one, run_id="mine")
+    for number, reward in ((1, 0.2), (2, 0.9)):
+        checkpoints.save(number, policy, {}, {METRIC: reward})
+    assert names_in(tmp_path) == ["step_2"]
+    later = Checkpoints(tmp_path, best_one, run_id="mine")
+    found = later.newest_whole()
+    assert (found.step, found.metrics) == (2, {METRIC: 0.9})
+    later.save(3, policy, {}, {METRIC: 0.1})
+    later.save(4, policy, {}, {METRIC: 0.3})
+    assert names_in(tmp_path) == ["step_2", "step_4"]
+
+
+def test_checkpoints_of_another_run_are_neither_removed_nor_replaced(model_dir: Path, tmp_path: Path) -> None:
+    policy, newest = make_policy(model_dir), Retention(1)
+    Checkpoints(tmp_path, newest, run_id="theirs").save(1, policy, {})
+    mine = Checkpoints(tmp_path, newest, run_id="mine")
+    with pytest.raises(CheckpointError, match=r"step_1 belongs to another run \(theirs; this is mine\)"):
+        mine.save(1, policy, {})
+    mine.save(2, policy, {})
+    mine.save(3, policy, {})
+    assert names_in(tmp_path) == ["step_1", "step_3"]
+    assert read_manifest(tmp_path / "step_1").run_id == "theirs"  # type: ignore[union-attr]
+
+
+def test_a_checkpoint_names_its_run_release_and_recipe(model_dir: Path, tmp_path: Path) -> None:
+    Checkpoints(tmp_path, run_id="mine", recipe="grpo: {}\n").save(4, make_policy(model_dir), {}, {METRIC: 0.5})
+    manifest = read_manifest(tmp_path / "step_4")
+    assert manifest is not None
+    assert (manifest.run_id, manifest.step, manifest.metrics) == ("mine", 4, {METRIC: 0.5})
+    assert manifest.version == version("megatron-g2rpo")
+    assert (tmp_path / "step_4" / "recipe.yaml").read_text() == "grpo: {}\n"
+    assert sorted(manifest.files) == files_of(tmp_path / "step_4")
+    assert list(faults(tmp_path / "step_4", manifest)) == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_policy_that_is_not_finite_is_not_saved(model_dir: Path, tmp_path: Path, value: float) -> None:
+    policy, checkpoints = make_policy(model_dir), Checkpoints(tmp_path, Retention(1))
+    checkpoints.save(1, policy, {})
+    dict(policy.model.named_parameters())["language_model.decoder.layers.0.mlp.linear_fc1.weight"].data[2, 3] = value
+    with pytest.raises(
+        PolicyNotFinite, match=r"after step 2, .* in \S*decoder\.layers\.0\.mlp\.linear_fc1\.weight\. The"
+    ):
+        checkpoints.save(2, policy, {})
+    assert names_in(tmp_path) == ["step_1"]
+
+
+def test_moments_that_are_not_finite_are_not_saved(model_dir: Path, tmp_path: Path) -> None:
+    """The weights would be NaN one step later."""
+    policy = make_policy(model_dir)
+    step(policy)
+    first = next(iter(policy.optimizer.chained_optimizers[0].state.values()))  # type: ignore[union-attr]
+    first["exp_avg_sq"].view(-1)[-1] = math.nan
+    with pytest.raises(PolicyNotFinite, match=r"in optimizer\.state\.exp_avg_sq\.\S+\. The"):
+        Checkpoints(tmp_path).save(1, policy, {})
+    assert not tmp_path.joinpath("step_1").exists()
+
+
+def test_nothing_of_a_step_draws_from_a_global_generator(model_dir: Path) -> None:
+    """What is drawn is a function of the recipe's seed and the step: there is no generator that a checkpoint lacks."""
+    policy = make_policy(model_dir)
+    before = torch.get_rng_state()
+    step(policy)
+    assert torch.equal(torch.get_rng_state(), before)

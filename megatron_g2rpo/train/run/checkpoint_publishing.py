@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One checkpoint from its first byte to its name: written beside its place, and renamed when all of it is on the disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from megatron_g2rpo.collectives import from_first, gather
+from megatron_g2rpo.policy.megatron import MegatronPolicy
+from megatron_g2rpo.train.run.checkpoint_writing import CheckpointWriteError, Writing
+from megatron_g2rpo.weights import ProcessorSettings, copy_model_files, partial_path
+from megatron_g2rpo.weights.manifest import (
+    FileRecord,
+    Manifest,
+    files_of,
+    records,
+    sync,
+    sync_directory,
+    write_manifest,
+)
+from megatron_g2rpo.weights.megatron_checkpoint import MODEL_FILES
+
+REPLACED = ".replaced"
+RECIPE_FILE = "recipe.yaml"
+
+
+class Publication:
+    """A checkpoint whose files are being written since this was made, and that has no name yet.
+
+    A collective of all ranks, and so are ``is_done`` and ``publish``. What is written is the state at this moment.
+
+    Args:
+        directory: the directory to write; replaced if it exists.
+        policy: whose state it is.
+        state: a sharded state dict, and plain values that are equal on every rank.
+        settings: what the model directory's files must say of the run's processor; None to leave them as they are.
+        run_id: the run that writes it; empty for a checkpoint that belongs to none.
+        step: number of steps that were completed.
+        metrics: see ``Manifest``.
+        recipe: text of the run's recipe, to be kept in it; None for none.
+
+    Raises:
+        CheckpointWriteError: it could not be begun; nothing is left of it.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        policy: MegatronPolicy,
+        state: dict[str, Any],
+        settings: ProcessorSettings | None = None,
+        *,
+        run_id: str = "",
+        step: int = 0,
+        metrics: Mapping[str, float] | None = None,
+        recipe: str | None = None,
+    ) -> None:
+        self.step = step
+        self._directory, self._partial = directory, partial_path(directory)
+        self._policy, self._settings, self._recipe = policy, settings, recipe
+        self._run_id, self._metrics = run_id, dict(metrics or {})
+        from_first(self._make_partial)
+        with policy.device.megatron():
+            self._writing = Writing(state, self._partial, self._write_beside)
+
+    def is_done(self) -> bool:
+        """Whether the files are on the disk, or could not be written, on every rank."""
+        return self._writing.is_done()
+
+    def publish(self) -> None:
+        """Wait for the files, and give the checkpoint its name.
+
+        Raises:
+            CheckpointWriteError: a rank could not write its files; what was there before is as it was.
+        """
+        with self._policy.device.megatron():
+            mine = self._writing.finish()
+        everyone = gather(lambda: mine)
+        from_first(lambda: self._publish({path: record for rank in everyone for path, record in rank.items()}))
+
+    def _make_partial(self) -> None:
+        try:
+            if self._partial.exists():
+                shutil.rmtree(self._partial)
+            self._partial.mkdir(parents=True)
+        except OSError as error:
+            raise CheckpointWriteError.of(error, self._partial) from error
+
+    def _write_beside(self) -> list[str]:
+        """Write what the first rank writes beside the tensors, and return its paths."""
+        models = self._partial / MODEL_FILES
+        models.mkdir()
+        copy_model_files(self._policy.settings.model_name, models, self._settings)
+        if self._recipe is not None:
+            (self._partial / RECIPE_FILE).write_text(self._recipe)
+        written = [path for path in files_of(self._partial) if path.startswith(f"{MODEL_FILES}/")]
+        return [*written, *([RECIPE_FILE] if self._recipe is not None else [])]
+
+    def _publish(self, found: Mapping[str, FileRecord]) -> None:
+        """Give a checkpoint that is written its name. At every moment the old or the new one can be found."""
+        try:
+            others = records(self._partial, [path for path in files_of(self._partial) if path not in found])
+            sync_directory(self._partial)
+            write_manifest(self._partial, self._manifest({**found, **others}))
+            sync(self._partial)
+            old = self._directory.with_name(self._directory.name + REPLACED)
+            if self._directory.exists():
+                self._directory.rename(old)
+            self._partial.rename(self._directory)
+            sync(self._directory.parent)
+            if old.exists():
+                shutil.rmtree(old)
+        except OSError as error:
+            raise CheckpointWriteError.of(error, self._partial) from error
+
+    def _manifest(self, files: Mapping[str, FileRecord]) -> Manifest:
+        return Manifest(
+            run_id=self._run_id,
+            step=self.step,
+            version=version("megatron-g2rpo"),
+            metrics=self._metrics,
+            files=files,
+        )
+
+
+def aside(place: Path) -> Path:
+    """Return a free name beside a damaged checkpoint, to which it is renamed when the run writes that step again."""
+    number = 1
+    while (free := place.with_name(f"{place.name}.damaged-{number}")).exists():
+        number += 1
+    return free

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims: no damage to a checkpoint goes unnoticed, and a run goes on from the newest one without any."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_g2rpo.policy.megatron import MegatronPolicy
+from megatron_g2rpo.train.run.checkpoints import Checkpoints
+from megatron_g2rpo.train.run.retention import Retention
+from megatron_g2rpo.weights import CheckpointError
+from megatron_g2rpo.weights.manifest import MANIFEST
+from tests.unit.train.run.checkpoint_cases import make_model, make_policy, names_in, step
+
+BIG = "__0_0.distcp"
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> MegatronPolicy:
+    policy = make_policy(make_model(tmp_path_factory.mktemp("model")))
+    step(policy)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def two(policy: MegatronPolicy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's checkpoints of steps 4 and 6."""
+    directory = tmp_path_factory.mktemp("run")
+    checkpoints = Checkpoints(directory, run_id="mine", recipe="sft: {}\n")
+    checkpoints.save(4, policy, {"stream": 4})
+    checkpoints.save(6, policy, {"stream": 6})
+    return directory
+
+
+def flip(file: Path) -> None:
+    """One bit, in the middle."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+def cut(file: Path) -> None:
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size - 1)
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def swap(file: Path) -> None:
+    """A file becomes a directory."""
+    file.unlink()
+    file.mkdir()
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "truncated": (cut, BIG),
+    "emptied": (empty, BIG),
+    "one-bit": (flip, BIG),
+    "removed-tensors": (Path.unlink, BIG),
+    "removed-list": (Path.unlink, ".metadata"),
+    "removed-format": (Path.unlink, "metadata.json"),
+    "removed-common": (Path.unlink, "common.pt"),
+    "removed-tokenizer": (Path.unlink, "huggingface/config.json"),
+    "one-bit-common": (flip, "common.pt"),
+    "one-bit-list": (flip, ".metadata"),
+    "one-bit-recipe": (flip, "recipe.yaml"),
+    "emptied-manifest": (empty, MANIFEST),
+    "truncated-manifest": (lambda file: file.write_text(file.read_text()[:99]), MANIFEST),
+    "directory": (swap, BIG),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_one_before_a_damaged_checkpoint_is_taken_and_the_file_is_named(
+    two: Path, tmp_path: Path, damage: str
+) -> None:
+    directory = shutil.copytree(two, tmp_path / "run")
+    how, name = DAMAGES[damage]
+    how(directory / "step_6" / name)
+    found = Checkpoints(directory, run_id="mine").newest_whole()
+    assert found.step == 4
+    [note] = found.notes
+    assert note.startswith("checkpoint step_6 is damaged: ")
+    assert str(directory / "step_6" / name) in note
+    assert note.endswith("; the run goes on from step 4")
+    assert names_in(directory) == ["step_4", "step_6"], "it is left to whoever looks into it"
+
+
+def test_what_has_a_checkpoints_name_and_is_none_is_skipped(two: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(two, tmp_path / "run")
+    (directory / "step_7").write_text("a file")
+    (directory / "step_8").mkdir()
+    (directory / "step_9.partial").mkdir()  # of a job that was killed while it saved
+    found = Checkpoints(directory, run_id="mine").newest_whole()
+    assert found.step == 6
+    assert [note.split(": ")[0] for note in found.notes] == [
+        "checkpoint step_8 is damaged",
+        "checkpoint step_7 is damaged",
+    ]
+    assert "step_8 is no Megatron checkpoint" in found.notes[0]
+    assert "step_7 is no directory" in found.notes[1]
+
+
+def test_undamaged_checkpoints_give_no_note(two: Path) -> None:
+    """Negative of the tests above."""
+    found = Checkpoints(two, run_id="mine").newest_whole()
+    assert (found.step, list(found.notes)) == (6, [])
+    assert Checkpoints(two / "none").newest_whole().step is None
+
+
+def test_where_none_is_whole_each_is_named_and_nothing_starts_anew(two: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(two, tmp_path / "run")
+    cut(directory / "step_6" / BIG)
+    flip(directory / "step_4" / BIG)
+    with pytest.raises(CheckpointError, match=r"(?s)no checkpoint is whole:\n.*--fresh") as raised:
+        Checkpoints(directory, run_id="mine").newest_whole()
+    lines = str(raised.value).splitlines()
+    assert re.search(r"step_6 is damaged: \S*step_6/__0_0.distcp has \d+ bytes, \d+ were written", lines[1])
+    assert re.search(r"step_4 is damaged: \S*step_4/__0_0.distcp holds other bytes than were written", lines[2])
+
+
+@pytest.mark.parametrize("name", [BIG, ".metadata", "metadata.json", "common.pt"])
+def test_a_checkpoint_without_manifest_is_read_and_its_gaps_are_seen(two: Path, tmp_path: Path, name: str) -> None:
+    """Those of releases up to 0.4 have none."""
+    directory = shutil.copytree(two, tmp_path / "run")
+    for checkpoint in ("step_4", "step_6"):
+        (directory / checkpoint / MANIFEST).unlink()
+    assert Checkpoints(directory).newest_whole().step == 6
+    (directory / "step_6" / name).unlink()
+    found = Checkpoints(directory).newest_whole()
+    assert found.step == 4
+    assert str(directory / "step_6" / name) in found.notes[0] or "step_6 is no Megatron checkpoint" in found.notes[0]
+
+
+def test_a_checkpoint_without_manifest_that_is_cut_is_seen(two: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(two, tmp_path / "run")
+    (directory / "step_6" / MANIFEST).unlink()
+    cut(directory / "step_6" / BIG)
+    assert Checkpoints(directory).newest_whole().step == 4
+
+
+def test_one_that_was_about_to_be_replaced_has_its_name_again(two: Path, tmp_path: Path) -> None:
+    """A job that was killed between the two renames; and one that was killed after them."""
+    directory = shutil.copytree(two, tmp_path / "run")
+    (directory / "step_6").rename(directory / "step_6.replaced")
+    shutil.copytree(directory / "step_4", directory / "step_4.replaced")
+    assert Checkpoints(directory, run_id="mine").newest_whole().step == 6
+    assert names_in(directory) == ["step_4", "step_6"]
+
+
+def test_a_damaged_checkpoint_counts_for_nothing_and_is_kept(policy: MegatronPolicy, two: Path, tmp_path: Path) -> None:
+    """Of the two that are to stay neither is the damaged one, though only a look at its bytes tells."""
+    directory = shutil.copytree(two, tmp_path / "run")
+    flip(directory / "step_6" / BIG)
+    checkpoints = Checkpoints(directory, Retention(2), run_id="mine")
+    checkpoints.save(8, policy, {})
+    assert names_in(directory) == ["step_4", "step_6", "step_8"]
+    checkpoints.save(10, policy, {})
+    assert names_in(directory) == ["step_10", "step_6", "step_8"]
+
+
+def test_a_damaged_checkpoint_is_renamed_when_its_step_is_saved_again(
+    policy: MegatronPolicy, two: Path, tmp_path: Path
+) -> None:
+    directory = shutil.copytree(two, tmp_path / "run")
+    flip(directory / "step_6" / BIG)
+    checkpoints = Checkpoints(directory, run_id="mine")
+    assert checkpoints.newest_whole().step == 4
+    assert not checkpoints.has(6)
+    checkpoints.save(6, policy, {})
+    assert checkpoints.has(6)
+    assert names_in(directory) == ["step_4", "step_6", "step_6.damaged-1"]
+    assert list(Checkpoints(directory, run_id="mine").newest_whole().notes) == []
