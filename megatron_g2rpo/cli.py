@@ -396,13 +396,19 @@ def _loop(
             for note in directory.prepare(recipe, fresh=fresh):
                 typer.echo(note)
         if on_many:
-            launch.launch(recipe.cluster.gpus_per_node, [kind, str(path), *overrides])
+            launch.launch(recipe.cluster.gpus_per_node, [kind, str(path), *overrides], stoppable=True)
             return
         exported = _entry(kind)(local)
         if exported is not None and _is_first():
             typer.echo(f"Hugging Face checkpoint: {exported}")
 
-    _with_errors(run)
+    if dry_run:
+        _with_errors(run)
+        return
+    from megatron_g2rpo.train.run import signals
+
+    with signals.watched():  # before torch is imported, which takes seconds
+        _with_errors(run)
 
 
 def _entry(kind: str) -> Callable[..., Path | None]:

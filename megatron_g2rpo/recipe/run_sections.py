@@ -3,11 +3,30 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, NonNegativeInt, PositiveInt
 
 from megatron_g2rpo.recipe.base import Section, Text
+
+
+def seconds_of(time: str) -> int:
+    """Return the seconds of a time ``DD:HH:MM:SS`` (days, hours, minutes, seconds).
+
+    Raises:
+        ValueError: it is not written so.
+    """
+    parts = time.split(":")
+    if len(parts) != 4 or not all(part.isdecimal() and part.isascii() for part in parts):
+        raise ValueError(f'{time!r} is no time "DD:HH:MM:SS": days, hours, minutes, seconds, in quotes')
+    days, hours, minutes, seconds = map(int, parts)
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _is_time(time: str) -> str:
+    if seconds_of(time) == 0:
+        raise ValueError("a run that must save at once cannot begin; null: no limit")
+    return time
 
 
 class Checkpointing(Section):
@@ -21,6 +40,8 @@ class Checkpointing(Section):
     """Number of steps between checkpoints; the last step is always saved."""
     keep_latest_k: PositiveInt | None
     """Number of latest checkpoints to keep; null: all."""
+    checkpoint_must_save_by: Annotated[str, AfterValidator(_is_time)] | None
+    """Time from the start of the process by which the run has saved a checkpoint and stops, to be started again."""
     export_hf: bool
     """Whether to write the final policy as a Hugging Face directory, ``<logger.log_dir>/hf``."""
 

@@ -25,6 +25,7 @@ from megatron_g2rpo.recipe import Policy, Recipe, TrainRecipe
 from megatron_g2rpo.rollout import base as engines
 from megatron_g2rpo.tasks import response_formats
 from megatron_g2rpo.tasks.workers import RewardWorkers
+from megatron_g2rpo.train.run.stopping import Stopping
 from megatron_g2rpo.types import DTYPES, Prompt
 
 
@@ -45,6 +46,7 @@ class Components:
         history: what the advantage estimator remembers of earlier steps.
         reference: the policy as it was before the run, where the loss or the reward measures the distance from it.
         workers: processes that reward parts run in; None: this process.
+        stopping: whether the run is to stop before its last step.
     """
 
     device: Device
@@ -59,6 +61,7 @@ class Components:
     history: History
     reference: ReferencePolicy | None
     workers: RewardWorkers | None
+    stopping: Stopping
 
     def __enter__(self) -> Components:
         return self
@@ -135,6 +138,7 @@ def _assembled(recipe: Recipe, workers: RewardWorkers | None) -> Components:
         # Now, before the run's newest checkpoint is read.
         reference=ReferencePolicy(policy) if _needs_reference(recipe) else None,
         workers=workers,
+        stopping=Stopping(recipe.checkpointing.checkpoint_must_save_by),
     )
 
 

@@ -19,14 +19,15 @@ from megatron_g2rpo.train.assembly import Components
 from megatron_g2rpo.train.run.checkpoints import Checkpoints, Found
 from megatron_g2rpo.train.run.directory import run_id
 from megatron_g2rpo.train.run.logs import MetricsLog, StepMetrics
+from megatron_g2rpo.train.run.stopping import RunStopped, SamplingStopped
 from megatron_g2rpo.train.run.validation import validate
 
 
 class Run:
     """The state around a loop: which step comes next, when to validate and save.
 
-    A loop does, for each step: train, ``validation``, log, ``save``. A step is saved after it was logged, so that none
-    is missing in the log of a resumed run.
+    A loop does, for each step: train, ``validation``, log, ``save``, ``stop_if_asked``. A step is saved after it was
+    logged, so that none is missing in the log of a resumed run.
 
     Args:
         recipe: the run's recipe.
@@ -46,7 +47,9 @@ class Run:
             components.processor.settings,
             run_id=from_first(lambda: run_id(recipe.logger.log_dir)),
         )
+        self._stopping = components.stopping
         self.first_step = 0
+        self._newest: int | None = None  # the step of the newest checkpoint, which this process read or wrote
         self._validated = False
         grpo = recipe.grpo if isinstance(recipe, TrainRecipe) else None
         size = recipe.policy.train_global_batch_size if grpo is None else grpo.num_prompts_per_step
@@ -57,7 +60,8 @@ class Run:
             state = self._checkpoints.load(found.step, components.policy)
             self._notes += components.stream.load_state_dict(state["stream"])
             components.history.load_state_dict(state["history"])
-            self.first_step = state["step"]
+            self.first_step = self._newest = state["step"]
+        self._stopping.begin()
 
     @property
     def last_step(self) -> int:
@@ -107,7 +111,21 @@ class Run:
         """Save a step that was taken, when it is time to: every ``save_period`` steps and at the end. A collective."""
         options = self._recipe.checkpointing
         if options.enabled and (step == self.last_step or step % options.save_period == 0):
-            self._checkpoints.save(step, self._components.policy, self._state())
+            self._write(step, self._state())
+        self._stopping.step_ended()
+
+    def stop_if_asked(self, step: int) -> None:
+        """End the run after ``step`` if a signal or a deadline asks for it. A collective of all ranks.
+
+        Args:
+            step: number of the step that was taken, logged and, if it was time to, saved; 0 before the first.
+
+        Raises:
+            RunStopped: it was asked for; the step is saved, and the message says where.
+        """
+        reason = self._stopping.agreed(steps=0 if step == self.last_step else 1)
+        if reason is not None:
+            raise self._stopped(step, self._state(), reason)
 
     @contextmanager
     def sampling(self, step: int) -> Iterator[None]:
@@ -118,12 +136,15 @@ class Run:
 
         Raises:
             EngineUnavailable: the step lost its engine; the message says where the checkpoint is.
+            RunStopped: the run was asked to stop while the step sampled, and dropped its rollouts.
         """
         before = self._state()
         try:
             yield
         except EngineUnavailable as error:
             raise self._saved(step - 1, before, error) from error
+        except SamplingStopped as stopped:
+            raise self._stopped(step - 1, before, str(stopped)) from None
 
     def _state(self) -> dict[str, Any]:
         """Plain values that a checkpoint keeps beside the policy."""
@@ -134,11 +155,35 @@ class Run:
         options = self._recipe.checkpointing
         if not options.enabled:
             return EngineUnavailable(f"{error}\ncheckpointing.enabled is false: the steps since the start are lost")
-        if self._checkpoints.latest() != step:
-            self._checkpoints.save(step, self._components.policy, state)
+        self._write_unless_there(step, state)
         return EngineUnavailable(
             f"{error}\n{step} steps are saved in {options.checkpoint_dir}/step_{step}; the same command goes on there"
         )
+
+    def _stopped(self, step: int, state: dict[str, Any], reason: str) -> RunStopped:
+        """Save the policy as it is as that of ``step``, unless it is saved already; what to raise then. A collective."""
+        options = self._recipe.checkpointing
+        if step == 0:
+            where, resumable = "before the first step; the same command starts the run", True
+        elif options.enabled:
+            self._write_unless_there(step, state)
+            where = f"after step {step}, saved in {options.checkpoint_dir}/step_{step}; the same command goes on there"
+            resumable = True
+        else:
+            where = f"after step {step}; checkpointing.enabled is false: the steps since the start are lost"
+            resumable = False
+        self._stopping.saved()
+        return RunStopped(f"stopped by {reason} {where}", resumable=resumable)
+
+    def _write_unless_there(self, step: int, state: dict[str, Any]) -> None:
+        if self._newest != step:
+            self._write(step, state)
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
+        start = time.monotonic()
+        self._checkpoints.save(step, self._components.policy, state)
+        self._newest = step
+        self._stopping.saved_in(time.monotonic() - start)
 
     def finish(self) -> Path | None:
         """Export the policy as a Hugging Face directory, if the recipe asks for it. A collective of all ranks.
