@@ -161,7 +161,7 @@ class Run:
         )
 
     def _stopped(self, step: int, state: dict[str, Any], reason: str) -> RunStopped:
-        """Save the policy as it is as that of ``step``, unless it is saved already; what to raise then. A collective."""
+        """Save the policy as that of ``step``, unless it is saved already; what to raise then. A collective."""
         options = self._recipe.checkpointing
         if step == 0:
             where, resumable = "before the first step; the same command starts the run", True

@@ -105,7 +105,7 @@ def answers(
 
     Args:
         engine, policy, prompts, n, sampling, seed, group_ids, on_finished: see ``generate``.
-        stopping: whether to give up rollouts that are under way, where a rank is asked to stop; None: they are finished.
+        stopping: whether to give up rollouts that are under way, where a rank is asked to stop; None: never.
 
     Raises:
         EngineUnavailable: on every rank, if the engine was lost on any, so that none waits for another in a collective.
@@ -179,7 +179,7 @@ class _Heard:
 
 
 def _raise_if_stopped(stopping: Stopping | None, gave_up: bool) -> None:
-    """Raise on every rank if one gave up its rollouts; one that was asked too late to goes on to the end of the step."""
+    """Raise on every rank if one gave up its rollouts; a rank that was asked later has no say: the step goes on."""
     if stopping is None:
         return
     reason = stopping.agreed(only_if=gave_up)
