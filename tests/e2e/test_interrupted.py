@@ -26,7 +26,7 @@ LAYOUTS = {"1": (1, ()), "tp2": (2, (f"{TENSOR_PARALLEL}=2",)), "dp2": (2, ())}
 
 
 def asks(patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
-    """Send this process a signal when a function is called first, and wait until it is heard."""
+    """Send this process a signal when a function is first called, and wait until it is heard."""
     function: Callable[..., Any] = getattr(owner, name)
 
     def asking(*args: Any, **kwargs: Any) -> Any:
