@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claims: the first signal is kept, the second ends a process that hears nothing else; a deadline leaves time to save."""
+"""Claims: the first signal is kept, the second ends a process that waits in C; a deadline leaves time to save."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_g2rpo.recipe.run_sections import seconds_of
 from megatron_g2rpo.train.run import signals, stopping
 from megatron_g2rpo.train.run.stopping import SLURM_END, Stopping
 
-# A rank: `phase` is called, then its main thread waits in C, as in a collective, where no handler of Python's is called.
+# A rank: its main thread waits in C, as in a collective, where no handler of Python's is called.
 RANK = """
 import ctypes, os, sys
 from megatron_g2rpo.train.run import signals
