@@ -90,8 +90,9 @@ class _Agent(LocalElasticAgent):
         super().__init__(*args, **kwargs)
         self._ranks = ranks
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        pids = super()._start_workers(worker_group)
+    # torchrun's decorator of these two has no types.
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        pids: Any = super()._start_workers(worker_group)  # pyright: ignore[reportCallIssue]
         context = self._pcontext
         assert isinstance(context, SubprocessContext)
         close = context.close
@@ -104,8 +105,8 @@ class _Agent(LocalElasticAgent):
         self._ranks.started({rank: handler.proc for rank, handler in context.subprocess_handlers.items()})
         return pids
 
-    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        result = super()._monitor_workers(worker_group)
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:  # pyright: ignore[reportIncompatibleVariableOverride]
+        result: Any = super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
         if result.state != WorkerState.FAILED:
             return result
         if self._ranks.stopped:  # as a success, after which the agents of all nodes wait for each other
