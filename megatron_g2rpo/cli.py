@@ -398,7 +398,7 @@ def _loop(
             for note in directory.prepare(recipe, fresh=fresh):
                 typer.echo(note)
         if on_many:
-            launch.launch(recipe.cluster.gpus_per_node, [kind, str(path), *overrides])
+            launch.launch(recipe.cluster.gpus_per_node, [kind, str(path), *overrides], stoppable=True)
             return
         entry = _entry(kind)  # what it imports takes seconds, and is not watched
         with watching(recipe, launch.end), out_of_memory.explained(recipe):
@@ -406,7 +406,13 @@ def _loop(
         if exported is not None and _is_first():
             typer.echo(f"Hugging Face checkpoint: {exported}")
 
-    _with_errors(run)
+    if dry_run:
+        _with_errors(run)
+        return
+    from megatron_g2rpo.train.run import signals
+
+    with signals.watched():  # before torch is imported, which takes seconds
+        _with_errors(run)
 
 
 def _entry(kind: str) -> Callable[..., Path | None]:

@@ -26,6 +26,8 @@ from megatron_g2rpo.commands import cause
 from megatron_g2rpo.policy.device import DeviceError
 from megatron_g2rpo.rollout.base import EngineUnavailable
 from megatron_g2rpo.tasks.scoring import RewardError
+from megatron_g2rpo.train.run.signals import STOPPED
+from megatron_g2rpo.train.run.stopping import RunStopped
 
 _LAUNCHED = "MEGATRON_G2RPO_LAUNCHED"
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -38,7 +40,7 @@ class JobError(RuntimeError):
 
 
 # What a user can mend: the message says how, and a traceback would bury it.
-EXPECTED = (ValueError, OSError, FloatingPointError, RewardError, DeviceError, EngineUnavailable, JobError)
+EXPECTED = (ValueError, OSError, FloatingPointError, RewardError, DeviceError, EngineUnavailable, JobError, RunStopped)
 
 
 def is_rank() -> bool:
@@ -51,13 +53,19 @@ def is_launched() -> bool:
     return is_rank() and _LAUNCHED in os.environ
 
 
-def launch(processes: int, arguments: Sequence[str]) -> None:
+def launch(processes: int, arguments: Sequence[str], *, stoppable: bool = False) -> None:
     """Run ``megatron-g2rpo ARGUMENTS`` on several processes of this machine, and wait for them.
+
+    Args:
+        processes: number of processes.
+        arguments: the command and its arguments.
+        stoppable: whether a signal asks the processes to stop, in their own time, instead of ending them.
 
     Raises:
         JobError: one of them failed; the others have been ended.
+        SystemExit: they were stopped, or ended by a signal.
     """
-    from torch.distributed.run import main
+    from megatron_g2rpo.commands import torchrun
 
     os.environ[_LAUNCHED] = "1"
     # A rank that is ended leaves its workers' semaphores to Python's tracker, which removes them and warns. Its process
@@ -65,10 +73,11 @@ def launch(processes: int, arguments: Sequence[str]) -> None:
     warnings = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = ",".join([*filter(None, [warnings]), "ignore:resource_tracker:UserWarning"])
     logging.disable()  # torchrun's account of a failed process; what matters of it is raised here
+    run = torchrun.run if stoppable else torchrun.run_plainly
     try:
         with cause.marks() as marks:
             try:
-                main(["--standalone", f"--nproc-per-node={processes}", "-m", "megatron_g2rpo.cli", *arguments])
+                code = run(["--standalone", f"--nproc-per-node={processes}", "-m", "megatron_g2rpo.cli", *arguments])
             except ChildFailedError as error:
                 raise JobError(cause.first(error.failures, marks)) from None
     except SignalException as error:
@@ -80,13 +89,20 @@ def launch(processes: int, arguments: Sequence[str]) -> None:
             del os.environ["PYTHONWARNINGS"]
         else:
             os.environ["PYTHONWARNINGS"] = warnings
+    if code:
+        sys.exit(code)
 
 
 def end(error: BaseException) -> NoReturn:
     """End this process because of ``error``: with its message if a user can mend it, else with its traceback.
 
-    A rank leaves without Python's shutdown, which may wait for a collective that its peers never join.
+    A rank leaves without Python's shutdown, which may wait for a collective that its peers never join; one whose run
+    was stopped has none to wait for.
     """
+    if isinstance(error, RunStopped) and error.resumable:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(error, flush=True)
+        sys.exit(STOPPED)
     if isinstance(error, KeyboardInterrupt):
         _leave(INTERRUPTED)
     expected = isinstance(error, EXPECTED) and not os.environ.get(TRACEBACK)

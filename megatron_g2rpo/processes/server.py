@@ -7,6 +7,8 @@ first. Each would print a traceback below the parent's own message, which alone 
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import traceback
 from types import TracebackType
@@ -23,3 +25,10 @@ def _say_unless_orphaned(kind: type[BaseException], error: BaseException, trace:
 
 
 sys.excepthook = _say_unless_orphaned
+
+# A signal to all processes of a terminal or of a job asks the run to stop, which still needs its workers: they end
+# with it. SIGTERM ends one that does not come back, and is left as it is.
+if hasattr(os, "setsid") and os.getpid() != os.getpgrp():
+    os.setsid()
+for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(_number, signal.SIG_IGN)

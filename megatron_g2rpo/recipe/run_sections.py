@@ -5,9 +5,28 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, field_validator
 
 from megatron_g2rpo.recipe.base import Section, Text
+
+
+def seconds_of(time: str) -> int:
+    """Return the seconds of a time ``DD:HH:MM:SS`` (days, hours, minutes, seconds).
+
+    Raises:
+        ValueError: it is not written so.
+    """
+    parts = time.split(":")
+    if len(parts) != 4 or not all(part.isdecimal() and part.isascii() for part in parts):
+        raise ValueError(f'{time!r} is no time "DD:HH:MM:SS": days, hours, minutes, seconds, in quotes')
+    days, hours, minutes, seconds = map(int, parts)
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _is_time(time: str) -> str:
+    if seconds_of(time) == 0:
+        raise ValueError("a run that must save at once cannot begin; null: no limit")
+    return time
 
 
 class Checkpointing(Section):
@@ -27,6 +46,8 @@ class Checkpointing(Section):
     """Whether the best checkpoint is that with the largest metric, or with the smallest."""
     async_save: bool
     """Whether a checkpoint is written while the run goes on."""
+    checkpoint_must_save_by: Annotated[str, AfterValidator(_is_time)] | None
+    """Time from the start of the process by which the run has saved a checkpoint and stops, to be started again."""
     export_hf: bool
     """Whether to write the final policy as a Hugging Face directory, ``<logger.log_dir>/hf``."""
 

@@ -27,6 +27,7 @@ from megatron_g2rpo.recipe import Policy, Recipe, TrainRecipe
 from megatron_g2rpo.rollout import base as engines
 from megatron_g2rpo.tasks import response_formats
 from megatron_g2rpo.tasks.workers import RewardWorkers
+from megatron_g2rpo.train.run.stopping import Stopping
 from megatron_g2rpo.train.step.bad_updates import UpdateGuard
 from megatron_g2rpo.types import DTYPES, Prompt
 
@@ -49,6 +50,7 @@ class Components:
         guard: decides which updates are taken.
         reference: the policy as it was before the run, where the loss or the reward measures the distance from it.
         workers: processes that reward parts run in; None: this process.
+        stopping: whether the run is to stop before its last step.
     """
 
     device: Device
@@ -64,6 +66,7 @@ class Components:
     guard: UpdateGuard
     reference: ReferencePolicy | None
     workers: RewardWorkers | None
+    stopping: Stopping
 
     def __enter__(self) -> Components:
         return self
@@ -144,6 +147,7 @@ def _assembled(recipe: Recipe, workers: RewardWorkers | None) -> Components:
         # Now, before the run's newest checkpoint is read.
         reference=ReferencePolicy(policy) if _needs_reference(recipe) else None,
         workers=workers,
+        stopping=Stopping(recipe.checkpointing.checkpoint_must_save_by),
     )
 
 

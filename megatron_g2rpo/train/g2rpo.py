@@ -66,12 +66,16 @@ def train(recipe: TrainRecipe) -> Path | None:
 
     Returns:
         The exported Hugging Face directory, if the recipe asks for one.
+
+    Raises:
+        RunStopped: a signal or a deadline ended it before its last step.
     """
     with assemble(recipe) as components:
         run, without_signal = Run(recipe, components), SignalWatch()
         enabled = dist.get_rank() == 0
         with MetricsLog(recipe.logger, COLUMNS, run.last_step, run.first_step, enabled=enabled) as log:
             run.validate_at_start(log)
+            run.stop_if_asked(run.first_step)
             for step in run.steps:
                 with run.sampling(step):
                     metrics = g2rpo_step(recipe, components, step, log.note)
@@ -81,6 +85,7 @@ def train(recipe: TrainRecipe) -> Path | None:
                 metrics |= run.validation(step, log, metrics)
                 log.log(StepMetrics(step=step, values=metrics))
                 run.save(step)
+                run.stop_if_asked(step)
             return run.finish()
 
 

@@ -43,12 +43,16 @@ def sft(recipe: SftRecipe) -> Path | None:
 
     Returns:
         The exported Hugging Face directory, if the recipe asks for one.
+
+    Raises:
+        RunStopped: a signal or a deadline ended it before its last step.
     """
     with assemble(recipe) as components:
         run = Run(recipe, components)
         enabled = dist.get_rank() == 0
         with MetricsLog(recipe.logger, COLUMNS, run.last_step, run.first_step, enabled=enabled) as log:
             run.validate_at_start(log)
+            run.stop_if_asked(run.first_step)
             for step in run.steps:
                 metrics = sft_step(recipe, components, step, log.note)
                 validation = run.validation(step, log, metrics)
@@ -56,6 +60,7 @@ def sft(recipe: SftRecipe) -> Path | None:
                 if validation or skipped or step % LOG_PERIOD == 0 or step in (1, run.last_step):
                     log.log(StepMetrics(step=step, values={**metrics, **validation}))
                 run.save(step)
+                run.stop_if_asked(step)
             return run.finish()
 
 

@@ -21,14 +21,15 @@ from megatron_g2rpo.train.run.checkpoints import Checkpoints, Found
 from megatron_g2rpo.train.run.directory import run_id
 from megatron_g2rpo.train.run.logs import MetricsLog, StepMetrics
 from megatron_g2rpo.train.run.retention import Retention
+from megatron_g2rpo.train.run.stopping import RunStopped, SamplingStopped
 from megatron_g2rpo.train.run.validation import validate
 
 
 class Run:
     """The state around a loop: which step comes next, when to validate and save.
 
-    A loop does, for each step: train, ``validation``, log, ``save``. A step is saved after it was logged, so that none
-    is missing in the log of a resumed run.
+    A loop does, for each step: train, ``validation``, log, ``save``, ``stop_if_asked``. A step is saved after it was
+    logged, so that none is missing in the log of a resumed run.
 
     Args:
         recipe: the run's recipe.
@@ -50,6 +51,7 @@ class Run:
             recipe=recipes.dump(recipe),
             is_async=options.async_save,
         )
+        self._stopping = components.stopping
         self.first_step = 0
         self._metrics: Mapping[str, float] = {}  # of the last validation
         self._validated = False
@@ -66,6 +68,7 @@ class Run:
                 components.guard.load_state_dict(state["guard"])
             self.first_step = state["step"]
             self._metrics = found.metrics or {}
+        self._stopping.begin()
 
     @property
     def last_step(self) -> int:
@@ -124,12 +127,24 @@ class Run:
             PolicyNotFinite: the policy holds NaN or an infinity, and is not saved.
         """
         options = self._recipe.checkpointing
-        if not options.enabled:
-            return
-        self._checkpoints.poll()
-        if step == self.last_step or step % options.save_period == 0:
-            progress.enter("checkpoint")
-            self._checkpoints.save(step, self._components.policy, self._state(), self._metrics)
+        if options.enabled:
+            self._checkpoints.poll()
+            if step == self.last_step or step % options.save_period == 0:
+                self._write(step, self._state())
+        self._stopping.step_ended()
+
+    def stop_if_asked(self, step: int) -> None:
+        """End the run after ``step`` if a signal or a deadline asks for it. A collective of all ranks.
+
+        Args:
+            step: number of the step that was taken, logged and, if it was time to, saved; 0 before the first.
+
+        Raises:
+            RunStopped: it was asked for; the step is saved, and the message says where.
+        """
+        reason = self._stopping.agreed(steps=0 if step == self.last_step else 1)
+        if reason is not None:
+            raise self._stopped(step, self._state(), reason)
 
     @contextmanager
     def sampling(self, step: int) -> Iterator[None]:
@@ -140,12 +155,15 @@ class Run:
 
         Raises:
             EngineUnavailable: the step lost its engine; the message says where the checkpoint is.
+            RunStopped: the run was asked to stop while the step sampled, and dropped its rollouts.
         """
         before = self._state()
         try:
             yield
         except EngineUnavailable as error:
             raise self._saved(step - 1, before, error) from error
+        except SamplingStopped as stopped:
+            raise self._stopped(step - 1, before, str(stopped)) from None
 
     def _state(self) -> dict[str, Any]:
         """Plain values that a checkpoint keeps beside the policy."""
@@ -161,13 +179,38 @@ class Run:
         options = self._recipe.checkpointing
         if not options.enabled:
             return EngineUnavailable(f"{error}\ncheckpointing.enabled is false: the steps since the start are lost")
-        self._checkpoints.finish()
-        if not self._checkpoints.has(step):
-            self._checkpoints.save(step, self._components.policy, state, self._metrics)
-            self._checkpoints.finish()
+        self._write_unless_there(step, state)
         return EngineUnavailable(
             f"{error}\n{step} steps are saved in {options.checkpoint_dir}/step_{step}; the same command goes on there"
         )
+
+    def _stopped(self, step: int, state: dict[str, Any], reason: str) -> RunStopped:
+        """Save the policy as that of ``step``, unless it is saved already; what to raise then. A collective."""
+        options = self._recipe.checkpointing
+        if step == 0:
+            where, resumable = "before the first step; the same command starts the run", True
+        elif options.enabled:
+            self._write_unless_there(step, state)
+            where = f"after step {step}, saved in {options.checkpoint_dir}/step_{step}; the same command goes on there"
+            resumable = True
+        else:
+            where = f"after step {step}; checkpointing.enabled is false: the steps since the start are lost"
+            resumable = False
+        self._stopping.saved()
+        return RunStopped(f"stopped by {reason} {where}", resumable=resumable)
+
+    def _write_unless_there(self, step: int, state: dict[str, Any]) -> None:
+        """Have a step's checkpoint on the disk when this returns."""
+        self._checkpoints.finish()
+        if not self._checkpoints.has(step):
+            self._write(step, state)
+            self._checkpoints.finish()
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
+        progress.enter("checkpoint")
+        start = time.monotonic()
+        self._checkpoints.save(step, self._components.policy, state, self._metrics)
+        self._stopping.saved_in(time.monotonic() - start)
 
     def finish(self) -> Path | None:
         """Wait for the last checkpoint, and export the policy as a Hugging Face directory, if the recipe asks for it.

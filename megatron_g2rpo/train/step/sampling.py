@@ -58,6 +58,7 @@ def collect(recipe: TrainRecipe, components: Components, step: int, timers: Time
 
     Raises:
         EngineUnavailable: the engine was lost, see ``answers``.
+        SamplingStopped: the run was asked to stop, see ``answers``.
         RewardError: too many rewards could not be computed, or the data is wrong; see ``Scoring.rewards``.
     """
     with timers("generation"):
@@ -144,6 +145,7 @@ def _round(
             group_ids=[first_group + number for number in owned],
             # Workers score what is there already while the rest is sampled.
             on_finished=None if components.workers is None else scoring.add,
+            stopping=components.stopping,
         )
     with timers("rewards"):
         limit = recipe.env.max_failed_rewards

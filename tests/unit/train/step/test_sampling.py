@@ -17,6 +17,7 @@ from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.rollout.base import EngineUnavailable, Sampling
 from megatron_g2rpo.tasks.part_calls import Ask, ask_in_turn
 from megatron_g2rpo.tasks.scoring import RewardError
+from megatron_g2rpo.train.run.stopping import Stopping
 from megatron_g2rpo.train.step.sampling import Collected, collect
 from megatron_g2rpo.train.step.timers import Timers
 from megatron_g2rpo.types import ModelInputs, Prompt, Response, Rewards, Rollout, Sample
@@ -100,7 +101,7 @@ def components() -> Any:
     world = dist.group.WORLD
     groups = SimpleNamespace(data=world, data_rank=0, data_size=1, model=world, model_rank=0, model_size=1)
     policy = SimpleNamespace(groups=groups, source=lambda: iter(()))
-    return SimpleNamespace(policy=policy, stream=Stream(), engine=Engine(), workers=None)
+    return SimpleNamespace(policy=policy, stream=Stream(), engine=Engine(), workers=None, stopping=Stopping(None))
 
 
 @pytest.fixture

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims: the first signal is kept, the second ends a process that waits in C; a deadline leaves time to save."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_g2rpo.policy.device import init_process_group, select
+from megatron_g2rpo.recipe.run_sections import seconds_of
+from megatron_g2rpo.train.run import signals, stopping
+from megatron_g2rpo.train.run.stopping import SLURM_END, Stopping
+
+# A rank: its main thread waits in C, as in a collective, where no handler of Python's is called.
+RANK = """
+import ctypes, os, sys
+from megatron_g2rpo.train.run import signals
+assert "torch" not in sys.modules, "signals are to be watched before torch is imported"
+with signals.watched():
+    for phase in sys.argv[1:]:
+        getattr(signals.current(), phase)()
+    print("ready", flush=True)
+    ctypes.CDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1)
+"""
+
+
+def ended(*steps: int | float, phases: tuple[str, ...] = ("begin",)) -> tuple[int, str]:
+    """Exit code and messages of a process that is sent signals; a float is a pause, seconds."""
+    command = [sys.executable, "-c", RANK, *phases]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        for step in steps:
+            if isinstance(step, float):
+                time.sleep(step)
+            else:
+                process.send_signal(step)
+        try:
+            _, error = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    return process.returncode, error
+
+
+def test_a_second_signal_ends_a_process_that_waits_in_a_collective() -> None:
+    code, error = ended(signal.SIGUSR1, 0.2, signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM
+    assert error.splitlines() == [
+        "asked to stop by SIGUSR1: the run saves as soon as it can, and stops; a second signal ends it at once",
+        "ended by SIGTERM; the same command goes on from the newest checkpoint",
+    ]
+
+
+def test_one_request_that_comes_on_several_ways_is_one() -> None:
+    """To the rank itself twice within a second, and from its launcher; what ends it here is another signal."""
+    passed_on = (signals.FORWARDED, signal.SIGUSR1, 0.1, signal.SIGUSR1, signals.FORWARDED, 0.2)
+    code, error = ended(*passed_on, signal.SIGHUP)
+    assert code == 128 + signal.SIGHUP, error
+    assert error.count("asked to stop") == 1
+
+
+@pytest.mark.parametrize("phases", [(), ("begin", "saved")])
+def test_a_process_with_nothing_to_lose_ends_at_once_with_the_code_that_requeues(phases: tuple[str, ...]) -> None:
+    assert ended(signal.SIGTERM, phases=phases)[0] == signals.STOPPED
+
+
+def test_signals_do_again_what_they_did_when_the_run_is_over() -> None:
+    before = [signal.getsignal(number) for number in signals.STOP_SIGNALS]
+    with signals.watched():
+        signals.current().begin()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        limit = time.monotonic() + 10.0
+        while signals.current().number is None:
+            assert time.monotonic() < limit
+            time.sleep(0.001)
+    assert [signal.getsignal(number) for number in signals.STOP_SIGNALS] == before
+    assert signals.current().number is None
+
+
+class Clock:
+    """Stands for ``time`` in the module under test."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return self.now + 1e9
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    init_process_group(select("cpu"))
+    clock = Clock()
+    monkeypatch.setattr(stopping, "time", clock)
+    monkeypatch.setattr(stopping, "STARTED", clock.now)
+    return clock
+
+
+def test_a_deadline_leaves_time_for_the_longest_step_and_checkpoint(clock: Clock) -> None:
+    run = Stopping("00:00:10:00", environment={})
+    run.begin()
+    clock.now += 100.0
+    run.step_ended()
+    run.saved_in(30.0)
+    clock.now += 40.0
+    run.step_ended()  # a shorter one
+    clock.now = 1000.0 + 600.0 - 131.0
+    assert run.agreed(steps=1) is None
+    clock.now += 1.0
+    assert run.agreed(steps=1) == "checkpointing.checkpoint_must_save_by"
+    assert run.asked() is None, "a step that is under way can still be dropped"
+    clock.now += 100.0
+    assert run.asked() == "checkpointing.checkpoint_must_save_by"
+
+
+def test_slurm_s_end_leaves_a_minute(clock: Clock) -> None:
+    run = Stopping(None, environment={SLURM_END: str(int(1e9 + clock.now + 300))})
+    run.begin()
+    clock.now += 239.0
+    assert run.agreed(steps=1) is None
+    clock.now += 1.0
+    assert run.agreed(steps=1) == "the end of the Slurm job (SLURM_JOB_END_TIME)"
+    assert Stopping(None, environment={}).agreed(steps=1) is None
+
+
+def test_times_are_days_hours_minutes_and_seconds() -> None:
+    assert seconds_of("01:02:03:04") == 86400 + 2 * 3600 + 3 * 60 + 4
+    for wrong in ("03:04", "1:2:3:x", "", "-1:00:00:00"):
+        with pytest.raises(ValueError, match="DD:HH:MM:SS"):
+            seconds_of(wrong)
