@@ -40,15 +40,18 @@ class Lock:
 
     Raises:
         DirectoryInUseError: another job holds it; names its host, process and run, and since when.
-        OSError: the directory or the file cannot be made; names it.
+        OSError: the directory or the file cannot be made; names the key.
     """
 
     def __init__(self, directory: Path, key: str, *, shared: bool = False) -> None:
         self._directory, self.note = directory, ""
         how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         while True:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                self._file = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+            except OSError as error:
+                raise OSError(f"{key}: {directory} cannot be written to: {error.strerror}") from error
             try:
                 fcntl.flock(self._file, how | fcntl.LOCK_NB)
             except BlockingIOError:
