@@ -133,7 +133,9 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_a_start_on_it_leaves_every
     assert_is(run, straight)
 
 
-@pytest.mark.parametrize("key", ["logger.log_dir", "checkpointing.checkpoint_dir"])
+@pytest.mark.parametrize(
+    "key", ["checkpointing.checkpoint_dir", pytest.param("logger.log_dir", marks=pytest.mark.full)]
+)
 def test_a_directory_that_may_not_be_written_is_named_before_the_first_step(toy: Toy, tmp_path: Path, key: str) -> None:
     """With the rights of a user, which root gives up for it."""
     closed = tmp_path / "closed"

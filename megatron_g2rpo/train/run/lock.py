@@ -17,6 +17,8 @@ from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 
+from megatron_g2rpo.train.run.files import naming
+
 LOCK_FILE = ".lock"
 # Of file systems that were mounted without locks: NFS, Lustre.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -77,9 +79,9 @@ class Lock:
         """Write down who holds the lock, for those that are refused."""
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         owner = {"run_id": run_id, "host": socket.gethostname(), "pid": os.getpid(), "since": since}
-        text = json.dumps(owner).encode()
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, text + b"\n", 0)
+        with naming(self._directory / LOCK_FILE):
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, json.dumps(owner).encode() + b"\n", 0)
 
     def share(self) -> None:
         """Let other processes of the job hold the lock, too."""
