@@ -7,6 +7,7 @@ Nothing is removed or continued here that is another run's. ``step_N/manifest.js
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -39,6 +40,11 @@ _NEW_OF_TASKS = ("response_format", "reward_weights")
 _UNCLAIMED = (LOCK_FILE, IDENTITY_FILE + PARTIAL)
 
 
+# Seconds that a job which Slurm has queued again waits for its earlier self: a file server holds the lock of a node that
+# was lost until its lease is over, and nobody is there to start the command again.
+REQUEUED_WAIT_S, _RESTARTS = 180.0, "SLURM_RESTART_COUNT"
+
+
 class RunDirectoryError(ValueError):
     """The run directory cannot be used for this recipe."""
 
@@ -68,9 +74,10 @@ def claimed(recipe: Recipe, *, fresh: bool) -> Iterator[list[str]]:
     with ExitStack() as held:
 
         def lock(key: str) -> None:
-            locks[key] = held.enter_context(Lock(places[key], key))
+            locks[key] = held.enter_context(Lock(places[key], key, wait_s=wait_s))
 
         locks: dict[str, Lock] = {}
+        wait_s = REQUEUED_WAIT_S if int(os.environ.get(_RESTARTS, "0")) else 0.0
         for key in places:
             if (places[key] / LOCK_FILE).exists():
                 lock(key)

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 import weakref
 from datetime import datetime
 from pathlib import Path
@@ -36,6 +37,7 @@ class Lock:
         directory: the directory; it is created.
         key: the recipe's key that names it, for the error.
         shared: whether it is held together with other processes of the same job, as after ``share``.
+        wait_s: seconds to wait for the end of another job.
 
     Attributes:
         note: a line for the user if the directory's file system knows no locks; else empty.
@@ -45,9 +47,9 @@ class Lock:
         OSError: the directory or the file cannot be made; names the key.
     """
 
-    def __init__(self, directory: Path, key: str, *, shared: bool = False) -> None:
+    def __init__(self, directory: Path, key: str, *, shared: bool = False, wait_s: float = 0.0) -> None:
         self._directory, self.note = directory, ""
-        how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        how, end = fcntl.LOCK_SH if shared else fcntl.LOCK_EX, time.monotonic() + wait_s
         while True:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
@@ -59,6 +61,9 @@ class Lock:
             except BlockingIOError:
                 owner = _owner(self._file)
                 os.close(self._file)
+                if time.monotonic() < end:
+                    time.sleep(0.5)
+                    continue
                 raise DirectoryInUseError(
                     f"{key}: {directory} is in use by {owner}; wait for its end or end it, or name another directory"
                 ) from None

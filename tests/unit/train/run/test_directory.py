@@ -242,6 +242,16 @@ def test_a_dead_owner_keeps_no_lock_even_if_a_child_outlives_it(run: Path) -> No
         owner.stdout.close()
 
 
+def test_a_job_that_is_queued_again_waits_for_its_earlier_self(
+    run: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = Lock(run, "logger.log_dir")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setattr("time.sleep", lambda seconds: earlier.release())
+    with claimed(make_recipe(), fresh=False) as notes:
+        assert notes == []
+
+
 def test_a_file_system_without_locks_is_said_and_used(
     run: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
