@@ -38,8 +38,8 @@ _RUN_ID = "run_id"
 _NEW_OF_TASKS = ("response_format", "reward_weights")
 # What an attempt may leave that ended before it claimed the directory.
 _UNCLAIMED = (LOCK_FILE, IDENTITY_FILE + PARTIAL)
-# Seconds that a job which Slurm has queued again waits for its earlier self: nobody starts the command again, and a file
-# server holds the lock of a node that was lost until its lease is over.
+# Seconds that a job which Slurm has queued again waits for its earlier self: nobody starts the command again, and a
+# file server holds the lock of a node that was lost until its lease is over.
 REQUEUED_WAIT_S, _RESTARTS = 180.0, "SLURM_RESTART_COUNT"
 
 
