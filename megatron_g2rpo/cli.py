@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -394,15 +395,18 @@ def _loop(
         from megatron_g2rpo.train.run.watchdog import watching
 
         local, on_many = _with_local_model(recipe), _prepare_processes(recipe)
-        if not launch.is_launched() and _is_first():
-            for note in directory.prepare(recipe, fresh=fresh):
-                typer.echo(note)
-        if on_many:
-            launch.launch(recipe.cluster.gpus_per_node, [kind, str(path), *overrides], stoppable=True)
-            return
-        entry = _entry(kind)  # what it imports takes seconds, and is not watched
-        with watching(recipe, launch.end), out_of_memory.explained(recipe):
-            exported = entry(local)
+        with ExitStack() as held:
+            if _is_first() and launch.is_launched():
+                held.enter_context(directory.joined(recipe))
+            elif _is_first():
+                for note in held.enter_context(directory.claimed(recipe, fresh=fresh)):
+                    typer.echo(note)
+            if on_many:
+                launch.launch(recipe.cluster.gpus_per_node, [kind, str(path), *overrides], stoppable=True)
+                return
+            entry = _entry(kind)  # what it imports takes seconds, and is not watched
+            with watching(recipe, launch.end), out_of_memory.explained(recipe):
+                exported = entry(local)
         if exported is not None and _is_first():
             typer.echo(f"Hugging Face checkpoint: {exported}")
 

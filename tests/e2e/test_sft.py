@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.e2e.conftest import WarmStart
+from tests.e2e.runs import checkpoints
 from tests.e2e.toy import Toy, call, error_of, metrics, write_shards
 
 
@@ -24,7 +25,7 @@ def test_supervised_training_learns_and_resumes(warm: WarmStart) -> None:
     assert resumed[40] == first[40]
     # From the saved weights and moments: a loss like the last one, not like the first.
     assert resumed[42]["train/loss"] < 0.5
-    assert sorted(path.name for path in (warm.run / "checkpoints").iterdir()) == ["step_42"]
+    assert checkpoints(warm.run) == ["step_42"]
 
 
 def test_a_sample_without_a_response_is_named(warm: WarmStart, tmp_path: Path) -> None:

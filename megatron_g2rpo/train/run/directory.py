@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run directory belongs to one recipe: it is claimed, continued or refused before the loop starts."""
+"""The run directory belongs to one recipe and one live job: it is claimed, continued or refused before the loop starts.
+
+Nothing is removed or continued here that is another run's. ``step_N/manifest.json`` says whose a checkpoint is,
+``identity.yaml`` whose the directory.
+"""
 
 from __future__ import annotations
 
+import os
 import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,89 +20,291 @@ import yaml
 
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.recipe import Recipe
-from megatron_g2rpo.train.run.logs import METRICS_FILE
+from megatron_g2rpo.train.run import metrics_file
+from megatron_g2rpo.train.run.files import PARTIAL, PROBE, check_writable, replace_bytes
+from megatron_g2rpo.train.run.lock import LOCK_FILE, Lock
+from megatron_g2rpo.train.run.metrics_file import METRICS_FILE
 from megatron_g2rpo.train.run.model_fingerprint import model_fingerprint
+from megatron_g2rpo.weights import CheckpointError
+from megatron_g2rpo.weights.manifest import read_manifest
 
 RECIPE_FILE, IDENTITY_FILE = "recipe.yaml", "identity.yaml"
+LOG_DIR, CHECKPOINT_DIR = "logger.log_dir", "checkpointing.checkpoint_dir"
 SHOWN_DIFFERENCES = 5
 # Of the keys of a recipe; releases up to 0.1 wrote none.
 _VERSION, VERSION = "identity_version", 2
 _MODEL = "model_fingerprint"
 _RUN_ID = "run_id"
 _NEW_OF_TASKS = ("response_format", "reward_weights")
+# What an attempt may leave that ended before it claimed the directory.
+_UNCLAIMED = (LOCK_FILE, IDENTITY_FILE + PARTIAL)
+# Seconds that a job which Slurm has queued again waits for its earlier self: nobody starts the command again, and a
+# file server holds the lock of a node that was lost until its lease is over.
+REQUEUED_WAIT_S, _RESTARTS = 180.0, "SLURM_RESTART_COUNT"
 
 
 class RunDirectoryError(ValueError):
     """The run directory cannot be used for this recipe."""
 
 
-def prepare(recipe: Recipe, *, fresh: bool) -> list[str]:
-    """Claim the run directory for a recipe; one process of the job calls it before the loop starts.
+@contextmanager
+def claimed(recipe: Recipe, *, fresh: bool) -> Iterator[list[str]]:
+    """Claim the run directory for a recipe, and hold it; one process of a job does, from before the loop to its end.
 
     An empty or new directory is claimed, and so is one that an attempt left without a result. One of the same recipe
     (layout, logging and length of the run aside) is continued. ``fresh`` renames what an earlier run left; nothing is
-    deleted.
+    deleted, and where a directory is refused nothing was written.
 
-    Returns:
-        A line for the user if the continuation has changed keys that it may change; else nothing.
+    Yields:
+        Lines for the user: which keys the continuation has changed, of those that it may change.
 
     Raises:
+        DirectoryInUseError: another job is at work in the run directory or in ``checkpointing.checkpoint_dir``.
         RunDirectoryError: the directory belongs to another recipe (the keys that differ are named), holds files that
-            are no run's, or is new while ``checkpointing.checkpoint_dir``, elsewhere, holds checkpoints.
+            are no run's, or has results that this run could only overwrite; ``checkpointing.checkpoint_dir`` holds the
+            checkpoints of another run.
+        MetricsFileError: ``metrics.jsonl`` is damaged; names the line.
+        OSError: a directory cannot be written to; names its key.
     """
-    directory, checkpoints = Path(recipe.logger.log_dir), Path(recipe.checkpointing.checkpoint_dir)
+    places = _places(recipe)
     if fresh:
-        for path in (checkpoints, directory):
-            move_aside(path)
-    identity = {**recipes.identity(recipe), _MODEL: model_fingerprint(recipe.policy.model_name)}
-    notes: list[str] = []
-    claimed = directory / IDENTITY_FILE
-    known = uuid.uuid4().hex
-    has_checkpoints = any(checkpoints.glob("step_*"))
-    if claimed.exists():
-        if has_checkpoints or (directory / METRICS_FILE).exists():
-            before = yaml.safe_load(claimed.read_text())
-            known = before.pop(_RUN_ID, known)
-            _check_same(identity, before, directory)
-            notes = _changed(recipe, directory / RECIPE_FILE)
-    elif directory.exists() and any(directory.iterdir()):
-        raise RunDirectoryError(
-            f"logger.log_dir: {directory} holds files, but no {IDENTITY_FILE}: it is not a run directory; name another"
-        )
-    elif has_checkpoints:
-        raise RunDirectoryError(
-            f"checkpointing.checkpoint_dir: {checkpoints} holds checkpoints, but {directory} is a new run directory; "
-            "name another for either, or pass --fresh to move the checkpoints aside"
-        )
-    directory.mkdir(parents=True, exist_ok=True)
-    claimed.write_text(yaml.safe_dump({**identity, _VERSION: VERSION, _RUN_ID: known}, sort_keys=True))
-    (directory / RECIPE_FILE).write_text(recipes.dump(recipe))
-    return notes
+        _set_aside(recipe)
+    with ExitStack() as held:
+
+        def lock(key: str) -> None:
+            locks[key] = held.enter_context(Lock(places[key], key, wait_s=wait_s))
+
+        locks: dict[str, Lock] = {}
+        wait_s = REQUEUED_WAIT_S if int(os.environ.get(_RESTARTS, "0")) else 0.0
+        for key in places:
+            if (places[key] / LOCK_FILE).exists():
+                lock(key)
+        identity = {**recipes.identity(recipe), _MODEL: model_fingerprint(recipe.policy.model_name)}
+        claim = _checked(recipe, identity)
+        for key in places:
+            if key not in locks:
+                lock(key)
+            locks[key].say(claim.run_id)
+            check_writable(places[key], key)
+        whole = {**identity, _VERSION: VERSION, _RUN_ID: claim.run_id}
+        directory = places[LOG_DIR]
+        replace_bytes(directory / IDENTITY_FILE, yaml.safe_dump(whole, sort_keys=True).encode())
+        replace_bytes(directory / RECIPE_FILE, recipes.dump(recipe).encode())
+        for each in locks.values():
+            each.share()
+        yield [*claim.notes, *(each.note for each in locks.values() if each.note)]
+
+
+@contextmanager
+def joined(recipe: Recipe) -> Iterator[None]:
+    """Hold the run directory together with the launcher that has claimed it; the first rank of its job does.
+
+    Raises:
+        DirectoryInUseError: the launcher is gone, and another job has claimed the directory.
+    """
+    with ExitStack() as held:
+        for key, place in _places(recipe).items():
+            held.enter_context(Lock(place, key, shared=True))
+        yield
 
 
 def run_id(directory: str | Path) -> str:
-    """Return the id of the run that a directory belongs to, which its checkpoints name; empty if no run claimed it."""
-    claimed = Path(directory) / IDENTITY_FILE
-    tree: dict[str, Any] = yaml.safe_load(claimed.read_text()) if claimed.exists() else {}
-    return tree.get(_RUN_ID, "")
+    """Return the id of the run that a directory belongs to, which its checkpoints name; empty if no run claimed it.
+
+    Raises:
+        RunDirectoryError: the file that says so is damaged.
+    """
+    return _read_identity(Path(directory)).get(_RUN_ID, "")
 
 
-def _changed(recipe: Recipe, before: Path) -> list[str]:
+@dataclass(frozen=True)
+class _Claim:
+    """What a run that may start finds: its id, and lines for the user."""
+
+    run_id: str
+    notes: tuple[str, ...] = ()
+
+
+def _places(recipe: Recipe) -> dict[str, Path]:
+    """The directories that a run writes to, by the keys that name them."""
+    places = {LOG_DIR: Path(recipe.logger.log_dir)}
+    return places | (
+        {CHECKPOINT_DIR: Path(recipe.checkpointing.checkpoint_dir)} if recipe.checkpointing.enabled else {}
+    )
+
+
+def _checked(recipe: Recipe, identity: Mapping[str, Any]) -> _Claim:
+    """Say what a run goes on from, or why it may not; nothing is written."""
+    directory, checkpoints = Path(recipe.logger.log_dir), Path(recipe.checkpointing.checkpoint_dir)
+    saved = _steps(checkpoints)
+    if not (directory / IDENTITY_FILE).exists():
+        if not _is_unclaimed(directory):
+            raise RunDirectoryError(
+                f"{LOG_DIR}: {directory} holds files, but no {IDENTITY_FILE}: it is not a run directory; name another"
+            )
+        if saved:
+            raise RunDirectoryError(
+                f"{CHECKPOINT_DIR}: {checkpoints} holds checkpoints, but {directory} is a new run directory; "
+                f"name another for either{_or_fresh(_owners(saved))}"
+            )
+        return _Claim(uuid.uuid4().hex)
+    before = _read_identity(directory)
+    known = before.pop(_RUN_ID, None)
+    if not saved and not (directory / METRICS_FILE).exists():
+        return _Claim(uuid.uuid4().hex)  # an attempt without a result owns nothing
+    for theirs, names in _owners(saved).items():
+        if theirs != known:
+            mine = f"run {known}" if known else "another"
+            raise RunDirectoryError(
+                f"{CHECKPOINT_DIR}: {checkpoints} holds checkpoints of run {theirs} ({', '.join(names)}), and "
+                f"{directory} belongs to {mine}; set the key to a directory of this run's own"
+            )
+    _check_same(identity, before, directory)
+    return _Claim(known or uuid.uuid4().hex, tuple(_continued(recipe, saved)))
+
+
+def _continued(recipe: Recipe, saved: Mapping[int, Path]) -> Iterator[str]:
+    """Iterate over what the user must know of a run that goes on, or raise if it would only lose what it has."""
+    directory, checkpoints = Path(recipe.logger.log_dir), Path(recipe.checkpointing.checkpoint_dir)
+    logged = metrics_file.last_step(directory / METRICS_FILE)
+    if not recipe.checkpointing.enabled and (saved or logged):
+        instead = f"; or go on from step {max(saved)} with checkpointing.enabled=true" if saved else ""
+        steps = max([logged, *saved])
+        raise RunDirectoryError(
+            f"{LOG_DIR}: {directory} holds {steps} steps of a run, which would be lost: with "
+            f"checkpointing.enabled=false nothing is continued. Pass --fresh to move them aside{instead}"
+        )
+    before, note = _read_recipe(directory / RECIPE_FILE)
+    yield from note
+    elsewhere = Path(str(before.get(CHECKPOINT_DIR, checkpoints)))
+    if not saved and logged:
+        if elsewhere != checkpoints and _steps(elsewhere):
+            raise RunDirectoryError(
+                f"{CHECKPOINT_DIR}: {checkpoints} holds no checkpoints, those of this run are in {elsewhere}; set the "
+                "key to where they are, or pass --fresh to move the run aside and start anew"
+            )
+        yield f"no checkpoint was saved: the run starts anew and takes its {logged} logged steps again"
+    yield from _changed(recipe, before)
+
+
+def _changed(recipe: Recipe, theirs: Mapping[str, Any]) -> Iterator[str]:
     """Say which keys differ from those that the run had before; all may."""
-    if not before.exists():
-        return []
-    mine, theirs = recipes.settings(recipe), recipes.flatten(yaml.safe_load(before.read_text()))
-    keys = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
-    if not keys:
-        return []
-    shown = "; ".join(f"{key}: {theirs.get(key)} before, {mine.get(key)} now" for key in keys[:SHOWN_DIFFERENCES])
-    more = f" and {len(keys) - SHOWN_DIFFERENCES} more" if len(keys) > SHOWN_DIFFERENCES else ""
-    return [f"the run goes on with other settings ({shown}{more})"]
+    mine = recipes.settings(recipe)
+    keys = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)) if theirs else []
+    if keys:
+        shown = "; ".join(f"{key}: {theirs.get(key)} before, {mine.get(key)} now" for key in keys[:SHOWN_DIFFERENCES])
+        more = f" and {len(keys) - SHOWN_DIFFERENCES} more" if len(keys) > SHOWN_DIFFERENCES else ""
+        yield f"the run goes on with other settings ({shown}{more})"
+
+
+def _read_identity(directory: Path) -> dict[str, Any]:
+    """Return what a directory says of its run; empty where no run has claimed it."""
+    path = directory / IDENTITY_FILE
+    if not path.exists():
+        return {}
+    try:
+        tree = yaml.safe_load(path.read_text())
+        if not isinstance(tree, dict):
+            raise ValueError(f"it holds {tree!r}, no mapping")
+    except (yaml.YAMLError, ValueError) as error:
+        raise RunDirectoryError(
+            f"{path} is damaged ({_first_line(error)}): whose run this is cannot be known; restore the file, or pass "
+            "--fresh to move the run aside"
+        ) from error
+    return tree
+
+
+def _read_recipe(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings that a run had before, which nothing but messages depends on, and lines for the user."""
+    if not path.exists():
+        return {}, []
+    try:
+        return recipes.flatten(dict(yaml.safe_load(path.read_text()))), []
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        return {}, [f"{path} is damaged ({_first_line(error)}) and written anew; which settings changed is not known"]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _is_unclaimed(directory: Path) -> bool:
+    """Whether a directory is new, or holds nothing but what an attempt leaves that was refused."""
+    left = (path for path in directory.rglob("*") if not path.is_dir())
+    return all(path.name in _UNCLAIMED or path.name.startswith(PROBE) for path in left)
+
+
+def _steps(checkpoints: Path) -> dict[int, Path]:
+    """The checkpoints in a directory, by their steps."""
+    found = (path for path in checkpoints.glob("step_*") if path.is_dir())
+    return {int(path.name[5:]): path for path in found if path.name[5:].isdecimal()}
+
+
+def _owners(saved: Mapping[int, Path]) -> dict[str, list[str]]:
+    """The runs that checkpoints name, and which of them; those of releases up to 0.4 and damaged ones name none."""
+    owners: dict[str, list[str]] = {}
+    for _, path in sorted(saved.items()):
+        try:
+            manifest = read_manifest(path)
+        except CheckpointError:
+            continue
+        if manifest is not None and manifest.run_id:
+            owners.setdefault(manifest.run_id, []).append(path.name)
+    return owners
+
+
+def _or_fresh(owners: Mapping[str, Any]) -> str:
+    """An advice that is none where the checkpoints are another run's."""
+    if owners:
+        return f" (they are those of run {', '.join(owners)})"
+    return ", or pass --fresh to move the checkpoints aside"
+
+
+def _set_aside(recipe: Recipe) -> None:
+    """Rename what an earlier run left, unless it is at work or another's."""
+    directory, checkpoints = Path(recipe.logger.log_dir), Path(recipe.checkpointing.checkpoint_dir)
+    with ExitStack() as held:
+        for key, place in {LOG_DIR: directory, CHECKPOINT_DIR: checkpoints}.items():
+            if (place / LOCK_FILE).exists():
+                held.enter_context(Lock(place, key))
+        if not (directory / IDENTITY_FILE).exists() and not _is_unclaimed(directory):
+            raise RunDirectoryError(
+                f"{LOG_DIR}: {directory} holds files, but no {IDENTITY_FILE}: it is not a run directory, and is left "
+                "where it is; name another"
+            )
+        if not checkpoints.absolute().is_relative_to(directory.absolute()):
+            _check_movable(checkpoints, directory)
+            move_aside(checkpoints)
+        move_aside(directory)
+
+
+def _check_movable(checkpoints: Path, directory: Path) -> None:
+    """Raise if a directory of checkpoints, which is not in the run directory, holds anything that is not this run's."""
+    saved = _steps(checkpoints)
+    ours = {path.name for path in saved.values()} | {LOCK_FILE}
+    others = [
+        path.name for path in checkpoints.glob("*") if path.name not in ours and not path.name.startswith("step_")
+    ]
+    if others:
+        raise RunDirectoryError(
+            f"{CHECKPOINT_DIR}: {checkpoints} holds more than checkpoints ({', '.join(sorted(others)[:3])}), and is "
+            "left where it is; name another, or move the checkpoints away yourself"
+        )
+    try:
+        known = run_id(directory)
+    except RunDirectoryError:
+        known = ""
+    foreign = [theirs for theirs in _owners(saved) if theirs != known]
+    if foreign:
+        raise RunDirectoryError(
+            f"{CHECKPOINT_DIR}: {checkpoints} holds checkpoints of run {', '.join(foreign)}, which is not that of "
+            f"{directory}, and is left where it is; name another"
+        )
 
 
 def move_aside(path: Path) -> None:
-    """Rename a directory, if it exists, by the time of its last change; nothing is deleted."""
-    if path.exists():
+    """Rename a directory by the time of its last change, if anything is in it; nothing is deleted."""
+    if path.exists() and any(each.name != LOCK_FILE for each in path.iterdir()):
         stamp = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d-%H%M%S")
         path.rename(_free(path.with_name(f"{path.name}.{stamp}")))
 
@@ -106,7 +316,7 @@ def _free(path: Path) -> Path:
     return candidate
 
 
-def _check_same(mine: dict, theirs: dict, directory: Path) -> None:
+def _check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any], directory: Path) -> None:
     known = mine.keys() | theirs.keys()
     if theirs.get(_VERSION) != VERSION:
         # Keys that a release up to 0.1 did not have, or had otherwise; tasks and weights it named as today's do.

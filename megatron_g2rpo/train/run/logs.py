@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_g2rpo.recipe.run_sections import Logger
+from megatron_g2rpo.train.run import event_files, metrics_file
+from megatron_g2rpo.train.run.files import naming
+from megatron_g2rpo.train.run.metrics_file import METRICS_FILE
 from megatron_g2rpo.types import Rollout
 
-METRICS_FILE = "metrics.jsonl"
 HEADER_PERIOD = 20  # rows between two headers of the console table
 _ONE_LINE = {"no_wrap": True, "overflow": "ignore", "crop": False}
 
@@ -51,7 +53,7 @@ class Column:
 class MetricsLog:
     """Writes the metrics of a run. On ranks other than 0 it does nothing.
 
-    A resumed run continues the files: lines of steps after the checkpoint, written by the interrupted run, are dropped.
+    A resumed run continues the files: what the interrupted run wrote of steps after the checkpoint is dropped.
 
     Args:
         section: the recipe's ``logger``, which names the run directory.
@@ -59,6 +61,10 @@ class MetricsLog:
         max_num_steps: number of steps that the run takes, for the progress bar.
         first_step: the step that the run continues after.
         enabled: whether this rank writes.
+
+    Raises:
+        MetricsFileError: ``metrics.jsonl`` is damaged; names the line.
+        OSError: a file cannot be written; names it.
     """
 
     def __init__(
@@ -71,12 +77,16 @@ class MetricsLog:
             return
         directory = Path(section.log_dir)
         self._path = directory / METRICS_FILE
-        _keep_steps(self._path, first_step)
-        self._writer = None
+        metrics_file.keep_steps(self._path, first_step)
+        self._writer, self._events = None, directory / "tensorboard"
         if section.tensorboard_enabled:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
+            event_files.keep_steps(self._events, first_step)
+            # A TensorBoard that is running has read what was dropped, and drops it at the mark of a restart.
+            again = first_step + 1 if first_step else 0
+            with naming(self._events):
+                self._writer = SummaryWriter(str(self._events), purge_step=again)
         self._progress = Progress(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), console=self.console
         )
@@ -92,19 +102,26 @@ class MetricsLog:
     ) -> None:
         if self.enabled:
             self._progress.stop()
-            if self._writer is not None:
-                self._writer.close()
+            # Where something has failed, such as a full disk, that is what the user must read.
+            with naming(self._events), suppress(*(() if error is None else (OSError,))):
+                if self._writer is not None:
+                    self._writer.close()
 
     def log(self, metrics: StepMetrics) -> None:
-        """Write the metrics of one step everywhere: file, TensorBoard, console."""
+        """Write the metrics of one step everywhere: file, TensorBoard, console.
+
+        Raises:
+            OSError: a file cannot be written; names it.
+        """
         if not self.enabled:
             return
         values = metrics.values
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": metrics.step, **values}) + "\n")
+        metrics_file.append(self._path, metrics.step, values)
         if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, metrics.step)
+            with naming(self._events):
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, metrics.step)
+                self._writer.flush()  # before the step's checkpoint: a killed run does not log it again
         if any(column.metric in values for column in self._columns):
             self._row(metrics.step, values)
         self._progress.update(self._task, completed=metrics.step)
@@ -127,15 +144,3 @@ class MetricsLog:
         self._rows += 1
         cells = [f"{format(values[c.metric], c.spec):>9}" if c.metric in values else " " * 9 for c in self._columns]
         self.console.print("  ".join([f"{step:>5}", *cells]), highlight=False, **_ONE_LINE)
-
-
-def _keep_steps(path: Path, last: int) -> None:
-    """Keep the lines of steps up to ``last``; none where the run starts anew, which logs its step 0 again."""
-    if not path.exists():
-        return
-    # A line without its end is what a killed run had begun to write.
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in whole if json.loads(line)["step"] <= last] if last > 0 else []
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)

@@ -76,3 +76,14 @@ def test_nothing_to_compare(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ReportError, match="is empty"):
         draw(tmp_path)
+
+
+def test_a_damaged_line_is_named_and_one_that_is_being_written_is_left_out(tmp_path: Path) -> None:
+    path = write_run(tmp_path, 0.1, 0.2) / "metrics.jsonl"
+    lines = read_metrics(tmp_path)
+    with path.open("ab") as file:
+        file.write(b'{"step": 9, "tr')
+    assert read_metrics(tmp_path) == lines
+    path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(ReportError, match=rf"^{path}, line {len(lines) + 1}: .*remove the line"):
+        read_metrics(tmp_path)
