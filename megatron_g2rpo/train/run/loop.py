@@ -40,11 +40,15 @@ class Run:
         self._recipe, self._components = recipe, components
         self._loop = recipe.grpo if isinstance(recipe, TrainRecipe) else recipe.sft
         options = recipe.checkpointing
+        self._run_id = from_first(lambda: run_id(recipe.logger.log_dir))
+        self._export = Path(recipe.logger.log_dir) / "hf"
+        if options.export_hf:  # now, not after days of training
+            from_first(lambda: weights.Owner(self._run_id).check(self._export))
         self._checkpoints = Checkpoints(
             options.checkpoint_dir,
             options.keep_latest_k,
             components.processor.settings,
-            run_id=from_first(lambda: run_id(recipe.logger.log_dir)),
+            run_id=self._run_id,
         )
         self.first_step = 0
         self._validated = False
@@ -148,17 +152,17 @@ class Run:
         """
         if not self._recipe.checkpointing.export_hf:
             return None
-        directory = Path(self._recipe.logger.log_dir) / "hf"
         weights.export_hf(
             self._components.policy.stream(),
             self._components.policy.specs(),
-            directory,
+            self._export,
             source=self._recipe.policy.model_name,
             write=dist.get_rank() == 0,
             settings=self._components.processor.settings,
+            run_id=self._run_id,
         )
         dist.barrier()
-        return directory
+        return self._export
 
     def _validate(self, log: MetricsLog) -> dict[str, float]:
         start = time.perf_counter()
