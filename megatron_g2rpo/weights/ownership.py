@@ -82,8 +82,10 @@ class Owner:
             NotOursError: see ``check``; what was written stays beside it.
         """
         partial = partial_path(directory)
-        self._mark(partial, {path: (partial / path).stat().st_size for path in _files(partial)})
         sync_directory(partial)
+        self._mark(partial, {path: (partial / path).stat().st_size for path in _files(partial)})
+        for path in (partial / MARKER, partial):
+            sync(path)
         self._check_place(directory)
         if directory.exists():
             directory.rename(directory.with_name(f"{directory.name}{_REPLACED}{uuid.uuid4().hex[:8]}"))
