@@ -61,8 +61,8 @@ class SafetensorsDirectory(Mapping[str, Tensor]):
 
     Raises:
         CheckpointError: the directory holds no weights in safetensors files; its index is broken, or names a file or
-            tensor that is not there, or not ``model.safetensors``, which is; a file is damaged, or a pointer of git-lfs;
-            a tensor is in two files of which none is named by an index, or is not of floating point (quantised
+            tensor that is not there, or not ``model.safetensors``, which is; a file is damaged, or a pointer of
+            git-lfs; a tensor is in two files of which none is named by an index, or is not of floating point (quantised
             weights).
     """
 
