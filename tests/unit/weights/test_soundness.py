@@ -15,7 +15,7 @@ from megatron_g2rpo.commands.convert.export_hf import export
 from megatron_g2rpo.commands.eval.model import DirectoryWeights
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from megatron_g2rpo.train.run.checkpoints import Checkpoints
+from megatron_g2rpo.train.run.checkpoints import Checkpoints, write_checkpoint
 from megatron_g2rpo.weights import CheckpointError
 from megatron_g2rpo.weights.manifest import MANIFEST
 from megatron_g2rpo.weights.megatron_checkpoint import MODEL_FILES, MegatronCheckpoint
@@ -109,7 +109,7 @@ def test_a_checkpoint_of_what_is_no_number_is_refused_by_tensor(checkpoint: Path
     policy = MegatronPolicy(policy_section(model_dir), select("cpu"), seed=0, max_steps=None)
     with torch.no_grad():
         dict(policy.model.named_parameters())["language_model.decoder.final_layernorm.weight"][0] = float("nan")
-    Checkpoints(checkpoint.parent, None).save(2, policy, {})
+    write_checkpoint(checkpoint.with_name("step_2"), policy, policy.sharded_state_dict())
     with pytest.raises(CheckpointError, match=r"step_2: 1 tensors cannot be .*\n  .*norm\.weight holds NaN"):
         read(checkpoint.with_name("step_2"))
     assert not checkpoint.with_name("hf").exists()
