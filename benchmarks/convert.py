@@ -108,9 +108,9 @@ def make_model(directory: Path) -> None:
     source.mkdir()
     weights.copy_model_files(SMALL, source)
     (source / "config.json").write_text(json.dumps(CONFIG, indent=2))
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     specs: dict[str, Tensor] = dict(model.named_parameters())
     assert sum(spec.numel() for spec in specs.values()) == PARAMETERS
     generator = torch.Generator().manual_seed(0)

@@ -36,7 +36,9 @@ def gguf_directory() -> Path:
 def build(out: Path) -> None:
     """Write config, weights (float32), generation config, tokenizer and chat template to ``out``."""
     source = gguf_directory()
-    quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=FILE, dtype=torch.float32, trust_remote_code=False
+    )
     # transformers refuses to save what it calls a quantised model, though its weights are float32 by now.
     fields = quantised.config.to_dict()
     del fields["quantization_config"], fields["_model_name_or_path"]
@@ -45,7 +47,7 @@ def build(out: Path) -> None:
     end, start = model.config.eos_token_id, model.config.bos_token_id
     model.generation_config = GenerationConfig(bos_token_id=start, eos_token_id=end, pad_token_id=end)
     model.save_pretrained(out)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE, trust_remote_code=False)
     # The file says `tokenizer.ggml.pre: smollm`: every digit by itself, then GPT-2's rule. transformers reads GPT-2's.
     digits, rest = Digits(individual_digits=True), ByteLevel(add_prefix_space=False)
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([digits, rest])

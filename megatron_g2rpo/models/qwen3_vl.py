@@ -84,7 +84,9 @@ class Qwen3VLVision:
             )
         bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         given: dict[str, Any] = {key: value for key, value in bounds.items() if value is not None}
-        processor = Qwen2VLImageProcessorPil.from_pretrained(model_dir, local_files_only=True, **given)
+        processor = Qwen2VLImageProcessorPil.from_pretrained(
+            model_dir, local_files_only=True, trust_remote_code=False, **given
+        )
         low, high = processor.size["shortest_edge"], processor.size["longest_edge"]
         if not 0 < low <= high:
             raise ValueError(f"pixel bounds {low} to {high} are not in order; mind data.min_pixels and data.max_pixels")

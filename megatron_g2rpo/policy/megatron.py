@@ -151,7 +151,7 @@ class MegatronPolicy:
             return weights.SafetensorsDirectory(self.settings.model_name)
         with torch.random.fork_rng(devices=[]):  # the same weights on every rank, whatever the layout
             torch.manual_seed(seed)
-            state = model_class(self.hf_config).from_config(self.hf_config).state_dict()
+            state = model_class(self.hf_config).from_config(self.hf_config, trust_remote_code=False).state_dict()
         return state
 
     # -- weights ------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from megatron_g2rpo.policy.optimizer_shares import Spread, keeps_main_copies, pi
 from megatron_g2rpo.policy.quantized import assign, is_float8tensor, value_of
 from megatron_g2rpo.weights import CheckpointError
 from megatron_g2rpo.weights.megatron_checkpoint import MegatronCheckpoint
+from megatron_g2rpo.weights.soundness import check_whole, flaw, refuse_flaws
 
 Sharded = ShardedTensor | ShardedTensorFactory
 
@@ -60,8 +61,10 @@ def load_weights(model: MegatronModule, directory: str | Path, dtype: torch.dtyp
         dtype: dtype of the model.
 
     Raises:
-        CheckpointError: the checkpoint's weights have another dtype, lack some of the model's, or have other shapes.
+        CheckpointError: the checkpoint is damaged; or its weights have another dtype, lack some of the model's, have
+            other shapes, or are not finite.
     """
+    check_whole(Path(directory))
     found = MegatronCheckpoint(directory).dtypes
     if found != {dtype}:
         names = ", ".join(sorted(str(each).removeprefix("torch.") for each in found))
@@ -73,6 +76,9 @@ def load_weights(model: MegatronModule, directory: str | Path, dtype: torch.dtyp
     except (CheckpointingException, KeyError, ValueError) as error:
         raise CheckpointError(f"{directory} does not fit the model of policy.model_name: {error}") from error
     _load_weights(model, state["model"])
+    value = value_of(None)  # of a quantised weight, what it was rounded from
+    flaws = ((name, flaw(value(parameter), dtype)) for name, parameter in model.named_parameters())
+    refuse_flaws([f"{name} {what}" for name, what in flaws if what], directory)
 
 
 def _sharded_weights(model: MegatronModule) -> dict[str, Any]:

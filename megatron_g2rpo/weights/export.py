@@ -15,6 +15,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from megatron_g2rpo.weights.model_files import ProcessorSettings, copy_model_files
+from megatron_g2rpo.weights.ownership import Owner
 from megatron_g2rpo.weights.safetensors_directory import FLOATING, INDEX_NAME
 
 _NAMES = "model{suffix}.safetensors"
@@ -30,6 +31,7 @@ def export_hf(
     write: bool,
     max_shard_size: int | str = "5GB",
     settings: ProcessorSettings | None = None,
+    run_id: str = "",
 ) -> None:
     """Write a Hugging Face directory that ``from_pretrained`` loads.
 
@@ -40,14 +42,16 @@ def export_hf(
     Args:
         tensors: stream of ``(hf_name, full_tensor)``; each tensor is written before the next is asked for.
         specs: every tensor that the stream will yield, by name, on the meta device.
-        directory: the directory to write; it is replaced if it exists.
+        directory: the directory to write.
         source: the model directory that training started from; its other files are copied.
         write: whether this rank writes.
         max_shard_size: largest size of one safetensors file, a number of bytes or a string such as ``"5GB"``; a larger
             tensor has a file of its own.
         settings: what the copied files must say of the run's processor; None to leave them as they are.
+        run_id: the run whose earlier export is replaced; empty to replace nothing.
 
     Raises:
+        NotOursError: before anything is written: something else is in the way; see ``Owner.check``.
         ValueError: a tensor is not in ``specs``, came twice, has another shape or dtype, or did not come.
     """
     if not write:
@@ -55,16 +59,11 @@ def export_hf(
             pass
         return
     with (
-        hf_directory(directory, specs, source=source, settings=settings) as partial,
+        hf_directory(directory, specs, source=source, settings=settings, run_id=run_id) as partial,
         ShardedWriter(partial, specs, max_shard_size=max_shard_size) as writer,
     ):
         for name, tensor in tensors:
             writer.write(name, tensor)
-
-
-def partial_path(directory: str | Path) -> Path:
-    """Return the path at which a directory is written before it is renamed to its place."""
-    return Path(directory).with_name(Path(directory).name + ".partial")
 
 
 @contextmanager
@@ -74,20 +73,24 @@ def hf_directory(
     *,
     source: str | Path,
     settings: ProcessorSettings | None = None,
+    run_id: str = "",
 ) -> Iterator[Path]:
     """Open a directory to write weights into; on leaving the context it gets its other files and its final name.
 
     The path that the context yields is ``partial_path(directory)``. The directory is removed if the body raises.
 
     Args:
-        directory: the final directory; it is replaced if it exists.
+        directory: the final directory.
         specs: every tensor that will be written, by name, on the meta device.
         source: the model directory whose other files are copied.
         settings: what these files must say of the run's processor; None to leave them as they are.
+        run_id: the run whose earlier export is replaced; empty to replace nothing.
+
+    Raises:
+        NotOursError: before anything is written: something else is in the way; see ``Owner.check``.
     """
-    directory, partial = Path(directory), partial_path(directory)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    directory, owner = Path(directory), Owner(run_id)
+    partial = owner.begin(directory)
     try:
         yield partial
         copy_model_files(source, partial, settings)
@@ -97,12 +100,7 @@ def hf_directory(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    old = directory.with_name(directory.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
+    owner.publish(directory)
 
 
 class ShardedWriter:

@@ -19,6 +19,6 @@ def model_class(hf_config: Any) -> type[AutoModelForCausalLM] | type[AutoModelFo
 def published_tensors(hf_config: Any) -> dict[str, Tensor]:
     """Return all parameters of the model by Hugging Face name, on the meta device, without a tied output matrix."""
     with torch.device("meta"), no_init_weights():
-        model = model_class(hf_config).from_config(hf_config)
+        model = model_class(hf_config).from_config(hf_config, trust_remote_code=False)
     model.tie_weights()
     return {name: parameter.data for name, parameter in model.named_parameters()}

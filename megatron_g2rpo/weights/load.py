@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_g2rpo.collectives import gather
-from megatron_g2rpo.weights.safetensors_directory import CheckpointError
+from megatron_g2rpo.weights.safetensors_directory import CheckpointError, SafetensorsDirectory
+from megatron_g2rpo.weights.soundness import flaw, refuse_flaws
 from megatron_g2rpo.weights.table import Entry, WeightTable
 
 
@@ -44,6 +45,8 @@ def load(
     Raises:
         CheckpointError: tensors are missing, have other shapes, or fit no parameter on any stage: all are listed.
             Raised on every stage, before anything is copied.
+            Tensors that are not finite in the parameter's dtype are listed after all was copied, on the ranks whose
+            shards have some of it.
         UnmappedParameter: the table does not know a parameter of some stage. Raised on every stage.
     """
     entries = {}
@@ -62,11 +65,24 @@ def load(
     problems += [f"fits no parameter: {name}" for name in sorted(set(tensors) - used - table.ignored)]
     if problems:
         raise CheckpointError.misfit(source, problems)
+    flaws: list[str] = []
     for name, parameter in model.named_parameters():
         full = [tensors[hf_name] for hf_name in entries[name].hf_names]
-        assign(parameter, entries[name].rule.shard(full, tensor_rank, tensor_size))
+        shard = entries[name].rule.shard(full, tensor_rank, tensor_size)
+        if flaw(shard, parameter.dtype):
+            flaws += _flaws(tensors, dict(zip(entries[name].hf_names, full, strict=True)), parameter.dtype)
+        assign(parameter, shard)
         if on_loaded is not None:
             on_loaded(parameter.nbytes)
+    refuse_flaws(flaws, source)
+
+
+def _flaws(source: Mapping[str, Tensor], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[str]:
+    """Iterate over what is wrong with the values of some of ``source``'s tensors, with the file where there is one."""
+    for name, tensor in tensors.items():
+        if what := flaw(tensor, dtype):
+            where = f" in {source.file_of(name)}" if isinstance(source, SafetensorsDirectory) else ""
+            yield f"{name}{where} {what}"
 
 
 def _problems(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_g2rpo.weights.ownership import MARKER
 from megatron_g2rpo.weights.safetensors_directory import INDEX_NAME
 
 IMAGE_PROCESSOR, PROCESSOR, GENERATION = "preprocessor_config.json", "processor_config.json", "generation_config.json"
@@ -23,6 +24,8 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "s
 TEMPLATES = "additional_chat_templates"
 # Files that are copied beside the weights: configuration, tokenizer, processors, chat template, licence.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md")
+# Of the weights themselves, and of who wrote them.
+_OF_WEIGHTS = (INDEX_NAME, MARKER)
 _NESTED = "image_processor"
 # Where older directories state the bounds, beside ``size`` and above it.
 _OLD_BOUNDS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
@@ -83,7 +86,7 @@ def copy_model_files(source: str | Path, target: str | Path, settings: Processor
     source, target = Path(source), Path(target)
     for pattern in _COPIED:
         for file in source.glob(pattern):
-            if file.name != INDEX_NAME and file.is_file():
+            if file.name not in _OF_WEIGHTS and file.is_file():
                 shutil.copy2(file, target / file.name)
     if (source / TEMPLATES).is_dir():
         shutil.copytree(source / TEMPLATES, target / TEMPLATES, dirs_exist_ok=True)

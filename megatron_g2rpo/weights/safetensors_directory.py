@@ -47,7 +47,8 @@ class SafetensorsDirectory(Mapping[str, Tensor]):
 
     Each access maps the tensor anew, so that its pages leave this process's memory when the tensor is freed.
 
-    Where there is ``model.safetensors.index.json``, it decides: files and tensors that it does not name are ignored.
+    Where there is ``model.safetensors.index.json``, it decides: files and tensors that it does not name are ignored,
+    but for ``model.safetensors``: which of the two is the model, readers do not agree on.
     Without it ``model.safetensors`` is the model; without that, all other files together are, if no tensor is in two of
     them. What is ignored is logged as a warning, once for each directory.
 
@@ -60,8 +61,9 @@ class SafetensorsDirectory(Mapping[str, Tensor]):
 
     Raises:
         CheckpointError: the directory holds no weights in safetensors files; its index is broken, or names a file or
-            tensor that is not there; a file is damaged, or a pointer of git-lfs; a tensor is in two files of which none
-            is named by an index, or is not of floating point (quantised weights).
+            tensor that is not there, or not ``model.safetensors``, which is; a file is damaged, or a pointer of
+            git-lfs; a tensor is in two files of which none is named by an index, or is not of floating point (quantised
+            weights).
     """
 
     _warned: set[Path] = set()  # noqa: RUF012 (one for all instances)
@@ -106,6 +108,10 @@ class SafetensorsDirectory(Mapping[str, Tensor]):
         """Size of the files, in bytes."""
         return sum(path.stat().st_size for path in self.files)
 
+    def file_of(self, name: str) -> Path:
+        """Return the file that holds a tensor."""
+        return self._where[name]
+
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._where[name], framework="pt") as file:
             return file.get_tensor(name)
@@ -144,6 +150,11 @@ def _index(directory: Path) -> dict[str, str] | None:
         raise CheckpointError(
             f"{path} names files that are not there: {_listed(absent)}; copy them, or remove the index if it belongs "
             "to another model"
+        )
+    if SINGLE_NAME not in files and (directory / SINGLE_NAME).exists():
+        raise CheckpointError(
+            f"{directory} holds two models: {SINGLE_NAME}, which transformers would read, and what {INDEX_NAME} names, "
+            "which vLLM would; move one of them elsewhere"
         )
     return {name: file for name, file in weight_map.items() if not name.endswith(_COMPUTED)}
 

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.e2e.test_train import BARE, FIVE_DIGITS, TENSOR_PARALLEL, assert_same_step
 from tests.e2e.toy import Toy, error_of, metrics, succeed
@@ -85,3 +88,70 @@ def test_a_checkpoint_of_another_dtype_is_named(toy: Toy, tmp_path: Path) -> Non
     exported = load_file(tmp_path / "hf" / "model.safetensors")
     source = load_file(toy.model / "model.safetensors")
     assert all(torch.equal(tensor, source[name].bfloat16().float()) for name, tensor in exported.items())
+
+
+class Payload:
+    """What a pickle can do: it makes a directory as it is read."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.full
+def test_code_in_a_checkpoint_runs_in_no_command(toy: Toy, straight: Path, tmp_path: Path) -> None:
+    """Without manifests, which would notice first that the list of tensors is another."""
+    run, ran = tmp_path / "run", tmp_path / "ran"
+    shutil.copytree(straight, run)
+    for checkpoint in (run / "checkpoints").iterdir():
+        (checkpoint / "manifest.json").unlink()
+        metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+        metadata.planner_data = Payload(ran)
+        (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    recipe, checkpoint = toy.recipe(tmp_path / "recipe.yaml"), run / "checkpoints" / "step_4"
+    for command in (
+        ("convert", "export", checkpoint, tmp_path / "hf"),
+        ("train", recipe, f"logger.log_dir={run}"),
+        ("train", recipe, f"logger.log_dir={tmp_path / 'new'}", f"policy.pretrained_checkpoint={checkpoint}"),
+    ):
+        assert f"{checkpoint / '.metadata'} is not to be trusted: it names posix.mkdir" in error_of(*command), command
+    assert not ran.exists()
+
+
+@pytest.mark.full
+def test_a_run_replaces_its_own_export_and_nothing_else(toy: Toy, straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    (run / "hf.old").mkdir()
+    (run / "hf.old" / "f").write_text("mine")
+    recipe = toy.recipe(tmp_path / "recipe.yaml")
+    before = {path.name for path in run.iterdir()}
+    succeed("train", recipe, f"logger.log_dir={run}")
+    assert (run / "hf.old" / "f").read_text() == "mine"
+    assert {path.name for path in run.iterdir()} == before
+    (run / "hf" / "notes.md").write_text("mine")
+    message = error_of("train", recipe, f"logger.log_dir={run}", "grpo.max_num_steps=5")
+    assert (
+        f"{run / 'hf'} exists already and is not replaced: it holds what this run did not write (notes.md)" in message
+    )
+    assert max(metrics(run)) == 4, "it is said before the first step"
+
+
+@pytest.mark.full
+def test_weights_that_are_no_numbers_start_no_command(toy: Toy, tmp_path: Path) -> None:
+    broken, name = tmp_path / "broken", "model.language_model.norm.weight"
+    shutil.copytree(toy.model, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors[name][0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": "1"}], "response": "2"}))
+    log = f"logger.log_dir={tmp_path / 'run'}"
+    for command in (
+        ("train", toy.recipe(tmp_path / "train.yaml"), log, f"policy.model_name={broken}"),
+        ("sft", toy.recipe(tmp_path / "sft.yaml", "sft"), log, f"policy.model_name={broken}"),
+        ("convert", "import", broken, tmp_path / "megatron"),
+        ("logprobs", "--model", broken, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"),
+    ):
+        assert f"{name} in {broken / 'model.safetensors'} holds NaN" in error_of(*command), command

@@ -3,7 +3,8 @@
 
 Usage: DIRECTORY LAYOUT>LAYOUT..., a layout as tp,pp,cp. The directory holds a model a folder; each goes through each
 pair of layouts: imported at the first, then exported twice, from the checkpoint's files, which needs no layout, and
-from a policy that loaded it at the second. The last model goes once more with a wrong table, which must be detected.
+from a policy that loaded it at the second. The last model goes once more with a wrong table, which must be detected,
+and the first onto a full disk.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 from safetensors import safe_open
 from torch import Tensor
 
@@ -30,6 +32,7 @@ from megatron_g2rpo.policy import process_groups
 from megatron_g2rpo.policy.device import init_process_group
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.recipe import Recipe
+from megatron_g2rpo.train.run.checkpoint_writing import CheckpointWriteError
 from megatron_g2rpo.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_g2rpo.weights.table import WeightTable
 from tests.common.hardware import this_device
@@ -135,12 +138,35 @@ def check_a_swapped_row_is_detected(model: Path, pair: str) -> int:
     return len(swapped_names)
 
 
+def error_on_a_full_disk(model: Path) -> str:
+    """What an import says on every rank when the last rank's disk is full, which /dev/full always is."""
+    target, save = model.parent / "full", dist_checkpointing.save
+
+    def save_to_full_disk(*arguments: object, checkpoint_dir: str, **options: object) -> object:
+        if dist.get_rank() == dist.get_world_size() - 1:
+            for number in range(4):  # more files than a rank writes
+                Path(checkpoint_dir, f"__{dist.get_rank()}_{number}.distcp").symlink_to("/dev/full")
+        return save(*arguments, checkpoint_dir=checkpoint_dir, **options)
+
+    layout = f"{dist.get_world_size()},1,1"
+    with patch.object(dist_checkpointing, "save", save_to_full_disk):
+        try:
+            import_hf(recipe_of(layout, "float32", model_name=model), target)
+        except CheckpointWriteError as error:
+            dist.barrier()
+            assert not target.exists()
+            assert not weights.partial_path(target).exists()
+            return str(error)
+    raise AssertionError("a full disk went unnoticed")
+
+
 def main() -> None:
     init_process_group(this_device())
     directory, pairs = Path(sys.argv[1]), sys.argv[2:]
     models = sorted(path for path in directory.iterdir() if (path / "config.json").is_file())
     tensors = {model.name: {pair: check(model, pair) for pair in pairs} for model in models}
-    report_result({"tensors": tensors, "swapped": check_a_swapped_row_is_detected(models[-1], pairs[0])})
+    swapped = check_a_swapped_row_is_detected(models[-1], pairs[0])
+    report_result({"tensors": tensors, "swapped": swapped, "full": error_on_a_full_disk(models[0])})
 
 
 if __name__ == "__main__":

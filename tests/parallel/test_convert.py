@@ -7,6 +7,7 @@ Every family, tied and untied, fp32 and bf16, vocabularies that tensor paralleli
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,9 @@ def convert(directory: Path, processes: int, models: list[Path], pairs: list[str
     first = results[0]  # the rank that reads the files
     assert all(count > 0 for tensors in first["tensors"].values() for count in tensors.values())
     assert first["swapped"] > 0
+    full = rf"rank {processes - 1} could not write {directory}/full.*: No space left on device"
+    for result in results:  # every rank says it of the one whose disk it is
+        assert re.match(full, result["full"]), result["full"]
 
 
 def check(directory: Path, processes: int, text: list[str], pairs: list[str]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,18 +14,35 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_g2rpo.types import DTYPES
-from megatron_g2rpo.weights import CheckpointError, partial_path
+from megatron_g2rpo.weights import CheckpointError, Owner, partial_path
+from megatron_g2rpo.weights.checkpoint_metadata import COMMON, METADATA, TENSORS
+from megatron_g2rpo.weights.manifest import MANIFEST
+from megatron_g2rpo.weights.megatron_checkpoint import MODEL_FILES
 from megatron_g2rpo.weights.model_files import TOKENIZERS, has_tokenizer
+
+# What a Megatron checkpoint consists of.
+_CHECKPOINT = ("*.distcp", TENSORS, TENSORS + ".tmp", METADATA, COMMON, MANIFEST, MODEL_FILES)
 
 
 def check_target(target: Path) -> None:
     """Refuse a target that exists; a symlink does, wherever it points.
 
+    Where it is written first, only what a conversion left there that was killed may be, and is removed.
+
     Raises:
         FileExistsError: naming it.
     """
-    if target.exists() or target.is_symlink():
+    if os.path.lexists(target):
         raise FileExistsError(f"{target} exists already; choose another place, or remove it first")
+    if not _is_unfinished_checkpoint(partial_path(target)):
+        Owner().check(target)
+
+
+def _is_unfinished_checkpoint(partial: Path) -> bool:
+    """Whether a directory holds nothing but what an import, which has no marker, writes."""
+    if partial.is_symlink() or not partial.is_dir():
+        return False
+    return all(any(path.match(pattern) for pattern in _CHECKPOINT) for path in partial.iterdir())
 
 
 def warn_without_tokenizer(directory: Path) -> None:

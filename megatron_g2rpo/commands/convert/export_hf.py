@@ -17,12 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_g2rpo import models, weights
-from megatron_g2rpo.commands.convert.common import progress_bar
+from megatron_g2rpo.collectives import from_first, gather
+from megatron_g2rpo.commands.convert.common import check_target, progress_bar
 from megatron_g2rpo.models.directory import load_config
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.types import DTYPES
 from megatron_g2rpo.weights.hf_model import published_tensors
 from megatron_g2rpo.weights.megatron_checkpoint import MODEL_FILES, MegatronCheckpoint, hf_contents
+from megatron_g2rpo.weights.soundness import check_whole, flaw, refuse_flaws
 from megatron_g2rpo.weights.table import Entry
 
 
@@ -55,7 +57,9 @@ def export(checkpoint: MegatronCheckpoint, target: Path, *, source: Path, dtype:
         max_shard_size: largest file of weights, see ``weights.export_hf``.
 
     Raises:
-        CheckpointError: its weights do not fit the config; all that does not is listed.
+        FileExistsError: the target exists.
+        CheckpointError: its files are damaged; its weights do not fit the config (all that does not is listed), or
+            are not finite.
     """
     hf_config = load_config(source)
     entries, stored = hf_contents(
@@ -63,6 +67,8 @@ def export(checkpoint: MegatronCheckpoint, target: Path, *, source: Path, dtype:
     )
     specs = {name: spec.to(DTYPES[dtype]) for name, spec in stored.items()}
     init_process_group(select("cpu"))
+    from_first(lambda: check_target(target))  # torchrun may have started this, without a launcher that looked
+    check_whole(checkpoint.directory)
     rank, size = dist.get_rank(), dist.get_world_size()
     with ExitStack() as stack:
         partial = weights.partial_path(target)
@@ -70,22 +76,26 @@ def export(checkpoint: MegatronCheckpoint, target: Path, *, source: Path, dtype:
             stack.enter_context(weights.hf_directory(target, specs, source=source))
         dist.barrier()
         writer = weights.ShardedWriter(partial, specs, max_shard_size=max_shard_size, rank=rank, size=size)
-        mine = writer.expects
+        mine, flaws = writer.expects, list[str]()
         total = sum(specs[name].nbytes for name in mine)
         with writer, progress_bar("writing", total, show=rank == 0) as advance:
             needed = {name: entry for name, entry in entries.items() if not mine.isdisjoint(entry.hf_names)}
             for name, parameter in checkpoint.read_ahead(needed):
                 wanted = mine.intersection(needed[name].hf_names)
-                _write(writer, wanted, needed[name], parameter, DTYPES[dtype])
+                flaws += _write(writer, wanted, needed[name], parameter, DTYPES[dtype])
                 advance(sum(specs[hf_name].nbytes for hf_name in wanted))
-        dist.barrier()
+        refuse_flaws([line for of_rank in gather(lambda: flaws) for line in of_rank], checkpoint.directory)
     dist.barrier()
 
 
 def _write(
     writer: weights.ShardedWriter, wanted: set[str], entry: Entry, parameter: Tensor, dtype: torch.dtype
-) -> None:
-    """Write some of a parameter's tensors; a function, so that nothing of it outlives its turn."""
+) -> list[str]:
+    """Write some of a parameter's tensors, and say which are not finite; nothing of it outlives its turn."""
+    flaws = []
     for hf_name, tensor in zip(entry.hf_names, entry.rule.merge([parameter]), strict=True):
         if hf_name in wanted:
             writer.write(hf_name, tensor.to(dtype))
+            if what := flaw(tensor, dtype):
+                flaws.append(f"{hf_name} {what}")
+    return flaws

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_g2rpo.commands.convert.common import progress_bar, remove_on_failure
+from megatron_g2rpo.collectives import from_first
+from megatron_g2rpo.commands.convert.common import check_target, progress_bar, remove_on_failure
 from megatron_g2rpo.policy.device import init_process_group, select, set_cpu_threads
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.recipe import Recipe
@@ -26,13 +27,15 @@ def import_hf(recipe: Recipe, target: Path) -> None:
         target: a directory that does not exist.
 
     Raises:
-        CheckpointError: the weights do not fit the model's config; all that does not is listed.
+        FileExistsError: the target exists.
+        CheckpointError: the weights do not fit the model's config (all that does not is listed), or are not finite.
     """
     device = select(recipe.cluster.device)
     if device.kind == "cpu":
         set_cpu_threads(recipe.cluster.gpus_per_node)
     share = SafetensorsDirectory(recipe.policy.model_name).nbytes // recipe.policy.megatron_cfg.model_parallel_size
     init_process_group(device)
+    from_first(lambda: check_target(target))  # torchrun may have started this, without a launcher that looked
     with progress_bar("reading", share, show=dist.get_rank() == 0) as advance:
         policy = MegatronPolicy(recipe.policy, device, seed=0, max_steps=None, on_loaded=advance)
     with remove_on_failure(target):

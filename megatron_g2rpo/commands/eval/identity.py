@@ -18,6 +18,7 @@ from megatron_g2rpo.commands.eval.answers_file import ANSWERS, UNUSABLE, Evaluat
 from megatron_g2rpo.recipe import Recipe, flatten
 from megatron_g2rpo.train.run.directory import move_aside
 from megatron_g2rpo.weights import SafetensorsDirectory
+from megatron_g2rpo.weights.ownership import MARKER
 
 EVALUATION = "evaluation.json"
 SHOWN_DIFFERENCES = 5
@@ -72,7 +73,7 @@ def fingerprint(model: Path) -> str:
         CheckpointError: the weights cannot be used.
     """
     beside = {path for pattern in _MODEL_FILES for path in model.glob(pattern) if path.is_file()}
-    files = sorted({*beside, *SafetensorsDirectory(model).files})
+    files = sorted({*beside, *SafetensorsDirectory(model).files} - {model / MARKER})
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter
         digests = list(pool.map(_sha256, files))
     named = [f"{path.name} {digest}\n" for path, digest in zip(files, digests, strict=True)]

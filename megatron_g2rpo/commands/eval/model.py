@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from megatron_g2rpo import models
 from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.models.directory import load_config
@@ -18,6 +20,7 @@ from megatron_g2rpo.train.assembly import engine_for
 from megatron_g2rpo.train.step.generation import answers
 from megatron_g2rpo.types import DTYPES, Prompt, Rollout
 from megatron_g2rpo.weights import SafetensorsDirectory, WeightSource
+from megatron_g2rpo.weights.soundness import flaw, refuse_flaws
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Model:
 
 
 class DirectoryWeights:
-    """The weights of a Hugging Face directory, as an engine takes them.
+    """The weights of a Hugging Face directory, as an engine takes them; values that are not finite are refused.
 
     Args:
         policy: the recipe's section; ``model_name`` is the directory, ``precision`` the dtype of what is streamed.
@@ -104,5 +107,11 @@ class DirectoryWeights:
         """Return the weights; each tensor is read when it is asked for."""
         return WeightSource(
             specs=lambda: {name: self._tensors[name].to("meta", self._dtype) for name in self._names},
-            tensors=lambda: ((name, self._tensors[name].to(self._device, self._dtype)) for name in self._names),
+            tensors=lambda: ((name, self._finite(name).to(self._device, self._dtype)) for name in self._names),
         )
+
+    def _finite(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        what = flaw(tensor, self._dtype)
+        refuse_flaws([f"{name} {what}"] if what else [], self._tensors.file_of(name))
+        return tensor

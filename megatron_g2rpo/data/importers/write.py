@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -23,10 +24,14 @@ from megatron_g2rpo.data.importers.load import Loaded, Waiting, load_all
 from megatron_g2rpo.data.importers.records import REJECTED, image_directory
 from megatron_g2rpo.data.importers.split import validation_samples
 from megatron_g2rpo.data.importers.values import lookup
+from megatron_g2rpo.data.shard_format import INDEX_NAME
 from megatron_g2rpo.data.shard_writer import ShardWriter
 from megatron_g2rpo.tasks.prompts import IMAGE_TAG
 
 TRAIN, VALIDATION = "train", "val"
+_SPOOL = "spool"
+# What is written before a dataset is whole.
+_WRITTEN = ("shard-*.tar", INDEX_NAME, "index.tmp", _SPOOL)
 _FIELD = re.compile(r"field '([^']+)'")
 
 
@@ -125,7 +130,7 @@ def import_dataset(
         target.parent.mkdir(parents=True)
     listed = target.with_name(f"{target.name}{REJECTED}")
     partial, partial_list = (path.with_name(f"{path.name}.partial") for path in (target, listed))
-    shutil.rmtree(partial, ignore_errors=True)  # what an import that was killed had begun
+    _remove_unfinished(partial)
     result = ImportResult()
     try:
         partial.mkdir()
@@ -237,13 +242,32 @@ def _accepted(
         write(json.dumps({"name": row.name, "reason": row.reason, "message": row.message}) + "\n")
 
 
+def _remove_unfinished(partial: Path) -> None:
+    """Remove what an import that was killed had begun, and nothing else.
+
+    Raises:
+        DataError: what is there is something else.
+    """
+    if not os.path.lexists(partial):
+        return
+    if partial.is_symlink() or not partial.is_dir() or not all(map(_is_of_import, partial.rglob("*"))):
+        raise DataError(f"{partial} is in the way, where shards are written first; move it elsewhere, or remove it")
+    shutil.rmtree(partial)
+
+
+def _is_of_import(path: Path) -> bool:
+    if path.is_dir():
+        return path.name in (TRAIN, VALIDATION)
+    return any(path.match(pattern) for pattern in _WRITTEN)
+
+
 def _write(samples: Iterator[Loaded], partial: Path, result: ImportResult, settings: ImportSettings) -> None:
     if settings.validation_share is None:
         _write_parts(((sample, "") for sample in samples), partial, result, settings)
         return
     # A sample's part depends on all that it shares an image with, so that the first pass over the images writes them
     # to one file, and a second pass divides that.
-    spool, contents = partial / "spool", []
+    spool, contents = partial / _SPOOL, []
     with spool.open("wb") as file:
         for sample in samples:
             contents.append(sample.contents)

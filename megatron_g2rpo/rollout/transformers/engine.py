@@ -406,6 +406,8 @@ def _empty_model(model: str | PathLike[str] | PreTrainedConfig, device: torch.de
     config = copy.deepcopy(model) if isinstance(model, PreTrainedConfig) else load_config(model)
     # Not `.to(dtype)`: that would also round the rotary tables, which the constructor keeps in fp32.
     with device, no_init_weights():
-        built = model_class(config).from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+        built = model_class(config).from_config(
+            config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False
+        )
     built.tie_weights()
     return built.eval().requires_grad_(False)

@@ -43,11 +43,15 @@ class Run:
         self._recipe, self._components = recipe, components
         self._loop = recipe.grpo if isinstance(recipe, TrainRecipe) else recipe.sft
         options = recipe.checkpointing
+        self._run_id = from_first(lambda: run_id(recipe.logger.log_dir))
+        self._export = Path(recipe.logger.log_dir) / "hf"
+        if options.export_hf:  # now, not after days of training
+            from_first(lambda: weights.Owner(self._run_id).check(self._export))
         self._checkpoints = Checkpoints(
             options.checkpoint_dir,
             Retention(options.keep_top_k, options.metric_name, options.higher_is_better),
             components.processor.settings,
-            run_id=from_first(lambda: run_id(recipe.logger.log_dir)),
+            run_id=self._run_id,
             recipe=recipes.dump(recipe),
             is_async=options.async_save,
         )
@@ -227,17 +231,17 @@ class Run:
         if not self._recipe.checkpointing.export_hf:
             return None
         progress.enter("export")
-        directory = Path(self._recipe.logger.log_dir) / "hf"
         weights.export_hf(
             self._components.policy.stream(),
             self._components.policy.specs(),
-            directory,
+            self._export,
             source=self._recipe.policy.model_name,
             write=dist.get_rank() == 0,
             settings=self._components.processor.settings,
+            run_id=self._run_id,
         )
         dist.barrier()
-        return directory
+        return self._export
 
     def _validate(self, log: MetricsLog) -> dict[str, float]:
         progress.enter("validation")

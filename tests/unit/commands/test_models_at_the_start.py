@@ -16,6 +16,7 @@ from megatron_g2rpo.cli import app
 from megatron_g2rpo.commands.convert.common import check_target, warn_without_tokenizer
 from megatron_g2rpo.commands.preflight import checked
 from megatron_g2rpo.recipe import RecipeError
+from megatron_g2rpo.weights.ownership import MARKER
 from megatron_g2rpo.weights.safetensors_directory import INDEX_NAME
 
 POLICY = Path(__file__).parents[3] / "examples" / "quickstart" / "policy"
@@ -80,6 +81,20 @@ def test_a_target_that_is_a_symlink_to_nothing_exists(tmp_path):
     with pytest.raises(FileExistsError, match=f"{tmp_path / 'out'} exists already"):
         check_target(tmp_path / "out")
     check_target(tmp_path / "free")
+
+
+@pytest.mark.parametrize("content", ["common.pt", "model.safetensors", "notes/f"])
+def test_where_a_target_is_written_first_only_what_a_conversion_left_may_be(tmp_path, content):
+    partial = tmp_path / "out.partial"
+    (partial / content).parent.mkdir(parents=True)
+    (partial / content).write_text("f")
+    if content == "common.pt":  # of an import that was killed
+        check_target(tmp_path / "out")
+        return
+    with pytest.raises(FileExistsError, match=f"{partial} is in the way"):
+        check_target(tmp_path / "out")
+    (partial / MARKER).write_text('{"run_id": "", "files": null}')  # of an export that was killed
+    check_target(tmp_path / "out")
 
 
 def test_a_model_without_a_tokenizer_is_converted_with_a_word(model, capsys):

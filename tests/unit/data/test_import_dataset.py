@@ -229,6 +229,14 @@ def test_what_a_killed_import_left_is_removed_by_the_next(tmp_path: Path) -> Non
     assert len(ShardIndex(tmp_path / "out")) == 1
 
 
+def test_what_no_import_left_is_not_removed(tmp_path: Path) -> None:
+    (tmp_path / "out.partial" / "notes").mkdir(parents=True)
+    (tmp_path / "out.partial" / "notes" / "f").write_text("mine")
+    with pytest.raises(DataError, match=f"{tmp_path / 'out.partial'} is in the way"):
+        run("jsonl", write_lines(tmp_path / "rows.jsonl", [OWN]), tmp_path / "out")
+    assert (tmp_path / "out.partial" / "notes" / "f").read_text() == "mine"
+
+
 def test_no_image_is_on_both_sides_of_a_split(tmp_path: Path) -> None:
     rows = rows_with_images(tmp_path, 60, images=30)
     for number in range(0, 60, 7):  # chains: a sample that shows two images ties them

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from megatron_g2rpo.commands.convert.export_hf import export
 from megatron_g2rpo.policy import checkpoint_reading
 from megatron_g2rpo.weights import CheckpointError, SafetensorsDirectory
-from megatron_g2rpo.weights.checkpoint_metadata import METADATA, TENSORS, read_metadata
+from megatron_g2rpo.weights.checkpoint_metadata import COMMON, METADATA, TENSORS, read_metadata
 from megatron_g2rpo.weights.hf_model import published_tensors
 from megatron_g2rpo.weights.megatron_checkpoint import MegatronCheckpoint, hf_contents
 from tests.common.text_models import make_text_model
@@ -34,6 +34,7 @@ LAYER = "language_model.decoder.layers."
 def write(directory: Path, tensors: dict[str, Tensor], backend: str = "torch_dist") -> Path:
     dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(directory), no_dist=True)
     (directory / METADATA).write_text(json.dumps({"sharded_backend": backend}))
+    torch.save({}, directory / COMMON)
     return directory
 
 

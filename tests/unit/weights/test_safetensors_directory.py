@@ -54,6 +54,15 @@ def test_the_index_decides_and_what_it_does_not_name_is_ignored_with_a_word(tmp_
     )
 
 
+def test_two_whole_models_of_which_readers_would_take_different_ones_are_refused(tmp_path):
+    save_file(tensors(1, "a"), tmp_path / "model-00001-of-00001.safetensors")
+    write_index(tmp_path, {"a": "model-00001-of-00001.safetensors"})
+    SafetensorsDirectory(tmp_path)
+    save_file(tensors(2, "a"), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{tmp_path} holds two models: model\.safetensors, .*; move one"):
+        SafetensorsDirectory(tmp_path)
+
+
 @pytest.mark.parametrize("other", ["zz_old", "consolidated", "consolidated.00", "adapter_model", "a_copy"])
 def test_without_an_index_the_single_file_is_the_model(tmp_path, caplog, other):
     right = tensors(1, "a", "b")

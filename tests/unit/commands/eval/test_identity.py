@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.commands.eval.answers_file import ANSWERS, EvaluationError, append
 from megatron_g2rpo.commands.eval.identity import claim, differences, fingerprint, identity_of, load
+from megatron_g2rpo.weights.ownership import MARKER
 from tests.common.recipes import G2RPO
 
 
@@ -44,8 +45,9 @@ def test_a_model_is_its_content_not_its_place(model: Path) -> None:
     assert len({first, second, fingerprint(moved)}) == 3
 
 
-def test_weights_that_are_not_the_models_do_not_count(model: Path) -> None:
+def test_weights_that_are_not_the_models_do_not_count_nor_who_wrote_them(model: Path) -> None:
     first = fingerprint(model)
+    (model / MARKER).write_text("{}")
     save_file({"w": torch.ones(2)}, model / "consolidated.safetensors")
     assert fingerprint(model) == first
 

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether weights can be computed with: every byte of a checkpoint is what was written, every value a finite number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_g2rpo.collectives import gather
+from megatron_g2rpo.weights.checkpoint_metadata import structural_faults
+from megatron_g2rpo.weights.manifest import faults, read_manifest
+from megatron_g2rpo.weights.safetensors_directory import CheckpointError
+
+_SHOWN = 5  # in a message
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Check that a Megatron checkpoint's files are what was written. A collective of all ranks, which share the files.
+
+    Without a manifest, as in checkpoints of releases up to 0.4 and of other programs, missing and short files are
+    found, and bytes that changed are not.
+
+    Raises:
+        CheckpointError: they are not; names every file.
+    """
+
+    def faults_of_share() -> list[str]:
+        manifest = read_manifest(checkpoint)
+        if manifest is None:
+            return list(structural_faults(checkpoint)) if dist.get_rank() == 0 else []
+        return list(faults(checkpoint, manifest, sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]))
+
+    if found := [sentence for share in gather(faults_of_share) for sentence in share]:
+        raise CheckpointError(
+            f"{checkpoint} is damaged; use another checkpoint, or copy it again:\n  " + _listed(found)
+        )
+
+
+def flaw(tensor: Tensor, dtype: torch.dtype) -> str:
+    """Say what a tensor of weights has that cannot be computed with; empty if it has nothing of the kind.
+
+    Args:
+        tensor: weights of floating point, of any shape.
+        dtype: what they will be converted to.
+    """
+    if tensor.numel() == 0:
+        return ""
+    low, high = (float(end) for end in torch.aminmax(tensor))  # one pass, without a copy; NaN is both ends then
+    largest = torch.finfo(dtype).max
+    if -largest <= low and high <= largest:
+        return ""
+    if low != low:
+        return "holds NaN"
+    if float("inf") in (-low, high):
+        return "holds Inf"
+    return f"holds {max(low, high, key=abs):.4g}, which {dtype} cannot hold"
+
+
+def refuse_flaws(found: list[str], source: object) -> None:
+    """Raise an error that lists what ``flaw`` said of tensors, each with its name and file.
+
+    Raises:
+        CheckpointError: ``found`` is not empty.
+    """
+    if found:
+        raise CheckpointError(
+            f"{source}: {len(found)} tensors cannot be computed with; use another checkpoint, or copy the files "
+            "again:\n  " + _listed(found)
+        )
+
+
+def _listed(lines: list[str]) -> str:
+    more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return "\n  ".join(lines[:_SHOWN] + more)
