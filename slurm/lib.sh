@@ -123,6 +123,7 @@ show() {
 # the ranks' scripts are sent SIGURG, which ends nothing, and send SIGUSR1 to the trainer alone.
 run_step() {
   local step interrupted
+  rm -f "$logs/stopped" # of an earlier attempt that failed after all
   "$@" &
   step=$!
   trap 'interrupted=1
@@ -242,4 +243,24 @@ options_of_this_job() {
     case $value in '' | N/A | '(null)') continue ;; esac
     options+=("--${names[index]}=$value")
   done
+}
+
+# run_command VERB ...: become a command of one node, which starts its processes itself.
+run_command() {
+  local processes=${NPROC:-${SLURM_GPUS_ON_NODE:-0}} extra
+  need_job
+  choose_python
+  choose_container
+  read -r -a extra <<<"${SRUN_ARGS:-}"
+  command=(
+    srun --nodes=1 --ntasks=1 --cpu-bind=none "${container_args[@]}" "${extra[@]}" "${container_run[@]}"
+    "$PYTHON" -m megatron_g2rpo.cli "$@"
+  )
+  [ "$processes" = 0 ] || command+=(--nproc "$processes")
+  if [ "$dryrun" = 1 ]; then
+    show cd "$PWD"
+    show "${command[@]}"
+    exit 0
+  fi
+  exec "${command[@]}"
 }
