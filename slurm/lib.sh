@@ -120,7 +120,7 @@ show() {
 # run_step COMMAND ...: run srun in the background and wait for it, passing on what the job is told. Sets `code`.
 #
 # Slurm hands a signal to every process of a step, and most that a rank starts (workers, an engine) would die of it. So
-# the ranks' scripts are sent SIGURG, which ends nothing, and send SIGUSR1 to the trainer alone.
+# the ranks' scripts are sent SIGURG, which ends nothing, and pass it on to the trainer alone.
 run_step() {
   local step interrupted
   rm -f "$logs/stopped" # of an earlier attempt that failed after all

@@ -15,13 +15,13 @@ export LOCAL_WORLD_SIZE=$((SLURM_STEP_NUM_TASKS / SLURM_STEP_NUM_NODES))
 mkdir -p "$logs"
 
 # A signal that Slurm sends to the step reaches the trainer by itself; this script outlives it. SIGURG is the batch
-# script's: the trainer gets SIGUSR1 for it, once, as a second signal means "at once".
+# script's: it is passed on to the trainer alone, as SIGUSR2, of which the trainer takes any number for one request.
 asked=0
 trap 'asked=1 interrupted=1' USR1 TERM INT HUP
-trap '[ "$asked" = 1 ] || kill -USR1 "$trainer"; asked=1 interrupted=1' URG
+trap 'kill -USR2 "$trainer"; asked=1 interrupted=1' URG
 
 # tee must live until the trainer has said its last word.
-"$@" > >(trap '' USR1 TERM INT HUP URG; exec tee -a "$logs/rank_$RANK.log") 2>&1 &
+"$@" > >(trap '' USR1 USR2 TERM INT HUP URG; exec tee -a "$logs/rank_$RANK.log") 2>&1 &
 trainer=$!
 interrupted=1
 while [ "$interrupted" = 1 ]; do # a trap ends the wait, not the trainer
@@ -29,6 +29,10 @@ while [ "$interrupted" = 1 ]; do # a trap ends the wait, not the trainer
   wait "$trainer" && code=0 || code=$?
 done
 
+# Ended by the request itself, USR1 or USR2: Python had not yet come to where it minds them, and nothing is lost.
+if [ "$asked" = 1 ] && { [ "$code" = 138 ] || [ "$code" = 140 ]; }; then
+  code=75
+fi
 if [ "$code" = 75 ]; then
   # One mark for the whole step, by the rank that runs beside the batch script.
   [ "$RANK" != 0 ] || : >"$logs/stopped"
