@@ -124,6 +124,7 @@ def test_a_chain_of_supervised_jobs_on_staged_data(
     stage = tmp_path / "disk"
     stage.mkdir()
     variables = {"CHAIN": "2", "STAGE_DATA": "1", "STAGE_DIR": str(stage)}
+    variables["SBATCH_ARGS"] = f"--output={tmp_path}/%x-%j.out"
     first = submit("train_g2rpo.sh", recipe, options=NODES, **variables)
     cluster.wait(first, "RUNNING", "COMPLETED", seconds=JOB_SECONDS)
     attached = cluster.text("slurm/attach.sh", first, "127.0.0.2", "printenv", "SLURMD_NODENAME")
@@ -142,12 +143,7 @@ def test_a_chain_of_supervised_jobs_on_staged_data(
     second = match[1]
     ended = cluster.wait(second, "COMPLETED", "FAILED", seconds=JOB_SECONDS)
     assert (ended["JobState"], ended["NumNodes"], ended["TimeLimit"]) == ("COMPLETED", "2", "00:30:00")
-    # Slurm names it by the script, where the first one was told its name by the script's own option.
-    output = Path(ended["StdOut"])
-    try:
-        assert "the run is finished" in output.read_text()
-    finally:
-        output.unlink(missing_ok=True)
+    assert "the run is finished" in output_of(tmp_path, second)
 
 
 def test_a_killed_rank_ends_the_job_and_is_named(
