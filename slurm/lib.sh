@@ -146,7 +146,7 @@ requeue_if_stopped() {
   rm -f "$logs/stopped"
   code=75
   if [ -n "${next_job:-}" ]; then
-    echo "$program: the run was stopped and saved; job $next_job goes on"
+    echo "$program: the run was stopped and saved; the next job of the chain goes on"
     code=0
     return 0
   fi
@@ -209,7 +209,7 @@ trainer_command() {
 # ended in whatever way. They get this job's options, as far as Slurm says them; SBATCH_ARGS adds what it does not.
 chain() {
   local link=${CHAIN_LINK:-1} previous=${SLURM_JOB_ID:-JOB} options=() extra submit number
-  [ "$link" -ge "$CHAIN" ] || next_job="the next one of the chain"
+  [ "$link" -ge "$CHAIN" ] || next_job=yes
   REQUEUE=0 # the next job goes on
   if [ "$link" != 1 ] || [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then
     return 0
