@@ -27,7 +27,7 @@ field() {
   squeue --noheader --jobs="$job" --states=RUNNING --format="$1" 2>/dev/null | head -n 1
 }
 
-nodes=$(field %N)
+nodes=$(field %N) || nodes=''
 [ -n "$nodes" ] || fail "job $job is not running"
 
 if [ "${1:-}" = logs ]; then

@@ -156,7 +156,7 @@ requeue_if_stopped() {
   fi
   # Slurm would also requeue a job that its user has cancelled.
   local state
-  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T | head -n 1)
+  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null | head -n 1) || state=''
   if [ "$state" != RUNNING ]; then
     echo "$program: the run was stopped and saved; the job is ${state:-gone}, so it is not requeued"
     return 0

@@ -3,10 +3,10 @@
 
     python - RECIPE STAGE_DIR [key=value ...] < slurm/recipe_facts.py
 
-STAGE_DIR is the node-local folder that the data is copied to; empty: it is read where it is. Printed are ``verb`` (train
-or sft), ``num_nodes``, ``gpus_per_node``, ``engine_size`` (GPUs of one rollout engine), ``finished`` (1 if a run has
-taken its last step and written what it writes), and, with STAGE_DIR, the arrays ``staged`` (source, target, source, target
-...) and ``stage_overrides``.
+STAGE_DIR is the node-local folder that the data is copied to; empty: it is read where it is. Printed are ``verb``
+(train or sft), ``num_nodes``, ``gpus_per_node``, ``engine_size`` (GPUs of one rollout engine), ``finished`` (1 if a run
+has taken its last step and written what it writes), and, with STAGE_DIR, the arrays ``staged`` (source, target, source,
+target ...) and ``stage_overrides``.
 
 Exit code 1, and a message, if the recipe cannot be used.
 """

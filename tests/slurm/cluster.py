@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Slurm cluster of two nodes on this machine: its own key, daemons, ports and directory, and nothing of the system's.
 
-The nodes are called 127.0.0.1 and 127.0.0.2, so that their names resolve everywhere. The daemons stay in the foreground,
-as children of this process. Debian's ``slurm-wlm`` and ``munge`` are enough (``make test-slurm`` installs them);
-running them needs no root.
+The nodes are called 127.0.0.1 and 127.0.0.2, so that their names resolve everywhere. The daemons stay in the
+foreground, as children of this process. Debian's ``slurm-wlm`` and ``munge`` are enough (``make test-slurm`` installs
+them).
 
     python -m tests.slurm.cluster [DIRECTORY]    # starts one, says how to use it, and stops it with Ctrl-C
 """
@@ -76,7 +76,9 @@ class Cluster:
 
     def _start_daemons(self) -> None:
         munge = self.directory / "munge"
-        files = [f"--{name}={munge / name.replace('-', '.')}" for name in ("key-file", "log-file", "pid-file", "seed-file")]
+        files = [
+            f"--{name}={munge / name.replace('-', '.')}" for name in ("key-file", "log-file", "pid-file", "seed-file")
+        ]
         self._daemon("munged", "--foreground", *files, f"--socket={munge / 'socket'}")
         self._await("munged's socket", (munge / "socket").exists)
         self._daemon("slurmctld", "-D", "-c")
@@ -191,7 +193,9 @@ class Cluster:
         }
         lines = [f"{key}={value}" for key, value in settings.items()]
         for node in NODES:
-            lines.append(f"NodeName={node} NodeAddr={node} NodeHostname={host} Port={next(ports)} CPUs={CPUS} State=UNKNOWN")
+            lines.append(
+                f"NodeName={node} NodeAddr={node} NodeHostname={host} Port={next(ports)} CPUs={CPUS} State=UNKNOWN"
+            )
         lines.append(f"PartitionName=all Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP")
         (self.directory / "slurm.conf").write_text("\n".join([*lines, ""]))
 

@@ -25,7 +25,20 @@ JOB = {
 PORT = 20000 + 123456 % 12000
 # Whatever the caller's shell or a job around the tests has set would change what the scripts do.
 _OF_SCRIPTS = (
-    *("SLURM", "SBATCH", "MASTER", "SRUN", "SERVER", "CONTAINER", "STAGE", "CHAIN", "REQUEUE", "LOGS", "NPROC", "DRYRUN"),
+    *(
+        "SLURM",
+        "SBATCH",
+        "MASTER",
+        "SRUN",
+        "SERVER",
+        "CONTAINER",
+        "STAGE",
+        "CHAIN",
+        "REQUEUE",
+        "LOGS",
+        "NPROC",
+        "DRYRUN",
+    ),
 )
 
 
@@ -62,7 +75,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def stubs(tmp_path: Path) -> Stubs:
-    """A `srun` that records its arguments, a `scontrol` that knows two hosts, a `squeue` that knows of no time limit."""
+    """A `srun` that records its arguments, a `scontrol` that knows two hosts, a `squeue` that knows no time limit."""
     made = Stubs(tmp_path / "stubs", tmp_path)
     made.folder.mkdir()
     made.write("srun", f"printf '%s\\0' \"$@\" > '{tmp_path}/srun.args'\npwd > '{tmp_path}/srun.cwd'")

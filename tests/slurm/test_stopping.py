@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,10 @@ exit $code
 # As Slurm does: to every process of the step.
 SCANCEL = """echo "$*" >> "$RECORDS/scancel"; for pid in $(cat "$RECORDS/pids"); do kill -URG -- -"$pid"; done"""
 # Requeueing ends the batch script.
-SCONTROL = """case $1 in show) printf 'gpu07\\ngpu08\\n' ;; requeue) echo "$2" >> "$RECORDS/requeued"; kill -TERM $PPID ;; esac"""
+SCONTROL = r"""case $1 in
+  show) printf 'gpu07\ngpu08\n' ;;
+  requeue) echo "$2" >> "$RECORDS/requeued"; kill -TERM $PPID ;;
+esac"""
 
 
 class Job:
@@ -71,7 +75,7 @@ class Job:
         )
         self._until(lambda: all(self.log(rank) for rank in range(4)))
 
-    def _until(self, there) -> None:  # noqa: ANN001
+    def _until(self, there: Callable[[], bool]) -> None:
         end = time.monotonic() + 60
         while not there():
             assert self.process.poll() is None, self.process.communicate()

@@ -79,7 +79,8 @@ def test_pyxis_gets_the_image_and_the_recipe_is_read_inside(stubs: Stubs, run: R
     stubs.write(
         "srun",
         f"printf '%s\\n' \"$*\" >> '{stubs.records}/calls'\n"
-        f"[[ \" $* \" != *' python3 - '* ]] || {{ while [ \"$1\" != - ]; do shift; done; exec '{sys.executable}' \"$@\"; }}",
+        '[[ " $* " == *" python3 - "* ]] || exit 0\nwhile [ "$1" != - ]; do shift; done\n'
+        f"exec '{sys.executable}' \"$@\"",
     )
     variables = {**JOB, "PYTHON": "", "CONTAINER_IMAGE": "a.sqsh", "CONTAINER_MOUNTS": "/data:/data"}
     result = run(SCRIPT, RECIPE, SRUN_ARGS="--container-writable --mpi=none", **variables)
@@ -95,23 +96,28 @@ def test_apptainer_runs_each_rank(run: Run) -> None:
     # A dry run reads the recipe outside, by an interpreter of its own.
     result = run(SCRIPT, RECIPE, DRYRUN="1", **variables)
     assert result.returncode == 0, result.stderr
-    inside = f" --label apptainer exec --pwd {ROOT} --bind {ROOT}:{ROOT} --nv a.sif bash slurm/rank.sh {LOGS} python3 -m "
+    inside = (
+        f" --label apptainer exec --pwd {ROOT} --bind {ROOT}:{ROOT} --nv a.sif bash slurm/rank.sh {LOGS} python3 -m "
+    )
     assert inside in result.stdout
 
 
 def test_staged_data_is_copied_and_replaces_the_recipes(run: Run, tmp_path: Path) -> None:
-    """One dataset by its folder, several by a list, with their weights; a glob takes its folder, and the index there."""
+    """One dataset by its folder, several by a list, with their weights; a glob takes its folder."""
     folder = tmp_path / "shards"
     folder.mkdir()
     paths = f"data.train.path=['{folder}', {{path: '{folder}/*-1.tar', weight: 2}}]"
-    result = run(SCRIPT, RECIPE, paths, f"data.validation.path={folder}", STAGE_DATA="1", STAGE_DIR="/disk", DRYRUN="1", **JOB)
+    result = run(
+        SCRIPT, RECIPE, paths, f"data.validation.path={folder}", STAGE_DATA="1", STAGE_DIR="/disk", DRYRUN="1", **JOB
+    )
     assert result.returncode == 0, result.stderr
     stage, train = (shlex.split(line) for line in result.stdout.splitlines()[2:])
     disk = "/disk/g2rpo-data-123456"
     pairs = [(folder, f"{disk}/train/0"), (folder, f"{disk}/train/1"), (folder, f"{disk}/validation/0")]
     assert stage[stage.index("slurm/stage.sh") + 1 :] == [str(part) for pair in pairs for part in pair]
     assert train[-4:-2] == [
-        f'data.train.path=[{{"path": "{disk}/train/0", "weight": 1.0}}, {{"path": "{disk}/train/1/*-1.tar", "weight": 2.0}}]',
+        f'data.train.path=[{{"path": "{disk}/train/0", "weight": 1.0}}, '
+        f'{{"path": "{disk}/train/1/*-1.tar", "weight": 2.0}}]',
         f'data.validation.path="{disk}/validation/0"',
     ]
 
@@ -124,7 +130,8 @@ def test_a_chain_submits_jobs_like_this_one(stubs: Stubs, run: Run) -> None:
     assert result.returncode == 0, result.stderr
     options = "--nodes=2 --partition=gpu --account=lab --time=4:00:00 --job-name=my-run --gres=gpu:8 --mail-type=END"
     assert (stubs.records / "sbatch").read_text().splitlines() == [
-        f"--parsable --dependency=afterany:{previous} --export=ALL,CHAIN_LINK={link} {options} slurm/{SCRIPT} {RECIPE} grpo.seed=3"
+        f"--parsable --dependency=afterany:{previous} --export=ALL,CHAIN_LINK={link} {options} "
+        f"slurm/{SCRIPT} {RECIPE} grpo.seed=3"
         for previous, link in ((123456, 2), (1, 3))
     ]
     # A later job of the chain, or the first when it is requeued, submits nothing.

@@ -39,7 +39,7 @@ def test_servers_are_started_awaited_keyed_and_stopped(
     lines = metrics(tmp_path / "run")
     assert sorted(lines) == list(range(1, STEPS + 1))
     # The server drew the tokens, and with the key: without it only /health answers.
-    assert "POST /inference/v1/generate HTTP/1.1\" 200" in server
+    assert 'POST /inference/v1/generate HTTP/1.1" 200' in server
     # What it served were the trainer's weights: its log-probabilities are the trainer's, in float32.
     assert all(line["train/rollout_gap_max"] < 1e-3 for line in lines.values())
     key = "MEGATRON_G2RPO_API_KEY="

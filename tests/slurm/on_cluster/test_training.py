@@ -79,7 +79,9 @@ def follow_the_page(cluster: Cluster, recipe: Path, tmp_path: Path) -> str:
     job = ""
     for line in lines[start:]:
         words = [str(recipe) if word == "$RECIPE" else word for word in shlex.split(line, comments=True)]
-        words = [word for word in words if not word.startswith(("--gres", "--account", "--partition", "policy.", "logger."))]
+        words = [
+            word for word in words if not word.startswith(("--gres", "--account", "--partition", "policy.", "logger."))
+        ]
         words = [str(cluster.directory) if word == "$JOB" else word for word in words]
         if "sbatch" in words:
             place = words.index("sbatch") + 1
