@@ -5,7 +5,7 @@ The nodes are called 127.0.0.1 and 127.0.0.2, so that their names resolve everyw
 foreground, as children of this process. Debian's ``slurm-wlm`` and ``munge`` are enough (``make test-slurm`` installs
 them).
 
-    python -m tests.slurm.cluster [DIRECTORY]    # starts one, says how to use it, and stops it with Ctrl-C
+    python -m tests.slurm.cluster [FOLDER]    # starts one, says how to use it, and stops it with Ctrl-C
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ class Cluster:
         if missing:
             raise RuntimeError(f"{', '.join(missing)} not found: `make test-slurm` installs slurm-wlm and munge")
         self.directory.mkdir(parents=True)
-        self.directory.chmod(0o755)  # munged refuses a socket that not everyone can reach
         for name in ("munge", "state", *(f"spool-{node}" for node in NODES)):
             (self.directory / name).mkdir(mode=0o755)
         self._write_configuration()
@@ -251,7 +250,8 @@ def _free_ports(count: int) -> list[int]:
 def main() -> None:
     """Start a cluster, and stop it when the terminal says so."""
     given = sys.argv[1:]
-    directory = Path(given[0]) if given else Path(tempfile.mkdtemp(prefix="g2rpo-slurm-")) / "cluster"
+    directory = Path(given[0] if given else tempfile.mkdtemp(prefix="g2rpo-slurm-")) / "cluster"
+    directory.parent.chmod(0o755)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with running(directory.resolve()) as cluster, contextlib.suppress(KeyboardInterrupt):
         print(f"export SLURM_CONF={cluster.environment['SLURM_CONF']}", flush=True)

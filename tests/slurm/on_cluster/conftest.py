@@ -23,6 +23,7 @@ JOB_SECONDS = 420
 def cluster() -> Iterator[Cluster]:
     """The cluster; no process of it is left behind."""
     root = Path(tempfile.mkdtemp(prefix="g2rpo-slurm-"))  # a short path: munge's socket has one of at most 107 bytes
+    root.chmod(0o755)  # munged refuses a socket that not everyone can reach
     try:
         with running(root / "cluster") as started:
             yield started
