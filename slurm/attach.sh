@@ -24,7 +24,7 @@ shift
 
 # A field of the job, as squeue says it; of a heterogeneous job, of its first component.
 field() {
-  squeue --noheader --jobs="$job" --states=RUNNING --format="$1" 2>/dev/null | head -n 1
+  squeue --noheader --jobs="$job" --states=RUNNING --format="$1" 2>/dev/null | sed -n 1p
 }
 
 nodes=$(field %N) || nodes=''
@@ -32,12 +32,12 @@ nodes=$(field %N) || nodes=''
 
 if [ "${1:-}" = logs ]; then
   # The merged output, as the job was told to write it.
-  output=$(scontrol show job "$job" | sed -n 's/^ *StdOut=//p' | head -n 1)
+  output=$(scontrol show job "$job" | sed -n 's/^ *StdOut=//p' | sed -n 1p)
   command=(tail -n 100 -F "$output")
 else
   node=${1:--}
   if [ "$node" = - ]; then
-    node=$(scontrol show hostnames "$nodes" | head -n 1)
+    node=$(scontrol show hostnames "$nodes" | sed -n 1p)
   fi
   [ $# = 0 ] || shift
   command=(srun --jobid="$job" --overlap --nodes=1 --ntasks=1 --nodelist="$node" --cpu-bind=none)

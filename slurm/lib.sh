@@ -105,7 +105,7 @@ choose_logs() {
 know_the_end() {
   [ -z "${SLURM_JOB_END_TIME:-}" ] || return 0
   local end
-  end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --Format=EndTime:32 2>/dev/null | head -n 1) || return 0
+  end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --Format=EndTime:32 2>/dev/null | sed -n 1p) || return 0
   # Without a time limit it says N/A.
   end=$(date --date="${end// /}" +%s 2>/dev/null) || return 0
   export SLURM_JOB_END_TIME=$end
@@ -156,7 +156,7 @@ requeue_if_stopped() {
   fi
   # Slurm would also requeue a job that its user has cancelled.
   local state
-  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null | head -n 1) || state=''
+  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null | sed -n 1p) || state=''
   if [ "$state" != RUNNING ]; then
     echo "$program: the run was stopped and saved; the job is ${state:-gone}, so it is not requeued"
     return 0
