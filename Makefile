@@ -6,6 +6,7 @@
 #   make test       tests that take seconds             make test-full    all of them but:
 #   make test-unit  those of one process, and of other libraries' interfaces; a fraction of the time
 #   make test-vllm  tests on real vLLM, in an environment of its own (4 GB); test-vllm-full: those that take minutes too
+#   make test-slurm batch scripts on a Slurm of two nodes, on this machine; installs slurm-wlm and munge, as root
 #   make test-gpu   tests on a GPU made of host memory, in an environment of its own (3 GB); test-gpu-full: all
 #   make test-nemo-run  the nemo-run example, in an environment of its own (0.6 GB)
 #   make lmms-eval  the harness for the paper's benchmarks, in an environment of its own (2.5 GB), see docs/evaluation.md
@@ -55,7 +56,7 @@ SOURCES := pyproject.toml setup.py constraints/cpu.txt $(wildcard csrc/*)
 INSTALL = MEGATRON_G2RPO_BUILD_EXT=1 $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/cpu.txt torch==2.13.0 -e
 
 .PHONY: quickstart quickstart-vllm setup data policy test test-unit test-full test-vllm test-vllm-full test-gpu \
-	test-gpu-full test-nemo-run lmms-eval lint clean
+	test-gpu-full test-nemo-run test-slurm slurm lmms-eval lint clean
 
 quickstart: $(VENV)/.quickstart data
 	$(BIN)/megatron-g2rpo train $(RECIPE) --fresh --nproc $(NPROC) \
@@ -92,7 +93,7 @@ test-unit: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(UNIT) -m "not full" $(ON_EACH_CORE) $(PYTEST_ARGS)
 
 test-full: $(VENV)/.full
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slurm" $(PYTEST_ARGS)
 
 test-vllm: $(VLLM_VENV)/.test
 	$(VLLM_BIN)/python -m pytest tests/vllm -m "not full" $(PYTEST_ARGS)
@@ -115,6 +116,20 @@ test-gpu-full: $(GPU_VENV)/.test data
 test-nemo-run: $(NEMO_RUN_VENV)/.test
 	$(NEMO_RUN_BIN)/python -m pytest tests/nemo_run $(PYTEST_ARGS)
 
+# Its cluster has its own directories, daemons and ports. vLLM serves in the environment of its tests.
+test-slurm: slurm $(VENV)/.dev $(VLLM_VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm/on_cluster $(PYTEST_ARGS)
+
+# Debian's packages; they start no daemon without a configuration.
+slurm:
+	@missing=; for name in munged slurmctld slurmd srun curl; do \
+		PATH="$$PATH:/usr/sbin" command -v $$name >/dev/null || missing+=" $$name"; done; \
+	if [ -n "$$missing" ]; then \
+		if [ "$$(id -u)" != 0 ]; then \
+			echo "missing:$$missing; only root can install them: sudo apt-get install slurm-wlm munge curl" >&2; exit 1; fi; \
+		echo "Installing slurm-wlm, munge and curl ..."; apt-get update --quiet=2; \
+		DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends --quiet=2 slurm-wlm munge curl; fi
+
 lmms-eval: $(LMMS_VENV)/.ready
 
 lint: $(VENV)/.dev
@@ -122,7 +137,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/shellcheck .ci/run $(wildcard slurm/*.sh)
+	$(BIN)/shellcheck --external-sources .ci/run $(wildcard slurm/*.sh)
 
 # One stamp per set of packages; the developers' set contains the quickstart's.
 $(VENV)/.quickstart: $(SOURCES) | $(BIN)/python
