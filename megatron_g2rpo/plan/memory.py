@@ -164,7 +164,7 @@ def kept_of_row(recipe: Recipe, hf_config: Any, layout: Layout, row: Row, stage:
         row: the whole packed row.
         stage: number of the pipeline stage.
     """
-    nbytes, text = element_bytes(recipe), hf_config.text_config
+    nbytes, text = element_bytes(recipe), hf_config.get_text_config()
     size, slots = activations.sizes(text, layout, row.tokens, nbytes), widest_slots(row, layout.context)
     layers = layout.stage_layers(text.num_hidden_layers)[stage]
     first, last = stage == 0, stage == layout.pipeline - 1
@@ -182,7 +182,7 @@ def update_working(recipe: Recipe, hf_config: Any, layout: Layout, row: Row, sta
 
     The arguments are those of ``kept_of_row``.
     """
-    nbytes, text = element_bytes(recipe), hf_config.text_config
+    nbytes, text = element_bytes(recipe), hf_config.get_text_config()
     size, slots = activations.sizes(text, layout, row.tokens, nbytes), widest_slots(row, layout.context)
     layers = layout.stage_layers(text.num_hidden_layers)[stage]
     moments = [_layer_working(size, slots) + activations.recomputed(size, slots, recompute_of(recipe), layers)]
@@ -208,7 +208,7 @@ def context_levels(hf_config: Any, row: Row, stage: int) -> int:
 def _stage(
     recipe: Recipe, model: Model, layout: Layout, assumptions: Assumptions, batches: MicroBatches, stage: int
 ) -> StageMemory:
-    policy, text, nbytes = recipe.policy, model.config.text_config, element_bytes(recipe)
+    policy, text, nbytes = recipe.policy, model.config.get_text_config(), element_bytes(recipe)
     parameters = model.stage_parameters(layout, stage, freeze_vision=policy.megatron_cfg.freeze_vision)
     parallelism = data_parallelism(recipe, layout)
     state = model_state(parameters, parallelism, stage, nbytes=nbytes)
@@ -246,7 +246,7 @@ def _engine(recipe: Recipe, model: Model, assumptions: Assumptions) -> engine.En
     prompt_tokens = policy.max_total_sequence_length - generation.max_new_tokens
     return engine.EngineMemory(
         weights=nbytes * model.numel,
-        cache=engine.cache(model.config.text_config, generation.batch_size, policy.max_total_sequence_length, nbytes),
+        cache=engine.cache(model.config.get_text_config(), generation.batch_size, policy.max_total_sequence_length, nbytes),
         working=engine.working(
             model.config,
             -(-generation.batch_size // samples),

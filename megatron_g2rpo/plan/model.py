@@ -16,7 +16,6 @@ from torch import Tensor
 
 from megatron_g2rpo import models
 from megatron_g2rpo.models.directory import load_config, local_model_dir
-from megatron_g2rpo.plan.vision import vision_of
 from megatron_g2rpo.policy.layouts.layout import Layout
 from megatron_g2rpo.weights.hf_model import published_tensors
 from megatron_g2rpo.weights.rules import Replicated
@@ -85,12 +84,12 @@ def read_config(name: str) -> Any:
         name: see ``config_dir``.
 
     Raises:
-        ModelConfigError: see ``config_dir``; or the model's family is unknown or text-only.
+        ModelConfigError: see ``config_dir``; or the model's family is unknown.
     """
     directory = config_dir(name)
     try:
         config = load_config(directory)
-        vision_of(config)
+        models.family(config.model_type)
     except ValueError as error:
         raise ModelConfigError(f"policy.model_name: {name}: {error}") from error
     return config
@@ -124,7 +123,7 @@ class Model:
 
         Tensor-parallel ranks hold shards of equal size, so which of them it is makes no difference.
         """
-        counts = layout.stage_layers(self.config.text_config.num_hidden_layers)
+        counts = layout.stage_layers(self.config.get_text_config().num_hidden_layers)
         first, last = sum(counts[:stage]), sum(counts[: stage + 1])
         shared = self.tied and layout.pipeline > 1
         chosen = []

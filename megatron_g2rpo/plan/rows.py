@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Any
 
 from megatron_g2rpo.data.packing import assign_bins, round_up
-from megatron_g2rpo.plan.vision import geometry_of
+from megatron_g2rpo.plan.vision import geometry_of, sees
 from megatron_g2rpo.policy.layouts.attention_pieces import buckets_of, pieces_of_row
 from megatron_g2rpo.policy.layouts.layout import Layout, token_multiples
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
@@ -44,7 +44,7 @@ def assume(
         mean_tokens: number of tokens of a sequence, prompt and response; None for
             ``policy.max_total_sequence_length``.
         image_tokens: number of image tokens of a prompt; None for an image of ``data.max_pixels``, or, where the recipe
-            leaves that to the image processor, for a prompt that is all image.
+            leaves that to the image processor, for a prompt that is all image. A text-only model has 0.
         gpu_memory: bytes of one GPU.
 
     Raises:
@@ -55,7 +55,11 @@ def assume(
     if not 1 <= tokens <= longest:
         raise ValueError(f"--mean-tokens {tokens} is not in 1..policy.max_total_sequence_length ({longest})")
     limit = min(longest - recipe.policy.generation.max_new_tokens, tokens)
-    if image_tokens is None:
+    if not sees(hf_config):
+        if image_tokens:
+            raise ValueError(f"--image-tokens {image_tokens}: {hf_config.model_type} is a text-only model")
+        image_tokens = 0
+    elif image_tokens is None:
         side = hf_config.vision_config.patch_size * geometry_of(hf_config).merge
         pixels = recipe.data.max_pixels
         image_tokens = limit if pixels is None else min(limit, max(pixels // side**2, 1))

@@ -128,7 +128,7 @@ def _layouts(plan: Plan) -> Iterator[tuple[str, ...]]:
     Among layouts of one size, tensor parallelism comes before context and context before pipeline parallelism.
     """
     world, layout = plan.recipe.world_size, plan.layout
-    heads = plan.model.config.text_config.num_attention_heads
+    heads = plan.model.config.get_text_config().num_attention_heads
     sizes = [size for size in range(1, world + 1) if world % size == 0]
     found = [
         (tensor * pipeline * context, pipeline, context, tensor)

@@ -66,7 +66,7 @@ class _Account:
         self.recipe, self.model, self.layout, self.batches, self.stage = recipe, model, layout, batches, stage
         self.nbytes = element_bytes(recipe)
         self.first, self.last = stage == 0, stage == layout.pipeline - 1
-        text = model.config.text_config
+        text = model.config.get_text_config()
         self.layers = layout.stage_layers(text.num_hidden_layers)[stage]
         # All micro-batches of an optimizer step as one long row: volumes are linear in tokens.
         self.size: Sizes = activations.sizes(text, layout, batches.tokens, self.nbytes)
@@ -99,7 +99,7 @@ class _Account:
         else:
             reductions = 2 * forward + 2 * self.layers
             yield self._line("layers", "all-reduce", group, reductions * ring_reduce(ranks, hidden))
-        if self.model.config.text_config.num_key_value_heads < ranks:
+        if self.model.config.get_text_config().num_key_value_heads < ranks:
             whole = self.nbytes * size.tokens * size.projected * size.head_dim
             yield self._line("shared key/value heads", "all-gather", group, forward * ring_gather(ranks, whole))
             yield self._line("shared key/value heads", "reduce-scatter", group, self.layers * ring_gather(ranks, whole))
