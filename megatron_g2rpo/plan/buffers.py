@@ -128,6 +128,7 @@ class ModelState:
             number a parameter, are not counted: they live on the host).
         updated: number of parameter elements that this rank's optimizer updates.
         parameters: number of elements of the model's weights on this rank, without padding.
+        fp8: bytes of FP8 weights that are held beside ``weights``.
     """
 
     weights: int
@@ -135,10 +136,35 @@ class ModelState:
     optimizer: int
     updated: int
     parameters: int
+    fp8: int
+
+    @property
+    def held(self) -> int:
+        """Bytes of weights, gradients and optimizer state together."""
+        return self.weights + self.fp8 + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class Fp8Weights:
+    """What FP8 changes of a rank's weights, in bytes.
+
+    Attributes:
+        saved: bytes by which the model's own weights are smaller (``fp8_param``).
+        copies: bytes of FP8 weights that are held beside the model's own.
+    """
+
+    saved: int = 0
+    copies: int = 0
 
 
 def model_state(
-    parameters: Sequence[Parameter], parallelism: DataParallelism, stage: int, *, nbytes: int, rank: int | None = None
+    parameters: Sequence[Parameter],
+    parallelism: DataParallelism,
+    stage: int,
+    *,
+    nbytes: int,
+    rank: int | None = None,
+    fp8: Fp8Weights = Fp8Weights(),
 ) -> ModelState:
     """Return the bytes of weights, gradients and optimizer state that one rank of a stage holds.
 
@@ -148,6 +174,7 @@ def model_state(
         stage: the rank's pipeline stage.
         nbytes: bytes of one weight: 4 (float32) or 2 (bfloat16).
         rank: the rank in the data x context parallel group; None takes the rank that holds the most.
+        fp8: what FP8 changes of the weights.
     """
     buffer = ddp_buffer(parameters, parallelism, stage)
     total, frozen = sum(p.numel for p in parameters), sum(p.numel for p in parameters if not p.trains)
@@ -159,9 +186,10 @@ def model_state(
     moments, master = 8, 0 if nbytes == 4 else 4
     gradient_copy = 0 if parallelism.grad_bytes == 4 else 4
     return ModelState(
-        weights=nbytes * held,
+        weights=nbytes * held - fp8.saved,
         gradients=parallelism.grad_bytes * buffer.numel + gradient_copy * updated,
         optimizer=(moments + master) * updated,
         updated=updated,
         parameters=total,
+        fp8=fp8.copies,
     )

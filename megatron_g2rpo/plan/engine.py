@@ -13,10 +13,12 @@ from typing import Any
 
 from megatron_g2rpo.models.rotary import head_dim
 from megatron_g2rpo.plan import vision
-from megatron_g2rpo.plan.activations import FP32
+from megatron_g2rpo.plan.sizes import FP32
 from megatron_g2rpo.recipe import Policy
 
 _FLOAT64 = 8
+# Assumed, not measured: what vLLM's sleep does not free, its captured CUDA graphs.
+ASLEEP = 1_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,7 @@ class EngineMemory:
     """Memory of the rollout engine on one rank, in bytes.
 
     Attributes:
-        weights: bytes that it holds through the whole run.
+        weights: bytes that it holds through the whole run, asleep or not.
         cache: bytes of the key/value cache in generation; of vLLM that sleeps between generations, all that it takes.
         working: bytes that prefill or decoding holds beside the cache.
         streamed: bytes of its weights while they are replaced, where it does not hold them through the whole run.
@@ -53,8 +55,9 @@ def vllm(policy: Policy, hf_config: Any, numel: int, nbytes: int, gpu_memory: fl
         ValueError: the share does not hold the weights and the cache of one sequence.
     """
     options = policy.generation.vllm_cfg
-    share, weights = round(options.gpu_memory_utilization * gpu_memory), nbytes * numel // options.tensor_parallel_size
-    one = cache(hf_config.get_text_config(), 1, policy.max_total_sequence_length, nbytes) // options.tensor_parallel_size
+    share, ranks = round(options.gpu_memory_utilization * gpu_memory), options.tensor_parallel_size
+    weights = nbytes * numel // ranks
+    one = cache(hf_config.get_text_config(), 1, policy.max_total_sequence_length, nbytes) // ranks
     if weights + one > share:
         raise ValueError(
             f"policy.generation.vllm_cfg.gpu_memory_utilization: {options.gpu_memory_utilization} of a GPU is "
@@ -62,7 +65,8 @@ def vllm(policy: Policy, hf_config: Any, numel: int, nbytes: int, gpu_memory: fl
             f"{one / 1e9:.1f} GB; raise it, or policy.generation.vllm_cfg.tensor_parallel_size"
         )
     if options.sleep:
-        return EngineMemory(weights=0, cache=share, working=0, streamed=weights)
+        asleep = 0 if options.enforce_eager else ASLEEP
+        return EngineMemory(weights=asleep, cache=share - asleep, working=0, streamed=weights)
     return EngineMemory(weights=share, cache=0, working=0, streamed=0)
 
 
