@@ -25,16 +25,23 @@ class Assumptions:
     Attributes:
         sequence_tokens: number of tokens of every sequence, prompt and response.
         image_tokens: number of tokens of the one image of every prompt, after merging; 0 for text-only prompts.
+        response_tokens: number of tokens of every response, of those of the sequence.
         gpu_memory: bytes of one GPU, of which vLLM in the training processes takes a share.
     """
 
     sequence_tokens: int
     image_tokens: int
+    response_tokens: int
     gpu_memory: float
 
 
 def assume(
-    recipe: Recipe, hf_config: Any, mean_tokens: int | None, image_tokens: int | None, gpu_memory: float
+    recipe: Recipe,
+    hf_config: Any,
+    mean_tokens: int | None,
+    image_tokens: int | None,
+    gpu_memory: float,
+    response_tokens: int | None = None,
 ) -> Assumptions:
     """Return the assumptions about the data: the worst case, unless the caller gives numbers.
 
@@ -46,6 +53,8 @@ def assume(
         image_tokens: number of image tokens of a prompt; None for an image of ``data.max_pixels``, or, where the recipe
             leaves that to the image processor, for a prompt that is all image. A text-only model has 0.
         gpu_memory: bytes of one GPU.
+        response_tokens: number of tokens of a response; None for all that is no image, ``generation.max_new_tokens`` at
+            most.
 
     Raises:
         ValueError: a number is out of the range that the recipe allows.
@@ -65,7 +74,13 @@ def assume(
         image_tokens = limit if pixels is None else min(limit, max(pixels // side**2, 1))
     if not 0 <= image_tokens <= limit:
         raise ValueError(f"--image-tokens {image_tokens} does not fit into a prompt: it has room for {limit} tokens")
-    return Assumptions(sequence_tokens=tokens, image_tokens=image_tokens, gpu_memory=gpu_memory)
+    most = min(recipe.policy.generation.max_new_tokens, tokens - image_tokens)
+    response = most if response_tokens is None else response_tokens
+    if not 0 <= response <= most:
+        raise ValueError(f"--response-tokens {response} does not fit: a sequence of {tokens} has room for {most}")
+    return Assumptions(
+        sequence_tokens=tokens, image_tokens=image_tokens, response_tokens=response, gpu_memory=gpu_memory
+    )
 
 
 @dataclass(frozen=True)
