@@ -14,6 +14,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from megatron_g2rpo.data.packing import round_up
 from megatron_g2rpo.plan.model import Parameter
 
@@ -84,6 +86,19 @@ class Buffer:
             if count:
                 counts.append(count)
         return counts
+
+    def most_owned(self, size: int) -> int:
+        """Return the most elements that any of ``size`` ranks updates: the largest sum of ``owned``."""
+        if not self.buckets:
+            return 0
+        edges = np.array([0, *(edge for span in self.spans for edge in span)], dtype=np.float64)
+        lengths = np.diff(edges)
+        lengths[0::2] = 0  # padding lies between parameters
+        before = np.concatenate(([0.0], np.cumsum(lengths)))  # parameters' elements before each edge
+        firsts, lasts = np.array(self.buckets, dtype=np.float64).T
+        cuts = firsts + np.arange(size + 1)[:, None] * ((lasts - firsts) / size)
+        counted = np.interp(cuts, edges, before)  # exact: slopes are 0 and 1, and numbers far below 2^53
+        return round(float(np.diff(counted, axis=0).sum(axis=1).max()))
 
 
 def ddp_buffer(parameters: Sequence[Parameter], parallelism: DataParallelism, stage: int) -> Buffer:
@@ -181,8 +196,8 @@ def model_state(
     held, updated = total, total - frozen
     if parallelism.distributed_optimizer:
         held = frozen + buffer.numel  # DDP moves the weights into a buffer padded like the gradients'
-        ranks = range(parallelism.size) if rank is None else [rank]
-        updated = max(sum(buffer.owned(r, parallelism.size)) for r in ranks)
+        size = parallelism.size
+        updated = buffer.most_owned(size) if rank is None else sum(buffer.owned(rank, size))
     moments, master = 8, 0 if nbytes == 4 else 4
     gradient_copy = 0 if parallelism.grad_bytes == 4 else 4
     return ModelState(

@@ -23,13 +23,14 @@ from megatron_g2rpo.plan.wire import OPTIMIZER_STEP, ROLLOUT_STEP, total
 GB = 1e9
 
 
-def tables(plan: Plan, verdict: Verdict, memory: float) -> RenderableType:
+def tables(plan: Plan, verdict: Verdict, memory: float, time: RenderableType) -> RenderableType:
     """Return the whole plan as tables and text, for a terminal.
 
     Args:
         plan: the plan.
         verdict: whether it fits, and what to change otherwise.
         memory: bytes of one GPU.
+        time: the estimated time of a step.
     """
     return Group(
         Text(_layout(plan)),
@@ -41,17 +42,22 @@ def tables(plan: Plan, verdict: Verdict, memory: float) -> RenderableType:
         Text(),
         *_wires(plan),
         Text(),
+        time,
+        Text(),
         _verdict(plan, verdict, memory),
     )
 
 
-def as_json(plan: Plan, verdict: Verdict, memory: float, rehearsal: dict[str, Any] | None = None) -> str:
-    """Return the whole plan as JSON, in bytes and tokens; the first arguments are those of ``tables``.
+def as_json(
+    plan: Plan, verdict: Verdict, memory: float, time: dict[str, Any], rehearsal: dict[str, Any] | None = None
+) -> str:
+    """Return the whole plan as JSON, in bytes, tokens and seconds; the first arguments are those of ``tables``.
 
     Args:
+        time: the estimated time of a step.
         rehearsal: what ``rehearsal.show.tree`` returns, as an entry of its own; None for none.
     """
-    tree = _tree(plan, verdict, memory)
+    tree = {**_tree(plan, verdict, memory), "time": time}
     return json.dumps(tree if rehearsal is None else {**tree, "rehearsal": rehearsal}, indent=2)
 
 
