@@ -260,3 +260,26 @@ def test_vllm_that_does_not_fit_is_given_less(model: Model) -> None:
     full = plan(model, *VLLM, f"{SHARE}=0.9")
     assert ("policy.generation.vllm_cfg.gpu_memory_utilization=0.8",) in list(changes(full))
     assert not any("batch_size" in override for change in changes(full) for override in change)
+
+
+QWEN_32B = f"policy.model_name={ROOT / 'examples' / 'models' / 'qwen3-vl-32b'}"
+
+
+def test_an_embedded_engine_that_does_not_fit_is_offered_another() -> None:
+    """A 32B holds 67 GB in every process that embeds it, whatever the layout: no layout helps, and vLLM does."""
+    big = ["cluster.num_nodes=16", "policy.megatron_cfg.tensor_model_parallel_size=8", *PLAIN[2:], QWEN_32B]
+    code, output = invoke(str(PAPER), CONFIG, *big, "--json")
+    verdict = json.loads(output)["verdict"]
+    assert (code, verdict["fits"]) == (1, False)
+    overrides = verdict["change"]["overrides"]
+    assert any(override.startswith("policy.generation.backend=vllm") for override in overrides), overrides
+    assert verdict["change"]["peak"] <= 80e9
+
+
+def test_servers_are_among_the_changes_of_every_engine_in_the_process(model: Model) -> None:
+    for engine in ((), VLLM):
+        offered = list(changes(plan(model, *engine)))
+        assert any("policy.generation.backend=vllm_server" in change for change in offered)
+    addresses = "policy.generation.vllm_server_cfg.addresses=['http://a:1']"
+    servers = plan(model, "policy.generation.backend=vllm_server", addresses)
+    assert not any("backend" in override for change in changes(servers) for override in change)
