@@ -82,9 +82,7 @@ def _server_nodes(recipe: Recipe, nodes: int) -> list[int]:
     return sorted({0, *(nodes // part for part in (4, 2))})
 
 
-def _trainers(
-    recipe: Recipe, nodes: int, node: int, card: Card, memory: float, again: Again
-) -> list[Proposal]:
+def _trainers(recipe: Recipe, nodes: int, node: int, card: Card, memory: float, again: Again) -> list[Proposal]:
     """Return the layouts of so many nodes that fit without any engine, the fastest training first."""
     cluster = (f"cluster.num_nodes={nodes}", f"cluster.gpus_per_node={node}")
     none = _NO_ENGINE if isinstance(recipe, TrainRecipe) else ()
