@@ -138,9 +138,7 @@ def plan(
         int | None, typer.Option(help="Mean tokens of a response; default: all that is no image.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-    sweep: Annotated[
-        bool, typer.Option("--sweep", help="Propose layouts and engines instead, fastest first.")
-    ] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Propose layouts and engines instead, fastest first.")] = False,
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of --sweep; default: the recipe's.")] = None,
     rehearse: Annotated[
         bool,
