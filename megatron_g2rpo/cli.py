@@ -127,24 +127,42 @@ def evaluate(
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
-    gpu_memory_gb: Annotated[float, typer.Option(min=1, help="Memory of one GPU, 10^9 bytes.")] = 80.0,
+    card: Annotated[str, typer.Option(help="The GPU: a100-40, a100, h100, h100-nvl, h200 or b200.")] = "h100",
+    gpu_memory_gb: Annotated[
+        float | None, typer.Option(min=1, help="Memory of one GPU, 10^9 bytes; default: the card's.")
+    ] = None,
     mean_tokens: Annotated[
         int | None, typer.Option(help="Mean tokens per sequence; default: the longest allowed.")
     ] = None,
     image_tokens: Annotated[int | None, typer.Option(help="Image tokens per prompt; default: as many as fit.")] = None,
+    response_tokens: Annotated[
+        int | None, typer.Option(help="Mean tokens of a response; default: all that is no image.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Propose layouts and engines instead, fastest first.")] = False,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of --sweep; default: the recipe's.")] = None,
     rehearse: Annotated[
         bool,
         typer.Option("--rehearse", help="Also run a step of one rank of some stages, on tensors without values."),
     ] = False,
 ) -> None:
-    """Check a layout before any GPU is asked for: memory, micro-batches, traffic. Exit code 1 if it does not fit."""
+    """Check a layout before any GPU is asked for: memory, traffic, time. Exit code 1 if it does not fit."""
 
     def run() -> None:
         from megatron_g2rpo.commands import plan
 
-        arguments = {"gpu_memory_gb": gpu_memory_gb, "mean_tokens": mean_tokens, "image_tokens": image_tokens}
-        if not plan.run(recipe, overrides or [], **arguments, as_json=as_json, rehearse=rehearse):
+        machines = plan.Machines(
+            card=card,
+            gpu_memory_gb=gpu_memory_gb,
+            mean_tokens=mean_tokens,
+            image_tokens=image_tokens,
+            response_tokens=response_tokens,
+        )
+        if sweep:
+            fits = plan.run_sweep(recipe, overrides or [], machines, gpus, as_json=as_json)
+        else:
+            fits = plan.run(recipe, overrides or [], machines, as_json=as_json, rehearse=rehearse)
+        if not fits:
             raise typer.Exit(1)
 
     _with_errors(run)

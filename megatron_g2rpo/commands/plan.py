@@ -5,91 +5,132 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from megatron_g2rpo import models
-from megatron_g2rpo.models.directory import load_config
-from megatron_g2rpo.plan import show
+from megatron_g2rpo.plan import show, show_speed
+from megatron_g2rpo.plan.cards import CARDS
 from megatron_g2rpo.plan.model import Model, config_dir, read_config
 from megatron_g2rpo.plan.planner import Plan, load_recipe, make_plan
-from megatron_g2rpo.plan.rows import Assumptions, micro_batches
+from megatron_g2rpo.plan.speed import estimate
+from megatron_g2rpo.plan.sweep import sweep
 from megatron_g2rpo.plan.verdict import judge
-from megatron_g2rpo.policy.layouts.layout import check_model_dir, layout_of
-from megatron_g2rpo.recipe import Recipe
+
+# What a rehearsal runs on, in the place of what a GPU would take.
+LOCAL_MODULES = tuple(f"policy.megatron_cfg.{key}=local" for key in ("transformer_impl", "core_attention"))
 
 
-def run(
-    path: Path,
-    overrides: Sequence[str],
-    *,
-    gpu_memory_gb: float,
-    mean_tokens: int | None,
-    image_tokens: int | None,
-    as_json: bool,
-    rehearse: bool,
-) -> bool:
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """What a recipe is planned for.
+
+    Attributes:
+        card: name of the GPU, a key of ``plan.cards.CARDS``.
+        gpu_memory_gb: memory of one, 10^9 bytes; None for the card's.
+        mean_tokens: mean tokens of a sequence, prompt and response; None for the longest that the recipe allows.
+        image_tokens: image tokens of a prompt; None for the most that the recipe allows.
+        response_tokens: mean tokens of a response; None for all that is no image.
+    """
+
+    card: str
+    gpu_memory_gb: float | None
+    mean_tokens: int | None
+    image_tokens: int | None
+    response_tokens: int | None
+
+    @property
+    def memory(self) -> float:
+        """Bytes of one GPU.
+
+        Raises:
+            ValueError: there is no card of that name.
+        """
+        if self.card not in CARDS:
+            raise ValueError(f"--card {self.card}: known are {', '.join(CARDS)}")
+        return CARDS[self.card].memory if self.gpu_memory_gb is None else self.gpu_memory_gb * show.GB
+
+
+class _Planner:
+    """Plans a recipe again and again, with further overrides.
+
+    Args:
+        path, overrides: the recipe.
+        machines: what it is planned for.
+    """
+
+    def __init__(self, path: Path, overrides: Sequence[str], machines: Machines) -> None:
+        self._path, self._overrides, self._machines = path, overrides, machines
+        self.recipe = load_recipe(path, overrides)
+        self._model = Model(read_config(self.recipe.policy.model_name))
+
+    def __call__(self, more: Sequence[str] = ()) -> Plan:
+        machines = self._machines
+        return make_plan(
+            load_recipe(self._path, [*self._overrides, *more]) if more else self.recipe,
+            self._model,
+            machines.mean_tokens,
+            machines.image_tokens,
+            gpu_memory=machines.memory,
+            response_tokens=machines.response_tokens,
+        )
+
+
+def run(path: Path, overrides: Sequence[str], machines: Machines, *, as_json: bool, rehearse: bool) -> bool:
     """Plan a recipe and print the plan.
 
     Args:
         path: the recipe.
         overrides: ``key=value`` each.
-        gpu_memory_gb: memory of one GPU, 10^9 bytes.
-        mean_tokens: mean tokens of a sequence, prompt and response; None for the longest that the recipe allows.
-        image_tokens: image tokens of a prompt; None for the most that the recipe allows.
+        machines: what it is planned for.
         as_json: print JSON instead of tables.
         rehearse: also build and run one rank of some stages, on tensors without values, and compare.
 
     Returns:
-        Whether it fits. A text-only model, which is only ever rehearsed, has no verdict and always does.
+        Whether it fits.
 
     Raises:
         RecipeError, LayoutError, ModelConfigError, RehearsalError, ValueError: the recipe cannot be run; names the key
             to change, or the stage that failed.
     """
-    recipe = load_recipe(path, overrides)
-    if rehearse and _is_text_only(recipe):
-        _rehearse_text(recipe, mean_tokens, as_json=as_json)
-        return True
-    model = Model(read_config(recipe.policy.model_name))
-    memory = gpu_memory_gb * show.GB
-
-    def again(more: Sequence[str]) -> Plan:
-        return make_plan(load_recipe(path, [*overrides, *more]), model, mean_tokens, image_tokens, gpu_memory=memory)
-
-    plan = make_plan(recipe, model, mean_tokens, image_tokens, gpu_memory=memory)
-    verdict = judge(plan, memory, again)
+    memory, again = machines.memory, _Planner(path, overrides, machines)
+    plan = again()
+    speed, verdict = estimate(plan, CARDS[machines.card]), judge(plan, memory, again)
     rehearsal, tables = None, []
     if rehearse:
         from megatron_g2rpo.commands.rehearsal import show as rehearsed
         from megatron_g2rpo.commands.rehearsal.stage import rehearse as rehearse_recipe
 
-        stages = rehearse_recipe(recipe, str(config_dir(recipe.policy.model_name)), plan.batches)
-        rehearsal, tables = rehearsed.tree(recipe, plan, stages), [rehearsed.tables(recipe, plan, stages)]
+        stages = rehearse_recipe(again.recipe, str(config_dir(again.recipe.policy.model_name)), plan.batches)
+        local = again(LOCAL_MODULES)  # a rehearsal runs on the CPU
+        rehearsal, tables = rehearsed.tree(plan.recipe, local, stages), [rehearsed.tables(plan.recipe, local, stages)]
     if as_json:
-        print(show.as_json(plan, verdict, memory, rehearsal))
+        print(show.as_json(plan, verdict, memory, show_speed.tree(speed, machines.card), rehearsal))
     else:
-        Console(highlight=False, soft_wrap=False).print(show.tables(plan, verdict, memory), *tables)
+        time = show_speed.table(speed, machines.card)
+        Console(highlight=False, soft_wrap=False).print(show.tables(plan, verdict, memory, time), *tables)
     return verdict.fits
 
 
-def _is_text_only(recipe: Recipe) -> bool:
-    config = load_config(config_dir(recipe.policy.model_name))
-    return models.family(config.model_type).vision is None
+def run_sweep(path: Path, overrides: Sequence[str], machines: Machines, gpus: int | None, *, as_json: bool) -> bool:
+    """Propose layouts of a recipe for a number of GPUs, and print them, best first.
 
+    Args:
+        path, overrides, machines, as_json: see ``run``.
+        gpus: number of GPUs; None for as many as the recipe has.
 
-def _rehearse_text(recipe: Recipe, mean_tokens: int | None, *, as_json: bool) -> None:
-    """Rehearse a model that a plan has no formulas for, and print what was counted."""
-    from megatron_g2rpo.commands.rehearsal import show as rehearsed
-    from megatron_g2rpo.commands.rehearsal.stage import rehearse
+    Returns:
+        Whether any fits.
 
-    directory, layout = config_dir(recipe.policy.model_name), layout_of(recipe.policy.megatron_cfg)
-    check_model_dir(directory, recipe.policy.megatron_cfg)
-    tokens = recipe.policy.max_total_sequence_length if mean_tokens is None else mean_tokens
-    batches = micro_batches(recipe, layout, Assumptions(tokens, image_tokens=0, gpu_memory=0.0))
-    stages = rehearse(recipe, str(directory), batches)
+    Raises:
+        RecipeError, ModelConfigError, ValueError: the recipe or the number of GPUs cannot be planned.
+    """
+    again = _Planner(path, overrides, machines)
+    count = again.recipe.world_size if gpus is None else gpus
+    found = sweep(again.recipe, count, CARDS[machines.card], machines.memory, again)
     if as_json:
-        print(json.dumps({"rehearsal": rehearsed.tree(recipe, None, stages)}, indent=2))
+        print(json.dumps({"gpus": count, "proposals": show_speed.proposal_trees(found, machines.card)}, indent=2))
     else:
-        Console(highlight=False, soft_wrap=False).print(rehearsed.tables(recipe, None, stages))
+        Console(highlight=False, soft_wrap=False).print(show_speed.proposals(found, count, machines.card))
+    return bool(found)

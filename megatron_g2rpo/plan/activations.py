@@ -4,84 +4,18 @@
 The module follows the local layers (``policy.layer_spec``, ``policy.norm``, ``policy.attention``, and megatron-core's
 parallel linears, rotary embedding and gated MLP): which tensors each operation saves for its gradient, each storage
 once.
-docs/plan.md derives every line. Transformer Engine's fused layers save less; they are not modelled.
-
-Shape letters: S tokens of a rank (its context-parallel share), s the same divided by the tensor-parallel ranks where
-sequence parallelism is on, h hidden size, H query heads, G key/value heads, D head dimension, F MLP features (H, G and
-F of this tensor-parallel rank), e bytes of an element.
+docs/plan.md derives every line. Layers of Transformer Engine's modules are in ``plan.transformer_engine``. The letters
+are those of ``plan.sizes``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-
-from megatron_g2rpo.models.rotary import head_dim
+from megatron_g2rpo.plan import transformer_engine
 from megatron_g2rpo.plan.rows import Slots
-from megatron_g2rpo.policy.layouts.layout import Layout
+from megatron_g2rpo.plan.sizes import FP32, INT64, LOCAL, Sizes
 from megatron_g2rpo.policy.layouts.logit_chunks import LogitChunks
-from megatron_g2rpo.weights.rules import padded_rows
-
-FP32, INT64 = torch.float32.itemsize, torch.int64.itemsize
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of the language model on one rank, by the module's shape letters.
-
-    Attributes:
-        tokens: S, tokens that the rank holds of a packed row.
-        shared: s, tokens that the rank holds between tensor-parallel regions.
-        hidden: h, the hidden size.
-        heads: H, query heads of the rank.
-        groups: G, key/value heads of the rank.
-        head_dim: D, numbers of one head.
-        features: F, MLP features of the rank.
-        projected: heads of the query/key/value projection's output that the rank holds; more than
-            ``heads + 2 * groups`` where ranks share a key/value head, because megatron-core then gathers the whole
-            projection.
-        columns: columns of the vocabulary on the rank that has the most.
-        nbytes: e, bytes of an activation's element.
-    """
-
-    tokens: int
-    shared: int
-    hidden: int
-    heads: int
-    groups: int
-    head_dim: int
-    features: int
-    projected: int
-    columns: int
-    nbytes: int
-
-
-def sizes(text: Any, layout: Layout, row_tokens: int, nbytes: int) -> Sizes:
-    """Return the language model's sizes on one rank.
-
-    Args:
-        text: the model's ``text_config``.
-        layout: the parallel sizes.
-        row_tokens: number of tokens of the whole packed row.
-        nbytes: bytes of an activation's element.
-    """
-    tokens = row_tokens // layout.context
-    kv, tensor = text.num_key_value_heads, layout.tensor
-    projected = text.num_attention_heads + 2 * kv
-    return Sizes(
-        tokens=tokens,
-        shared=tokens // tensor if layout.sequence_parallel else tokens,
-        hidden=text.hidden_size,
-        heads=text.num_attention_heads // tensor,
-        groups=max(kv // tensor, 1),
-        head_dim=head_dim(text),
-        features=text.intermediate_size // tensor,
-        projected=projected if kv < tensor else projected // tensor,
-        columns=min(padded_rows(text.vocab_size, tensor) // tensor, text.vocab_size),
-        nbytes=nbytes,
-    )
 
 
 def norm(rows: int, width: int, nbytes: int) -> int:
@@ -101,7 +35,13 @@ def layer(size: Sizes, slots: Slots, *, selective: bool) -> int:
         slots: sizes of the core attention's padded batches.
         selective: whether the core attention is recomputed.
     """
-    return attention(size, slots, selective=selective) + mlp(size)
+    if size.modules.layers == LOCAL:
+        return attention(size, slots, selective=selective) + mlp(size)
+    if size.modules.attention == LOCAL and not selective:
+        core = core_attention(size, slots)
+    else:
+        core = transformer_engine.core_attention(size, selective=selective)
+    return transformer_engine.attention(size, core) + transformer_engine.mlp(size)
 
 
 def attention(size: Sizes, slots: Slots, *, selective: bool) -> int:
@@ -109,17 +49,21 @@ def attention(size: Sizes, slots: Slots, *, selective: bool) -> int:
     e, head = size.nbytes, size.head_dim
     kept = norm(size.shared, size.hidden, e)
     kept += e * size.shared * size.hidden  # input of the query/key/value projection
-    kept += norm(size.tokens * size.heads, head, e) + norm(size.tokens * size.groups, head, e)
+    if size.modules.head_norms:
+        kept += norm(size.tokens * size.heads, head, e) + norm(size.tokens * size.groups, head, e)
     kept += 4 * e * size.tokens * head  # cosines and sines, made once for queries and once for keys
+    if size.modules.attention != LOCAL:
+        core = transformer_engine.core_attention(size, selective=selective)
+        return kept + core + e * size.tokens * size.heads * head  # its output is the output projection's input
     projection = e * size.tokens * size.projected * head
-    if e == FP32:
+    if e == FP32 and size.modules.head_norms:
         # Key norms keep a view, and with it the whole projection; query norms too, where no copy regroups the heads.
         kept += projection - FP32 * size.tokens * head * size.groups
         if size.heads == size.groups or size.groups == 1:
             kept -= FP32 * size.tokens * head * size.heads
     if selective:
         kept += e * size.tokens * (size.heads + size.groups) * head  # rotated queries and keys
-        kept += 0 if e == FP32 else projection  # the values are a view of it
+        kept += 0 if e == FP32 and size.modules.head_norms else projection  # the values are a view of it
     else:
         kept += core_attention(size, slots)
     return kept + e * size.tokens * size.heads * head  # input of the output projection
@@ -139,10 +83,11 @@ def core_attention(size: Sizes, slots: Slots) -> int:
 def mlp(size: Sizes) -> int:
     """Return the bytes kept of the MLP and the norm before it.
 
-    The gated MLP keeps gate and up projection, activated gate, the sum ``up + 0``, and their product.
+    The gated MLP keeps gate and up projection, activated gate, the sum ``up + 0``, and their product; one compiled
+    kernel in the activation's place keeps neither of the middle two.
     """
     kept = norm(size.shared, size.hidden, size.nbytes) + size.nbytes * size.shared * size.hidden
-    return kept + size.nbytes * size.tokens * 5 * size.features
+    return kept + size.nbytes * size.tokens * (3 if size.modules.fused_activation else 5) * size.features
 
 
 @dataclass(frozen=True)
@@ -203,15 +148,21 @@ def stage_layers(
     if chunks:
         kept += (len(chunks) + context_levels) * hidden  # inputs
         kept += FP32 * size.tokens * size.head_dim  # rotary angles
-    elif size.nbytes == FP32 and first:
-        kept += size.nbytes * (size.tokens - size.shared) * size.hidden  # the first norm keeps its input
-    return kept + indices(slots, recompute)
+    elif first and keeps_input(size):
+        kept += size.nbytes * (size.tokens - size.shared) * size.hidden
+    return kept + (indices(slots, recompute) if size.modules.attention == LOCAL else 0)
+
+
+def keeps_input(size: Sizes) -> bool:
+    """Return whether a layer's first norm keeps the layer's input itself, not a float32 copy of it."""
+    return size.nbytes == FP32 or size.modules.layers != LOCAL
 
 
 def recomputed(size: Sizes, slots: Slots, recompute: Recompute, layers: int) -> int:
     """Return the bytes of the largest part that the backward pass recomputes and holds at once."""
     if recompute.granularity == "selective":
-        return core_attention(size, slots)
+        local = size.modules.attention == LOCAL
+        return core_attention(size, slots) if local else transformer_engine.core_attention(size, selective=False)
     chunks, _ = recompute.chunks(layers)
     return max(chunks, default=0) * layer(size, slots, selective=False)
 

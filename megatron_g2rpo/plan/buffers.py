@@ -14,6 +14,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from megatron_g2rpo.data.packing import round_up
 from megatron_g2rpo.plan.model import Parameter
 
@@ -85,6 +87,19 @@ class Buffer:
                 counts.append(count)
         return counts
 
+    def most_owned(self, size: int) -> int:
+        """Return the most elements that any of ``size`` ranks updates: the largest sum of ``owned``."""
+        if not self.buckets:
+            return 0
+        edges = np.array([0, *(edge for span in self.spans for edge in span)], dtype=np.float64)
+        lengths = np.diff(edges)
+        lengths[0::2] = 0  # padding lies between parameters
+        before = np.concatenate(([0.0], np.cumsum(lengths)))  # parameters' elements before each edge
+        firsts, lasts = np.array(self.buckets, dtype=np.float64).T
+        cuts = firsts + np.arange(size + 1)[:, None] * ((lasts - firsts) / size)
+        counted = np.interp(cuts, edges, before)  # exact: slopes are 0 and 1, and numbers far below 2^53
+        return round(float(np.diff(counted, axis=0).sum(axis=1).max()))
+
 
 def ddp_buffer(parameters: Sequence[Parameter], parallelism: DataParallelism, stage: int) -> Buffer:
     """Lay out the DDP buffer of a rank's trained parameters.
@@ -128,6 +143,7 @@ class ModelState:
             number a parameter, are not counted: they live on the host).
         updated: number of parameter elements that this rank's optimizer updates.
         parameters: number of elements of the model's weights on this rank, without padding.
+        fp8: bytes of FP8 weights that are held beside ``weights``.
     """
 
     weights: int
@@ -135,10 +151,35 @@ class ModelState:
     optimizer: int
     updated: int
     parameters: int
+    fp8: int
+
+    @property
+    def held(self) -> int:
+        """Bytes of weights, gradients and optimizer state together."""
+        return self.weights + self.fp8 + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class Fp8Weights:
+    """What FP8 changes of a rank's weights, in bytes.
+
+    Attributes:
+        saved: bytes by which the model's own weights are smaller (``fp8_param``).
+        copies: bytes of FP8 weights that are held beside the model's own.
+    """
+
+    saved: int = 0
+    copies: int = 0
 
 
 def model_state(
-    parameters: Sequence[Parameter], parallelism: DataParallelism, stage: int, *, nbytes: int, rank: int | None = None
+    parameters: Sequence[Parameter],
+    parallelism: DataParallelism,
+    stage: int,
+    *,
+    nbytes: int,
+    rank: int | None = None,
+    fp8: Fp8Weights = Fp8Weights(),
 ) -> ModelState:
     """Return the bytes of weights, gradients and optimizer state that one rank of a stage holds.
 
@@ -148,20 +189,22 @@ def model_state(
         stage: the rank's pipeline stage.
         nbytes: bytes of one weight: 4 (float32) or 2 (bfloat16).
         rank: the rank in the data x context parallel group; None takes the rank that holds the most.
+        fp8: what FP8 changes of the weights.
     """
     buffer = ddp_buffer(parameters, parallelism, stage)
     total, frozen = sum(p.numel for p in parameters), sum(p.numel for p in parameters if not p.trains)
     held, updated = total, total - frozen
     if parallelism.distributed_optimizer:
         held = frozen + buffer.numel  # DDP moves the weights into a buffer padded like the gradients'
-        ranks = range(parallelism.size) if rank is None else [rank]
-        updated = max(sum(buffer.owned(r, parallelism.size)) for r in ranks)
+        size = parallelism.size
+        updated = buffer.most_owned(size) if rank is None else sum(buffer.owned(rank, size))
     moments, master = 8, 0 if nbytes == 4 else 4
     gradient_copy = 0 if parallelism.grad_bytes == 4 else 4
     return ModelState(
-        weights=nbytes * held,
+        weights=nbytes * held - fp8.saved,
         gradients=parallelism.grad_bytes * buffer.numel + gradient_copy * updated,
         optimizer=(moments + master) * updated,
         updated=updated,
         parameters=total,
+        fp8=fp8.copies,
     )

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from megatron_g2rpo import models
 from megatron_g2rpo.models.directory import load_config, local_model_dir
-from megatron_g2rpo.plan.vision import vision_of
 from megatron_g2rpo.policy.layouts.layout import Layout
 from megatron_g2rpo.weights.hf_model import published_tensors
 from megatron_g2rpo.weights.rules import Replicated
@@ -85,12 +84,12 @@ def read_config(name: str) -> Any:
         name: see ``config_dir``.
 
     Raises:
-        ModelConfigError: see ``config_dir``; or the model's family is unknown or text-only.
+        ModelConfigError: see ``config_dir``; or the model's family is unknown.
     """
     directory = config_dir(name)
     try:
         config = load_config(directory)
-        vision_of(config)
+        models.family(config.model_type)
     except ValueError as error:
         raise ModelConfigError(f"policy.model_name: {name}: {error}") from error
     return config
@@ -113,23 +112,40 @@ class Model:
         self.tied = bool(hf_config.tie_word_embeddings)
         self.tensors: dict[str, Tensor] = published_tensors(hf_config)
         self._entries = models.family(hf_config.model_type).weights(hf_config).parameters(self.tensors)
+        self._numel = sum(tensor.numel() for tensor in self.tensors.values())
+        self._numels: dict[int, list[int]] = {}
+        self._stages: dict[tuple[Layout, int, bool], list[Parameter]] = {}
 
     @property
     def numel(self) -> int:
         """Number of elements of the whole model's parameters; a tied output matrix counts once, as the embedding."""
-        return sum(tensor.numel() for tensor in self.tensors.values())
+        return self._numel
 
     def stage_parameters(self, layout: Layout, stage: int, *, freeze_vision: bool) -> list[Parameter]:
         """Return the parameters of one rank of a pipeline stage, in the order of the policy's ``named_parameters()``.
 
         Tensor-parallel ranks hold shards of equal size, so which of them it is makes no difference.
         """
-        counts = layout.stage_layers(self.config.text_config.num_hidden_layers)
+        key = (layout, stage, freeze_vision)
+        if key not in self._stages:
+            self._stages[key] = self._parameters(layout, stage, freeze_vision)
+        return self._stages[key]
+
+    def _shards(self, tensor: int) -> list[int]:
+        """Return the elements of each parameter's shard, in the order of the weight table."""
+        if tensor not in self._numels:
+            self._numels[tensor] = [
+                entry.rule.shard([self.tensors[hf] for hf in entry.hf_names], 0, tensor).numel()
+                for _, entry in self._entries
+            ]
+        return self._numels[tensor]
+
+    def _parameters(self, layout: Layout, stage: int, freeze_vision: bool) -> list[Parameter]:
+        counts = layout.stage_layers(self.config.get_text_config().num_hidden_layers)
         first, last = sum(counts[:stage]), sum(counts[: stage + 1])
         shared = self.tied and layout.pipeline > 1
         chosen = []
-        for name, entry in self._entries:
-            shard = entry.rule.shard([self.tensors[hf] for hf in entry.hf_names], 0, layout.tensor)
+        for (name, entry), numel in zip(self._entries, self._shards(layout.tensor), strict=True):
             place = _stage_of(name, layout.pipeline)
             layer = _layer(name)
             names = [name] if (place == stage if layer is None else first <= layer < last) else []
@@ -139,7 +155,7 @@ class Model:
                 chosen.append(
                     Parameter(
                         name=held,
-                        numel=shard.numel(),
+                        numel=numel,
                         replicated=isinstance(entry.rule, Replicated),
                         trains=not (freeze_vision and held.startswith("vision_model.")),
                         shared=shared and name == _EMBEDDING,

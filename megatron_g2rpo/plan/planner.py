@@ -89,13 +89,14 @@ def make_plan(
     image_tokens: int | None = None,
     *,
     gpu_memory: float = 80e9,
+    response_tokens: int | None = None,
 ) -> Plan:
     """Make the plan of a recipe.
 
     Args:
         recipe: the validated recipe.
         model: the model of the recipe's ``policy.model_name``.
-        mean_tokens, image_tokens: assumptions about the data, see ``rows.assume``.
+        mean_tokens, image_tokens, response_tokens: assumptions about the data, see ``rows.assume``.
         gpu_memory: bytes of one GPU.
 
     Raises:
@@ -105,7 +106,7 @@ def make_plan(
     """
     layout = layout_of(recipe.policy.megatron_cfg)
     check_model(model.config, recipe.policy.megatron_cfg)
-    assumptions = assume(recipe, model.config, mean_tokens, image_tokens, gpu_memory)
+    assumptions = assume(recipe, model.config, mean_tokens, image_tokens, gpu_memory, response_tokens)
     batches = micro_batches(recipe, layout, assumptions)
     return Plan(
         recipe=recipe,

@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Any
 
 from megatron_g2rpo.data.packing import assign_bins, round_up
-from megatron_g2rpo.plan.vision import geometry_of
+from megatron_g2rpo.plan.vision import geometry_of, sees
 from megatron_g2rpo.policy.layouts.attention_pieces import buckets_of, pieces_of_row
 from megatron_g2rpo.policy.layouts.layout import Layout, token_multiples
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
@@ -25,16 +25,23 @@ class Assumptions:
     Attributes:
         sequence_tokens: number of tokens of every sequence, prompt and response.
         image_tokens: number of tokens of the one image of every prompt, after merging; 0 for text-only prompts.
+        response_tokens: number of tokens of every response, of those of the sequence.
         gpu_memory: bytes of one GPU, of which vLLM in the training processes takes a share.
     """
 
     sequence_tokens: int
     image_tokens: int
+    response_tokens: int
     gpu_memory: float
 
 
 def assume(
-    recipe: Recipe, hf_config: Any, mean_tokens: int | None, image_tokens: int | None, gpu_memory: float
+    recipe: Recipe,
+    hf_config: Any,
+    mean_tokens: int | None,
+    image_tokens: int | None,
+    gpu_memory: float,
+    response_tokens: int | None = None,
 ) -> Assumptions:
     """Return the assumptions about the data: the worst case, unless the caller gives numbers.
 
@@ -44,8 +51,10 @@ def assume(
         mean_tokens: number of tokens of a sequence, prompt and response; None for
             ``policy.max_total_sequence_length``.
         image_tokens: number of image tokens of a prompt; None for an image of ``data.max_pixels``, or, where the recipe
-            leaves that to the image processor, for a prompt that is all image.
+            leaves that to the image processor, for a prompt that is all image. A text-only model has 0.
         gpu_memory: bytes of one GPU.
+        response_tokens: number of tokens of a response; None for all that is no image, ``generation.max_new_tokens`` at
+            most.
 
     Raises:
         ValueError: a number is out of the range that the recipe allows.
@@ -55,13 +64,23 @@ def assume(
     if not 1 <= tokens <= longest:
         raise ValueError(f"--mean-tokens {tokens} is not in 1..policy.max_total_sequence_length ({longest})")
     limit = min(longest - recipe.policy.generation.max_new_tokens, tokens)
-    if image_tokens is None:
+    if not sees(hf_config):
+        if image_tokens:
+            raise ValueError(f"--image-tokens {image_tokens}: {hf_config.model_type} is a text-only model")
+        image_tokens = 0
+    elif image_tokens is None:
         side = hf_config.vision_config.patch_size * geometry_of(hf_config).merge
         pixels = recipe.data.max_pixels
         image_tokens = limit if pixels is None else min(limit, max(pixels // side**2, 1))
     if not 0 <= image_tokens <= limit:
         raise ValueError(f"--image-tokens {image_tokens} does not fit into a prompt: it has room for {limit} tokens")
-    return Assumptions(sequence_tokens=tokens, image_tokens=image_tokens, gpu_memory=gpu_memory)
+    most = min(recipe.policy.generation.max_new_tokens, tokens - image_tokens)
+    response = most if response_tokens is None else response_tokens
+    if not 0 <= response <= most:
+        raise ValueError(f"--response-tokens {response} does not fit: a sequence of {tokens} has room for {most}")
+    return Assumptions(
+        sequence_tokens=tokens, image_tokens=image_tokens, response_tokens=response, gpu_memory=gpu_memory
+    )
 
 
 @dataclass(frozen=True)

@@ -15,19 +15,22 @@ from rich.text import Text
 from megatron_g2rpo.plan import memory as memory_of
 from megatron_g2rpo.plan.memory import StageMemory
 from megatron_g2rpo.plan.planner import Plan
+from megatron_g2rpo.plan.sizes import modules_of
 from megatron_g2rpo.plan.verdict import Verdict
+from megatron_g2rpo.plan.vision import sees
 from megatron_g2rpo.plan.wire import OPTIMIZER_STEP, ROLLOUT_STEP, total
 
 GB = 1e9
 
 
-def tables(plan: Plan, verdict: Verdict, memory: float) -> RenderableType:
+def tables(plan: Plan, verdict: Verdict, memory: float, time: RenderableType) -> RenderableType:
     """Return the whole plan as tables and text, for a terminal.
 
     Args:
         plan: the plan.
         verdict: whether it fits, and what to change otherwise.
         memory: bytes of one GPU.
+        time: the estimated time of a step.
     """
     return Group(
         Text(_layout(plan)),
@@ -39,17 +42,22 @@ def tables(plan: Plan, verdict: Verdict, memory: float) -> RenderableType:
         Text(),
         *_wires(plan),
         Text(),
+        time,
+        Text(),
         _verdict(plan, verdict, memory),
     )
 
 
-def as_json(plan: Plan, verdict: Verdict, memory: float, rehearsal: dict[str, Any] | None = None) -> str:
-    """Return the whole plan as JSON, in bytes and tokens; the first arguments are those of ``tables``.
+def as_json(
+    plan: Plan, verdict: Verdict, memory: float, time: dict[str, Any], rehearsal: dict[str, Any] | None = None
+) -> str:
+    """Return the whole plan as JSON, in bytes, tokens and seconds; the first arguments are those of ``tables``.
 
     Args:
+        time: the estimated time of a step.
         rehearsal: what ``rehearsal.show.tree`` returns, as an entry of its own; None for none.
     """
-    tree = _tree(plan, verdict, memory)
+    tree = {**_tree(plan, verdict, memory), "time": time}
     return json.dumps(tree if rehearsal is None else {**tree, "rehearsal": rehearsal}, indent=2)
 
 
@@ -60,16 +68,31 @@ def _layout(plan: Plan) -> str:
         f"{recipe.policy.model_name}: {plan.model.numel / GB:.3f} billion parameters, {recipe.policy.precision}\n"
         f"{recipe.world_size} processes = tensor {layout.tensor} x pipeline {layout.pipeline} x context "
         f"{layout.context} x data {recipe.data_parallel_size}{sequence}; the model and the recipe divide so\n"
-        f"assumed: sequences of {plan.assumptions.sequence_tokens:,} tokens, one image of "
-        f"{plan.assumptions.image_tokens:,} tokens a prompt (--mean-tokens, --image-tokens)"
+        f"layers of {_modules(plan)}\n"
+        f"assumed: sequences of {plan.assumptions.sequence_tokens:,} tokens{_image(plan)}"
     )
+
+
+def _modules(plan: Plan) -> str:
+    modules = modules_of(plan.recipe, plan.model.config)
+    names = {"local": "local modules", "transformer_engine": "Transformer Engine"}
+    fp8 = "" if modules.fp8 is None else f", FP8 ({modules.fp8})"
+    attention = "" if modules.attention == modules.layers else f", attention of {names[modules.attention]}"
+    return f"{names[modules.layers]}{attention}{fp8}"
+
+
+def _image(plan: Plan) -> str:
+    if not sees(plan.model.config):
+        return " (--mean-tokens); a text-only model"
+    return f", one image of {plan.assumptions.image_tokens:,} tokens a prompt (--mean-tokens, --image-tokens)"
 
 
 _MEMORY_LINES: tuple[tuple[str, str], ...] = (
     ("weights", "weights"),
+    ("fp8", "FP8 copies of weights"),
     ("gradients", "gradients"),
     ("optimizer", "optimizer state"),
-    ("engine", "rollout engine's weights"),
+    ("engine", "rollout engine, held throughout"),
     ("layers", "activations: layers"),
     ("vision", "activations: vision"),
     ("output", "activations: output layer"),
@@ -87,6 +110,7 @@ def _lines(stage: StageMemory) -> dict[str, int]:
     """Return the bytes by line of the table; activations are those of all micro-batches in flight."""
     return {
         "weights": stage.state.weights,
+        "fp8": stage.state.fp8,
         "gradients": stage.state.gradients,
         "optimizer": stage.state.optimizer,
         "engine": stage.engine_weights,

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron_g2rpo.plan.planner import Plan
-from megatron_g2rpo.recipe import Recipe
+from megatron_g2rpo.recipe import Recipe, TrainRecipe
 
 _MEGATRON = "policy.megatron_cfg."
+_GENERATION = "policy.generation."
 _ROW = "policy.sequence_packing.train_mb_tokens"
 _BATCH = "policy.generation.batch_size"
 _SHARE = "policy.generation.vllm_cfg.gpu_memory_utilization"
@@ -69,8 +70,9 @@ def judge(plan: Plan, memory: float, again: Callable[[tuple[str, ...]], Plan]) -
 def changes(plan: Plan) -> Iterator[tuple[str, ...]]:
     """Iterate over changes, as overrides, cheapest first.
 
-    First come single switches, then smaller batches and rows, then all switches together, then larger model-parallel
-    layouts, alone and with everything before.
+    First come single switches, then smaller batches and rows, then another engine, then all switches together, alone
+    and with these, then larger model-parallel layouts, alone, with everything before, and with the last of the engines:
+    servers, which take nothing of the trainer's memory.
 
     Every change of layout is a whole number of model copies over the same processes.
     """
@@ -78,6 +80,8 @@ def changes(plan: Plan) -> Iterator[tuple[str, ...]]:
     yield from ((switch,) for switch in switches)
     halves = [tuple(half) for half in _halves(plan.recipe)]
     yield from halves
+    engines = list(_engines(plan.recipe))
+    yield from engines
     both = [f"{key}" for half in halves for key in half]
     together = tuple(switches)
     if len(switches) > 1:
@@ -85,11 +89,14 @@ def changes(plan: Plan) -> Iterator[tuple[str, ...]]:
     for count in range(1, len(halves) + 1):
         yield (*together, *_last_of_each([key for half in halves[:count] for key in half]))
     smallest = _last_of_each(both)
+    yield from ((*together, *engine) for engine in engines if together)
     for layout in _layouts(plan):
         yield layout
     for layout in _layouts(plan):
         yield _joined(together, layout)
         yield _joined((*together, *smallest), layout)
+        if engines:
+            yield _joined((*together, *smallest, *engines[-1]), layout)
 
 
 def _switches(recipe: Recipe) -> Iterator[str]:
@@ -122,13 +129,33 @@ def _halves(recipe: Recipe) -> Iterator[list[str]]:
         yield [f"{_ROW}={row}"]
 
 
+def _engines(recipe: Recipe) -> Iterator[tuple[str, ...]]:
+    """Iterate over engines that take less of the trainer's memory: vLLM on more ranks, which sleeps, then servers.
+
+    The address of the servers is to be replaced; a plan only reads that there are some.
+    """
+    generation = recipe.policy.generation
+    if not isinstance(recipe, TrainRecipe) or generation.backend not in {"transformers", "vllm"}:
+        return
+    embedded, ranks = generation.backend == "transformers", generation.vllm_cfg.tensor_parallel_size
+    backend = (f"{_GENERATION}backend=vllm",) if embedded else ()
+    if not generation.vllm_cfg.sleep:
+        backend = (*backend, f"{_GENERATION}vllm_cfg.sleep=true")
+        yield backend
+    for size in (1, 2, 4, 8):
+        fits_ranks = recipe.cluster.gpus_per_node % size == 0
+        if fits_ranks and (size > ranks or (embedded and size == ranks)):
+            yield (*backend, f"{_GENERATION}vllm_cfg.tensor_parallel_size={size}")
+    yield (f'{_GENERATION}vllm_server_cfg.addresses=["http://SERVER:8000"]', f"{_GENERATION}backend=vllm_server")
+
+
 def _layouts(plan: Plan) -> Iterator[tuple[str, ...]]:
     """Iterate over larger model-parallel layouts, the smallest first.
 
     Among layouts of one size, tensor parallelism comes before context and context before pipeline parallelism.
     """
     world, layout = plan.recipe.world_size, plan.layout
-    heads = plan.model.config.text_config.num_attention_heads
+    heads = plan.model.config.get_text_config().num_attention_heads
     sizes = [size for size in range(1, world + 1) if world % size == 0]
     found = [
         (tensor * pipeline * context, pipeline, context, tensor)

@@ -21,10 +21,13 @@ def vision_of(hf_config: Any) -> models.Vision:
     """
     vision = models.family(hf_config.model_type).vision
     if vision is None:
-        raise ValueError(
-            f"plan supports vision-language models only; model type {hf_config.model_type!r} is a text-only model"
-        )
+        raise ValueError(f"model type {hf_config.model_type!r} is a text-only model")
     return vision
+
+
+def sees(hf_config: Any) -> bool:
+    """Return whether a model of a registered family takes images."""
+    return models.family(hf_config.model_type).vision is not None
 
 
 def geometry_of(hf_config: Any) -> models.VisionGeometry:

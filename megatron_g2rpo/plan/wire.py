@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_g2rpo.plan import activations, vision
-from megatron_g2rpo.plan.activations import Recompute, Sizes
+from megatron_g2rpo.plan import fp8, vision
+from megatron_g2rpo.plan.activations import Recompute
 from megatron_g2rpo.plan.buffers import ddp_buffer
-from megatron_g2rpo.plan.memory import data_parallelism, element_bytes, recompute_of
+from megatron_g2rpo.plan.kept import data_parallelism, element_bytes, recompute_of
 from megatron_g2rpo.plan.model import Model
 from megatron_g2rpo.plan.rows import MicroBatches
+from megatron_g2rpo.plan.sizes import Sizes, modules_of, sizes
 from megatron_g2rpo.policy.layouts.image_shares import largest_share
 from megatron_g2rpo.policy.layouts.layout import Layout
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
@@ -66,10 +67,10 @@ class _Account:
         self.recipe, self.model, self.layout, self.batches, self.stage = recipe, model, layout, batches, stage
         self.nbytes = element_bytes(recipe)
         self.first, self.last = stage == 0, stage == layout.pipeline - 1
-        text = model.config.text_config
+        text = model.config.get_text_config()
         self.layers = layout.stage_layers(text.num_hidden_layers)[stage]
         # All micro-batches of an optimizer step as one long row: volumes are linear in tokens.
-        self.size: Sizes = activations.sizes(text, layout, batches.tokens, self.nbytes)
+        self.size: Sizes = sizes(text, layout, batches.tokens, self.nbytes, modules_of(recipe, model.config))
         # G2RPO computes the old policy's log-probabilities in a forward pass of their own.
         self.forwards = 2 if isinstance(recipe, TrainRecipe) else 1
         self.parameters = model.stage_parameters(layout, stage, freeze_vision=recipe.policy.megatron_cfg.freeze_vision)
@@ -99,7 +100,7 @@ class _Account:
         else:
             reductions = 2 * forward + 2 * self.layers
             yield self._line("layers", "all-reduce", group, reductions * ring_reduce(ranks, hidden))
-        if self.model.config.text_config.num_key_value_heads < ranks:
+        if self.model.config.get_text_config().num_key_value_heads < ranks:
             whole = self.nbytes * size.tokens * size.projected * size.head_dim
             yield self._line("shared key/value heads", "all-gather", group, forward * ring_gather(ranks, whole))
             yield self._line("shared key/value heads", "reduce-scatter", group, self.layers * ring_gather(ranks, whole))
@@ -164,7 +165,9 @@ class _Account:
             yield self._line("gradients", "all-reduce", group, ring_reduce(ranks, gradients))
             return
         yield self._line("gradients", "reduce-scatter", group, ring_gather(ranks, gradients))
-        yield self._line("updated weights", "all-gather", group, ring_gather(ranks, self.nbytes * buffer.numel))
+        layers, options = self.model.config.get_text_config().num_hidden_layers, self.recipe.policy.megatron_cfg
+        saved = fp8.weights(self.parameters, layers, options, self.size.modules).saved
+        yield self._line("updated weights", "all-gather", group, ring_gather(ranks, self.nbytes * buffer.numel - saved))
 
     def weights(self) -> Iterator[Traffic]:
         """Iterate over what the weights for the rollout engines send: every rank receives every tensor."""

@@ -26,12 +26,12 @@ _COUNTED = {
 }
 
 
-def tables(recipe: Recipe, plan: Plan | None, stages: list[StageRehearsal]) -> RenderableType:
+def tables(recipe: Recipe, plan: Plan, stages: list[StageRehearsal]) -> RenderableType:
     """Return a rehearsal as tables and text.
 
     Args:
         recipe: the recipe.
-        plan: the recipe's plan; None for a model that there are no formulas for.
+        plan: the recipe's plan for the local modules, which are what is rehearsed.
         stages: the stages that were rehearsed.
     """
     return Group(
@@ -39,38 +39,35 @@ def tables(recipe: Recipe, plan: Plan | None, stages: list[StageRehearsal]) -> R
     )
 
 
-def tree(recipe: Recipe, plan: Plan | None, stages: list[StageRehearsal]) -> dict[str, Any]:
+def tree(recipe: Recipe, plan: Plan, stages: list[StageRehearsal]) -> dict[str, Any]:
     """Return a rehearsal in bytes, for JSON; the arguments are those of ``tables``."""
 
     def figures(found: list[Figure]) -> dict[str, Any]:
         return {f.name: {"planned": f.planned, "counted": f.counted, "deviation": f.deviation} for f in found}
 
     counted = [asdict(stage) for stage in stages]
-    if plan is not None:
-        for entry, stage in zip(counted, stages, strict=True):
-            entry["against_plan"] = figures([*memory_figures(plan, stage), *traffic_figures(plan, stage)])
+    for entry, stage in zip(counted, stages, strict=True):
+        entry["against_plan"] = figures([*memory_figures(plan, stage), *traffic_figures(plan, stage)])
     return {
         "stages": counted,
-        "deviations": None if plan is None else list(deviations(plan, stages)),
+        "deviations": list(deviations(plan, stages)),
         "not_rehearsed": list(_not_rehearsed(recipe.policy.megatron_cfg)),
     }
 
 
-def _memory(plan: Plan | None, stages: list[StageRehearsal]) -> Table:
+def _memory(plan: Plan, stages: list[StageRehearsal]) -> Table:
     table = Table(title="Rehearsal: memory of a rank, GB", title_justify="left", title_style="bold")
     table.add_column("")
     for stage in stages:
         table.add_column(f"stage {stage.stage}\ncounted", justify="right")
-        if plan is not None:
-            table.add_column("\nplanned", justify="right")
-    planned = [{f.name: f for f in memory_figures(plan, stage)} for stage in stages] if plan is not None else []
+        table.add_column("\nplanned", justify="right")
+    planned = [{f.name: f for f in memory_figures(plan, stage)} for stage in stages]
     for name, field in _COUNTED.items():
         cells = []
         for index, stage in enumerate(stages):
             cells.append(_gb(getattr(stage, field)))
-            if plan is not None:
-                figure = planned[index][name]
-                cells.append(Text(_gb(figure.planned), style="" if figure.agrees else "bold red"))
+            figure = planned[index][name]
+            cells.append(Text(_gb(figure.planned), style="" if figure.agrees else "bold red"))
         table.add_row(name, *cells)
     return table
 
@@ -97,7 +94,7 @@ def _messages(stages: list[StageRehearsal]) -> Iterator[RenderableType]:
     yield table
 
 
-def _said(recipe: Recipe, plan: Plan | None, stages: list[StageRehearsal]) -> Iterator[str]:
+def _said(recipe: Recipe, plan: Plan, stages: list[StageRehearsal]) -> Iterator[str]:
     ranks = ", ".join(f"{stage.rank} (stage {stage.stage})" for stage in stages)
     seconds = sum(stage.seconds for stage in stages)
     yield (
@@ -105,9 +102,6 @@ def _said(recipe: Recipe, plan: Plan | None, stages: list[StageRehearsal]) -> It
         f"{stages[0].micro_batches} full row(s) forward and backward and the optimizer step, on the local layers."
     )
     yield from _not_rehearsed(recipe.policy.megatron_cfg)
-    if plan is None:
-        yield "plan has no formulas for text-only models: nothing to compare with, and no verdict on the memory."
-        return
     found = list(deviations(plan, stages))
     yield from (f"Deviates: {sentence}" for sentence in found)
     if not found:

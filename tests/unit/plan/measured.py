@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.data.packing import Packer, PackSequence
-from megatron_g2rpo.plan.memory import data_parallelism, kept_of_row
+from megatron_g2rpo.plan.kept import data_parallelism, kept_of_row
 from megatron_g2rpo.plan.rows import Row
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.layouts.layout import Layout, layout_of, token_multiples

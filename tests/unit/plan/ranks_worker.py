@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_g2rpo.plan.buffers import model_state
-from megatron_g2rpo.plan.memory import element_bytes, kept_of_row
+from megatron_g2rpo.plan.kept import element_bytes, kept_of_row
 from megatron_g2rpo.plan.model import Model, read_config
 from megatron_g2rpo.plan.rows import MicroBatches
 from megatron_g2rpo.plan.wire import OPTIMIZER_STEP, ROLLOUT_STEP, Traffic, stage_traffic

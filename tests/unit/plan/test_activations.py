@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_g2rpo.plan.memory import update_working
+from megatron_g2rpo.plan.working import update_working
 from megatron_g2rpo.policy.layouts.layout import Layout
 from tests.common.tiny_model import make_tiny_qwen3vl
 from tests.unit.plan.measured import (

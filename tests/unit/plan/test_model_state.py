@@ -123,3 +123,23 @@ def test_without_a_model_the_error_says_what_to_do(tmp_path: Path, monkeypatch: 
         read_config("nobody/has-this-model")
     with pytest.raises(ModelConfigError, match=r"no config\.json"):
         read_config(str(tmp_path))
+
+
+@given(
+    numels=st.lists(st.integers(1, 500), min_size=1, max_size=12),
+    size=st.sampled_from([1, 2, 3, 8]),
+    shared=st.integers(0, 11),
+    overlap=st.booleans(),
+)
+def test_the_most_that_a_rank_updates_is_the_largest_of_all_ranks_counts(
+    numels: list[int], size: int, shared: int, overlap: bool
+) -> None:
+    parameters = [
+        Parameter(str(i), 100_000 * numel, replicated=False, trains=i != 3, shared=i == shared, sequence_parallel=False)
+        for i, numel in enumerate(numels)
+    ]
+    parallelism = DataParallelism(
+        size=size, data=size, distributed_optimizer=True, overlap_grad_reduce=overlap, grad_bytes=4
+    )
+    buffer = ddp_buffer(parameters, parallelism, 0)
+    assert buffer.most_owned(size) == max(sum(buffer.owned(rank, size)) for rank in range(size))

@@ -23,8 +23,9 @@ from megatron_g2rpo.plan.planner import Plan, load_recipe, make_plan
 from tests.common.launch import ROOT, torchrun_json
 from tests.unit.plan.rehearsal_worker import CASES
 
-RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 PAPER = ROOT / "examples" / "recipes" / "vlm_g2rpo-qwen3vl8b-8n8g-megatron-tp4.yaml"
+# Those that run on a CPU, and one at the size of a real run; a minute each.
+RECIPES = [*sorted((ROOT / "examples" / "recipes").glob("*-1n1g-*.yaml")), PAPER]
 QWEN = f"policy.model_name={ROOT / 'examples' / 'models' / 'qwen3-vl-8b'}"
 QUICKSTART = f"policy.model_name={ROOT / 'examples' / 'quickstart' / 'policy'}"
 # The published shape of SmolLM2-135M-Instruct.
@@ -83,7 +84,7 @@ def test_every_shipped_recipe_is_rehearsed(tmp_path: Path, recipe: Path) -> None
     done = rehearse(recipe, model)
     assert done.returncode == 0, done.stderr
     rehearsal: dict[str, Any] = json.loads(done.stdout)["rehearsal"]
-    assert rehearsal["deviations"] == (None if text_only else [])
+    assert rehearsal["deviations"] == []
     for stage in rehearsal["stages"]:
         assert min(stage[name] for name in ("weights", "gradients", "optimizer", "activations", "peak")) > 0
     if recipe == PAPER:  # tensor parallel 4 with sequence parallelism, the optimizer's state over 16

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from megatron_g2rpo.data.packing import Packer, PackSequence
-from megatron_g2rpo.plan.activations import Recompute, sizes
+from megatron_g2rpo.plan.activations import Recompute
 from megatron_g2rpo.plan.rows import Row, assume, attention_slots, micro_batches
+from megatron_g2rpo.plan.sizes import Modules, sizes
 from megatron_g2rpo.policy.attention import packed_row_params
 from megatron_g2rpo.policy.layouts.layout import Layout, layout_of
 from megatron_g2rpo.types import ModelInputs
@@ -102,7 +103,7 @@ def test_assumptions_are_the_worst_case_and_stay_within_the_recipe(tmp_path: Pat
 def test_columns_are_those_of_the_rank_with_the_most(vocab: int, tensor: int, columns: int) -> None:
     text = tiny_config(vocab=max(vocab, 6)).text_config
     text.vocab_size = vocab
-    assert sizes(text, Layout(tensor=tensor), 8, 4).columns == columns
+    assert sizes(text, Layout(tensor=tensor), 8, 4, Modules()).columns == columns
 
 
 @pytest.mark.parametrize(
