@@ -48,6 +48,7 @@ def main() -> None:
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
+    """Run the three arms in turn in a folder, and print the table."""
     model = folder / "model"
     make_tiny_qwen3vl(
         model,
@@ -102,6 +103,7 @@ def report(
     held_s: dict[str, list[float]],
     total_s: dict[str, list[float]],
 ) -> None:
+    """Print medians and ranges by arm."""
     table = Table(title=f"{nbytes / 1e9:.2f} GB a checkpoint, one a step; {repeats} micro-batches a step")
     for heading in ("checkpoints", "step, s", "held up, s", "step and save, s", "share of saving"):
         table.add_column(heading, justify="right")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One checkpoint from its first byte to its name: written beside its place, and renamed when all of it is on the disk."""
+"""One checkpoint from its first byte to its name: written beside its place, renamed when all of it is on the disk."""
 
 from __future__ import annotations
 

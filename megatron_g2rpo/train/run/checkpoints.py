@@ -235,9 +235,10 @@ class Checkpoints:
         except (CheckpointError, OSError):
             manifest, damaged = None, True
         if manifest is not None and manifest.run_id != self._run_id:
+            theirs, ours = manifest.run_id or "none", self._run_id or "none"
             raise CheckpointError(
-                f"{place} belongs to another run ({manifest.run_id or 'none'}; this is {self._run_id or 'none'}) and is "
-                "not replaced: set checkpointing.checkpoint_dir to another directory"
+                f"{place} belongs to another run ({theirs}; this is {ours}) and is not replaced: set "
+                "checkpointing.checkpoint_dir to another directory"
             )
         if damaged:
             place.rename(aside(place))
