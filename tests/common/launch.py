@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launching a worker on several processes, the way users do (torchrun), and hearing from every rank what it found."""
+"""Launching a worker on several processes, and hearing from every rank what it found.
+
+``torchrun`` starts processes the way users do. ``torchrun_json`` forks them from a process that has imported what they
+need, with what torchrun would tell them, wherever no real GPU may be touched by an import before the fork.
+"""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+
+from tests.common.rank_server import Job
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = "G2RPO_TEST_RESULTS"  # environment variable: the folder that ranks report to
@@ -27,13 +36,10 @@ def torchrun(nproc: int, *arguments: str, timeout: int = 300, **environment: str
         environment: further environment variables.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", *arguments]
-    # What is there stays: a virtual GPU is started from a folder on it.
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, **ours, **environment},
+        env={**_environment(), **environment},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -41,6 +47,12 @@ def torchrun(nproc: int, *arguments: str, timeout: int = 300, **environment: str
     output = done.stdout + done.stderr
     assert done.returncode == 0, f"{' '.join(command)} exited with {done.returncode}:\n{output[-20000:]}"
     return output
+
+
+def _environment() -> dict[str, str]:
+    # What is there stays: a virtual GPU is started from a folder on it.
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
 
 
 def torchrun_json(nproc: int, module: str, *arguments: str, timeout: int = 300, **environment: str) -> list[Any]:
@@ -53,14 +65,53 @@ def torchrun_json(nproc: int, module: str, *arguments: str, timeout: int = 300, 
         module: dotted name of the worker's module.
         arguments: command-line arguments of the worker.
         timeout: seconds after which the test fails.
-        environment: further environment variables.
+        environment: further environment variables, which a library may read as it is imported.
     """
     with tempfile.TemporaryDirectory(prefix="results-") as folder:
-        output = torchrun(nproc, "-m", module, *arguments, timeout=timeout, **{RESULTS: folder}, **environment)
+        if environment or (torch.cuda.is_available() and "VIRTUAL_CUDA" not in os.environ):
+            output = torchrun(nproc, "-m", module, *arguments, timeout=timeout, **{RESULTS: folder}, **environment)
+        else:
+            output = _fork(nproc, module, arguments, timeout, folder)
         files = [Path(folder) / f"{rank}.json" for rank in range(nproc)]
         silent = [rank for rank, file in enumerate(files) if not file.exists()]
         assert not silent, f"{module}: ranks {silent} reported nothing:\n{output[-20000:]}"
         return [json.loads(file.read_text()) for file in files]
+
+
+def _fork(nproc: int, module: str, arguments: tuple[str, ...], timeout: int, folder: str) -> str:
+    # As torchrun does, its store outside of the ranks: none of them can take it away from the others.
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    environment = {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_RUN_ID": module,
+        RESULTS: folder,
+    }
+    job = Job(nproc=nproc, module=module, arguments=arguments, timeout=timeout, folder=folder, environment=environment)
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(job.dumps())
+    server.stdin.flush()
+    answer = server.stdout.readline()
+    assert answer, f"the process that forks ranks has ended with {server.wait()}"
+    output = "".join(f"[rank {rank}]\n{Path(folder, f'{rank}.txt').read_text()}" for rank in range(nproc))
+    failed = {rank: status for rank, status in sorted(json.loads(answer).items()) if status != 0}
+    assert not failed, f"{module} {' '.join(arguments)}: exit statuses by rank {failed}:\n{output[-20000:]}"
+    return output
+
+
+@cache
+def _server() -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.common.rank_server"]
+    server = subprocess.Popen(
+        command, cwd=ROOT, env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    atexit.register(server.kill)
+    return server
 
 
 def report_result(result: Any) -> None:

@@ -21,6 +21,16 @@ def test_a_rank_that_says_nothing_fails_the_test() -> None:
         torchrun_json(2, WORKER, "0")
 
 
+def test_a_rank_that_fails_ends_the_others_and_says_why() -> None:
+    with pytest.raises(AssertionError, match=r"(?s)\{'0': -9, '1': 1\}.*RuntimeError: rank 1 cannot go on"):
+        torchrun_json(2, "tests.unit.failing_rank_worker")
+
+
+def test_ranks_that_take_too_long_are_killed() -> None:
+    with pytest.raises(AssertionError, match=r"exit statuses by rank \{'0': -9\}"):
+        torchrun_json(1, "tests.unit.failing_rank_worker", timeout=1)
+
+
 def test_a_worker_that_is_run_by_hand_prints_its_result(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forks the ranks of workers from one process that has imported what they import, which takes a rank 8 s of a core.
+
+It reads jobs from its standard input and answers each with a line, both JSON: see ``Job``. It never uses a collective
+or a device itself: what is forked has no threads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NoReturn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A worker to run.
+
+    Attributes:
+        nproc: number of ranks.
+        module: dotted name of the worker's module.
+        arguments: its command line.
+        timeout: seconds after which all ranks are killed.
+        folder: where rank N's output is written, to ``N.txt``.
+        environment: variables of all ranks, beside those that torchrun sets for each.
+    """
+
+    nproc: int
+    module: str
+    arguments: Sequence[str]
+    timeout: float
+    folder: str
+    environment: Mapping[str, str]
+
+    def dumps(self) -> str:
+        """Return the job as one line of text."""
+        return json.dumps(asdict(self)) + "\n"
+
+
+def run(job: Job) -> dict[int, int]:
+    """Run the ranks to their end; when one fails the others are killed. Returns exit statuses by rank, -9 of those."""
+    ranks = {_fork(job, rank): rank for rank in range(job.nproc)}
+    statuses: dict[int, int] = {}
+    end, killed = time.monotonic() + job.timeout, False
+    while len(statuses) < job.nproc:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in ranks:
+            statuses[ranks[pid]] = os.waitstatus_to_exitcode(status)
+        elif pid == 0:
+            time.sleep(0.02)
+        if not killed and (any(statuses.values()) or time.monotonic() > end):
+            killed = True
+            for child, rank in ranks.items():
+                if rank not in statuses:
+                    os.kill(child, signal.SIGKILL)
+    return statuses
+
+
+def _fork(job: Job, rank: int) -> int:
+    child = os.fork()
+    return child if child else _be_rank(job, rank)
+
+
+def _be_rank(job: Job, rank: int) -> NoReturn:
+    status = 1
+    try:
+        output = os.open(Path(job.folder) / f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        of_rank = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.nproc, "LOCAL_WORLD_SIZE": job.nproc}
+        os.environ.update({**job.environment, **{name: str(value) for name, value in of_rank.items()}})
+        sys.argv = [job.module, *job.arguments]
+        runpy.run_module(job.module, run_name="__main__", alter_sys=True)
+        status = 0
+    except SystemExit as ending:
+        status = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+    except BaseException:  # noqa: BLE001 (whatever it is, it is told, and ends this process)
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _import_what_workers_do() -> None:
+    import megatron_g2rpo.train.g2rpo
+    import tests.common.parity
+    import tests.common.tiny_model  # noqa: F401
+
+
+def main() -> None:
+    """Serve until the standard input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what an import prints is no answer
+    _import_what_workers_do()
+    for line in sys.stdin:
+        answers.write(json.dumps(run(Job(**json.loads(line)))) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
