@@ -92,7 +92,7 @@ def _be_rank(job: Job, rank: int) -> NoReturn:
 
 
 def _import_what_workers_do() -> None:
-    import megatron_g2rpo.train.g2rpo
+    import megatron_g2rpo.train.g2rpo  # noqa: F401
     import tests.common.parity
     import tests.common.tiny_model  # noqa: F401
 
