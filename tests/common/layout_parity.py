@@ -69,11 +69,13 @@ TOLERANCES: dict[str, dict[str, float]] = {
     # computes with the same weights, and ours are as far. What must not be is that we are farther from them than
     # transformers: "share" is the ratio of the two distances, for a tensor and for the whole gradient, for all
     # log-probabilities and for all entropies; the later ones are compared with fp32 computations of the same training.
+    # The ratio is itself a draw: over two models, two seeds and both devices, 8 ranks in TP 2 x PP 2 x CP 2 had 0.72 to
+    # 1.28 for entropies, 0.86 to 1.19 for log-probabilities.
     "bfloat16": {
         "logprob": 5e-2,
-        "logprob_share": 1.25,
+        "logprob_share": 1.5,
         "entropy": 5e-2,
-        "entropy_share": 1.25,
+        "entropy_share": 1.5,
         "loss": 1e-2,
         "task_entropy": 1e-2,
         "grad_norm": 1e-2,
