@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_g2rpo import progress
 from megatron_g2rpo.collectives import gather
 from megatron_g2rpo.weights.checkpoint_metadata import structural_faults
 from megatron_g2rpo.weights.manifest import faults, read_manifest
@@ -26,17 +27,26 @@ def check_whole(checkpoint: Path) -> None:
     Raises:
         CheckpointError: they are not; names every file.
     """
-
-    def faults_of_share() -> list[str]:
-        manifest = read_manifest(checkpoint)
-        if manifest is None:
-            return list(structural_faults(checkpoint)) if dist.get_rank() == 0 else []
-        return list(faults(checkpoint, manifest, sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]))
-
-    if found := [sentence for share in gather(faults_of_share) for sentence in share]:
+    if found := [sentence for share in gather(lambda: faults_of_share(checkpoint)) for sentence in share]:
         raise CheckpointError(
             f"{checkpoint} is damaged; use another checkpoint, or copy it again:\n  " + _listed(found)
         )
+
+
+def faults_of_share(checkpoint: Path) -> list[str]:
+    """Return what of this rank's share of a checkpoint's files is not as it was written, a sentence each.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+    """
+    manifest = read_manifest(checkpoint)
+    if manifest is None:
+        return list(structural_faults(checkpoint)) if dist.get_rank() == 0 else []
+    found: list[str] = []
+    for path in sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]:
+        found += faults(checkpoint, manifest, [path])
+        progress.advance()  # a rank that reads for long does not hang
+    return found
 
 
 def flaw(tensor: Tensor, dtype: torch.dtype) -> str:

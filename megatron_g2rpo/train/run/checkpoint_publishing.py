@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +44,9 @@ class Publication:
         metrics: see ``Manifest``.
         recipe: text of the run's recipe, to be kept in it; None for none.
 
+    Attributes:
+        seconds: time that it took to write and publish, without what it waited between the two; 0 before.
+
     Raises:
         CheckpointWriteError: it could not be begun; nothing is left of it.
     """
@@ -59,7 +63,7 @@ class Publication:
         metrics: Mapping[str, float] | None = None,
         recipe: str | None = None,
     ) -> None:
-        self.step = step
+        self.step, self.seconds = step, 0.0
         self._directory, self._partial = directory, partial_path(directory)
         self._policy, self._settings, self._recipe = policy, settings, recipe
         self._run_id, self._metrics = run_id, dict(metrics or {})
@@ -79,8 +83,10 @@ class Publication:
         """
         with self._policy.device.megatron():
             mine = self._writing.finish()
+        written = time.monotonic()
         everyone = gather(lambda: mine)
         from_first(lambda: self._publish({path: record for rank in everyone for path, record in rank.items()}))
+        self.seconds = self._writing.seconds + time.monotonic() - written
 
     def _make_partial(self) -> None:
         try:

@@ -13,6 +13,7 @@ import inspect
 import os
 import queue
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -64,6 +65,9 @@ class Writing:
         directory: an empty directory that every rank sees.
         beside: writes further files, in the first rank's thread, and returns their paths within the directory.
 
+    Attributes:
+        seconds: time from the beginning until this rank's files were written; 0 before.
+
     Raises:
         CheckpointWriteError: this rank could not even begin.
     """
@@ -71,6 +75,7 @@ class Writing:
     def __init__(
         self, state: dict[str, Any], directory: Path, beside: Callable[[], Iterable[str]] | None = None
     ) -> None:
+        self._begun, self.seconds = time.monotonic(), 0.0
         self._directory = directory
         self._beside = beside if dist.get_rank() == 0 else None
         # Where megatron-core expects the outcome. Its own queue is a manager process: it takes seconds to start, and
@@ -119,7 +124,12 @@ class Writing:
             names.append(str(bucket[1]))
             progress.advance()  # a rank that writes for long does not hang
             del bucket  # its copies
-        return records(self._directory, names)
+        found: dict[str, FileRecord] = {}
+        for name in names:
+            found |= records(self._directory, [name])
+            progress.advance()
+        self.seconds = time.monotonic() - self._begun
+        return found
 
     def is_done(self) -> bool:
         """Whether every rank has written its files, or failed to."""

@@ -20,9 +20,9 @@ from megatron_g2rpo.policy.finite import non_finite
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.train.run.checkpoint_publishing import REPLACED, Publication, aside
 from megatron_g2rpo.train.run.retention import Retention
-from megatron_g2rpo.weights import CheckpointError, ProcessorSettings
-from megatron_g2rpo.weights.checkpoint_metadata import structural_faults
-from megatron_g2rpo.weights.manifest import Manifest, faults, read_manifest
+from megatron_g2rpo.weights import CheckpointError, ProcessorSettings, partial_path
+from megatron_g2rpo.weights.manifest import Manifest, read_manifest
+from megatron_g2rpo.weights.soundness import faults_of_share
 
 _NAME = re.compile(r"step_(\d+)")
 SHOWN_TENSORS = 5
@@ -79,8 +79,14 @@ class Checkpoints:
         self._settings, self._recipe, self._run_id = settings, recipe, run_id
         self._is_async = is_async
         self._pending: Publication | None = None
+        self._longest_s = 0.0
         # Step -> what is wrong with its files, of those that were read, or written, by this process.
         self._faults: dict[int, Sequence[str]] = {}
+
+    @property
+    def longest_s(self) -> float:
+        """Seconds from the beginning of a checkpoint to its name, the most that one of this process took; 0: none."""
+        return self._longest_s
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -128,13 +134,9 @@ class Checkpoints:
         if not directory.is_dir():
             return [f"{directory} is no directory"]
         try:
-            manifest = read_manifest(directory)
+            return faults_of_share(directory)
         except (CheckpointError, OSError) as error:
             return [str(error)]
-        rank, size = dist.get_rank(), dist.get_world_size()
-        if manifest is None:  # of a release up to 0.4
-            return list(structural_faults(directory)) if rank == 0 else []
-        return list(faults(directory, manifest, sorted(manifest.files)[rank::size]))
 
     def load(self, step: int, policy: MegatronPolicy) -> dict[str, Any]:
         """Restore a checkpoint into the policy, which may have another layout. A collective.
@@ -211,6 +213,7 @@ class Checkpoints:
             return
         with self._cleaning():
             pending.publish()
+        self._longest_s = max(self._longest_s, pending.seconds)
         self._faults[pending.step] = ()
         self._prune()
 
@@ -285,7 +288,8 @@ class Checkpoints:
 
         def remove() -> None:
             for step in sorted(whole.keys() - kept):
-                shutil.rmtree(self._path(step))
+                # Without its name first: a job that is killed meanwhile leaves no checkpoint that looks damaged.
+                shutil.rmtree(self._path(step).rename(partial_path(self._path(step))))
 
         from_first(remove)
 

@@ -128,9 +128,17 @@ class _Claim:
 def _places(recipe: Recipe) -> dict[str, Path]:
     """The directories that a run writes to, by the keys that name them."""
     places = {LOG_DIR: Path(recipe.logger.log_dir)}
-    return places | (
-        {CHECKPOINT_DIR: Path(recipe.checkpointing.checkpoint_dir)} if recipe.checkpointing.enabled else {}
-    )
+    if recipe.checkpointing.enabled:
+        places[CHECKPOINT_DIR] = Path(recipe.checkpointing.checkpoint_dir)
+    return _different(places)
+
+
+def _different(places: Mapping[str, Path]) -> dict[str, Path]:
+    """Leave out directories that are the same as one before, whose lock a process cannot take twice."""
+    by_path: dict[Path, str] = {}
+    for key, place in places.items():
+        by_path.setdefault(place.resolve(), key)
+    return {key: places[key] for key in by_path.values()}
 
 
 def _checked(recipe: Recipe, identity: Mapping[str, Any]) -> _Claim:
@@ -264,7 +272,7 @@ def _set_aside(recipe: Recipe) -> None:
     """Rename what an earlier run left, unless it is at work or another's."""
     directory, checkpoints = Path(recipe.logger.log_dir), Path(recipe.checkpointing.checkpoint_dir)
     with ExitStack() as held:
-        for key, place in {LOG_DIR: directory, CHECKPOINT_DIR: checkpoints}.items():
+        for key, place in _different({LOG_DIR: directory, CHECKPOINT_DIR: checkpoints}).items():
             if (place / LOCK_FILE).exists():
                 held.enter_context(Lock(place, key))
         if not (directory / IDENTITY_FILE).exists() and not _is_unclaimed(directory):

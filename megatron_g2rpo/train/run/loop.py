@@ -135,6 +135,7 @@ class Run:
             self._checkpoints.poll()
             if step == self.last_step or step % options.save_period == 0:
                 self._write(step, self._state())
+            self._stopping.saved_in(self._checkpoints.longest_s)  # in the background, too
         self._stopping.step_ended()
 
     def stop_if_asked(self, step: int) -> None:

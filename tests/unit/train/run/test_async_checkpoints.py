@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,16 @@ def test_what_is_written_is_the_state_of_the_step_and_not_of_a_later_one(
     then = weights_of(straight)
     checkpoints = Checkpoints(tmp_path, is_async=True)
     checkpoints.save(1, straight, {"stream": {"position": 6}})
+    begun = time.monotonic()
     expected = [step(straight) for _ in range(2)]
     later = weights_of(straight)
     checkpoints.poll()
     assert names_in(tmp_path) == ["step_1.partial"], "no step may have waited for the disk"
+    assert checkpoints.longest_s == 0.0
+    waited = time.monotonic() - begun
     disk.go.set()
     checkpoints.finish()
+    assert checkpoints.longest_s >= waited, "a deadline must leave time for the disk, not for the copy alone"
 
     restored = make_policy(model_dir)
     assert Checkpoints(tmp_path).load(1, restored) == {"step": 1, "stream": {"position": 6}}

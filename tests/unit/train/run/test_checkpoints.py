@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,24 @@ def test_a_save_leaves_no_process_behind(model_dir: Path, tmp_path: Path) -> Non
     """One that outlived a failed rank would hold its standard output open, and whoever reads that would wait."""
     Checkpoints(tmp_path, None).save(1, make_policy(model_dir), {})
     assert multiprocessing.active_children() == []
+
+
+def test_a_job_that_is_killed_while_it_removes_a_checkpoint_leaves_none_that_looks_damaged(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, checkpoints = make_policy(model_dir), Checkpoints(tmp_path, Retention(1))
+    checkpoints.save(1, policy, {})
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(2, policy, {})
+    assert names_in(tmp_path) == ["step_1.partial", "step_2"]
+    Checkpoints(tmp_path, Retention(1)).save(3, policy, {})
+    assert names_in(tmp_path) == ["step_3"]
 
 
 METRIC = "val/mean_reward"

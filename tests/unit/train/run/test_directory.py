@@ -215,6 +215,17 @@ def test_the_launcher_and_its_first_rank_hold_the_directory_until_both_have_ende
         assert notes == []
 
 
+def test_checkpoints_may_lie_in_the_run_directory_itself(run: Path, make_recipe: MakeRecipe) -> None:
+    """One directory has one lock, which a process that takes it by two names would refuse itself."""
+    recipe = make_recipe(f"checkpointing.checkpoint_dir={run}")
+    with claimed(recipe, fresh=False), joined(recipe):
+        begin(run)
+        save(run, 1, run_id(run))
+    prepare(recipe, fresh=False)
+    prepare(recipe, fresh=True)
+    assert not (run / "step_1").exists()
+
+
 OWNER = """
 import os, sys, time
 from pathlib import Path
