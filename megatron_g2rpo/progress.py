@@ -8,6 +8,7 @@ this a slow rank from one that hangs, and a launcher what a rank was doing that 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -72,8 +73,9 @@ def idle() -> float:
 def _leave(folder: Path) -> None:
     """Leave where this rank is for its launcher; a rank that is killed meanwhile leaves where it was."""
     partial = folder / f"{os.environ.get('RANK', '0')}.partial"
-    partial.write_text(json.dumps({**asdict(_mark), "host": socket.gethostname()}))
-    partial.replace(partial.with_suffix(".json"))
+    with contextlib.suppress(OSError):  # a full disk under it: a message will say less, and the run goes on
+        partial.write_text(json.dumps({**asdict(_mark), "host": socket.gethostname()}))
+        partial.replace(partial.with_suffix(".json"))
 
 
 def left(folder: Path, rank: int) -> str:

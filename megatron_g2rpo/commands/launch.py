@@ -107,18 +107,23 @@ def end(error: BaseException) -> NoReturn:
         _leave(INTERRUPTED)
     expected = isinstance(error, EXPECTED) and not os.environ.get(TRACEBACK)
     text = str(error) if expected else "".join(traceback.format_exception(error)).rstrip()
-    if is_launched() and _ERROR_FILE in os.environ:
-        record = {
-            "message": text,
-            "timestamp": int(time.time()),
-            cause.TIME: time.time(),
-            cause.KIND: cause.kind(error),
-        }
-        Path(os.environ[_ERROR_FILE]).write_text(json.dumps(record))
-    else:
+    if not _is_told_to_launcher(text, error):
         who = f"rank {os.environ['RANK']}: " if is_rank() else ""
         Console(stderr=True).print(f"error: {who}{text}", style="red", markup=False, highlight=False, soft_wrap=True)
     _leave(1)
+
+
+def _is_told_to_launcher(text: str, error: BaseException) -> bool:
+    """Leave the message of a rank for its launcher; whether there is one, and a disk that takes it."""
+    if not is_launched() or _ERROR_FILE not in os.environ:
+        return False
+    now = time.time()
+    record = {"message": text, "timestamp": int(now), cause.TIME: now, cause.KIND: cause.kind(error)}
+    try:
+        Path(os.environ[_ERROR_FILE]).write_text(json.dumps(record))
+    except OSError:  # a full disk must not keep the watchdog from ending the process
+        return False
+    return True
 
 
 def _leave(code: int) -> NoReturn:
