@@ -109,6 +109,7 @@ class Run:
 
         Raises:
             EngineUnavailable: the engine was lost; the step is logged and saved all the same.
+            RunStopped: so it was, and the run was asked to stop.
         """
         period = self._loop.val_period
         due = self._loop.val_at_end if step == self.last_step else period > 0 and step % period == 0
@@ -160,7 +161,7 @@ class Run:
 
         Raises:
             EngineUnavailable: the step lost its engine; the message says where the checkpoint is.
-            RunStopped: the run was asked to stop while the step sampled, and dropped its rollouts.
+            RunStopped: the run was asked to stop while the step sampled, and dropped its rollouts or lost its engine.
         """
         before = self._state()
         try:
@@ -179,8 +180,14 @@ class Run:
             "guard": components.guard.state_dict(),
         }
 
-    def _saved(self, step: int, state: dict[str, Any], error: EngineUnavailable) -> EngineUnavailable:
-        """Save the policy as it is as that of ``step``, unless it is saved already, and add to the error where."""
+    def _saved(self, step: int, state: dict[str, Any], error: EngineUnavailable) -> EngineUnavailable | RunStopped:
+        """Save the policy as it is as that of ``step``, unless it is saved already, and add to the error where.
+
+        Where the run was asked to stop, its servers were too, and may be gone first: that is no error. A collective.
+        """
+        reason = self._stopping.agreed()
+        if reason is not None:
+            return self._stopped(step, state, reason)
         options = self._recipe.checkpointing
         if not options.enabled:
             return EngineUnavailable(f"{error}\ncheckpointing.enabled is false: the steps since the start are lost")
