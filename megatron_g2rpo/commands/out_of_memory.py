@@ -26,7 +26,7 @@ _VLLM = "policy.generation.vllm_cfg."
 # Phase -> keys that its memory depends on, the cheapest change first. What `plan` counts, in plan/memory.py.
 _TRAINING = (_ROW, _CHUNK, _RECOMPUTE, _SHARDED, *_LAYOUT)
 _SAMPLING = {
-    "transformers": (_BATCH, "policy.generation.max_new_tokens", *_LAYOUT),
+    "transformers": (_BATCH, *_LAYOUT),
     "vllm": (f"{_VLLM}gpu_memory_utilization", *_LAYOUT),
 }
 KEYS = {

@@ -76,7 +76,7 @@ NOT_IDENTITY = (
     "policy.megatron_cfg.optimizer.grad_norm_spike_window",
     "policy.megatron_cfg.distributed_data_parallel_config.overlap_grad_reduce",
     "policy.megatron_cfg.distributed_data_parallel_config.overlap_param_gather",
-    # Both optimizers write the same checkpoint: policy/checkpointing.py.
+    # Both optimizers write the same checkpoint: policy/optimizer_shares.py.
     "policy.megatron_cfg.distributed_data_parallel_config.use_distributed_optimizer",
 )
 

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
+from megatron_g2rpo import progress
 from megatron_g2rpo.weights.model_files import ProcessorSettings, copy_model_files
 from megatron_g2rpo.weights.ownership import Owner
 from megatron_g2rpo.weights.safetensors_directory import FLOATING, INDEX_NAME
@@ -56,7 +57,7 @@ def export_hf(
     """
     if not write:
         for _ in tensors:
-            pass
+            progress.advance()
         return
     with (
         hf_directory(directory, specs, source=source, settings=settings, run_id=run_id) as partial,
@@ -64,6 +65,7 @@ def export_hf(
     ):
         for name, tensor in tensors:
             writer.write(name, tensor)
+            progress.advance()  # a disk that takes hours does not hang
 
 
 @contextmanager

@@ -341,6 +341,7 @@ def _check_finite(state: Mapping[str, Any], step: int) -> None:
         more = f" and {len(names) - SHOWN_TENSORS} more" if len(names) > SHOWN_TENSORS else ""
         raise PolicyNotFinite(
             f"the policy is not finite after step {step}, and is not saved: NaN or infinity in "
-            f"{', '.join(names[:SHOWN_TENSORS])}{more}. The checkpoints before it are as they were; go on from the "
-            "newest with a lower policy.megatron_cfg.optimizer.lr, or look into the batch of this step"
+            f"{', '.join(names[:SHOWN_TENSORS])}{more}. The checkpoints before it are as they were: start another run "
+            "from the newest (policy.pretrained_checkpoint) with a lower policy.megatron_cfg.optimizer.lr, or look into "
+            "the batch of this step"
         )
