@@ -342,6 +342,6 @@ def _check_finite(state: Mapping[str, Any], step: int) -> None:
         raise PolicyNotFinite(
             f"the policy is not finite after step {step}, and is not saved: NaN or infinity in "
             f"{', '.join(names[:SHOWN_TENSORS])}{more}. The checkpoints before it are as they were: start another run "
-            "from the newest (policy.pretrained_checkpoint) with a lower policy.megatron_cfg.optimizer.lr, or look into "
+            "from the newest (policy.pretrained_checkpoint) with a lower policy.megatron_cfg.optimizer.lr, or look at "
             "the batch of this step"
         )
