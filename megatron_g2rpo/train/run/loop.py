@@ -28,7 +28,7 @@ from megatron_g2rpo.train.run.validation import validate
 class Run:
     """The state around a loop: which step comes next, when to validate and save.
 
-    A loop does, within ``naming_checkpoints``, for each step: train, ``validation``, log, ``save``, ``stop_if_asked``. A
+    A loop does, in ``naming_checkpoints``, for each step: train, ``validation``, log, ``save``, ``stop_if_asked``. A
     step is saved after it was logged, so that none is missing in the log of a resumed run.
 
     Args:

@@ -127,7 +127,8 @@ def scored(
 
     try:
         shares = gather(compute, between)
-    except RewardError as error:  # every rank of the replica has it, and gave it to its ranks of other replicas
-        raise on_all_ranks(error) from None
+    except RewardError as error:
+        on_all_ranks(error)  # each rank of a replica has it, and has given it to one of every other replica
+        raise
     failures = tuple(failure for _, failures in shares for failure in failures)
     return mine[0], FailedRewards(sum(count for count, _ in shares), failures)
