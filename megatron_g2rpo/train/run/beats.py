@@ -138,6 +138,7 @@ class Line:
     def __init__(self, connect: Callable[[], Board]) -> None:
         self._connect = connect
         self._board: Board | None = None
+        self._lock = threading.Lock()  # one question at a time
         self._asking: threading.Thread | None = None
         self._gone: dist.DistNetworkError | None = None
 
@@ -148,11 +149,18 @@ class Line:
             DistNetworkError: the store's host is gone, and is not asked again; or it has not answered in time.
             DistError: the store answered with an error.
         """
+        if not self._lock.acquire(timeout=STORE_LIMIT.total_seconds()):
+            raise _unanswered()
+        try:
+            return self._ask(question)
+        finally:
+            self._lock.release()
+
+    def _ask(self, question: Callable[[Board], T]) -> T:
         if self._gone is not None:
             raise self._gone
-        earlier = self._asking
-        if earlier is not None and not _ended(earlier):
-            raise dist.DistNetworkError("the store has not answered an earlier question")
+        if self._asking is not None and self._asking.is_alive():  # and was waited for
+            raise _unanswered()
         answers: list[T] = []
         errors: list[Exception] = []
 
@@ -162,17 +170,21 @@ class Line:
                     self._board = self._connect()
                 answers.append(question(self._board))
             except Exception as error:  # noqa: BLE001 (raised below, in the thread that asks)
-                errors.append(error)
                 if isinstance(error, dist.DistNetworkError):
                     self._gone = error  # also where nobody waits any more
+                errors.append(error)
 
-        thread = self._asking = threading.Thread(target=put, name="watchdog-store", daemon=True)
-        thread.start()
-        if not _ended(thread):
-            raise dist.DistNetworkError(f"the store has not answered in {STORE_LIMIT.total_seconds():g} s")
+        self._asking = threading.Thread(target=put, name="watchdog-store", daemon=True)
+        self._asking.start()
+        if not _ended(self._asking):
+            raise _unanswered()
         if errors:
             raise errors[0]
         return answers[0]
+
+
+def _unanswered() -> dist.DistNetworkError:
+    return dist.DistNetworkError(f"the store has not answered in {STORE_LIMIT.total_seconds():g} s")
 
 
 def _ended(thread: threading.Thread) -> bool:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -232,4 +233,14 @@ def test_a_store_that_was_slow_is_asked_again(keeper: subprocess.Popen[str], tmp
     with pytest.raises(dist.DistNetworkError, match="has not answered in 1 s"):
         dog._line.ask(lambda board: board.reasons())
     keeper.send_signal(signal.SIGCONT)
+    asking = dog._line._asking
+    assert asking is not None
+    asking.join(timeout=60)
     assert dog._line.ask(lambda board: board.reasons()) == {1: "before"}
+
+
+def test_two_threads_of_a_rank_may_ask_at_once() -> None:
+    line, store = beats.Line(lambda: Board(store, 2)), dist.HashStore()
+    with ThreadPoolExecutor(8) as threads:
+        counts = list(threads.map(lambda _: line.ask(lambda board: board._store.add("n", 1)), range(400)))
+    assert sorted(counts) == list(range(1, 401))
