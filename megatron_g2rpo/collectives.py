@@ -12,6 +12,27 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 Errors = tuple[type[Exception], ...]
+E = TypeVar("E", bound=BaseException)
+
+_ON_ALL_RANKS = "_raised_on_all_ranks"
+
+
+def on_all_ranks(error: E) -> E:
+    """Mark an error that every rank of the job raises at the same place, and return it.
+
+    After one, and after no other, ranks may still call collectives. What ``together``, ``gather`` and ``from_first``
+    raise for all ranks is marked; what they raise for some may be marked by a caller that knows of the others.
+    """
+    setattr(error, _ON_ALL_RANKS, True)
+    return error
+
+
+def is_on_all_ranks(error: BaseException) -> bool:
+    """Return whether an error is known to be raised by every rank of the job, see ``on_all_ranks``.
+
+    In a job of one process every error is.
+    """
+    return getattr(error, _ON_ALL_RANKS, False) or not dist.is_initialized() or dist.get_world_size() == 1
 
 
 @dataclass(frozen=True)
@@ -90,10 +111,10 @@ def from_first(make: Callable[[], T], errors: Errors = (Exception,), *, group: d
         told = list(outcome.sendable(outcome.result))
     dist.broadcast_object_list(told, group=group, group_src=0)
     if outcome is not None and outcome.error is not None:
-        raise outcome.error  # its own, with its traceback
+        raise _marked(outcome.error, group)  # its own, with its traceback
     result, error = told
     if error is not None:
-        raise error
+        raise _marked(error, group)
     return result
 
 
@@ -101,8 +122,13 @@ def _gather(outcome: _Outcome[Any], result: Any, group: dist.ProcessGroup | None
     received: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(received, outcome.sendable(result), group=group)
     if outcome.error is not None:
-        raise outcome.error
+        raise _marked(outcome.error, group)
     for _, error in received:
         if error is not None:
-            raise error
+            raise _marked(error, group)
     return [value for value, _ in received]
+
+
+def _marked(error: Exception, group: dist.ProcessGroup | None) -> Exception:
+    """An error that all ranks of a group raise, marked if the group is the whole job."""
+    return on_all_ranks(error) if dist.get_world_size(group) == dist.get_world_size() else error

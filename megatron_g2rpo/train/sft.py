@@ -50,7 +50,10 @@ def sft(recipe: SftRecipe) -> Path | None:
     with assemble(recipe) as components:
         run = Run(recipe, components)
         enabled = dist.get_rank() == 0
-        with MetricsLog(recipe.logger, COLUMNS, run.last_step, run.first_step, enabled=enabled) as log:
+        with (
+            MetricsLog(recipe.logger, COLUMNS, run.last_step, run.first_step, enabled=enabled) as log,
+            run.naming_checkpoints(log),
+        ):
             run.validate_at_start(log)
             run.stop_if_asked(run.first_step)
             for step in run.steps:

@@ -50,6 +50,7 @@ class Manifest:
         version: the release of this package that wrote it.
         metrics: metrics of the last validation at or before the step, by which the best checkpoints are kept.
         files: path within the checkpoint -> what the file must be, of every file but the manifest.
+        seconds: time that the slowest rank took to write it; None in manifests that do not say.
     """
 
     run_id: str
@@ -57,6 +58,7 @@ class Manifest:
     version: str
     metrics: Mapping[str, float]
     files: Mapping[str, FileRecord]
+    seconds: float | None = None
 
 
 def records(directory: Path, paths: Iterable[str]) -> dict[str, FileRecord]:
@@ -90,12 +92,14 @@ def read_manifest(directory: Path) -> Manifest | None:
         tree = json.loads(path.read_text())
         files = {name: FileRecord(int(of["size"]), str(of["sha256"])) for name, of in tree["files"].items()}
         metrics = {str(name): float(value) for name, value in tree["metrics"].items()}
+        seconds = tree.get("seconds")
         return Manifest(
             run_id=str(tree["run_id"]),
             step=int(tree["step"]),
             version=str(tree["version"]),
             metrics=metrics,
             files=files,
+            seconds=None if seconds is None else float(seconds),
         )
     except FileNotFoundError:
         return None

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_g2rpo import recipe as recipes
+from megatron_g2rpo.collectives import is_on_all_ranks
 from megatron_g2rpo.extend import reward_part
 from megatron_g2rpo.objective import History
 from megatron_g2rpo.policy.device import init_process_group
@@ -109,11 +110,24 @@ def main() -> None:
     # What one rank cannot go on with ends both.
     try:
         scored(scoring(flaky=1.0), mine, replica=alone, between=world, most_failures=4)
-        error = ""
+        error, known = "", False
     except RewardError as raised:
-        error = str(raised)
+        error, known = str(raised), is_on_all_ranks(raised)
+    try:
+        failed.check(0.0)
+        known = False
+    except RewardError as raised:
+        known = known and is_on_all_ranks(raised)
     report_result(
-        {"whole": whole, "spread": spread, "same": same, "replica": replica, "error": error, "pid": os.getpid()}
+        {
+            "whole": whole,
+            "spread": spread,
+            "same": same,
+            "replica": replica,
+            "error": error,
+            "known": known and not is_on_all_ranks(RewardError("of a rank alone")),
+            "pid": os.getpid(),
+        }
     )
 
 

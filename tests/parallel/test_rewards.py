@@ -18,5 +18,6 @@ def test_failed_rewards_are_the_same_on_two_ranks() -> None:
         assert rank["replica"]["failed"] == failing
         assert rank["replica"]["pid"] == [-1.0 if failed else float(first["pid"]) for failed in failing]
         assert "5 rewards, more than env.max_failed_rewards allows" in rank["error"], "of the second rank, on both"
+        assert rank["known"], "which is what lets them give a checkpoint its name before they end"
     assert first["replica"]["calls"] == GROUPS * SAMPLES
     assert second["replica"]["calls"] == 0

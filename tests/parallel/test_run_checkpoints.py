@@ -22,3 +22,4 @@ def test_two_ranks_save_resume_and_refuse_together(tmp_path: Path) -> None:
     assert one["full"].startswith(f"rank 1 could not write {tmp_path}/run/step_5.partial: No space left on device (")
     assert "after step 6" in one["nan"]
     assert "decoder.layers.0.self_attention.linear_proj.weight" in one["nan"]
+    assert one["ended"] == [["step_1"], ["step_1", "step_2.partial"]], "an error of one rank alone waits for no other"

@@ -4,14 +4,19 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed as dist
 
-# Seconds that the store has to answer.
-STORE_LIMIT = timedelta(seconds=20)
+T = TypeVar("T")
+
+# Time that the store has to answer.
+STORE_LIMIT = timedelta(seconds=10)
 # Bytes of a message that are sent to other ranks.
 _LONGEST_MESSAGE = 4000
 
@@ -117,3 +122,75 @@ class Board:
         while count < self._size and time.monotonic() < deadline:
             time.sleep(0.1)
             count = self._store.add("stacks", 0)
+
+
+class Line:
+    """A rank's line to the board: its threads may ask, and none waits longer than ``STORE_LIMIT`` for an answer.
+
+    Of a store whose host is lost, a new connection is tried for the half an hour that process groups have, and where
+    the host does not even refuse, a call lasts for ever, whatever timeout the store was given. So there is one
+    connection, and each question is asked in a thread of its own, which may be left behind.
+
+    Args:
+        connect: opens the connection; called at the first question.
+    """
+
+    def __init__(self, connect: Callable[[], Board]) -> None:
+        self._connect = connect
+        self._board: Board | None = None
+        self._lock = threading.Lock()  # one question at a time
+        self._asking: threading.Thread | None = None
+        self._gone: dist.DistNetworkError | None = None
+
+    def ask(self, question: Callable[[Board], T]) -> T:
+        """Return what ``question`` returns of the board.
+
+        Raises:
+            DistNetworkError: the store's host is gone, and is not asked again; or it has not answered in time.
+            DistError: the store answered with an error.
+        """
+        if not self._lock.acquire(timeout=STORE_LIMIT.total_seconds()):
+            raise _unanswered()
+        try:
+            return self._ask(question)
+        finally:
+            self._lock.release()
+
+    def _ask(self, question: Callable[[Board], T]) -> T:
+        if self._gone is not None:
+            raise self._gone
+        if self._asking is not None and self._asking.is_alive():  # and was waited for
+            raise _unanswered()
+        answers: list[T] = []
+        errors: list[Exception] = []
+
+        def put() -> None:
+            try:
+                if self._board is None:
+                    self._board = self._connect()
+                answers.append(question(self._board))
+            except Exception as error:  # noqa: BLE001 (raised below, in the thread that asks)
+                if isinstance(error, dist.DistNetworkError):
+                    self._gone = error  # also where nobody waits any more
+                errors.append(error)
+
+        self._asking = threading.Thread(target=put, name="watchdog-store", daemon=True)
+        self._asking.start()
+        if not _ended(self._asking):
+            raise _unanswered()
+        if errors:
+            raise errors[0]
+        return answers[0]
+
+
+def _unanswered() -> dist.DistNetworkError:
+    return dist.DistNetworkError(f"the store has not answered in {STORE_LIMIT.total_seconds():g} s")
+
+
+def _ended(thread: threading.Thread) -> bool:
+    """Whether a thread ends in ``STORE_LIMIT``; of a time for which the job was suspended, little counts."""
+    for _ in range(10):
+        thread.join(STORE_LIMIT.total_seconds() / 10)
+        if not thread.is_alive():
+            return True
+    return False

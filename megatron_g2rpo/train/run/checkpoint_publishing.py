@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ from megatron_g2rpo.weights.megatron_checkpoint import MODEL_FILES
 
 REPLACED = ".replaced"
 RECIPE_FILE = "recipe.yaml"
+# Seconds in which ranks whose launcher was killed have noticed it, and ended.
+_OUTLIVED_S = 15.0
+# What the removal of a directory raises while another process writes into it, or has a file of it open on NFS.
+_IN_USE = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.EBUSY)
 
 
 class Publication:
@@ -84,15 +89,18 @@ class Publication:
         with self._policy.device.megatron():
             mine = self._writing.finish()
         written = time.monotonic()
-        everyone = gather(lambda: mine)
-        from_first(lambda: self._publish({path: record for rank in everyone for path, record in rank.items()}))
-        self.seconds = self._writing.seconds + time.monotonic() - written
+        everyone = gather(lambda: (mine, self._writing.seconds))
+        found = {path: record for records_of_rank, _ in everyone for path, record in records_of_rank.items()}
+        slowest = max(seconds for _, seconds in everyone)
+        from_first(lambda: self._publish(found, lambda: slowest + time.monotonic() - written))
+        self.seconds = slowest + time.monotonic() - written
 
     def _make_partial(self) -> None:
         try:
-            if self._partial.exists():
-                shutil.rmtree(self._partial)
+            remove_unfinished(self._partial)
             self._partial.mkdir(parents=True)
+        except CheckpointWriteError:
+            raise
         except OSError as error:
             raise CheckpointWriteError.of(error, self._partial) from error
 
@@ -106,12 +114,17 @@ class Publication:
         written = [path for path in files_of(self._partial) if path.startswith(f"{MODEL_FILES}/")]
         return [*written, *([RECIPE_FILE] if self._recipe is not None else [])]
 
-    def _publish(self, found: Mapping[str, FileRecord]) -> None:
-        """Give a checkpoint that is written its name. At every moment the old or the new one can be found."""
+    def _publish(self, found: Mapping[str, FileRecord], seconds: Callable[[], float]) -> None:
+        """Give a checkpoint that is written its name. At every moment the old or the new one can be found.
+
+        Args:
+            found: path -> what the file is, of the files that ranks wrote.
+            seconds: returns the time that it has taken until now.
+        """
         try:
             others = records(self._partial, [path for path in files_of(self._partial) if path not in found])
             sync_directory(self._partial)
-            write_manifest(self._partial, self._manifest({**found, **others}))
+            write_manifest(self._partial, self._manifest({**found, **others}, seconds()))
             sync(self._partial)
             old = self._directory.with_name(self._directory.name + REPLACED)
             if self._directory.exists():
@@ -123,19 +136,44 @@ class Publication:
         except OSError as error:
             raise CheckpointWriteError.of(error, self._partial) from error
 
-    def _manifest(self, files: Mapping[str, FileRecord]) -> Manifest:
+    def _manifest(self, files: Mapping[str, FileRecord], seconds: float) -> Manifest:
         return Manifest(
             run_id=self._run_id,
             step=self.step,
             version=version("megatron-g2rpo"),
             metrics=self._metrics,
             files=files,
+            seconds=seconds,
         )
 
 
 def aside(place: Path) -> Path:
-    """Return a free name beside a damaged checkpoint, to which it is renamed when the run writes that step again."""
+    """Return a free name beside a damaged checkpoint, to which it is renamed, so that nothing goes on from it."""
     number = 1
     while (free := place.with_name(f"{place.name}.damaged-{number}")).exists():
         number += 1
     return free
+
+
+def remove_unfinished(partial: Path) -> None:
+    """Remove what a job left that was killed while it saved, if it left anything.
+
+    Where its launcher was killed, its ranks may write for some seconds more: so long this tries again.
+
+    Raises:
+        CheckpointWriteError: another process still writes there; names the directory.
+    """
+    deadline = time.monotonic() + _OUTLIVED_S
+    while partial.exists():
+        try:
+            shutil.rmtree(partial)
+        except OSError as error:
+            if error.errno not in _IN_USE:
+                raise
+            if time.monotonic() > deadline:
+                raise CheckpointWriteError(
+                    f"{partial} cannot be removed, as another process writes there ({error.strerror}): a rank of an "
+                    "earlier job, perhaps on another node, has outlived it; end that process, and start the command "
+                    "again"
+                ) from error
+            time.sleep(0.1)

@@ -18,7 +18,7 @@ from megatron_g2rpo.collectives import from_first, gather
 from megatron_g2rpo.policy import checkpoint_reading
 from megatron_g2rpo.policy.finite import non_finite
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from megatron_g2rpo.train.run.checkpoint_publishing import REPLACED, Publication, aside
+from megatron_g2rpo.train.run.checkpoint_publishing import REPLACED, Publication, aside, remove_unfinished
 from megatron_g2rpo.train.run.retention import Retention
 from megatron_g2rpo.weights import CheckpointError, ProcessorSettings, partial_path
 from megatron_g2rpo.weights.manifest import Manifest, read_manifest
@@ -39,12 +39,13 @@ class Found:
     Attributes:
         step: number of steps that were completed; None where there is no checkpoint.
         notes: a line for the user about each newer checkpoint that is damaged.
-        metrics: see ``Manifest``.
+        metrics, seconds: see ``Manifest``.
     """
 
     step: int | None
     notes: Sequence[str] = ()
     metrics: Mapping[str, float] | None = None
+    seconds: float | None = None
 
 
 class Checkpoints:
@@ -101,25 +102,44 @@ class Checkpoints:
         core with SHA instructions, so that 8 ranks check the 160 GB of an 8B model with its optimizer in 17 s, if the
         file system gives 10 GB/s. What was read is in the page cache when it is loaded.
 
+        Damaged ones that are newer are moved aside: an error of reading may pass, and a later process would go on from
+        one, past steps that this run has dropped from its records.
+
         Raises:
             CheckpointError: there are checkpoints, and all of them are damaged; each is named with why.
+            OSError: a damaged one cannot be moved.
         """
         steps = from_first(lambda: sorted(self._recovered(), reverse=True))
-        damaged: list[str] = []
+        damaged: dict[int, str] = {}
         for step in steps:
             wrong = self._faults_of(step)
             if not wrong:
                 manifest = from_first(lambda at=step: read_manifest(self._path(at)))
-                notes = [f"{why}; the run goes on from step {step}" for why in damaged]
-                return Found(step, notes, manifest.metrics if manifest is not None else None)
+                moved = from_first(lambda: [self._move_aside(other) for other in damaged])
+                for other in damaged:
+                    del self._faults[other]
+                notes = [
+                    f"{why}; it is now {name}, and the run goes on from step {step}"
+                    for why, name in zip(damaged.values(), moved, strict=True)
+                ]
+                if manifest is None:
+                    return Found(step, notes)
+                return Found(step, notes, manifest.metrics, manifest.seconds)
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            damaged.append(f"checkpoint step_{step} is damaged: {wrong[0]}{more}")
+            damaged[step] = f"checkpoint step_{step} is damaged: {wrong[0]}{more}"
         if damaged:
             raise CheckpointError(
-                f"{self._directory}: no checkpoint is whole:\n" + "\n".join(damaged) + "\nrestore one of them, or pass "
+                f"{self._directory}: no checkpoint is whole:\n"
+                + "\n".join(damaged.values())
+                + "\nrestore one of them, or pass "
                 "--fresh to move the run aside and start anew"
             )
         return Found(None)
+
+    def _move_aside(self, step: int) -> str:
+        """Rename a damaged checkpoint, and return its new name."""
+        place = self._path(step)
+        return place.rename(aside(place)).name
 
     def _faults_of(self, step: int) -> Sequence[str]:
         """What of a checkpoint's files is not as it was written. A collective of all ranks; read once a process."""
@@ -244,12 +264,12 @@ class Checkpoints:
                 "checkpointing.checkpoint_dir to another directory"
             )
         if damaged:
-            place.rename(aside(place))
+            self._move_aside(step)
 
     def _remove_unfinished(self) -> None:
         """Remove what a job left that was killed while it saved."""
         for left in self._directory.glob("step_*.partial"):
-            shutil.rmtree(left)
+            remove_unfinished(left)
 
     # -- names --------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_g2rpo import progress, weights
 from megatron_g2rpo import recipe as recipes
-from megatron_g2rpo.collectives import from_first
+from megatron_g2rpo.collectives import from_first, is_on_all_ranks
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
 from megatron_g2rpo.rollout.base import EngineUnavailable
 from megatron_g2rpo.train.assembly import Components
@@ -28,8 +28,8 @@ from megatron_g2rpo.train.run.validation import validate
 class Run:
     """The state around a loop: which step comes next, when to validate and save.
 
-    A loop does, for each step: train, ``validation``, log, ``save``, ``stop_if_asked``. A step is saved after it was
-    logged, so that none is missing in the log of a resumed run.
+    A loop does, in ``naming_checkpoints``, for each step: train, ``validation``, log, ``save``, ``stop_if_asked``. A
+    step is saved after it was logged, so that none is missing in the log of a resumed run.
 
     Args:
         recipe: the run's recipe.
@@ -72,6 +72,8 @@ class Run:
                 components.guard.load_state_dict(state["guard"])
             self.first_step = state["step"]
             self._metrics = found.metrics or {}
+            # A deadline leaves time for a checkpoint from the first step on.
+            self._stopping.saved_in(found.seconds or 0.0)
         self._stopping.begin()
 
     @property
@@ -138,6 +140,27 @@ class Run:
                 self._write(step, self._state())
             self._stopping.saved_in(self._checkpoints.longest_s)  # in the background, too
         self._stopping.step_ended()
+
+    @contextmanager
+    def naming_checkpoints(self, log: MetricsLog) -> Iterator[None]:
+        """Give the checkpoint that is being written its name also where an error of all ranks ends the run.
+
+        After an error of this rank alone it is not waited for: the others are in a collective that this rank does not
+        join, and the next start goes on from the checkpoint before.
+
+        Args:
+            log: the log that shows a warning if the checkpoint could not be written.
+        """
+        try:
+            yield
+        except Exception as error:
+            if is_on_all_ranks(error):
+                progress.enter("checkpoint")
+                try:
+                    self._checkpoints.finish()
+                except Exception as lost:  # noqa: BLE001 (the user must read what ended the run)
+                    log.note(f"warning: {lost}")
+            raise
 
     def stop_if_asked(self, step: int) -> None:
         """End the run after ``step`` if a signal or a deadline asks for it. A collective of all ranks.

@@ -36,7 +36,7 @@ import torch.distributed as dist
 
 from megatron_g2rpo import progress
 from megatron_g2rpo.recipe import Recipe
-from megatron_g2rpo.train.run.beats import STORE_LIMIT, Beat, Board
+from megatron_g2rpo.train.run.beats import STORE_LIMIT, Beat, Board, Line
 
 # Seconds between two beats, at most: a thousand ranks are two hundred messages a second for the store.
 LONGEST_INTERVAL = 5.0
@@ -116,7 +116,8 @@ class Watchdog:
         self._rank, self._size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self._stacks = stacks / f"rank_{self._rank}.txt"
         self._interval = LONGEST_INTERVAL if limit is None else min(LONGEST_INTERVAL, limit / 10)
-        self._board: Board | None = None
+        self._line = Line(self._connected)
+        self._read_at = 0.0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._number = 0
@@ -133,27 +134,26 @@ class Watchdog:
         """End the watch, and tell the others that this rank has left."""
         self._stopped.set()
         self._thread.join(timeout=2 * STORE_LIMIT.total_seconds())
-        if self._board is not None:
+        if self._has_line():
+            beat = self._beat(left=True)
             with suppress(dist.DistError):
-                self._board.publish(self._rank, self._beat(left=True))
+                self._line.ask(lambda board: board.publish(self._rank, beat))
 
     def say_why(self, message: str) -> None:
         """Tell the other ranks why this one ends; they fail next, and would not know."""
-        if (board := self._connect()) is not None:
+        if self._has_line():
             with suppress(dist.DistError):
-                board.say_why(self._rank, message)
+                self._line.ask(lambda board: board.say_why(self._rank, message))
 
     def who_is_gone(self) -> str:
         """Return which ranks have ended, with where they were; it takes some beats to find out."""
-        board = self._connect()
+        if not self._has_line():
+            return "another rank of the job has ended"
+        deadline = time.monotonic() + (_MISSED + 2) * self._interval
         try:
-            if board is None:
-                return "another rank of the job has ended"
-            deadline = time.monotonic() + (_MISSED + 2) * self._interval
             while True:
-                beats = board.read()
-                reasons = board.reasons()
-                gone = {r: beats[r] for r in board.silent(_MISSED * self._interval) if r not in reasons}
+                beats, reasons, silent = self._line.ask(self._read)
+                gone = {rank: beats[rank] for rank in silent if rank not in reasons}
                 if reasons:
                     rank = min(reasons)
                     return f"rank {rank}{_of(beats.get(rank))} failed: {reasons[rank]}"
@@ -166,56 +166,65 @@ class Watchdog:
                     return f"a collective failed, and all ranks still run{f': {behind}' if behind else ''}"
                 time.sleep(self._interval / 2)
         except dist.DistError:
-            return f"the node that keeps the job's store ({_store_address()}) is gone, or its launcher has ended"
+            return _store_is_gone()
+
+    def _read(self, board: Board) -> tuple[dict[int, Beat], dict[int, str], list[int]]:
+        """The beats of all ranks, why some have ended, and whose beats no longer come."""
+        beats = dict(board.read())
+        return beats, board.reasons(), board.silent(_MISSED * self._interval)
 
     # -- the thread ---------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        before = time.monotonic()
-        read_at = 0.0
+        before, waited = time.monotonic(), 0.0
         while not self._stopped.wait(self._interval):
             now = time.monotonic()
-            if now - before > (_MISSED + 1) * self._interval + LONGEST_INTERVAL:
+            if now - before > (_MISSED + 1) * self._interval + LONGEST_INTERVAL + waited:
                 # This process was stopped, or its machine slept: the job was suspended, it did not hang.
                 progress.advance()
-                if self._board is not None:
-                    self._board.forget()
-            before = now
+                if self._has_line():
+                    with suppress(dist.DistError):
+                        self._line.ask(lambda board: board.forget())
+            before, waited = now, 0.0
             if self._launcher not in (None, os.getppid()):
                 # It was killed, and the job with it; before the ranks have met, nothing else would tell them.
                 self._end(PeerLostError("the launcher of this rank has ended"))
                 return
             idle, limit = progress.idle(), limit_of(progress.at().phase, self._limit)
-            if self._board is None and dist.is_initialized() and self._size > 1:
-                self._board = self._connect()
-            try:
-                if self._board is None:
-                    verdict = self._alone() if idle > limit else None
-                else:
-                    self._board.publish(self._rank, self._beat())
-                    verdict = self._board.verdict()
-                    # From half of the time on: a rank that has stopped is known by beats that do not come.
-                    if verdict is None and idle > limit / 2 and now >= read_at:
-                        read_at = now + max(self._interval, self._size / 50)
-                        self._board.read()
-                        if idle > limit:
-                            verdict = self._judge(self._board)
-            except dist.DistError:
-                self._board = None  # its keeper has ended; the collectives say the rest
-                continue
+            verdict = None
+            if self._has_line():
+                try:
+                    verdict = self._line.ask(self._exchange)
+                except dist.DistError:
+                    waited = 2 * STORE_LIMIT.total_seconds()
+                    # The collectives say the rest, if the loss of a machine ends them.
+                    verdict = self._message(_store_is_gone()) if idle > limit else None
+            elif idle > limit:
+                verdict = self._alone()
             if verdict is not None:
                 self._finish(verdict)
                 return
 
-    def _connect(self) -> Board | None:
+    def _exchange(self, board: Board) -> str | None:
+        """Publish this rank's beat, and judge the others' when it is time to; the verdict, if there is one."""
+        board.publish(self._rank, self._beat())
+        verdict = board.verdict()
+        now, idle, limit = time.monotonic(), progress.idle(), limit_of(progress.at().phase, self._limit)
+        # From half of the time on: a rank that has stopped is known by beats that do not come.
+        if verdict is not None or idle <= limit / 2 or now < self._read_at:
+            return verdict
+        self._read_at = now + max(self._interval, self._size / 50)
+        board.read()
+        return self._judge(board) if idle > limit else None
+
+    def _has_line(self) -> bool:
+        """Whether there are other ranks, and a store between them."""
+        return dist.is_initialized() and self._size > 1
+
+    def _connected(self) -> Board:
         """Open an own connection to the store: the main thread may hold the other one in a call that hangs."""
-        if not dist.is_initialized() or self._size == 1:
-            return None
-        try:
-            store = dist.distributed_c10d._get_default_store()
-            return Board(store.clone(), self._size)  # pyright: ignore[reportAttributeAccessIssue] - no stub
-        except dist.DistError:
-            return None
+        store = dist.distributed_c10d._get_default_store()
+        return Board(store.clone(), self._size)  # pyright: ignore[reportAttributeAccessIssue] - no stub
 
     def _beat(self, *, left: bool = False) -> Beat:
         self._number += 1
@@ -248,9 +257,9 @@ class Watchdog:
 
     def _finish(self, message: str) -> None:
         self._dump()
-        if self._board is not None:
+        if self._has_line():
             with suppress(dist.DistError):
-                self._board.wait_for_stacks(_STACKS_LIMIT + self._interval)
+                self._line.ask(lambda board: board.wait_for_stacks(_STACKS_LIMIT + self._interval))
         self._end(HangError(message))
 
     def _dump(self) -> None:
@@ -339,5 +348,6 @@ def _main_thread() -> tuple[bool, str]:
     return waits, f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
-def _store_address() -> str:
-    return f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+def _store_is_gone() -> str:
+    address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    return f"the node that keeps the job's store ({address}) is gone, or its launcher has ended"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_g2rpo.collectives import from_first, gather
+from megatron_g2rpo.collectives import from_first, gather, on_all_ranks
 from megatron_g2rpo.recipe.policy_section import Optimizer
 from megatron_g2rpo.types import Rewards, Rollout
 
@@ -103,8 +103,10 @@ class UpdateGuard:
         limit = self._options.max_skipped_updates
         if self._in_a_row > limit:
             before = f"; {limit} before it were skipped (policy.megatron_cfg.optimizer.max_skipped_updates)"
-            raise FloatingPointError(
-                f"step {step}: {why}; no optimizer step was taken{before if limit else ''}; the batch is in {file}"
+            raise on_all_ranks(
+                FloatingPointError(
+                    f"step {step}: {why}; no optimizer step was taken{before if limit else ''}; the batch is in {file}"
+                )
             )
         note(f"warning: step {step}: {why}; the update is skipped, and its batch is in {file}")
 

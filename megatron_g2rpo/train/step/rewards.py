@@ -10,7 +10,7 @@ from functools import partial
 
 import torch.distributed as dist
 
-from megatron_g2rpo.collectives import from_first, gather
+from megatron_g2rpo.collectives import from_first, gather, on_all_ranks
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
 from megatron_g2rpo.tasks.scoring import SHOWN_FAILURES, RewardError, Scoring, failures_message
 from megatron_g2rpo.tasks.workers import RewardWorkers
@@ -64,7 +64,7 @@ class FailedRewards:
             what = (
                 f"{len(self.failures)} of {self.scored} rewards, more than env.max_failed_rewards ({limit:g}) allows,"
             )
-            raise RewardError(failures_message(self.failures, what))
+            raise on_all_ranks(RewardError(failures_message(self.failures, what)))
 
     def most(self, limit: float, coming: int) -> int:
         """Return how many of the rollouts to come may fail; a rank with more failures of its own need not go on.
@@ -125,6 +125,10 @@ def scored(
         mine.append(once() if replica is None else from_first(once, group=replica))
         return len(rollouts), tuple(mine[0].failures.values())
 
-    shares = gather(compute, between)
+    try:
+        shares = gather(compute, between)
+    except RewardError as error:
+        on_all_ranks(error)  # each rank of a replica has it, and has given it to one of every other replica
+        raise
     failures = tuple(failure for _, failures in shares for failure in failures)
     return mine[0], FailedRewards(sum(count for count, _ in shares), failures)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def checkpoint(tmp_path: Path) -> Path:
     files = records(directory, files_of(directory))
     sync_directory(directory)
     metrics = {"val/mean_reward": 0.25}
-    write_manifest(directory, Manifest(run_id="r", step=3, version="1", metrics=metrics, files=files))
+    write_manifest(directory, Manifest(run_id="r", step=3, version="1", metrics=metrics, files=files, seconds=1.5))
     return directory
 
 
@@ -55,6 +56,7 @@ def test_what_is_written_is_read(checkpoint: Path) -> None:
             "__0_0.distcp": FileRecord(len(CONTENT), hashlib.sha256(CONTENT).hexdigest()),
             "huggingface/config.json": FileRecord(2, hashlib.sha256(b"{}").hexdigest()),
         },
+        seconds=1.5,
     )
     assert found(checkpoint) == []
 
@@ -88,6 +90,17 @@ def test_a_manifest_that_is_damaged_is_named(checkpoint: Path, text: str) -> Non
     (checkpoint / MANIFEST).write_text(text)
     with pytest.raises(CheckpointError, match=MANIFEST):
         read_manifest(checkpoint)
+
+
+def test_a_manifest_that_does_not_say_how_long_it_took_is_read(checkpoint: Path) -> None:
+    """One of the releases that did not say."""
+    file = checkpoint / MANIFEST
+    tree = json.loads(file.read_text())
+    del tree["seconds"]
+    file.write_text(json.dumps(tree))
+    manifest = read_manifest(checkpoint)
+    assert manifest is not None
+    assert (manifest.seconds, manifest.step) == (None, 3)
 
 
 def test_a_checkpoint_of_an_earlier_release_has_none(tmp_path: Path) -> None:

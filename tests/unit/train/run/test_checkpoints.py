@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from megatron_g2rpo.policy import sharded_state
+from megatron_g2rpo.train.run import checkpoint_publishing
+from megatron_g2rpo.train.run.checkpoint_writing import CheckpointWriteError
 from megatron_g2rpo.train.run.checkpoints import Checkpoints, PolicyNotFinite
 from megatron_g2rpo.train.run.retention import Retention
 from megatron_g2rpo.weights import CheckpointError
@@ -113,6 +115,43 @@ def test_a_job_that_is_killed_while_it_removes_a_checkpoint_leaves_none_that_loo
     assert names_in(tmp_path) == ["step_1.partial", "step_2"]
     Checkpoints(tmp_path, Retention(1)).save(3, policy, {})
     assert names_in(tmp_path) == ["step_3"]
+
+
+def test_what_a_rank_of_a_killed_job_still_writes_is_removed_when_it_has_ended(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes into the directory while that is removed; this is what the file system then says."""
+    (tmp_path / "step_1.partial").mkdir()
+    remove, tries = shutil.rmtree, []
+
+    def outlived(path: Path) -> None:
+        tries.append(path)
+        if len(tries) < 4:
+            (path / f"__{len(tries)}_0.distcp").touch()
+            path.rmdir()  # not empty
+        remove(path)
+
+    monkeypatch.setattr(shutil, "rmtree", outlived)
+    Checkpoints(tmp_path, run_id="mine").save(2, make_policy(model_dir), {})
+    assert names_in(tmp_path) == ["step_2"]
+    assert len(tries) == 4
+
+
+def test_a_rank_of_a_killed_job_that_does_not_end_is_not_waited_for_for_ever(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "step_1.partial").mkdir()
+    monkeypatch.setattr(checkpoint_publishing, "_OUTLIVED_S", 0.5)
+    monkeypatch.setattr(shutil, "rmtree", lambda path: ((path / "__1_0.distcp").touch(), path.rmdir()))
+    with pytest.raises(CheckpointWriteError, match=r"step_1\.partial cannot be removed, as another process writes"):
+        Checkpoints(tmp_path, run_id="mine").save(2, make_policy(model_dir), {})
+    assert names_in(tmp_path) == ["step_1.partial"]
+
+
+def test_what_cannot_be_removed_for_another_reason_is_not_tried_again(tmp_path: Path) -> None:
+    (tmp_path / "step_1.partial").write_text("a file")
+    with pytest.raises(NotADirectoryError):
+        checkpoint_publishing.remove_unfinished(tmp_path / "step_1.partial")
 
 
 METRIC = "val/mean_reward"

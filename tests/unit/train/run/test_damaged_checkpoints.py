@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.train.run.checkpoints import Checkpoints
 from megatron_g2rpo.train.run.retention import Retention
 from megatron_g2rpo.weights import CheckpointError
-from megatron_g2rpo.weights.manifest import MANIFEST
+from megatron_g2rpo.weights.manifest import MANIFEST, FileRecord
 from tests.unit.train.run.checkpoint_cases import make_model, make_policy, names_in, step
 
 BIG = "__0_0.distcp"
@@ -89,8 +91,31 @@ def test_the_one_before_a_damaged_checkpoint_is_taken_and_the_file_is_named(
     [note] = found.notes
     assert note.startswith("checkpoint step_6 is damaged: ")
     assert str(directory / "step_6" / name) in note
-    assert note.endswith("; the run goes on from step 4")
-    assert names_in(directory) == ["step_4", "step_6"], "it is left to whoever looks into it"
+    assert note.endswith("; it is now step_6.damaged-1, and the run goes on from step 4")
+    assert names_in(directory) == ["step_4", "step_6.damaged-1"], "it is left to whoever looks into it"
+
+
+def test_an_error_of_reading_that_passes_leaves_no_checkpoint_beyond_the_steps_on_record(
+    policy: MegatronPolicy, two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The metrics of steps 5 and 6 are dropped by the process that cannot read; the next one must not go on from 6."""
+    directory = shutil.copytree(two, tmp_path / "run")
+
+    def of(path: Path) -> FileRecord:
+        if path.parent.name == "step_6":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    read = FileRecord.of
+    with monkeypatch.context() as patched:
+        patched.setattr(FileRecord, "of", of)
+        found = Checkpoints(directory, run_id="mine").newest_whole()
+    assert found.step == 4
+    assert re.search(r"cannot be read: Input/output error .*; it is now step_6\.damaged-1, and", found.notes[0])
+    later = Checkpoints(directory, run_id="mine")
+    assert later.newest_whole() == replace(found, notes=[])
+    later.save(6, policy, {})
+    assert names_in(directory) == ["step_4", "step_6", "step_6.damaged-1"]
 
 
 def test_what_has_a_checkpoints_name_and_is_none_is_skipped(two: Path, tmp_path: Path) -> None:
@@ -106,12 +131,14 @@ def test_what_has_a_checkpoints_name_and_is_none_is_skipped(two: Path, tmp_path:
     ]
     assert "step_8 is no Megatron checkpoint" in found.notes[0]
     assert "step_7 is no directory" in found.notes[1]
+    assert names_in(directory) == ["step_4", "step_6", "step_7.damaged-1", "step_8.damaged-1", "step_9.partial"]
 
 
 def test_undamaged_checkpoints_give_no_note(two: Path) -> None:
     """Negative of the tests above."""
     found = Checkpoints(two, run_id="mine").newest_whole()
     assert (found.step, list(found.notes)) == (6, [])
+    assert names_in(two) == ["step_4", "step_6"]
     assert Checkpoints(two / "none").newest_whole().step is None
 
 
@@ -124,6 +151,7 @@ def test_where_none_is_whole_each_is_named_and_nothing_starts_anew(two: Path, tm
     lines = str(raised.value).splitlines()
     assert re.search(r"step_6 is damaged: \S*step_6/__0_0.distcp has \d+ bytes, \d+ were written", lines[1])
     assert re.search(r"step_4 is damaged: \S*step_4/__0_0.distcp holds other bytes than were written", lines[2])
+    assert names_in(directory) == ["step_4", "step_6"], "nothing is moved where nothing goes on"
 
 
 @pytest.mark.parametrize("name", [BIG, ".metadata", "metadata.json", "common.pt"])
@@ -169,11 +197,11 @@ def test_a_damaged_checkpoint_counts_for_nothing_and_is_kept(policy: MegatronPol
 def test_a_damaged_checkpoint_is_renamed_when_its_step_is_saved_again(
     policy: MegatronPolicy, two: Path, tmp_path: Path
 ) -> None:
+    """One that looked whole when the run went on, and does not say what it is since."""
     directory = shutil.copytree(two, tmp_path / "run")
-    flip(directory / "step_6" / BIG)
     checkpoints = Checkpoints(directory, run_id="mine")
-    assert checkpoints.newest_whole().step == 4
-    assert not checkpoints.has(6)
+    assert checkpoints.newest_whole().step == 6
+    empty(directory / "step_6" / MANIFEST)
     checkpoints.save(6, policy, {})
     assert checkpoints.has(6)
     assert names_in(directory) == ["step_4", "step_6", "step_6.damaged-1"]

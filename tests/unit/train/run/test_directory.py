@@ -232,8 +232,7 @@ from pathlib import Path
 from megatron_g2rpo.train.run.lock import Lock
 lock = Lock(Path(sys.argv[1]), "key")
 if os.fork() == 0:
-    time.sleep(60)
-print("held", flush=True)
+    print("held", flush=True)  # by the parent alone, now that this process runs
 time.sleep(60)
 """
 

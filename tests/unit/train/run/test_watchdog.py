@@ -4,14 +4,20 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from megatron_g2rpo import progress
-from megatron_g2rpo.train.run import watchdog
+from megatron_g2rpo.train.run import beats, watchdog
 from megatron_g2rpo.train.run.beats import Beat, Board
 from megatron_g2rpo.train.run.watchdog import HangError, Watchdog, is_lost_peer, judged, limit_of
 
@@ -149,3 +155,92 @@ def test_a_job_that_was_suspended_did_not_hang(tmp_path: Path, monkeypatch: pyte
     time.sleep(0.5)
     dog.stop()
     assert ended == []
+
+
+# Keeps the store of a job, as the launcher of its first node does.
+KEEPER = """
+import time
+import torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def keeper(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[str]]:
+    """A process that keeps the store of a job of two ranks, of which this process is the second."""
+    with subprocess.Popen([sys.executable, "-c", KEEPER], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            port = int(process.stdout.readline())
+            # What process groups give it: a call, or a new connection, that fails only then keeps a job for so long.
+            half_an_hour = timedelta(minutes=30)
+            store = dist.TCPStore("127.0.0.1", port, timeout=half_an_hour, wait_for_workers=False)
+            monkeypatch.setattr(dist, "is_initialized", lambda: True)
+            monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+            for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "node0"), ("MASTER_PORT", "29500")):
+                monkeypatch.setenv(name, value)
+            for module in (beats, watchdog):
+                monkeypatch.setattr(module, "STORE_LIMIT", timedelta(seconds=1))
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["refuses", "silent"])
+@pytest.mark.parametrize("known", [True, False], ids=["after-beats", "before-the-first"])
+def test_a_rank_ends_soon_after_the_node_that_keeps_the_store_is_lost(
+    keeper: subprocess.Popen[str], tmp_path: Path, how: signal.Signals, known: bool
+) -> None:
+    dog = Watchdog(tmp_path, 2.0, lambda error: None)
+    if known:
+        dog.start()
+        while not dog._line.ask(lambda board: board.read()):
+            time.sleep(0.05)
+    keeper.send_signal(how)
+    begun = time.monotonic()
+    assert dog.who_is_gone() == ("the node that keeps the job's store (node0:29500) is gone, or its launcher has ended")
+    dog.say_why("another error")
+    if known:
+        dog.stop()
+    # Three questions and the watch's own of 1 s each, and some for a busy machine.
+    assert time.monotonic() - begun < 15.0
+
+
+def test_a_rank_that_waits_for_a_lost_node_says_so_instead_of_blaming_itself(
+    keeper: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    ended: list[BaseException] = []
+    dog = Watchdog(tmp_path, 1.5, ended.append)
+    dog.start()
+    progress.enter("generation", step=4)
+    while not dog._line.ask(lambda board: board.read()):
+        time.sleep(0.05)
+    keeper.kill()
+    until = time.monotonic() + 30.0
+    while not ended and time.monotonic() < until:
+        time.sleep(0.05)
+    dog.stop()
+    assert "cluster.watchdog_s): the node that keeps the job's store (node0:29500) is gone" in str(ended[0])
+
+
+def test_a_store_that_was_slow_is_asked_again(keeper: subprocess.Popen[str], tmp_path: Path) -> None:
+    """Negative of the tests above: a busy first node is no lost one."""
+    dog = Watchdog(tmp_path, 2.0, lambda error: None)
+    dog.say_why("before")
+    keeper.send_signal(signal.SIGSTOP)
+    with pytest.raises(dist.DistNetworkError, match="has not answered in 1 s"):
+        dog._line.ask(lambda board: board.reasons())
+    keeper.send_signal(signal.SIGCONT)
+    asking = dog._line._asking
+    assert asking is not None
+    asking.join(timeout=60)
+    assert dog._line.ask(lambda board: board.reasons()) == {1: "before"}
+
+
+def test_two_threads_of_a_rank_may_ask_at_once() -> None:
+    line, store = beats.Line(lambda: Board(store, 2)), dist.HashStore()
+    with ThreadPoolExecutor(8) as threads:
+        counts = list(threads.map(lambda _: line.ask(lambda board: board._store.add("n", 1)), range(400)))
+    assert sorted(counts) == list(range(1, 401))

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims: an error that ends a run loses no checkpoint; a resumed run knows how long a checkpoint takes."""
+
+from __future__ import annotations
+
+import errno
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_g2rpo.policy.megatron import MegatronPolicy
+from megatron_g2rpo.train.run import checkpoint_writing, loop
+from megatron_g2rpo.train.run.signals import StopRequest
+from megatron_g2rpo.train.run.stopping import Stopping
+from tests.unit.train.run.checkpoint_cases import Notes, make_model, make_policy, make_run, names_in
+
+ASYNC = "checkpointing.async_save=true"
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> MegatronPolicy:
+    return make_policy(make_model(tmp_path_factory.mktemp("model")))
+
+
+class SlowDisk:
+    """Takes a while for the tensors of a checkpoint, seconds; then refuses them, if it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+        self._write, self.seconds = checkpoint_writing._write_bucket, seconds
+        self.error: OSError | None = None
+        monkeypatch.setattr(checkpoint_writing, "_write_bucket", self.write)
+
+    def write(self, **keywords: Any) -> None:
+        time.sleep(self.seconds)
+        if self.error is not None:
+            raise self.error
+        self._write(**keywords)
+
+
+def end_with_a_bad_update(run: loop.Run, guard: Any, policy: MegatronPolicy, notes: Notes) -> None:
+    def body() -> None:
+        with run.naming_checkpoints(notes.log):
+            run.save(1)
+            assert guard.skips(1.0, math.nan)
+            guard.settle(2, 0, list, group=policy.groups.data, note=notes.note)
+
+    with pytest.raises(FloatingPointError, match="step 2: the gradient's norm is nan"):
+        body()
+
+
+def test_an_error_that_ends_the_run_leaves_the_checkpoint_under_way_with_its_name(
+    policy: MegatronPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SlowDisk(monkeypatch, 0.5)
+    run, guard = make_run(tmp_path, policy, Stopping(None, StopRequest(), {}), ASYNC)
+    end_with_a_bad_update(run, guard, policy, notes := Notes())
+    assert names_in(tmp_path / "checkpoints") == ["step_1"]
+    assert notes.lines == []
+
+
+def test_an_error_of_one_rank_alone_waits_for_no_other(
+    policy: MegatronPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are in a collective that this rank does not join."""
+    SlowDisk(monkeypatch, 0.5)
+    monkeypatch.setattr(loop, "is_on_all_ranks", lambda error: False)  # true of one process, of which there is one here
+    run, guard = make_run(tmp_path, policy, Stopping(None, StopRequest(), {}), ASYNC)
+    end_with_a_bad_update(run, guard, policy, Notes())
+    assert names_in(tmp_path / "checkpoints") == ["step_1.partial"]
+    run._checkpoints.finish()
+
+
+def test_what_ended_the_run_is_raised_where_the_checkpoint_fails_too(
+    policy: MegatronPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SlowDisk(monkeypatch, 0.1).error = OSError(errno.ENOSPC, "")
+    run, guard = make_run(tmp_path, policy, Stopping(None, StopRequest(), {}), ASYNC)
+    end_with_a_bad_update(run, guard, policy, notes := Notes())
+    [line] = notes.lines
+    assert line.startswith("warning: rank 0 could not write ")
+    assert "No space left on device" in line
+    assert names_in(tmp_path / "checkpoints") == []
+
+
+@pytest.mark.parametrize("keys", [(), (ASYNC,)], ids=["sync", "async"])
+def test_a_resumed_run_leaves_the_time_that_a_checkpoint_takes_before_a_deadline(
+    policy: MegatronPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: tuple[str, ...]
+) -> None:
+    """Its first save is as long as the last of the process before, and may be longer than what is left for any."""
+    disk = SlowDisk(monkeypatch, 0.5)
+    first, _ = make_run(tmp_path, policy, Stopping(None, StopRequest(), {}), *keys)
+    first.save(1)
+    first._checkpoints.finish()
+    disk.seconds = 0.0
+    stopping = Stopping(None, StopRequest(), {})
+    make_run(tmp_path, policy, stopping, *keys)
+    assert stopping._longest_save >= 0.5
+    anew = Stopping(None, StopRequest(), {})
+    make_run(tmp_path / "other", policy, anew, *keys)
+    assert anew._longest_save == 0.0, "negative: of a new run nothing is known"
