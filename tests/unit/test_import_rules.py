@@ -22,10 +22,10 @@ DEVICE = PACKAGE / "policy" / "device.py"
 CONTRACTS = ROOT / "pyproject.toml"
 
 ROOMS = (
-    *("commands", "train", "report", "plan", "rollout", "policy", "policy/layouts", "data"),
+    *("cli", "commands", "train", "report", "plan", "rollout", "policy", "policy/layouts", "data"),
     *("models", "weights", "tasks", "objective", "recipe", "processes"),
 )
-FILES = ("cli", "extend", "types", "registry", "collectives", "progress")
+FILES = ("extend", "types", "registry", "collectives", "progress")
 
 
 def imports_are_legal(config: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed.run
 
-from megatron_g2rpo import cli
+from megatron_g2rpo.cli import running
 from megatron_g2rpo.policy.device import DeviceError
 from megatron_g2rpo.policy.environment import check_environment, set_environment
 from megatron_g2rpo.recipe import EXEMPLARS, Recipe, load
@@ -24,7 +24,7 @@ OVERRIDES = ["env.tasks.mine={}", f"policy.megatron_cfg.env_vars={{{NAME}: set}}
 # Engine and torch would see, and whether they are there to see it.
 RANK = """
 import os, sys
-from megatron_g2rpo import cli
+from megatron_g2rpo.cli import loops
 from megatron_g2rpo.policy import environment
 real = environment.set_environment
 def set_environment(env_vars):
@@ -33,9 +33,9 @@ def set_environment(env_vars):
     print("loaded before:", loaded, "device asked:", torch.cuda.is_initialized())
     real(env_vars)
 environment.set_environment = set_environment
-cli._with_local_model = lambda recipe: recipe
-cli._entry = lambda kind: lambda recipe: print("sees:", os.environ.get(sys.argv[1]))
-cli._loop("train", __import__("pathlib").Path(sys.argv[2]), sys.argv[3:], None, False, False)
+loops.with_local_model = lambda recipe: recipe
+loops._entry = lambda kind: lambda recipe: print("sees:", os.environ.get(sys.argv[1]))
+loops._loop("train", __import__("pathlib").Path(sys.argv[2]), sys.argv[3:], None, False, False)
 """
 
 
@@ -59,7 +59,7 @@ def test_processes_that_are_launched_inherit_them(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.distributed.run, "main", lambda arguments: seen.append(os.environ.get(NAME)))
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv(NAME, "inherited")
-    assert cli._prepare_processes(recipe("cluster.gpus_per_node=2", "cluster.num_nodes=1"))
+    assert running.prepare_processes(recipe("cluster.gpus_per_node=2", "cluster.num_nodes=1"))
     launch(2, ["train", "recipe.yaml"])
     assert seen == ["set"]
 
@@ -67,7 +67,7 @@ def test_processes_that_are_launched_inherit_them(monkeypatch: pytest.MonkeyPatc
 def test_one_process_has_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv(NAME, "inherited")
-    assert not cli._prepare_processes(recipe("cluster.gpus_per_node=1", "cluster.num_nodes=1"))
+    assert not running.prepare_processes(recipe("cluster.gpus_per_node=1", "cluster.num_nodes=1"))
     assert os.environ[NAME] == "set"
 
 
