@@ -168,6 +168,13 @@ class MegatronConfig(Section):
                 *outer,
                 "pipeline_model_parallel_size",
             )
+        if self.fp8_cfg.enabled and self.transformer_impl == "local":
+            raise conflict(
+                "FP8 needs the layers of Transformer Engine (megatron-core would ignore it on others): set "
+                "transformer_impl to transformer_engine or auto, or fp8_cfg.enabled to false",
+                "transformer_impl",
+                "fp8_cfg.enabled",
+            )
         if self.fp8_cfg.enabled and self.fp8_cfg.fp8_recipe == "delayed" and self.first_last_layers_bf16:
             raise conflict(
                 "delayed scaling covers all layers of a stage at once and cannot leave the first and last ones out: "

@@ -131,6 +131,10 @@ def test_a_value_out_of_its_range_is_refused(override: str) -> None:
             "overlap_param_gather needs overlap_grad_reduce",
         ),
         (
+            [f"{MEGATRON}={{fp8_cfg: {{enabled: true}}, transformer_impl: local}}"],
+            r"FP8 needs the layers of Transformer Engine(.|\n)*transformer_impl(.|\n)*fp8_cfg\.enabled",
+        ),
+        (
             ["checkpointing.metric_name=val/mean_accurracy"],
             r"'val/mean_accurracy' is no metric of this recipe's validation \(nearest: val/mean_accuracy; also",
         ),
