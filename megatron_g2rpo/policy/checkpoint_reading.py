@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_g2rpo.policy import fp8_state
 from megatron_g2rpo.policy.layer_spec import CHECKPOINT_NAMES
 from megatron_g2rpo.weights import CheckpointError
-from megatron_g2rpo.weights.checkpoint_metadata import read_metadata
+from megatron_g2rpo.weights.checkpoint_metadata import read_metadata, reason
 
 _DATA_ALONE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
@@ -45,10 +45,12 @@ def load(template: dict[str, Any], directory: str | Path) -> Any:
         with _data_alone():
             return dist_checkpointing.load(sharded_state_dict=template, checkpoint_dir=str(directory))
     except CheckpointException as error:  # a BaseException: no handler of errors would see it
-        why = "; ".join(f"rank {rank}: {cause!r}" for rank, (cause, _) in sorted(error.failures.items()))
+        why = "; ".join(f"rank {rank}: {reason(cause)}" for rank, (cause, _) in sorted(error.failures.items()))
         raise CheckpointError(f"{directory} cannot be read: {why}") from error
     except (EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{directory}: a file of it is damaged ({error!r}); use another checkpoint") from error
+        raise CheckpointError(
+            f"{directory}: a file of it is damaged ({reason(error)}); use another checkpoint"
+        ) from error
 
 
 def _sizes(stored: Mapping[str, Any]) -> dict[str, torch.Size]:

@@ -42,6 +42,18 @@ _CLASSES = {
 }
 
 
+def reason(error: BaseException) -> str:
+    """Return why a file of a checkpoint could not be read: the error's kind and its text.
+
+    Of torch's error about a pickle that holds more than tensors only the finding is kept: the rest of its text advises
+    to read the file with ``weights_only=False``, which would run what is in it.
+    """
+    text = str(error)
+    finding = text.partition("WeightsUnpickler error:")[2].strip()
+    text = finding.partition("\n")[0] or text
+    return f"{type(error).__name__}: {text}".rstrip(": ")  # not every error has a text
+
+
 class _KnownClasses(pickle.Unpickler):
     """An unpickler that finds the classes of ``_CLASSES`` and torch's dtypes, and nothing else."""
 

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_g2rpo.weights.checkpoint_metadata import read_metadata
+from megatron_g2rpo.weights.checkpoint_metadata import read_metadata, reason
 from megatron_g2rpo.weights.rules import Vocabulary, padded_rows
 from megatron_g2rpo.weights.safetensors_directory import CheckpointError
 from megatron_g2rpo.weights.table import Entry, UnmappedParameter, WeightTable
@@ -98,9 +98,8 @@ class MegatronCheckpoint(Mapping[str, Tensor]):
         try:
             self._reader.read_data(LoadPlan(items), _Into(target)).wait()
         except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:  # a truncated file
-            what = f"{type(error).__name__}: {error}".rstrip(": ")  # not every error has a text
             raise CheckpointError(
-                f"{self.directory}: {name} cannot be read, a file of it is damaged ({what})"
+                f"{self.directory}: {name} cannot be read, a file of it is damaged ({reason(error)})"
             ) from error
         return target if layer is None else target[0]
 

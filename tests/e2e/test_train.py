@@ -245,7 +245,7 @@ def test_every_update_of_a_step_is_measured_against_the_policy_that_sampled(
     components = assemble(recipe)
     update, distances, hinges = components.policy.update, [], []
 
-    def measured_update(batches: list[PackedBatch], loss: G2RPOLoss, *args: Any) -> dict[str, float]:
+    def measured_update(batches: list[PackedBatch], loss: G2RPOLoss, *args: Any, **named: Any) -> dict[str, float]:
         now = components.policy.logprobs(batches)
         entropies = TaskEntropies.of(batches, now, len(components.tasks), components.policy.groups.data)
         bounds = entropy_bounds(recipe.env, components.tasks)
@@ -258,7 +258,7 @@ def test_every_update_of_a_step_is_measured_against_the_policy_that_sampled(
             gap = (batch.old_logprobs - batch.behaviour_logprobs)[response].abs().max()
             assert gap < 1e-4, f"update {len(distances) + 1}: behaviour is {gap} away from the rollouts"
             distances.append(float((stats.logprobs - batch.old_logprobs)[response].abs().max()))
-        return update(batches, loss, *args)
+        return update(batches, loss, *args, **named)
 
     monkeypatch.setattr(components.policy, "update", measured_update)
     line = g2rpo_step(recipe, components, 1)
@@ -272,10 +272,15 @@ def test_every_update_of_a_step_is_measured_against_the_policy_that_sampled(
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(toy: Toy, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    recipe = toy.recipe(tmp_path / "recipe.yaml", logger={"log_dir": str(run)}, checkpointing={"enabled": False})
-    for _ in range(2):
-        result = call("train", recipe, "grpo.max_num_steps=1", "checkpointing.export_hf=false")
-        assert result.exit_code == 0, result.output
-        assert list(metrics(run)) == [0, 1]
+    recipe = toy.recipe(tmp_path / "recipe.yaml", logger={"log_dir": str(run)}, checkpointing={"export_hf": False})
+    # What a kill leaves: the lines of steps, and no checkpoint.
+    result = call("train", recipe, "grpo.max_num_steps=1", "checkpointing.enabled=false")
+    assert result.exit_code == 0, result.output
     assert checkpoints(run) == []
+    first = metrics(run)
+    result = call("train", recipe, "grpo.max_num_steps=1")
+    assert result.exit_code == 0, result.output
+    assert checkpoints(run) == ["step_1"]
+    assert list(metrics(run)) == list(first) == [0, 1]
+    assert metrics(run)[1]["train/loss"] == first[1]["train/loss"]
     assert not (run / "hf").exists()

@@ -86,6 +86,7 @@ def test_assumptions_are_the_worst_case_and_stay_within_the_recipe(tmp_path: Pat
     assert vars(assume(recipe, config, None, None, GPU)) == {
         "sequence_tokens": 1024,
         "image_tokens": 512,
+        "response_tokens": 512,
         "gpu_memory": GPU,
     }
     # A merged token is 16 x 16 pixels here.
