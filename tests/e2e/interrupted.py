@@ -192,12 +192,11 @@ def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 
-def assert_same_run(run: Path, expected: Path, *, tensorboard: bool = False) -> None:
-    """Assert that two runs left the same, bit for bit, and no step twice.
+def assert_same_run(run: Path, expected: Path) -> None:
+    """Assert that two runs left the same metrics, events and weights, bit for bit, and no step twice.
 
     Args:
         run, expected: their directories.
-        tensorboard: whether to compare the events of TensorBoard as well.
     """
     lines, others = metrics(run), metrics(expected)
     assert list(lines) == list(others)
@@ -205,5 +204,4 @@ def assert_same_run(run: Path, expected: Path, *, tensorboard: bool = False) -> 
         mine, theirs = numbers(line), numbers(others[step])
         assert mine == theirs, {name: (step, mine.get(name), theirs.get(name)) for name in mine.keys() | theirs.keys()}
     assert (run / "hf" / "model.safetensors").read_bytes() == (expected / "hf" / "model.safetensors").read_bytes()
-    if tensorboard:
-        assert scalars(run) == scalars(expected)
+    assert scalars(run) == scalars(expected)
