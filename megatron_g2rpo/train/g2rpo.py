@@ -74,11 +74,10 @@ def train(recipe: TrainRecipe) -> Path | None:
         run, without_signal = Run(recipe, components), SignalWatch()
         enabled = dist.get_rank() == 0
         with (
-            MetricsLog(recipe.logger, COLUMNS, run.last_step, run.first_step, enabled=enabled) as log,
+            MetricsLog(recipe.logger, COLUMNS, run.last_step, run.logged_step, enabled=enabled) as log,
             run.naming_checkpoints(log),
         ):
-            run.validate_at_start(log)
-            run.stop_if_asked(run.first_step)
+            run.begin(log)
             for step in run.steps:
                 with run.sampling(step):
                     metrics = g2rpo_step(recipe, components, step, log.note)

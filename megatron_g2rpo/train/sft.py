@@ -51,11 +51,10 @@ def sft(recipe: SftRecipe) -> Path | None:
         run = Run(recipe, components)
         enabled = dist.get_rank() == 0
         with (
-            MetricsLog(recipe.logger, COLUMNS, run.last_step, run.first_step, enabled=enabled) as log,
+            MetricsLog(recipe.logger, COLUMNS, run.last_step, run.logged_step, enabled=enabled) as log,
             run.naming_checkpoints(log),
         ):
-            run.validate_at_start(log)
-            run.stop_if_asked(run.first_step)
+            run.begin(log)
             for step in run.steps:
                 metrics = sft_step(recipe, components, step, log.note)
                 validation = run.validation(step, log, metrics)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from megatron_g2rpo.train.run import loop, signals
+from megatron_g2rpo.train.run import loop, signals, validation
 from megatron_g2rpo.train.step import sampling
 from tests.e2e.interrupted import Interrupt, ask, assert_same_run, interrupted_at, kill_all, kill_one, started
 from tests.e2e.runs import LAYOUTS_OF_TWO, TENSOR_PARALLEL, assert_same_step, checkpoints
@@ -46,12 +46,13 @@ def test_a_run_that_is_asked_to_stop_anywhere_goes_on_bit_for_bit(toy: Toy, stra
     run = tmp_path / "run"
     recipe = toy.recipe(tmp_path / "recipe.yaml", logger={"log_dir": str(run)})
     places = (
-        ("in the validation at the start", loop, "validate", None),
+        ("in the validation at the start, which is dropped", validation, "answers", None),
         ("while the first step samples, which is dropped", sampling, "_round", None),
         ("while it saves", loop.Checkpoints, "save", 2),
         ("while a later step samples, which is dropped", sampling, "_round", 2),
         ("after a step that would not be saved", loop.Run, "validation", 3),
-        ("in the last validation", loop, "validate", 4),
+        ("in the last validation, which is dropped", validation, "answers", 4),
+        ("in the same validation, again", validation, "answers", 4),
     )
     for where, owner, name, step in places:
         with pytest.MonkeyPatch.context() as patch:

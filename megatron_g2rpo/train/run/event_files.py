@@ -20,7 +20,7 @@ EARLIER = "events.out.tfevents.0000000000.earlier-attempts"
 
 
 def keep_steps(directory: Path, last: int) -> None:
-    """Keep the scalars of steps up to ``last``; none where the run starts anew, which logs its step 0 again.
+    """Keep the scalars of steps up to ``last``; -1: none.
 
     The files of attempts stay, without scalars: a TensorBoard that is reading one goes on from it to the next. Whatever
     happens meanwhile, a second call gives what the first would have: a scalar in two files is kept once.
@@ -29,7 +29,7 @@ def keep_steps(directory: Path, last: int) -> None:
         left.unlink()
     files = sorted(directory.glob("events.out.tfevents.*"))
     kept: dict[bytes, Any] = {}
-    for path in files if last > 0 else ():
+    for path in files:
         kept |= {record: event for record, event in _scalars(path) if event.step <= last}
     if kept:
         start = min(event.wall_time for event in kept.values())

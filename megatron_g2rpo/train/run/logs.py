@@ -59,7 +59,7 @@ class MetricsLog:
         section: the recipe's ``logger``, which names the run directory.
         columns: columns of the console table.
         max_num_steps: number of steps that the run takes, for the progress bar.
-        first_step: the step that the run continues after.
+        logged_step: the last step whose metrics stay; -1: none, of a run that starts anew.
         enabled: whether this rank writes.
 
     Raises:
@@ -68,7 +68,7 @@ class MetricsLog:
     """
 
     def __init__(
-        self, section: Logger, columns: Sequence[Column], max_num_steps: int, first_step: int, *, enabled: bool
+        self, section: Logger, columns: Sequence[Column], max_num_steps: int, logged_step: int, *, enabled: bool
     ) -> None:
         self.enabled = enabled
         self.console = Console(quiet=not enabled)
@@ -77,20 +77,19 @@ class MetricsLog:
             return
         directory = Path(section.log_dir)
         self._path = directory / METRICS_FILE
-        metrics_file.keep_steps(self._path, first_step)
+        metrics_file.keep_steps(self._path, logged_step)
         self._writer, self._events = None, directory / "tensorboard"
         if section.tensorboard_enabled:
             from torch.utils.tensorboard import SummaryWriter
 
-            event_files.keep_steps(self._events, first_step)
+            event_files.keep_steps(self._events, logged_step)
             # A TensorBoard that is running has read what was dropped, and drops it at the mark of a restart.
-            again = first_step + 1 if first_step else 0
             with naming(self._events):
-                self._writer = SummaryWriter(str(self._events), purge_step=again)
+                self._writer = SummaryWriter(str(self._events), purge_step=logged_step + 1)
         self._progress = Progress(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), console=self.console
         )
-        self._task = self._progress.add_task("", total=max_num_steps, completed=first_step)
+        self._task = self._progress.add_task("", total=max_num_steps, completed=max(logged_step, 0))
 
     def __enter__(self) -> MetricsLog:
         if self.enabled:

@@ -24,12 +24,16 @@ from megatron_g2rpo.train.run.retention import Retention
 from megatron_g2rpo.train.run.stopping import RunStopped, SamplingStopped
 from megatron_g2rpo.train.run.validation import validate
 
+_UNLOGGED = "unlogged"  # in a checkpoint: metrics of its step, which was not validated when the run was asked to stop
+
 
 class Run:
     """The state around a loop: which step comes next, when to validate and save.
 
-    A loop does, in ``naming_checkpoints``, for each step: train, ``validation``, log, ``save``, ``stop_if_asked``. A
-    step is saved after it was logged, so that none is missing in the log of a resumed run.
+    A loop does, in ``naming_checkpoints``, ``begin``, then for each step: train, ``validation``, log, ``save``,
+    ``stop_if_asked``. A step is saved after it was logged, so that none is missing in the log of a resumed run. A step
+    whose validation was broken off by a stop is saved with its metrics; it is validated and logged when the run
+    goes on.
 
     Args:
         recipe: the run's recipe.
@@ -37,6 +41,7 @@ class Run:
 
     Attributes:
         first_step: the step that the run continues after; 0 for a new run.
+        logged_step: the last step whose metrics are in the log for good; -1 for a new run.
     """
 
     def __init__(self, recipe: Recipe, components: Components) -> None:
@@ -56,7 +61,8 @@ class Run:
             is_async=options.async_save,
         )
         self._stopping = components.stopping
-        self.first_step = 0
+        self.first_step, self.logged_step = 0, -1
+        self._unlogged: Mapping[str, float] = {}  # metrics of the first step, which was not validated
         self._metrics: Mapping[str, float] = {}  # of the last validation
         self._validated = False
         grpo = recipe.grpo if isinstance(recipe, TrainRecipe) else None
@@ -70,7 +76,9 @@ class Run:
             components.history.load_state_dict(state["history"])
             if "guard" in state:  # releases up to 0.4 wrote none
                 components.guard.load_state_dict(state["guard"])
+            self._unlogged = state.get(_UNLOGGED, {})
             self.first_step = state["step"]
+            self.logged_step = self.first_step - 1 if self._unlogged else self.first_step
             self._metrics = found.metrics or {}
             # A deadline leaves time for a checkpoint from the first step on.
             self._stopping.saved_in(found.seconds or 0.0)
@@ -88,15 +96,27 @@ class Run:
             progress.enter("step", step=step)
             yield step
 
-    def validate_at_start(self, log: MetricsLog) -> None:
-        """Validate the policy before the first step and log it as step 0, if the recipe asks for it.
+    def begin(self, log: MetricsLog) -> None:
+        """Do what comes before the next step: say what must be known of the data, and validate. A collective.
 
-        A run that is resumed does not validate. What the user must know of the data is said first.
+        A new run validates the policy and logs it as step 0, if the recipe asks for it; a resumed one does what its
+        last step still lacks.
+
+        Raises:
+            RunStopped: a signal or a deadline asked for it.
         """
         for note in self._notes:
             log.note(note)
         if self.first_step == 0 and self._loop.val_at_start:
-            log.log(StepMetrics(step=0, values=self._validate(log)))
+            try:
+                log.log(StepMetrics(step=0, values=self._validate(log)))
+            except SamplingStopped as stopped:
+                raise self._stopped(0, self._state(), str(stopped)) from None
+        elif self._unlogged:
+            found = self.validation(self.first_step, log, self._unlogged)
+            log.log(StepMetrics(step=self.first_step, values={**self._unlogged, **found}))
+            self._write(self.first_step, self._state())  # with what ranks it, in place of the one without
+        self.stop_if_asked(self.first_step)
 
     def validation(self, step: int, log: MetricsLog, metrics: Mapping[str, float]) -> dict[str, float]:
         """Validate the policy after a step, when it is time to. A collective of all ranks.
@@ -111,7 +131,7 @@ class Run:
 
         Raises:
             EngineUnavailable: the engine was lost; the step is logged and saved all the same.
-            RunStopped: so it was, and the run was asked to stop.
+            RunStopped: so it was, and the run was asked to stop; or it was while it validated, and the step is saved.
         """
         period = self._loop.val_period
         due = self._loop.val_at_end if step == self.last_step else period > 0 and step % period == 0
@@ -119,6 +139,8 @@ class Run:
             return {}
         try:
             return self._validate(log)
+        except SamplingStopped as stopped:
+            raise self._stopped(step, {**self._state(), _UNLOGGED: dict(metrics)}, str(stopped)) from None
         except EngineUnavailable as error:
             log.log(StepMetrics(step=step, values=metrics))
             raise self._saved(step, self._state(), error) from error

@@ -39,13 +39,13 @@ def last_step(path: Path) -> int:
 
 
 def keep_steps(path: Path, last: int) -> None:
-    """Keep the lines of steps up to ``last``; none where the run starts anew, which logs its step 0 again.
+    """Keep the lines of steps up to ``last``; -1: none.
 
     Raises:
         MetricsFileError: a line is none that a run wrote; names file and line. The file is left as it is.
     """
     if path.exists():
-        kept = [line for step, line in _lines(path) if last > 0 and step <= last]
+        kept = [line for step, line in _lines(path) if step <= last]
         replace_bytes(path, b"".join(kept))
 
 

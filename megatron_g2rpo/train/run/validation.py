@@ -46,6 +46,7 @@ def validate(recipe: Recipe, components: Components) -> Validation:
 
     Raises:
         EngineUnavailable: the engine was lost, see ``answers``.
+        SamplingStopped: the run was asked to stop, see ``answers``.
     """
     metrics: dict[str, float] = {}
     examples: list[Rollout] = []
@@ -62,6 +63,7 @@ def validate(recipe: Recipe, components: Components) -> Validation:
             sampling=sampling,
             seed=VALIDATION_SEED,
             group_ids=list(range(len(prompts))),
+            stopping=components.stopping,
         )
         rewards, failed = scored(scoring_of(recipe, components.workers), rollouts, replica=None, between=None)
         metrics.update(_task_means(components.tasks, rollouts, rewards, prefix))

@@ -27,7 +27,7 @@ COLUMNS = (Column("loss", "train/loss", ".4f"), Column("val", "val/mean_reward")
 
 def log(recipe: TrainRecipe, steps: range, *, enabled: bool = True) -> str:
     """Log the given steps as a run that continues before the first of them; what the console shows."""
-    with MetricsLog(recipe.logger, COLUMNS, 9, max(steps.start - 1, 0), enabled=enabled) as metrics:
+    with MetricsLog(recipe.logger, COLUMNS, 9, steps.start - 1, enabled=enabled) as metrics:
         metrics.console = Console(file=io.StringIO(), width=40, quiet=not enabled)
         for step in steps:
             metrics.log(StepMetrics(step=step, values={"train/loss": step / 7}))
@@ -147,7 +147,7 @@ def test_a_running_tensorboard_drops_what_a_resumed_run_repeats(
 
 def test_what_a_step_logged_is_on_the_disk_before_its_checkpoint_can_be(run: Path, make_recipe: MakeRecipe) -> None:
     recipe = make_recipe()
-    with MetricsLog(recipe.logger, COLUMNS, 9, 0, enabled=True) as metrics:
+    with MetricsLog(recipe.logger, COLUMNS, 9, -1, enabled=True) as metrics:
         metrics.console = Console(file=io.StringIO())
         metrics.log(StepMetrics(step=1, values={"train/loss": 0.5}))
         assert steps(run) == [1]
