@@ -83,6 +83,14 @@ class Cluster:
         self._daemon("slurmctld", "-D", "-c")
         for node in NODES:
             self._daemon("slurmd", "-D", "-N", node, name=f"slurmd-{node}")
+        self.wait_until_idle()
+
+    def wait_until_idle(self) -> None:
+        """Wait until both nodes could take a job.
+
+        Raises:
+            RuntimeError: they could not, after ``START_SECONDS``.
+        """
         self._await("two idle nodes", lambda: self.text("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2")
 
     def stop(self) -> None:
