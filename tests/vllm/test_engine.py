@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from megatron_g2rpo import progress
 from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.rollout import base
 from megatron_g2rpo.rollout.stop_strings import Tail, until_stop
@@ -200,6 +201,13 @@ def test_rollouts_are_ordered_and_carry_their_group(engine, prompts):
     for rollout in rollouts:
         assert len(rollout.response_ids) == len(rollout.logprobs) <= 48
         assert rollout.truncated == (len(rollout.response_ids) == 48 and rollout.response_ids[-1] not in common.ENDS)
+
+
+def test_every_token_of_the_longest_response_counts_as_progress(engine, prompts, monkeypatch):
+    advanced = []
+    monkeypatch.setattr(progress, "advance", lambda: advanced.append(True))
+    rollouts = generate(engine, prompts[:2], 2)
+    assert len(advanced) >= max(len(rollout.response_ids) for rollout in rollouts) > 1
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -68,10 +68,10 @@ class VllmEngine:
             "disable_log_stats": True,
             **executor,
         }
-        _advance_with(self._llm.llm_engine)
         self._sleeps: bool = arguments["enable_sleep_mode"]
         self._asleep = self._loaded = False
         self._llm = LLM(**arguments)
+        _advance_with(self._llm.llm_engine)
         self._shared = options.tensor_parallel_size > 1
 
     @classmethod
