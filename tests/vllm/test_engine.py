@@ -6,6 +6,8 @@ One engine serves all tests of the module: a process can hold vLLM's distributed
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import asdict, replace
 
 import pytest
@@ -15,7 +17,7 @@ from megatron_g2rpo import progress
 from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.rollout import base
 from megatron_g2rpo.rollout.stop_strings import Tail, until_stop
-from megatron_g2rpo.rollout.vllm.engine import VllmEngine
+from megatron_g2rpo.rollout.vllm.engine import VllmEngine, _advance_with
 from tests.vllm import common
 from tests.vllm.common import (
     ATOL,
@@ -208,6 +210,25 @@ def test_every_token_of_the_longest_response_counts_as_progress(engine, prompts,
     monkeypatch.setattr(progress, "advance", lambda: advanced.append(True))
     rollouts = generate(engine, prompts[:2], 2)
     assert len(advanced) >= max(len(rollout.response_ids) for rollout in rollouts) > 1
+
+
+def test_an_engine_that_counts_its_steps_as_progress_ends_with_its_last_user():
+    """Kept alive by a cycle it would keep its memory, and vLLM's settings for the whole process."""
+
+    class Steps:
+        def step(self) -> str:
+            return "stepped"
+
+    steps = Steps()
+    _advance_with(steps)
+    assert steps.step() == "stepped"
+    left = weakref.ref(steps)
+    gc.disable()
+    try:
+        del steps
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

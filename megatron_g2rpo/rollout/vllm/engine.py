@@ -13,6 +13,7 @@ memory, never a third copy of the model.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -162,11 +163,14 @@ class VllmEngine:
 
 def _advance_with(llm_engine: Any) -> None:
     """Let each step of the engine, one token of every running sequence, count as progress."""
-    step = llm_engine.step
+    # Weak: in a cycle the engine, with its memory and vLLM's settings of the process, would outlive its last user.
+    step = weakref.WeakMethod(llm_engine.step)
 
     def advancing() -> Any:
         progress.advance()
-        return step()
+        method = step()
+        assert method is not None  # the engine calls it
+        return method()
 
     llm_engine.step = advancing
 
