@@ -35,7 +35,7 @@ from megatron_g2rpo.recipe import Recipe
 from megatron_g2rpo.train.run.checkpoint_writing import CheckpointWriteError
 from megatron_g2rpo.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_g2rpo.weights.table import WeightTable
-from tests.common.hardware import this_device
+from tests.common.hardware import layer_overrides, this_device
 from tests.common.launch import report_result
 from tests.common.recipes import SFT
 
@@ -46,6 +46,7 @@ def recipe_of(layout: str, precision: str, **policy: object) -> Recipe:
     process_groups.reset()
     overrides = [f"policy.megatron_cfg.{key}={size}" for key, size in zip(SIZES, layout.split(","), strict=True)]
     overrides += [f"policy.{key}={value}" for key, value in {**policy, "precision": precision}.items()]
+    overrides += [f"policy.megatron_cfg.{key}={value}" for key, value in layer_overrides().items()]
     overrides += [f"cluster.gpus_per_node={dist.get_world_size()}", "cluster.device=cpu"]
     return recipes.load(SFT, overrides, "sft")
 

@@ -83,6 +83,7 @@ def assert_same_on_both_ranks(tensor: Tensor, name: str) -> None:
 def check_kernel(
     report: Report,
     group: dist.ProcessGroup,
+    place: torch.device,
     vocab: int,
     scale: float,
     labelled: bool,
@@ -102,6 +103,9 @@ def check_kernel(
         excluded["kept_ids"] = torch.where(ids < vocab, ids, -1)
         name += f", {kept} kept"
     expected = whole(hidden, weight, labels, grad, vocab, **excluded)
+    # What is compared with is computed on the CPU.
+    hidden, weight, labels, grad = (tensor.to(place) for tensor in (hidden, weight, labels, grad))
+    excluded = {key: None if ids is None else ids.to(place) for key, ids in excluded.items()}
     with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
         ours = with_gradients(
             lambda h, w: linear_logprobs(
@@ -140,15 +144,16 @@ def check_layer(report: Report, group: dist.ProcessGroup, hardware: device.Devic
         use_cpu_initialization=True,
     )
     mine = hidden.chunk(2)[rank] if sequence_parallel else hidden
-    mine = mine[:, None].clone().requires_grad_()
+    mine = mine[:, None].to(hardware.torch_device, copy=True).requires_grad_()
     with hardware.megatron():
         given = ColumnParallelLinear(
             HIDDEN, PADDED, config=config, init_method=nn.init.zeros_, bias=False, tp_group=group
         )
+        given.to(hardware.torch_device)
         given.weight.data.copy_(my_rows(weight, rank))
         layer = LogprobOutputLayer.adopt(given, vocab_size=vocab, chunk_size=3, tp_group=group)
-        output = layer(mine, labels, temperature=TEMPERATURE)
-        output.backward(grad)
+        output = layer(mine, labels.to(mine.device), temperature=TEMPERATURE)
+        output.backward(grad.to(mine.device))
     assert mine.grad is not None
     note(report, "layer output", output.detach(), expected["output"], name)
     expected_hidden = expected["hidden"].chunk(2)[rank] if sequence_parallel else expected["hidden"]
@@ -162,19 +167,19 @@ def main() -> None:
     device.init_process_group(hardware)
     group = dist.group.WORLD
     assert group is not None
-    report = Report(TOLERANCES)
+    report, place = Report(TOLERANCES), hardware.torch_device
     for chunk in (None, 3):
-        check_kernel(report, group, vocab=50, scale=1.0, labelled=True, chunk=chunk)
-        check_kernel(report, group, vocab=54, scale=1.0, labelled=True, chunk=chunk)
+        check_kernel(report, group, place, vocab=50, scale=1.0, labelled=True, chunk=chunk)
+        check_kernel(report, group, place, vocab=54, scale=1.0, labelled=True, chunk=chunk)
         # The second rank holds padding only.
-        check_kernel(report, group, vocab=20, scale=1.0, labelled=True, chunk=chunk)
-        check_kernel(report, group, vocab=50, scale=1.0, labelled=True, chunk=chunk, first_kept=5)
+        check_kernel(report, group, place, vocab=20, scale=1.0, labelled=True, chunk=chunk)
+        check_kernel(report, group, place, vocab=50, scale=1.0, labelled=True, chunk=chunk, first_kept=5)
         # The first rank holds banned tokens only.
-        check_kernel(report, group, vocab=54, scale=1.0, labelled=True, chunk=chunk, first_kept=PADDED // 2)
-        check_kernel(report, group, vocab=50, scale=1.0, labelled=True, chunk=chunk, kept=12)
-        check_kernel(report, group, vocab=20, scale=1.0, labelled=True, chunk=chunk, kept=2)
-        check_kernel(report, group, vocab=50, scale=4096.0, labelled=True, chunk=chunk)
-        check_kernel(report, group, vocab=50, scale=1.0, labelled=False, chunk=chunk)
+        check_kernel(report, group, place, vocab=54, scale=1.0, labelled=True, chunk=chunk, first_kept=PADDED // 2)
+        check_kernel(report, group, place, vocab=50, scale=1.0, labelled=True, chunk=chunk, kept=12)
+        check_kernel(report, group, place, vocab=20, scale=1.0, labelled=True, chunk=chunk, kept=2)
+        check_kernel(report, group, place, vocab=50, scale=4096.0, labelled=True, chunk=chunk)
+        check_kernel(report, group, place, vocab=50, scale=1.0, labelled=False, chunk=chunk)
     for sequence_parallel in (False, True):
         check_layer(report, group, hardware, sequence_parallel)
     report_result(report.worst)
