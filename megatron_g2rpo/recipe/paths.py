@@ -19,8 +19,8 @@ PATH_KEYS = (
     "logger.log_dir",
     "checkpointing.checkpoint_dir",
 )
-# Of these, the directories that a run makes. The operating system finds what is behind ``new/..`` once ``new`` is there:
-# what lies in such a directory would be seen only after it was claimed.
+# Of these, the directories that a run makes. The operating system finds what is behind ``new/..`` only once ``new`` is
+# there: what lies in such a directory would be seen only after it was claimed.
 _MADE = ("logger.log_dir", "checkpointing.checkpoint_dir")
 _VARIABLE = re.compile(r"\$(\w+)")
 

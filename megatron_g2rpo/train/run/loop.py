@@ -18,8 +18,9 @@ from megatron_g2rpo.recipe import Recipe, TrainRecipe
 from megatron_g2rpo.rollout.base import EngineUnavailable
 from megatron_g2rpo.train.assembly import Components
 from megatron_g2rpo.train.run.checkpoints import Checkpoints, Found
-from megatron_g2rpo.train.run.directory import run_id
+from megatron_g2rpo.train.run.directory import EXPORT_DIR
 from megatron_g2rpo.train.run.logs import MetricsLog, StepMetrics
+from megatron_g2rpo.train.run.owners import run_id
 from megatron_g2rpo.train.run.retention import Retention
 from megatron_g2rpo.train.run.stopping import RunStopped, SamplingStopped
 from megatron_g2rpo.train.run.validation import validate
@@ -49,7 +50,7 @@ class Run:
         self._loop = recipe.grpo if isinstance(recipe, TrainRecipe) else recipe.sft
         options = recipe.checkpointing
         self._run_id = from_first(lambda: run_id(recipe.logger.log_dir))
-        self._export = Path(recipe.logger.log_dir) / "hf"
+        self._export = Path(recipe.logger.log_dir) / EXPORT_DIR
         if options.export_hf:  # now, not after days of training
             from_first(lambda: weights.Owner(self._run_id).check(self._export))
         self._checkpoints = Checkpoints(

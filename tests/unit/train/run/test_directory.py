@@ -19,9 +19,10 @@ import yaml
 
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.recipe import TrainRecipe
-from megatron_g2rpo.train.run.directory import RunDirectoryError, claimed, joined, run_id
+from megatron_g2rpo.train.run.directory import claimed, joined
 from megatron_g2rpo.train.run.lock import DirectoryInUseError, Lock
 from megatron_g2rpo.train.run.metrics_file import MetricsFileError
+from megatron_g2rpo.train.run.owners import RunDirectoryError, run_id
 from megatron_g2rpo.weights.manifest import Manifest, write_manifest
 
 MakeRecipe = Callable[..., TrainRecipe]
