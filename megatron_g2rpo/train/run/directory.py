@@ -200,10 +200,8 @@ def _check_none_was_saved(directory: Path, checkpoints: Path, logged: int, befor
         logged: the last step in its ``metrics.jsonl``.
         before: the settings that it had; empty where they are not known.
     """
-    period, last = (
-        before.get("checkpointing.save_period"),
-        before.get("grpo.max_num_steps", before.get("sft.max_num_steps")),
-    )
+    period = before.get("checkpointing.save_period")
+    last = before.get("grpo.max_num_steps", before.get("sft.max_num_steps"))
     if not isinstance(period, int) or not isinstance(last, int):
         why = f"{RECIPE_FILE} does not say whether one can have been saved"
     elif logged >= last or (directory / EXPORT_DIR).exists():
