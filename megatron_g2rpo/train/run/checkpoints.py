@@ -60,6 +60,7 @@ class Checkpoints:
         is_async: whether ``save`` returns while the files are being written. Then ``poll`` gives a checkpoint its name
             as soon as they are, and ``finish`` waits for that.
         note: shows the user a line, of one that could not be removed; called on the first rank.
+        saved: is told of each step whose checkpoint has its name; called on the first rank, and before any is removed.
     """
 
     def __init__(
@@ -72,10 +73,11 @@ class Checkpoints:
         recipe: str | None = None,
         is_async: bool = False,
         note: Callable[[str], None] = print,
+        saved: Callable[[int], None] = lambda step: None,
     ) -> None:
         self._retention = retention or Retention()
         self._settings, self._recipe, self._run_id = settings, recipe, run_id
-        self._is_async = is_async
+        self._is_async, self._saved = is_async, saved
         self._pending: Publication | None = None
         self._longest_s = 0.0
         self._shelf = Shelf(Path(directory), run_id, note)
@@ -211,10 +213,14 @@ class Checkpoints:
             return
         with self._cleaning():
             replaced = pending.publish()
-        from_first(lambda: self._shelf.say(replaced))
+        from_first(lambda: self._say_saved(pending.step, replaced))
         self._longest_s = max(self._longest_s, pending.seconds)
         self._shelf.written(pending.step)
         self._prune()
+
+    def _say_saved(self, step: int, replaced: str) -> None:
+        self._saved(step)
+        self._shelf.say(replaced)
 
     @contextmanager
     def _cleaning(self) -> Iterator[None]:

@@ -38,9 +38,9 @@ from megatron_g2rpo.train.run.owners import (
     refuse_within_live,
     steps_in,
 )
+from megatron_g2rpo.train.run.saved_record import last_saved, record_saved
 
 RECIPE_FILE = "recipe.yaml"
-EXPORT_DIR = "hf"  # in the run directory: the final policy
 SHOWN_DIFFERENCES = 5
 # Of the keys of a recipe; releases up to 0.1 wrote none.
 _VERSION, VERSION = "identity_version", 2
@@ -95,6 +95,7 @@ def claimed(recipe: Recipe, *, fresh: bool) -> Iterator[list[str]]:
         whole = {**identity, _VERSION: VERSION, RUN_ID: claim.run_id}
         directory = places[LOG_DIR]
         replace_bytes(directory / IDENTITY_FILE, yaml.safe_dump(whole, sort_keys=True).encode())
+        record_saved(directory, claim.last_saved)
         replace_bytes(directory / RECIPE_FILE, recipes.dump(recipe).encode())
         for each in locks.values():
             each.share()
@@ -122,10 +123,11 @@ def _is_requeued() -> bool:
 
 @dataclass(frozen=True)
 class _Claim:
-    """What a run that may start finds: its id, and lines for the user."""
+    """What a run that may start finds: its id, lines for the user, and the step of its newest checkpoint."""
 
     run_id: str
     notes: tuple[str, ...] = ()
+    last_saved: int = 0
 
 
 def _places(recipe: Recipe) -> dict[str, Path]:
@@ -153,7 +155,7 @@ def _checked(recipe: Recipe, identity: Mapping[str, Any]) -> _Claim:
         return _Claim(uuid.uuid4().hex)
     before = read_identity(directory)
     known = before.pop(RUN_ID, None)
-    if not saved and not (directory / METRICS_FILE).exists():
+    if not saved and not (directory / METRICS_FILE).exists() and not last_saved(directory):
         return _Claim(uuid.uuid4().hex)  # an attempt without a result owns nothing
     for theirs, names in owners_of(saved).items():
         if theirs != known:
@@ -163,7 +165,7 @@ def _checked(recipe: Recipe, identity: Mapping[str, Any]) -> _Claim:
                 f"{directory} belongs to {mine}; set the key to a directory of this run's own"
             )
     _check_same(identity, before, directory)
-    return _Claim(known or uuid.uuid4().hex, tuple(_continued(recipe, saved)))
+    return _Claim(known or uuid.uuid4().hex, tuple(_continued(recipe, saved)), max(saved, default=0))
 
 
 def _continued(recipe: Recipe, saved: Mapping[int, Path]) -> Iterator[str]:
@@ -179,7 +181,7 @@ def _continued(recipe: Recipe, saved: Mapping[int, Path]) -> Iterator[str]:
         )
     before, note = _read_recipe(directory / RECIPE_FILE)
     yield from note
-    if not saved and logged:
+    if not saved and (logged or last_saved(directory)):
         elsewhere = Path(str(before.get(CHECKPOINT_DIR, checkpoints)))
         if elsewhere != checkpoints and steps_in(elsewhere):
             raise RunDirectoryError(
@@ -192,7 +194,7 @@ def _continued(recipe: Recipe, saved: Mapping[int, Path]) -> Iterator[str]:
 
 
 def _check_none_was_saved(directory: Path, checkpoints: Path, logged: int, before: Mapping[str, Any]) -> None:
-    """Raise if a run of which no checkpoint is there may have saved one, and its steps would be lost with its metrics.
+    """Raise if a run of which no checkpoint is there has saved one: its steps would be lost, with their metrics.
 
     Args:
         directory: the run directory.
@@ -200,21 +202,20 @@ def _check_none_was_saved(directory: Path, checkpoints: Path, logged: int, befor
         logged: the last step in its ``metrics.jsonl``.
         before: the settings that it had; empty where they are not known.
     """
-    period = before.get("checkpointing.save_period")
-    last = before.get("grpo.max_num_steps", before.get("sft.max_num_steps"))
-    if not isinstance(period, int) or not isinstance(last, int):
-        why = f"{RECIPE_FILE} does not say whether one can have been saved"
-    elif logged >= last or (directory / EXPORT_DIR).exists():
-        why = "the run had ended"
-    elif logged >= period:
-        why = f"one was saved every {period} steps"
-    elif not checkpoints.exists():
-        why = "the directory was removed"  # which the run had made at its start
+    last = last_saved(directory)
+    if last is None:  # of a run of an earlier release, what it would have saved by then
+        period = before.get("checkpointing.save_period")
+        end = before.get("grpo.max_num_steps", before.get("sft.max_num_steps"))
+        if isinstance(period, int) and isinstance(end, int) and logged < min(period, end):
+            return
+        why = f"the run has logged {logged} steps, and will have saved one"
+    elif last > 0:
+        why = f"the run had saved step_{last}"
     else:
         return
     raise RunDirectoryError(
-        f"{CHECKPOINT_DIR}: {checkpoints} holds no checkpoints, and {directory} {logged} logged steps, which would be "
-        f"lost ({why}); restore the checkpoints, or pass --fresh to move the run aside and start anew"
+        f"{CHECKPOINT_DIR}: {checkpoints} holds no checkpoint, but {why}: it would begin at step 0, and its metrics in "
+        f"{directory} be lost; restore a checkpoint, or pass --fresh to move the run aside and start anew"
     )
 
 

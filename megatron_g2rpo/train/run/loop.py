@@ -19,11 +19,11 @@ from megatron_g2rpo.rollout.base import EngineUnavailable
 from megatron_g2rpo.train.assembly import Components
 from megatron_g2rpo.train.run import metrics_file
 from megatron_g2rpo.train.run.checkpoints import Checkpoints, Found
-from megatron_g2rpo.train.run.directory import EXPORT_DIR
 from megatron_g2rpo.train.run.logs import MetricsLog, StepMetrics
 from megatron_g2rpo.train.run.metrics_file import METRICS_FILE
 from megatron_g2rpo.train.run.owners import run_id
 from megatron_g2rpo.train.run.retention import Retention
+from megatron_g2rpo.train.run.saved_record import record_saved
 from megatron_g2rpo.train.run.stopping import RunStopped, SamplingStopped
 from megatron_g2rpo.train.run.validation import validate
 
@@ -54,7 +54,7 @@ class Run:
         self._loop = recipe.grpo if isinstance(recipe, TrainRecipe) else recipe.sft
         options = recipe.checkpointing
         self._run_id = from_first(lambda: run_id(recipe.logger.log_dir))
-        self._export = Path(recipe.logger.log_dir) / EXPORT_DIR
+        self._export = Path(recipe.logger.log_dir) / "hf"
         if options.export_hf:  # now, not after days of training
             from_first(lambda: weights.Owner(self._run_id).check(self._export))
         self._checkpoints = Checkpoints(
@@ -65,6 +65,7 @@ class Run:
             recipe=recipes.dump(recipe),
             is_async=options.async_save,
             note=self._note,
+            saved=self._saved_step,
         )
         self._stopping = components.stopping
         self.first_step, self.logged_step = 0, -1
@@ -97,6 +98,10 @@ class Run:
             self._notes.append(line)
         else:
             self._log.note(line)
+
+    def _saved_step(self, step: int) -> None:
+        if self._run_id:  # else nobody has claimed the directory, and nobody will ask
+            record_saved(Path(self._recipe.logger.log_dir), step)
 
     def _unrecorded(self) -> list[str]:
         """A line for the user if steps that the run goes on from are not in its log."""
