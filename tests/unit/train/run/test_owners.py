@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claims: whatever a path looks like, no run goes on from, moves or begins in what is another's; none is begun twice."""
+"""Claims: whatever its paths look like, no run goes on from, moves or begins in another's; none is begun twice."""
 
 from __future__ import annotations
 
