@@ -209,7 +209,7 @@ def test_of_a_checkpoint_that_is_a_link_the_link_is_removed(model_dir: Path, tmp
     (directory / "step_1").symlink_to(elsewhere)
     (directory / "step_3").symlink_to(tmp_path / "nowhere")
     checkpoints.save(3, policy, {})
-    assert names_in(directory) == ["step_1", "step_3", "step_3.damaged-1"]
+    assert names_in(directory) == ["step_1", "step_3"], "it is none of step 1"
     assert read_manifest(elsewhere) is not None
     assert f"step_2.replaced was a link to {elsewhere}, which stays" in said[0]
 
