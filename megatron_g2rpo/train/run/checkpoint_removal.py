@@ -53,7 +53,7 @@ def remove_tree(place: Path) -> None:
         place.unlink()
         return
     stays: list[OSError] = []
-    for path in place.iterdir():
+    for path in sorted(place.iterdir()):
         try:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

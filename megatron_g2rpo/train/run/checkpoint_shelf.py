@@ -22,8 +22,8 @@ from megatron_g2rpo.weights.soundness import faults_of_share
 class Shelf:
     """The checkpoints in a directory, seen by one run.
 
-    Only the methods that say so are collectives of all ranks; the others, but ``path`` and those that know of one
-    process, are for the first rank.
+    Methods are for the first rank, but for collectives of all ranks, which say so, and for ``path`` and what a process
+    knows of a step.
 
     Args:
         directory: the directory.
@@ -215,8 +215,8 @@ class Shelf:
                     f"warning: {left} is not known to be this run's, and is left where it is; remove it if no run "
                     "needs it"
                 )
-            elif left in self._stuck:  # what writes there was waited for
-                self.remove(left)
+            elif left in self._stuck:  # it was waited for, and said
+                removed(left)
             else:
                 self.say(removed(left, remove_unfinished))
                 self._stuck.update([left] if left.exists() else [])

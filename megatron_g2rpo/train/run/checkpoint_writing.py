@@ -42,7 +42,7 @@ _STRATEGY: Any = (
 )
 
 # megatron-core warns of a directory that is not empty: a new checkpoint's holds a manifest, which says whose it is.
-logging.getLogger(serialization.__name__).addFilter(lambda record: "Overwriting old incomplete" not in record.msg)
+logging.getLogger(serialization.__name__).addFilter(lambda record: "Overwriting old incomplete" not in str(record.msg))
 
 
 class CheckpointWriteError(OSError):
