@@ -22,6 +22,7 @@ from megatron_g2rpo.policy.layer_spec import CHECKPOINT_NAMES
 from megatron_g2rpo.weights import CheckpointError
 from megatron_g2rpo.weights.checkpoint_metadata import read_metadata, reason
 
+_READER = "PytorchStreamReader"  # what torch's errors about an archive that it cannot read say
 _DATA_ALONE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
@@ -47,7 +48,9 @@ def load(template: dict[str, Any], directory: str | Path) -> Any:
     except CheckpointException as error:  # a BaseException: no handler of errors would see it
         why = "; ".join(f"rank {rank}: {reason(cause)}" for rank, (cause, _) in sorted(error.failures.items()))
         raise CheckpointError(f"{directory} cannot be read: {why}") from error
-    except (EOFError, pickle.UnpicklingError) as error:
+    except (EOFError, pickle.UnpicklingError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and _READER not in str(error):
+            raise  # of the device or of the network
         raise CheckpointError(
             f"{directory}: a file of it is damaged ({reason(error)}); use another checkpoint"
         ) from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Home directories and environment variables in the paths of a recipe: ``~/data``, ``$SCRATCH/run``."""
+"""Home directories, environment variables and ``..`` in the paths of a recipe: ``~/data``, ``$SCRATCH/run``."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ PATH_KEYS = (
     "logger.log_dir",
     "checkpointing.checkpoint_dir",
 )
+# Of these, the directories that a run makes. The operating system finds what is behind ``new/..`` only once ``new`` is
+# there: what lies in such a directory would be seen only after it was claimed.
+_MADE = ("logger.log_dir", "checkpointing.checkpoint_dir")
 _VARIABLE = re.compile(r"\$(\w+)")
 
 
 def expand_paths(tree: dict[str, Any]) -> Iterator[Fault]:
-    """Replace ``~`` and environment variables in every path of a recipe, in place.
+    """Replace ``~`` and environment variables in every path of a recipe, and ``..`` in those to write to, in place.
 
     Args:
         tree: the keys of a recipe, interpolated.
@@ -44,6 +47,9 @@ def expand_paths(tree: dict[str, Any]) -> Iterator[Fault]:
             yield Fault(
                 dotted, f"'{dotted}': the environment variable {error.args[0]} of {section[name]!r} is not set here"
             )
+        else:
+            if dotted in _MADE:
+                section[name] = _without_dots(section[name])
 
 
 def expanded(path: str) -> str:
@@ -53,6 +59,12 @@ def expanded(path: str) -> str:
         KeyError: a variable is not set; the error holds its name.
     """
     return os.path.expanduser(_VARIABLE.sub(lambda found: os.environ[found[1]], path))
+
+
+def _without_dots(path: Any) -> Any:
+    if isinstance(path, str) and os.pardir in path.split(os.sep):
+        return os.path.realpath(path)
+    return path
 
 
 def _expanded(value: Any) -> Any:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,7 +101,8 @@ def read_metadata(directory: Path) -> Metadata:
 def structural_faults(directory: Path) -> Iterator[str]:
     """Iterate over what can be seen to be wrong with a checkpoint that has no manifest, a sentence each.
 
-    Files that are missing or too short are found; bytes that are others than were written are not.
+    Files that are missing or too short are found; bytes that are others than were written are not, but for those of
+    ``common.pt``, an archive with checksums. What that names is not looked at: that is for who loads it to refuse.
     """
     try:
         metadata = read_metadata(directory)
@@ -115,3 +118,15 @@ def structural_faults(directory: Path) -> Iterator[str]:
             yield f"{file} is missing"
         elif (size := file.stat().st_size) < least:
             yield f"{file} has {size} bytes, at least {least} were written"
+        elif name == COMMON and (why := _fault_of_archive(file)):
+            yield f"{file} is damaged: {why}"
+
+
+def _fault_of_archive(file: Path) -> str:
+    """What is wrong with a file of ``torch.save``; empty if nothing is. Nothing in it is unpickled."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+        return reason(error)
+    return f"{broken} in it holds other bytes than were written" if broken else ""

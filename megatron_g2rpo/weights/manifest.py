@@ -17,6 +17,8 @@ from pathlib import Path
 from megatron_g2rpo.weights.safetensors_directory import CheckpointError
 
 MANIFEST = "manifest.json"
+# In a checkpoint of a run: its recipe. No release wrote that without a manifest beside it.
+RECIPE_FILE = "recipe.yaml"
 _FORMAT = 1
 
 
@@ -73,19 +75,21 @@ def files_of(directory: Path) -> list[str]:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write a checkpoint's manifest, and wait until it is on the disk."""
+    """Write a checkpoint's manifest, and wait until it is on the disk; one that is there is replaced as a whole."""
     text = json.dumps({"format": _FORMAT, **asdict(manifest)}, indent=1, sort_keys=True)
-    with (directory / MANIFEST).open("w") as file:
+    partial = directory / (MANIFEST + ".partial")
+    with partial.open("w") as file:
         file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
+    partial.replace(directory / MANIFEST)
 
 
 def read_manifest(directory: Path) -> Manifest | None:
     """Return a checkpoint's manifest; None where there is none, as in checkpoints of releases up to 0.4.
 
     Raises:
-        CheckpointError: the manifest is damaged.
+        CheckpointError: the manifest is damaged, or cannot be read.
     """
     path = directory / MANIFEST
     try:
@@ -103,6 +107,8 @@ def read_manifest(directory: Path) -> Manifest | None:
         )
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r})") from error
 

@@ -39,7 +39,7 @@ class Owner:
     """Whose directories may be replaced.
 
     Attributes:
-        run_id: the run, see ``train.run.directory.run_id``; empty for a command that is no run's, which replaces
+        run_id: the run, see ``train.run.owners.run_id``; empty for a command that is no run's, which replaces
             nothing.
     """
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from megatron_g2rpo import progress
 from megatron_g2rpo.collectives import gather
 from megatron_g2rpo.weights.checkpoint_metadata import structural_faults
-from megatron_g2rpo.weights.manifest import faults, read_manifest
+from megatron_g2rpo.weights.manifest import MANIFEST, RECIPE_FILE, faults, read_manifest
 from megatron_g2rpo.weights.safetensors_directory import CheckpointError
 
 _SHOWN = 5  # in a message
@@ -22,7 +23,7 @@ def check_whole(checkpoint: Path) -> None:
     """Check that a Megatron checkpoint's files are what was written. A collective of all ranks, which share the files.
 
     Without a manifest, as in checkpoints of releases up to 0.4 and of other programs, missing and short files are
-    found, and bytes that changed are not.
+    found, and bytes that changed are not. One of a later release's run that has lost its manifest is damaged.
 
     Raises:
         CheckpointError: they are not; names every file.
@@ -41,12 +42,21 @@ def faults_of_share(checkpoint: Path) -> list[str]:
     """
     manifest = read_manifest(checkpoint)
     if manifest is None:
-        return list(structural_faults(checkpoint)) if dist.get_rank() == 0 else []
+        return list(_faults_without_manifest(checkpoint)) if dist.get_rank() == 0 else []
     found: list[str] = []
     for path in sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]:
         found += faults(checkpoint, manifest, [path])
         progress.advance()  # a rank that reads for long does not hang
     return found
+
+
+def _faults_without_manifest(checkpoint: Path) -> Iterator[str]:
+    if (checkpoint / RECIPE_FILE).is_file():
+        yield (
+            f"{checkpoint / MANIFEST} is missing, which was written with the {RECIPE_FILE} beside it: what the other "
+            "files must be is not known"
+        )
+    yield from structural_faults(checkpoint)
 
 
 def flaw(tensor: Tensor, dtype: torch.dtype) -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_g2rpo.weights.manifest import MANIFEST
+from megatron_g2rpo.weights.manifest import MANIFEST, RECIPE_FILE
 from tests.e2e.test_train import BARE, FIVE_DIGITS, TENSOR_PARALLEL, assert_same_step
 from tests.e2e.toy import Toy, error_of, metrics, succeed
 
@@ -71,7 +71,8 @@ def test_a_checkpoint_that_breaks_off_ends_every_process_and_leaves_nothing(stra
     """One of two processes fails in the middle of its files."""
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(straight / "checkpoints" / "step_4", checkpoint)
-    (checkpoint / MANIFEST).unlink()  # as of a release that wrote none: changed bytes are found as they are read
+    for name in (MANIFEST, RECIPE_FILE):  # as of a release that wrote none: changed bytes are found as they are read
+        (checkpoint / name).unlink()
     for file in checkpoint.glob("*.distcp"):
         half = file.stat().st_size // 2
         file.write_bytes(file.read_bytes()[:half] + bytes(file.stat().st_size - half))
@@ -109,7 +110,8 @@ def test_code_in_a_checkpoint_runs_in_no_command(toy: Toy, straight: Path, tmp_p
     run, ran = tmp_path / "run", tmp_path / "ran"
     shutil.copytree(straight, run)
     for checkpoint in (run / "checkpoints").iterdir():
-        (checkpoint / "manifest.json").unlink()
+        for name in (MANIFEST, RECIPE_FILE):
+            (checkpoint / name).unlink()
         metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
         metadata.planner_data = Payload(ran)
         (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))

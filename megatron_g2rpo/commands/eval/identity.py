@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_g2rpo.commands.eval.answers_file import ANSWERS, UNUSABLE, EvaluationError
 from megatron_g2rpo.recipe import Recipe, flatten
-from megatron_g2rpo.train.run.directory import move_aside
+from megatron_g2rpo.train.run.fresh import move_aside
 from megatron_g2rpo.weights import SafetensorsDirectory
 from megatron_g2rpo.weights.ownership import MARKER
 

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
+import os
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -13,9 +12,11 @@ from typing import Any
 
 from megatron_g2rpo.collectives import from_first, gather
 from megatron_g2rpo.policy.megatron import MegatronPolicy
+from megatron_g2rpo.train.run.checkpoint_removal import aside, remove_unfinished, removed
 from megatron_g2rpo.train.run.checkpoint_writing import CheckpointWriteError, Writing
 from megatron_g2rpo.weights import ProcessorSettings, copy_model_files, partial_path
 from megatron_g2rpo.weights.manifest import (
+    RECIPE_FILE,
     FileRecord,
     Manifest,
     files_of,
@@ -27,11 +28,6 @@ from megatron_g2rpo.weights.manifest import (
 from megatron_g2rpo.weights.megatron_checkpoint import MODEL_FILES
 
 REPLACED = ".replaced"
-RECIPE_FILE = "recipe.yaml"
-# Seconds in which ranks whose launcher was killed have noticed it, and ended.
-_OUTLIVED_S = 15.0
-# What the removal of a directory raises while another process writes into it, or has a file of it open on NFS.
-_IN_USE = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.EBUSY)
 
 
 class Publication:
@@ -80,8 +76,11 @@ class Publication:
         """Whether the files are on the disk, or could not be written, on every rank."""
         return self._writing.is_done()
 
-    def publish(self) -> None:
+    def publish(self) -> str:
         """Wait for the files, and give the checkpoint its name.
+
+        Returns:
+            What the user must know of one that it has replaced, else nothing.
 
         Raises:
             CheckpointWriteError: a rank could not write its files; what was there before is as it was.
@@ -92,13 +91,15 @@ class Publication:
         everyone = gather(lambda: (mine, self._writing.seconds))
         found = {path: record for records_of_rank, _ in everyone for path, record in records_of_rank.items()}
         slowest = max(seconds for _, seconds in everyone)
-        from_first(lambda: self._publish(found, lambda: slowest + time.monotonic() - written))
+        note = from_first(lambda: self._publish(found, lambda: slowest + time.monotonic() - written))
         self.seconds = slowest + time.monotonic() - written
+        return note
 
     def _make_partial(self) -> None:
         try:
             remove_unfinished(self._partial)
             self._partial.mkdir(parents=True)
+            write_manifest(self._partial, self._manifest({}, None))  # whose it is, should the job be killed
         except CheckpointWriteError:
             raise
         except OSError as error:
@@ -114,7 +115,7 @@ class Publication:
         written = [path for path in files_of(self._partial) if path.startswith(f"{MODEL_FILES}/")]
         return [*written, *([RECIPE_FILE] if self._recipe is not None else [])]
 
-    def _publish(self, found: Mapping[str, FileRecord], seconds: Callable[[], float]) -> None:
+    def _publish(self, found: Mapping[str, FileRecord], seconds: Callable[[], float]) -> str:
         """Give a checkpoint that is written its name. At every moment the old or the new one can be found.
 
         Args:
@@ -127,16 +128,17 @@ class Publication:
             write_manifest(self._partial, self._manifest({**found, **others}, seconds()))
             sync(self._partial)
             old = self._directory.with_name(self._directory.name + REPLACED)
-            if self._directory.exists():
+            if os.path.lexists(old):  # of a save long before, if it could neither be used nor removed
+                old.rename(aside(old))
+            if os.path.lexists(self._directory):
                 self._directory.rename(old)
             self._partial.rename(self._directory)
             sync(self._directory.parent)
-            if old.exists():
-                shutil.rmtree(old)
         except OSError as error:
             raise CheckpointWriteError.of(error, self._partial) from error
+        return removed(old) if os.path.lexists(old) else ""
 
-    def _manifest(self, files: Mapping[str, FileRecord], seconds: float) -> Manifest:
+    def _manifest(self, files: Mapping[str, FileRecord], seconds: float | None) -> Manifest:
         return Manifest(
             run_id=self._run_id,
             step=self.step,
@@ -145,35 +147,3 @@ class Publication:
             files=files,
             seconds=seconds,
         )
-
-
-def aside(place: Path) -> Path:
-    """Return a free name beside a damaged checkpoint, to which it is renamed, so that nothing goes on from it."""
-    number = 1
-    while (free := place.with_name(f"{place.name}.damaged-{number}")).exists():
-        number += 1
-    return free
-
-
-def remove_unfinished(partial: Path) -> None:
-    """Remove what a job left that was killed while it saved, if it left anything.
-
-    Where its launcher was killed, its ranks may write for some seconds more: so long this tries again.
-
-    Raises:
-        CheckpointWriteError: another process still writes there; names the directory.
-    """
-    deadline = time.monotonic() + _OUTLIVED_S
-    while partial.exists():
-        try:
-            shutil.rmtree(partial)
-        except OSError as error:
-            if error.errno not in _IN_USE:
-                raise
-            if time.monotonic() > deadline:
-                raise CheckpointWriteError(
-                    f"{partial} cannot be removed, as another process writes there ({error.strerror}): a rank of an "
-                    "earlier job, perhaps on another node, has outlived it; end that process, and start the command "
-                    "again"
-                ) from error
-            time.sleep(0.1)

@@ -10,6 +10,7 @@ system, where it holds no lock of Python's.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import queue
 import shutil
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
@@ -38,6 +40,9 @@ _STRATEGY: Any = (
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters  # type: ignore[arg-type]
     else {}
 )
+
+# megatron-core warns of a directory that is not empty: a new checkpoint's holds a manifest, which says whose it is.
+logging.getLogger(serialization.__name__).addFilter(lambda record: "Overwriting old incomplete" not in str(record.msg))
 
 
 class CheckpointWriteError(OSError):
@@ -62,7 +67,7 @@ class Writing:
 
     Args:
         state: a sharded state dict, and plain values that are equal on every rank.
-        directory: an empty directory that every rank sees.
+        directory: a directory that every rank sees, empty but for a manifest.
         beside: writes further files, in the first rank's thread, and returns their paths within the directory.
 
     Attributes:

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +16,11 @@ from megatron_g2rpo.collectives import from_first, gather
 from megatron_g2rpo.policy import checkpoint_reading
 from megatron_g2rpo.policy.finite import non_finite
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from megatron_g2rpo.train.run.checkpoint_publishing import REPLACED, Publication, aside, remove_unfinished
+from megatron_g2rpo.train.run.checkpoint_publishing import Publication
+from megatron_g2rpo.train.run.checkpoint_shelf import Shelf
 from megatron_g2rpo.train.run.retention import Retention
-from megatron_g2rpo.weights import CheckpointError, ProcessorSettings, partial_path
-from megatron_g2rpo.weights.manifest import Manifest, read_manifest
-from megatron_g2rpo.weights.soundness import faults_of_share
+from megatron_g2rpo.weights import CheckpointError, ProcessorSettings
 
-_NAME = re.compile(r"step_(\d+)")
 SHOWN_TENSORS = 5
 
 
@@ -63,6 +59,8 @@ class Checkpoints:
         recipe: text of the run's recipe, which is kept in each of them; None for none.
         is_async: whether ``save`` returns while the files are being written. Then ``poll`` gives a checkpoint its name
             as soon as they are, and ``finish`` waits for that.
+        note: shows the user a line, of one that could not be removed; called on the first rank.
+        saved: is told of each step whose checkpoint has its name; called on the first rank, and before any is removed.
     """
 
     def __init__(
@@ -74,15 +72,15 @@ class Checkpoints:
         run_id: str = "",
         recipe: str | None = None,
         is_async: bool = False,
+        note: Callable[[str], None] = print,
+        saved: Callable[[int], None] = lambda step: None,
     ) -> None:
-        self._directory = Path(directory)
         self._retention = retention or Retention()
         self._settings, self._recipe, self._run_id = settings, recipe, run_id
-        self._is_async = is_async
+        self._is_async, self._saved = is_async, saved
         self._pending: Publication | None = None
         self._longest_s = 0.0
-        # Step -> what is wrong with its files, of those that were read, or written, by this process.
-        self._faults: dict[int, Sequence[str]] = {}
+        self._shelf = Shelf(Path(directory), run_id, note)
 
     @property
     def longest_s(self) -> float:
@@ -93,7 +91,7 @@ class Checkpoints:
 
     def has(self, step: int) -> bool:
         """Whether this process has written the checkpoint of a step, or found it whole."""
-        return step in self._faults and not self._faults[step]
+        return self._shelf.is_known_whole(step)
 
     def newest_whole(self) -> Found:
         """Find the newest checkpoint of which every file is what was written. A collective of all ranks.
@@ -106,19 +104,23 @@ class Checkpoints:
         one, past steps that this run has dropped from its records.
 
         Raises:
-            CheckpointError: there are checkpoints, and all of them are damaged; each is named with why.
+            CheckpointError: there are checkpoints, and all of them are damaged; each is named with why. Or one belongs
+                to another run.
             OSError: a damaged one cannot be moved.
         """
-        steps = from_first(lambda: sorted(self._recovered(), reverse=True))
+        shelf = self._shelf
+        from_first(lambda: shelf.refuse_others(shelf.steps()))
+        recovered = shelf.recover()
+        steps = from_first(lambda: sorted(shelf.steps(), reverse=True))
         damaged: dict[int, str] = {}
         for step in steps:
-            wrong = self._faults_of(step)
+            wrong = shelf.faults_of(step)
             if not wrong:
-                manifest = from_first(lambda at=step: read_manifest(self._path(at)))
-                moved = from_first(lambda: [self._move_aside(other) for other in damaged])
+                manifest = from_first(lambda at=step: shelf.manifest(at))
+                moved = from_first(lambda: [shelf.move_aside(other) for other in damaged])
                 for other in damaged:
-                    del self._faults[other]
-                notes = [
+                    shelf.forget(other)
+                notes = recovered + [
                     f"{why}; it is now {name}, and the run goes on from step {step}"
                     for why, name in zip(damaged.values(), moved, strict=True)
                 ]
@@ -129,34 +131,12 @@ class Checkpoints:
             damaged[step] = f"checkpoint step_{step} is damaged: {wrong[0]}{more}"
         if damaged:
             raise CheckpointError(
-                f"{self._directory}: no checkpoint is whole:\n"
+                f"{shelf.directory}: no checkpoint is whole:\n"
                 + "\n".join(damaged.values())
                 + "\nrestore one of them, or pass "
                 "--fresh to move the run aside and start anew"
             )
         return Found(None)
-
-    def _move_aside(self, step: int) -> str:
-        """Rename a damaged checkpoint, and return its new name."""
-        place = self._path(step)
-        return place.rename(aside(place)).name
-
-    def _faults_of(self, step: int) -> Sequence[str]:
-        """What of a checkpoint's files is not as it was written. A collective of all ranks; read once a process."""
-        if step not in self._faults:
-            found = gather(lambda: self._faults_of_share(step))
-            self._faults[step] = [sentence for rank in found for sentence in rank]
-        return self._faults[step]
-
-    def _faults_of_share(self, step: int) -> list[str]:
-        """What of this rank's share of a checkpoint's files is not as it was written."""
-        directory = self._path(step)
-        if not directory.is_dir():
-            return [f"{directory} is no directory"]
-        try:
-            return faults_of_share(directory)
-        except (CheckpointError, OSError) as error:
-            return [str(error)]
 
     def load(self, step: int, policy: MegatronPolicy) -> dict[str, Any]:
         """Restore a checkpoint into the policy, which may have another layout. A collective.
@@ -166,7 +146,7 @@ class Checkpoints:
         """
         with policy.device.megatron():
             loaded: Any = checkpoint_reading.load(
-                {**policy.sharded_state_dict(is_loading=True), "loop": {}}, self._path(step)
+                {**policy.sharded_state_dict(is_loading=True), "loop": {}}, self._shelf.path(step)
             )
             loop = loaded.pop("loop")
             policy.load_state_dict(loaded)
@@ -196,12 +176,12 @@ class Checkpoints:
         self.finish()
         tensors = policy.sharded_state_dict()
         _check_finite(tensors, step)
-        damaged = bool(self._faults.get(step))
+        damaged = self._shelf.is_known_damaged(step)
         from_first(lambda: self._make_way(step, damaged=damaged))
-        self._faults.pop(step, None)
+        self._shelf.forget(step)
         with self._cleaning():
             self._pending = Publication(
-                self._path(step),
+                self._shelf.path(step),
                 policy,
                 {**tensors, "loop": {"step": step, **state}},
                 self._settings,
@@ -232,10 +212,15 @@ class Checkpoints:
         if pending is None:
             return
         with self._cleaning():
-            pending.publish()
+            replaced = pending.publish()
+        from_first(lambda: self._say_saved(pending.step, replaced))
         self._longest_s = max(self._longest_s, pending.seconds)
-        self._faults[pending.step] = ()
+        self._shelf.written(pending.step)
         self._prune()
+
+    def _say_saved(self, step: int, replaced: str) -> None:
+        self._saved(step)
+        self._shelf.say(replaced)
 
     @contextmanager
     def _cleaning(self) -> Iterator[None]:
@@ -244,89 +229,41 @@ class Checkpoints:
             yield
         except OSError:
             if dist.get_rank() == 0:  # which may be the only one to know
-                self._remove_unfinished()
+                self._shelf.remove_unfinished()
             raise
 
     def _make_way(self, step: int, *, damaged: bool) -> None:
         """Remove what a killed job left unfinished, and rename what has the name of a new checkpoint and is none."""
-        self._remove_unfinished()
-        place = self._path(step)
-        if not place.exists():
+        self._shelf.remove_unfinished(but=step)
+        self._shelf.clear(step)
+        if not os.path.lexists(self._shelf.path(step)):
             return
+        self._shelf.refuse_others([step])
         try:
-            manifest = read_manifest(place)
-        except (CheckpointError, OSError):
-            manifest, damaged = None, True
-        if manifest is not None and manifest.run_id != self._run_id:
-            theirs, ours = manifest.run_id or "none", self._run_id or "none"
-            raise CheckpointError(
-                f"{place} belongs to another run ({theirs}; this is {ours}) and is not replaced: set "
-                "checkpointing.checkpoint_dir to another directory"
-            )
+            self._shelf.manifest(step)
+        except CheckpointError:
+            damaged = True
         if damaged:
-            self._move_aside(step)
-
-    def _remove_unfinished(self) -> None:
-        """Remove what a job left that was killed while it saved."""
-        for left in self._directory.glob("step_*.partial"):
-            remove_unfinished(left)
-
-    # -- names --------------------------------------------------------------------------------------------------------
-
-    def _path(self, step: int) -> Path:
-        return self._directory / f"step_{step}"
-
-    def _recovered(self) -> list[int]:
-        """The steps, after a checkpoint that was about to be replaced when its job ended has its name again."""
-        for old in self._directory.glob(f"step_*{REPLACED}"):
-            place = old.with_name(old.name.removesuffix(REPLACED))
-            if place.exists():
-                shutil.rmtree(old)
-            else:
-                old.rename(place)
-        return self._steps()
-
-    def _steps(self) -> list[int]:
-        """Steps of all that has a checkpoint's name; a file that has is a damaged one."""
-        if not self._directory.exists():
-            return []
-        matches = (_NAME.fullmatch(name) for name in os.listdir(self._directory))
-        return [int(match[1]) for match in matches if match]
+            self._shelf.move_aside(step)
 
     def _prune(self) -> None:
         """Remove what ``Retention`` does not keep of this run's checkpoints. A collective.
 
-        A damaged one counts for nothing, and is left to whoever looks into it. Those that an earlier process wrote are
-        read once, when there is one to remove.
+        One that cannot be removed is said, and stays. A damaged one counts for nothing, and is left to whoever looks
+        into it. Those that an earlier process wrote are read once, when there is one to remove.
         """
         keep = self._retention.keep_top_k
-        ours = from_first(lambda: self._ours(self._steps()))
+        ours = from_first(self._shelf.ours)
         if keep is None or len(ours) <= keep:
             return
-        whole = {step: metrics for step, metrics in ours.items() if not self._faults_of(step)}
+        whole = {step: metrics for step, metrics in ours.items() if not self._shelf.faults_of(step)}
         kept = self._retention.kept(whole)
 
         def remove() -> None:
             for step in sorted(whole.keys() - kept):
-                # Without its name first: a job that is killed meanwhile leaves no checkpoint that looks damaged.
-                shutil.rmtree(self._path(step).rename(partial_path(self._path(step))))
+                self._shelf.retire(step)
 
         from_first(remove)
-
-    def _ours(self, steps: Iterable[int]) -> dict[int, Mapping[str, float]]:
-        """Metrics by step of the checkpoints that this run wrote.
-
-        Those of releases up to 0.4 say nothing, and count as its own: without a metric.
-        """
-        found: dict[int, Mapping[str, float]] = {}
-        for step in steps:
-            try:
-                manifest: Manifest | None = read_manifest(self._path(step))
-            except (CheckpointError, OSError):
-                continue
-            if manifest is None or manifest.run_id == self._run_id:
-                found[step] = manifest.metrics if manifest is not None else {}
-        return found
 
 
 def write_checkpoint(

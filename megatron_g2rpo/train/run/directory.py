@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The run directory belongs to one recipe and one live job: it is claimed, continued or refused before the loop starts.
 
-Nothing is removed or continued here that is another run's. ``step_N/manifest.json`` says whose a checkpoint is,
-``identity.yaml`` whose the directory.
+Nothing is removed or continued here that is another run's, see ``owners``.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +19,36 @@ import yaml
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.recipe import Recipe
 from megatron_g2rpo.train.run import metrics_file
-from megatron_g2rpo.train.run.files import PARTIAL, PROBE, check_writable, replace_bytes
+from megatron_g2rpo.train.run.files import check_writable, replace_bytes
+from megatron_g2rpo.train.run.fresh import set_aside
 from megatron_g2rpo.train.run.lock import LOCK_FILE, Lock
 from megatron_g2rpo.train.run.metrics_file import METRICS_FILE
 from megatron_g2rpo.train.run.model_fingerprint import model_fingerprint
-from megatron_g2rpo.weights import CheckpointError
-from megatron_g2rpo.weights.manifest import read_manifest
+from megatron_g2rpo.train.run.owners import (
+    CHECKPOINT_DIR,
+    IDENTITY_FILE,
+    LOG_DIR,
+    RUN_ID,
+    RunDirectoryError,
+    different,
+    first_line,
+    is_unclaimed,
+    owners_of,
+    read_identity,
+    refuse_within_live,
+    steps_in,
+)
+from megatron_g2rpo.train.run.saved_record import last_saved, record_saved
 
-RECIPE_FILE, IDENTITY_FILE = "recipe.yaml", "identity.yaml"
-LOG_DIR, CHECKPOINT_DIR = "logger.log_dir", "checkpointing.checkpoint_dir"
+RECIPE_FILE = "recipe.yaml"
 SHOWN_DIFFERENCES = 5
 # Of the keys of a recipe; releases up to 0.1 wrote none.
 _VERSION, VERSION = "identity_version", 2
 _MODEL = "model_fingerprint"
-_RUN_ID = "run_id"
 _NEW_OF_TASKS = ("response_format", "reward_weights")
-# What an attempt may leave that ended before it claimed the directory.
-_UNCLAIMED = (LOCK_FILE, IDENTITY_FILE + PARTIAL)
 # Seconds that a job which Slurm has queued again waits for its earlier self: nobody starts the command again, and a
 # file server holds the lock of a node that was lost until its lease is over.
 REQUEUED_WAIT_S, _RESTARTS = 180.0, "SLURM_RESTART_COUNT"
-
-
-class RunDirectoryError(ValueError):
-    """The run directory cannot be used for this recipe."""
 
 
 @contextmanager
@@ -59,7 +63,8 @@ def claimed(recipe: Recipe, *, fresh: bool) -> Iterator[list[str]]:
         Lines for the user: which keys the continuation has changed, of those that it may change.
 
     Raises:
-        DirectoryInUseError: another job is at work in the run directory or in ``checkpointing.checkpoint_dir``.
+        DirectoryInUseError: another job is at work in the run directory or in ``checkpointing.checkpoint_dir``, or in
+            a run directory around one of them; with ``fresh``, also in a directory within.
         RunDirectoryError: the directory belongs to another recipe (the keys that differ are named), holds files that
             are no run's, or has results that this run could only overwrite; ``checkpointing.checkpoint_dir`` holds the
             checkpoints of another run.
@@ -67,15 +72,16 @@ def claimed(recipe: Recipe, *, fresh: bool) -> Iterator[list[str]]:
         OSError: a directory cannot be written to; names its key.
     """
     places = _places(recipe)
+    refuse_within_live(places)
     if fresh:
-        _set_aside(recipe)
+        set_aside(recipe)
     with ExitStack() as held:
 
         def lock(key: str) -> None:
             locks[key] = held.enter_context(Lock(places[key], key, wait_s=wait_s))
 
         locks: dict[str, Lock] = {}
-        wait_s = REQUEUED_WAIT_S if int(os.environ.get(_RESTARTS, "0")) else 0.0
+        wait_s = REQUEUED_WAIT_S if _is_requeued() else 0.0
         for key in places:
             if (places[key] / LOCK_FILE).exists():
                 lock(key)
@@ -86,9 +92,10 @@ def claimed(recipe: Recipe, *, fresh: bool) -> Iterator[list[str]]:
                 lock(key)
             locks[key].say(claim.run_id)
             check_writable(places[key], key)
-        whole = {**identity, _VERSION: VERSION, _RUN_ID: claim.run_id}
+        whole = {**identity, _VERSION: VERSION, RUN_ID: claim.run_id}
         directory = places[LOG_DIR]
         replace_bytes(directory / IDENTITY_FILE, yaml.safe_dump(whole, sort_keys=True).encode())
+        record_saved(directory, claim.last_saved)
         replace_bytes(directory / RECIPE_FILE, recipes.dump(recipe).encode())
         for each in locks.values():
             each.share()
@@ -108,21 +115,19 @@ def joined(recipe: Recipe) -> Iterator[None]:
         yield
 
 
-def run_id(directory: str | Path) -> str:
-    """Return the id of the run that a directory belongs to, which its checkpoints name; empty if no run claimed it.
-
-    Raises:
-        RunDirectoryError: the file that says so is damaged.
-    """
-    return _read_identity(Path(directory)).get(_RUN_ID, "")
+def _is_requeued() -> bool:
+    """Whether Slurm has queued the job again, by the count that it sets; what is none was not set by Slurm."""
+    count = os.environ.get(_RESTARTS, "")
+    return count.isascii() and count.isdecimal() and int(count) > 0
 
 
 @dataclass(frozen=True)
 class _Claim:
-    """What a run that may start finds: its id, and lines for the user."""
+    """What a run that may start finds: its id, lines for the user, and the step of its newest checkpoint."""
 
     run_id: str
     notes: tuple[str, ...] = ()
+    last_saved: int = 0
 
 
 def _places(recipe: Recipe) -> dict[str, Path]:
@@ -130,37 +135,29 @@ def _places(recipe: Recipe) -> dict[str, Path]:
     places = {LOG_DIR: Path(recipe.logger.log_dir)}
     if recipe.checkpointing.enabled:
         places[CHECKPOINT_DIR] = Path(recipe.checkpointing.checkpoint_dir)
-    return _different(places)
-
-
-def _different(places: Mapping[str, Path]) -> dict[str, Path]:
-    """Leave out directories that are the same as one before, whose lock a process cannot take twice."""
-    by_path: dict[Path, str] = {}
-    for key, place in places.items():
-        by_path.setdefault(place.resolve(), key)
-    return {key: places[key] for key in by_path.values()}
+    return different(places)
 
 
 def _checked(recipe: Recipe, identity: Mapping[str, Any]) -> _Claim:
     """Say what a run goes on from, or why it may not; nothing is written."""
     directory, checkpoints = Path(recipe.logger.log_dir), Path(recipe.checkpointing.checkpoint_dir)
-    saved = _steps(checkpoints)
+    saved = steps_in(checkpoints)
     if not (directory / IDENTITY_FILE).exists():
-        if not _is_unclaimed(directory):
+        if not is_unclaimed(directory):
             raise RunDirectoryError(
                 f"{LOG_DIR}: {directory} holds files, but no {IDENTITY_FILE}: it is not a run directory; name another"
             )
         if saved:
             raise RunDirectoryError(
                 f"{CHECKPOINT_DIR}: {checkpoints} holds checkpoints, but {directory} is a new run directory; "
-                f"name another for either{_or_fresh(_owners(saved))}"
+                f"name another for either{_or_fresh(owners_of(saved))}"
             )
         return _Claim(uuid.uuid4().hex)
-    before = _read_identity(directory)
-    known = before.pop(_RUN_ID, None)
-    if not saved and not (directory / METRICS_FILE).exists():
+    before = read_identity(directory)
+    known = before.pop(RUN_ID, None)
+    if not saved and not (directory / METRICS_FILE).exists() and not last_saved(directory):
         return _Claim(uuid.uuid4().hex)  # an attempt without a result owns nothing
-    for theirs, names in _owners(saved).items():
+    for theirs, names in owners_of(saved).items():
         if theirs != known:
             mine = f"run {known}" if known else "another"
             raise RunDirectoryError(
@@ -168,7 +165,7 @@ def _checked(recipe: Recipe, identity: Mapping[str, Any]) -> _Claim:
                 f"{directory} belongs to {mine}; set the key to a directory of this run's own"
             )
     _check_same(identity, before, directory)
-    return _Claim(known or uuid.uuid4().hex, tuple(_continued(recipe, saved)))
+    return _Claim(known or uuid.uuid4().hex, tuple(_continued(recipe, saved)), max(saved, default=0))
 
 
 def _continued(recipe: Recipe, saved: Mapping[int, Path]) -> Iterator[str]:
@@ -184,15 +181,42 @@ def _continued(recipe: Recipe, saved: Mapping[int, Path]) -> Iterator[str]:
         )
     before, note = _read_recipe(directory / RECIPE_FILE)
     yield from note
-    elsewhere = Path(str(before.get(CHECKPOINT_DIR, checkpoints)))
-    if not saved and logged:
-        if elsewhere != checkpoints and _steps(elsewhere):
+    if not saved and (logged or last_saved(directory)):
+        elsewhere = Path(str(before.get(CHECKPOINT_DIR, checkpoints)))
+        if elsewhere != checkpoints and steps_in(elsewhere):
             raise RunDirectoryError(
                 f"{CHECKPOINT_DIR}: {checkpoints} holds no checkpoints, those of this run are in {elsewhere}; set the "
                 "key to where they are, or pass --fresh to move the run aside and start anew"
             )
+        _check_none_was_saved(directory, elsewhere, logged, before)
         yield f"no checkpoint was saved: the run starts anew and takes its {logged} logged steps again"
     yield from _changed(recipe, before)
+
+
+def _check_none_was_saved(directory: Path, checkpoints: Path, logged: int, before: Mapping[str, Any]) -> None:
+    """Raise if a run of which no checkpoint is there has saved one: its steps would be lost, with their metrics.
+
+    Args:
+        directory: the run directory.
+        checkpoints: where the run saved them.
+        logged: the last step in its ``metrics.jsonl``.
+        before: the settings that it had; empty where they are not known.
+    """
+    last = last_saved(directory)
+    if last is None:  # of a run of an earlier release, what it would have saved by then
+        period = before.get("checkpointing.save_period")
+        end = before.get("grpo.max_num_steps", before.get("sft.max_num_steps"))
+        if isinstance(period, int) and isinstance(end, int) and logged < min(period, end):
+            return
+        why = f"the run has logged {logged} steps, and will have saved one"
+    elif last > 0:
+        why = f"the run had saved step_{last}"
+    else:
+        return
+    raise RunDirectoryError(
+        f"{CHECKPOINT_DIR}: {checkpoints} holds no checkpoint, but {why}: it would begin at step 0, and its metrics in "
+        f"{directory} be lost; restore a checkpoint, or pass --fresh to move the run aside and start anew"
+    )
 
 
 def _changed(recipe: Recipe, theirs: Mapping[str, Any]) -> Iterator[str]:
@@ -205,23 +229,6 @@ def _changed(recipe: Recipe, theirs: Mapping[str, Any]) -> Iterator[str]:
         yield f"the run goes on with other settings ({shown}{more})"
 
 
-def _read_identity(directory: Path) -> dict[str, Any]:
-    """Return what a directory says of its run; empty where no run has claimed it."""
-    path = directory / IDENTITY_FILE
-    if not path.exists():
-        return {}
-    try:
-        tree = yaml.safe_load(path.read_text())
-        if not isinstance(tree, dict):
-            raise ValueError(f"it holds {tree!r}, no mapping")
-    except (yaml.YAMLError, ValueError) as error:
-        raise RunDirectoryError(
-            f"{path} is damaged ({_first_line(error)}): whose run this is cannot be known; restore the file, or pass "
-            "--fresh to move the run aside"
-        ) from error
-    return tree
-
-
 def _read_recipe(path: Path) -> tuple[dict[str, Any], list[str]]:
     """Return the settings that a run had before, which nothing but messages depends on, and lines for the user."""
     if not path.exists():
@@ -229,36 +236,7 @@ def _read_recipe(path: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         return recipes.flatten(dict(yaml.safe_load(path.read_text()))), []
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        return {}, [f"{path} is damaged ({_first_line(error)}) and written anew; which settings changed is not known"]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _is_unclaimed(directory: Path) -> bool:
-    """Whether a directory is new, or holds nothing but what an attempt leaves that was refused."""
-    left = (path for path in directory.rglob("*") if not path.is_dir())
-    return all(path.name in _UNCLAIMED or path.name.startswith(PROBE) for path in left)
-
-
-def _steps(checkpoints: Path) -> dict[int, Path]:
-    """The checkpoints in a directory, by their steps."""
-    found = (path for path in checkpoints.glob("step_*") if path.is_dir())
-    return {int(path.name[5:]): path for path in found if path.name[5:].isdecimal()}
-
-
-def _owners(saved: Mapping[int, Path]) -> dict[str, list[str]]:
-    """The runs that checkpoints name, and which of them; those of releases up to 0.4 and damaged ones name none."""
-    owners: dict[str, list[str]] = {}
-    for _, path in sorted(saved.items()):
-        try:
-            manifest = read_manifest(path)
-        except CheckpointError:
-            continue
-        if manifest is not None and manifest.run_id:
-            owners.setdefault(manifest.run_id, []).append(path.name)
-    return owners
+        return {}, [f"{path} is damaged ({first_line(error)}) and written anew; which settings changed is not known"]
 
 
 def _or_fresh(owners: Mapping[str, Any]) -> str:
@@ -266,62 +244,6 @@ def _or_fresh(owners: Mapping[str, Any]) -> str:
     if owners:
         return f" (they are those of run {', '.join(owners)})"
     return ", or pass --fresh to move the checkpoints aside"
-
-
-def _set_aside(recipe: Recipe) -> None:
-    """Rename what an earlier run left, unless it is at work or another's."""
-    directory, checkpoints = Path(recipe.logger.log_dir), Path(recipe.checkpointing.checkpoint_dir)
-    with ExitStack() as held:
-        for key, place in _different({LOG_DIR: directory, CHECKPOINT_DIR: checkpoints}).items():
-            if (place / LOCK_FILE).exists():
-                held.enter_context(Lock(place, key))
-        if not (directory / IDENTITY_FILE).exists() and not _is_unclaimed(directory):
-            raise RunDirectoryError(
-                f"{LOG_DIR}: {directory} holds files, but no {IDENTITY_FILE}: it is not a run directory, and is left "
-                "where it is; name another"
-            )
-        if not checkpoints.absolute().is_relative_to(directory.absolute()):
-            _check_movable(checkpoints, directory)
-            move_aside(checkpoints)
-        move_aside(directory)
-
-
-def _check_movable(checkpoints: Path, directory: Path) -> None:
-    """Raise if a directory of checkpoints, which is not in the run directory, holds anything that is not this run's."""
-    saved = _steps(checkpoints)
-    ours = {path.name for path in saved.values()} | {LOCK_FILE}
-    others = [
-        path.name for path in checkpoints.glob("*") if path.name not in ours and not path.name.startswith("step_")
-    ]
-    if others:
-        raise RunDirectoryError(
-            f"{CHECKPOINT_DIR}: {checkpoints} holds more than checkpoints ({', '.join(sorted(others)[:3])}), and is "
-            "left where it is; name another, or move the checkpoints away yourself"
-        )
-    try:
-        known = run_id(directory)
-    except RunDirectoryError:
-        known = ""
-    foreign = [theirs for theirs in _owners(saved) if theirs != known]
-    if foreign:
-        raise RunDirectoryError(
-            f"{CHECKPOINT_DIR}: {checkpoints} holds checkpoints of run {', '.join(foreign)}, which is not that of "
-            f"{directory}, and is left where it is; name another"
-        )
-
-
-def move_aside(path: Path) -> None:
-    """Rename a directory by the time of its last change, if anything is in it; nothing is deleted."""
-    if path.exists() and any(each.name != LOCK_FILE for each in path.iterdir()):
-        stamp = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d-%H%M%S")
-        path.rename(_free(path.with_name(f"{path.name}.{stamp}")))
-
-
-def _free(path: Path) -> Path:
-    candidate, number = path, 1
-    while candidate.exists():
-        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
-    return candidate
 
 
 def _check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any], directory: Path) -> None:

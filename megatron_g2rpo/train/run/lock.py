@@ -108,6 +108,26 @@ class Lock:
         self.release()
 
 
+def owner_of(directory: Path) -> str:
+    """Return who is at work in a directory, in words; empty if nobody is, or none of those that this user may know."""
+    try:
+        file = os.open(directory / LOCK_FILE, os.O_RDWR)  # NFS locks nothing that is open for reading alone
+    except OSError:
+        try:
+            file = os.open(directory / LOCK_FILE, os.O_RDONLY)
+        except OSError:
+            return ""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _owner(file)
+    except OSError:
+        return ""
+    finally:
+        os.close(file)
+    return ""
+
+
 def _owner(file: int) -> str:
     try:
         owner = json.loads(os.pread(file, 4096, 0))

@@ -17,10 +17,13 @@ from megatron_g2rpo.collectives import from_first, is_on_all_ranks
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
 from megatron_g2rpo.rollout.base import EngineUnavailable
 from megatron_g2rpo.train.assembly import Components
+from megatron_g2rpo.train.run import metrics_file
 from megatron_g2rpo.train.run.checkpoints import Checkpoints, Found
-from megatron_g2rpo.train.run.directory import run_id
 from megatron_g2rpo.train.run.logs import MetricsLog, StepMetrics
+from megatron_g2rpo.train.run.metrics_file import METRICS_FILE
+from megatron_g2rpo.train.run.owners import run_id
 from megatron_g2rpo.train.run.retention import Retention
+from megatron_g2rpo.train.run.saved_record import record_saved
 from megatron_g2rpo.train.run.stopping import RunStopped, SamplingStopped
 from megatron_g2rpo.train.run.validation import validate
 
@@ -46,6 +49,8 @@ class Run:
 
     def __init__(self, recipe: Recipe, components: Components) -> None:
         self._recipe, self._components = recipe, components
+        self._log: MetricsLog | None = None
+        self._notes: list[str] = []  # until there is a log
         self._loop = recipe.grpo if isinstance(recipe, TrainRecipe) else recipe.sft
         options = recipe.checkpointing
         self._run_id = from_first(lambda: run_id(recipe.logger.log_dir))
@@ -59,6 +64,8 @@ class Run:
             run_id=self._run_id,
             recipe=recipes.dump(recipe),
             is_async=options.async_save,
+            note=self._note,
+            saved=self._saved_step,
         )
         self._stopping = components.stopping
         self.first_step, self.logged_step = 0, -1
@@ -67,7 +74,7 @@ class Run:
         self._validated = False
         grpo = recipe.grpo if isinstance(recipe, TrainRecipe) else None
         size = recipe.policy.train_global_batch_size if grpo is None else grpo.num_prompts_per_step
-        self._notes = components.stream.shortages(size)
+        self._notes += components.stream.shortages(size)
         found = self._checkpoints.newest_whole() if recipe.checkpointing.enabled else Found(None)
         self._notes += found.notes
         if found.step is not None:
@@ -79,10 +86,34 @@ class Run:
             self._unlogged = state.get(_UNLOGGED, {})
             self.first_step = state["step"]
             self.logged_step = self.first_step - 1 if self._unlogged else self.first_step
+            self._notes += from_first(self._unrecorded)
             self._metrics = found.metrics or {}
             # A deadline leaves time for a checkpoint from the first step on.
             self._stopping.saved_in(found.seconds or 0.0)
         self._stopping.begin()
+
+    def _note(self, line: str) -> None:
+        """Show the user a line, now or when there is a log."""
+        if self._log is None:
+            self._notes.append(line)
+        else:
+            self._log.note(line)
+
+    def _saved_step(self, step: int) -> None:
+        if self._run_id:  # else nobody has claimed the directory, and nobody will ask
+            record_saved(Path(self._recipe.logger.log_dir), step)
+
+    def _unrecorded(self) -> list[str]:
+        """A line for the user if steps that the run goes on from are not in its log."""
+        path = Path(self._recipe.logger.log_dir) / METRICS_FILE
+        missing = metrics_file.missing_steps(path, self.logged_step)
+        if not missing:
+            return []
+        more = f" and {len(missing) - 1} more of the steps before" if len(missing) > 1 else ""
+        return [
+            f"warning: {path} has no line of step {missing[-1]}{more}, which the checkpoint of step {self.first_step} "
+            "is beyond: the file was cut or removed; restore it from a copy, the run does not take these steps again"
+        ]
 
     @property
     def last_step(self) -> int:
@@ -105,6 +136,7 @@ class Run:
         Raises:
             RunStopped: a signal or a deadline asked for it.
         """
+        self._log = log
         for note in self._notes:
             log.note(note)
         if self.first_step == 0 and self._loop.val_at_start:

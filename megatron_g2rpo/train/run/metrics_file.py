@@ -38,6 +38,16 @@ def last_step(path: Path) -> int:
     return max((step for step, _ in _lines(path)), default=0)
 
 
+def missing_steps(path: Path, last: int) -> list[int]:
+    """Return which steps, of those from 1 to ``last``, have no line.
+
+    Raises:
+        MetricsFileError: see ``keep_steps``.
+    """
+    there = {step for step, _ in _lines(path)}
+    return [step for step in range(1, last + 1) if step not in there]
+
+
 def keep_steps(path: Path, last: int) -> None:
     """Keep the lines of steps up to ``last``; -1: none.
 

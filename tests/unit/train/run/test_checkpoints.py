@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import multiprocessing
+import re
 import shutil
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,12 @@ import pytest
 import torch
 
 from megatron_g2rpo.policy import sharded_state
-from megatron_g2rpo.train.run import checkpoint_publishing
+from megatron_g2rpo.train.run import checkpoint_removal, checkpoint_writing
 from megatron_g2rpo.train.run.checkpoint_writing import CheckpointWriteError
 from megatron_g2rpo.train.run.checkpoints import Checkpoints, PolicyNotFinite
 from megatron_g2rpo.train.run.retention import Retention
 from megatron_g2rpo.weights import CheckpointError
-from megatron_g2rpo.weights.manifest import faults, files_of, read_manifest
+from megatron_g2rpo.weights.manifest import Manifest, faults, files_of, read_manifest, write_manifest
 from tests.unit.train.run.checkpoint_cases import make_model, make_policy, names_in, step, weights_of
 
 
@@ -140,18 +143,112 @@ def test_what_a_rank_of_a_killed_job_still_writes_is_removed_when_it_has_ended(
 def test_a_rank_of_a_killed_job_that_does_not_end_is_not_waited_for_for_ever(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It is in the way of the step that it writes alone; for the others it is waited for once."""
     (tmp_path / "step_1.partial").mkdir()
-    monkeypatch.setattr(checkpoint_publishing, "_OUTLIVED_S", 0.5)
-    monkeypatch.setattr(shutil, "rmtree", lambda path: ((path / "__1_0.distcp").touch(), path.rmdir()))
-    with pytest.raises(CheckpointWriteError, match=r"step_1\.partial cannot be removed, as another process writes"):
-        Checkpoints(tmp_path, run_id="mine").save(2, make_policy(model_dir), {})
-    assert names_in(tmp_path) == ["step_1.partial"]
+    monkeypatch.setattr(checkpoint_removal, "_OUTLIVED_S", 0.5)
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (write_owner(path), path.rmdir()))
+    policy, said = make_policy(model_dir), list[str]()
+    checkpoints = Checkpoints(tmp_path, run_id="mine", note=said.append)
+    checkpoints.save(2, policy, {})
+    busy = rf"{tmp_path}/step_1\.partial cannot be removed, as another process writes"
+    assert re.match(f"warning: {busy}", said[0])
+    begun = time.monotonic()
+    checkpoints._make_way(3, damaged=False)
+    assert time.monotonic() - begun < 0.4
+    with pytest.raises(CheckpointWriteError, match=busy):
+        Checkpoints(tmp_path, run_id="mine").save(1, policy, {})
+    assert names_in(tmp_path) == ["step_1.partial", "step_2"]
+
+
+def write_owner(partial: Path) -> None:
+    write_manifest(partial, Manifest(run_id="mine", step=1, version="0.5.0", metrics={}, files={}))
 
 
 def test_what_cannot_be_removed_for_another_reason_is_not_tried_again(tmp_path: Path) -> None:
     (tmp_path / "step_1.partial").write_text("a file")
     with pytest.raises(NotADirectoryError):
-        checkpoint_publishing.remove_unfinished(tmp_path / "step_1.partial")
+        checkpoint_removal.remove_unfinished(tmp_path / "step_1.partial")
+
+
+def test_a_checkpoint_that_cannot_be_removed_ends_no_run_and_is_named_once(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, said, unlink = make_policy(model_dir), list[str](), Path.unlink
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        if path.parent.name.startswith("step_1.") and path.suffix == ".distcp":
+            raise PermissionError(errno.EPERM, "Operation not permitted", path.name)
+        unlink(path, missing_ok=missing_ok)
+
+    checkpoints = Checkpoints(tmp_path, Retention(1), run_id="mine", note=said.append)
+    checkpoints.save(1, policy, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refused)
+        checkpoints.save(2, policy, {})
+        checkpoints.save(3, policy, {})
+    assert names_in(tmp_path) == ["step_1.partial", "step_3"]
+    [line] = said
+    assert re.match(
+        rf"warning: {tmp_path}/step_1\.partial cannot be removed .*Operation not permitted .*\.distcp", line
+    )
+    left = {path.name for path in (tmp_path / "step_1.partial").iterdir()}
+    assert {name for name in left if not name.endswith(".distcp")} == {"manifest.json"}
+    Checkpoints(tmp_path, Retention(1), run_id="mine").save(4, policy, {})
+    assert names_in(tmp_path) == ["step_4"]
+
+
+def test_of_a_checkpoint_that_is_a_link_the_link_is_removed(model_dir: Path, tmp_path: Path) -> None:
+    directory, elsewhere, said = tmp_path / "run", tmp_path / "other-disk", list[str]()
+    policy = make_policy(model_dir)
+    checkpoints = Checkpoints(directory, Retention(1), run_id="mine", note=said.append)
+    checkpoints.save(2, policy, {})
+    (directory / "step_2").rename(elsewhere)
+    (directory / "step_2").symlink_to(elsewhere)
+    checkpoints.save(2, policy, {})
+    assert not (directory / "step_2").is_symlink()
+    (directory / "step_1").symlink_to(elsewhere)
+    (directory / "step_3").symlink_to(tmp_path / "nowhere")
+    checkpoints.save(3, policy, {})
+    assert names_in(directory) == ["step_1", "step_3"], "it is none of step 1"
+    assert read_manifest(elsewhere) is not None
+    assert f"step_2.replaced was a link to {elsewhere}, which stays" in said[0]
+
+
+def test_what_is_not_known_to_be_the_runs_is_left(model_dir: Path, tmp_path: Path) -> None:
+    """But in the way of a new one, where it is renamed."""
+    policy, said = make_policy(model_dir), list[str]()
+    for name in ("step_99.partial", "step_best.partial", "step_2.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "theirs").touch()
+    (tmp_path / "step_3.partial").mkdir()
+    write_owner(tmp_path / "step_3.partial")
+    (tmp_path / "step_3.partial" / "common.pt").touch()
+    checkpoints = Checkpoints(tmp_path, Retention(1), run_id="mine", note=said.append)
+    checkpoints.save(2, policy, {})
+    checkpoints.save(4, policy, {})
+    assert names_in(tmp_path) == ["step_2.partial.damaged-1", "step_4", "step_99.partial", "step_best.partial"]
+    assert (tmp_path / "step_2.partial.damaged-1" / "theirs").exists()
+    assert [line.partition(" is ")[0] for line in said] == [
+        f"warning: {tmp_path}/step_99.partial",
+        f"warning: {tmp_path}/step_2.partial was not known to be this run's, and",
+    ]
+
+
+def test_a_checkpoint_that_is_not_finished_says_whose_it_is_and_nobody_is_warned_of_that(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def killed(**_: Any) -> None:
+        manifest = read_manifest(tmp_path / "step_1.partial")
+        seen.append(manifest and (manifest.run_id, manifest.step, manifest.files))
+        raise OSError(errno.ENOSPC, "")
+
+    seen: list[Any] = []
+    monkeypatch.setattr(checkpoint_writing, "_write_bucket", killed)
+    with pytest.raises(CheckpointWriteError):
+        Checkpoints(tmp_path, run_id="mine").save(1, make_policy(model_dir), {})
+    assert seen[0] == ("mine", 1, {})
+    assert names_in(tmp_path) == []
+    assert "Overwriting" not in caplog.text
 
 
 METRIC = "val/mean_reward"

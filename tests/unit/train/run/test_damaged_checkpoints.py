@@ -154,12 +154,17 @@ def test_where_none_is_whole_each_is_named_and_nothing_starts_anew(two: Path, tm
     assert names_in(directory) == ["step_4", "step_6"], "nothing is moved where nothing goes on"
 
 
+def as_of_an_earlier_release(checkpoint: Path) -> None:
+    """Up to 0.4 there was neither a manifest nor a recipe."""
+    (checkpoint / MANIFEST).unlink()
+    (checkpoint / "recipe.yaml").unlink()
+
+
 @pytest.mark.parametrize("name", [BIG, ".metadata", "metadata.json", "common.pt"])
 def test_a_checkpoint_without_manifest_is_read_and_its_gaps_are_seen(two: Path, tmp_path: Path, name: str) -> None:
-    """Those of releases up to 0.4 have none."""
     directory = shutil.copytree(two, tmp_path / "run")
     for checkpoint in ("step_4", "step_6"):
-        (directory / checkpoint / MANIFEST).unlink()
+        as_of_an_earlier_release(directory / checkpoint)
     assert Checkpoints(directory).newest_whole().step == 6
     (directory / "step_6" / name).unlink()
     found = Checkpoints(directory).newest_whole()
@@ -167,11 +172,59 @@ def test_a_checkpoint_without_manifest_is_read_and_its_gaps_are_seen(two: Path, 
     assert str(directory / "step_6" / name) in found.notes[0] or "step_6 is no Megatron checkpoint" in found.notes[0]
 
 
-def test_a_checkpoint_without_manifest_that_is_cut_is_seen(two: Path, tmp_path: Path) -> None:
+def halve(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(("name", "how"), [(BIG, cut), ("common.pt", halve), ("common.pt", empty)])
+def test_a_checkpoint_without_manifest_that_is_cut_is_seen(
+    two: Path, tmp_path: Path, name: str, how: Callable[[Path], None]
+) -> None:
+    directory = shutil.copytree(two, tmp_path / "run")
+    as_of_an_earlier_release(directory / "step_6")
+    how(directory / "step_6" / name)
+    found = Checkpoints(directory, run_id="mine").newest_whole()
+    assert found.step == 4
+    assert str(directory / "step_6" / name) in found.notes[0]
+
+
+def test_a_checkpoint_that_has_lost_its_manifest_is_damaged(two: Path, tmp_path: Path) -> None:
+    """Its recipe tells it from one that had none; without the manifest no byte of it is known to be right."""
     directory = shutil.copytree(two, tmp_path / "run")
     (directory / "step_6" / MANIFEST).unlink()
-    cut(directory / "step_6" / BIG)
-    assert Checkpoints(directory).newest_whole().step == 4
+    found = Checkpoints(directory, run_id="mine").newest_whole()
+    assert found.step == 4
+    assert f"{directory}/step_6/manifest.json is missing" in found.notes[0]
+
+
+def test_an_archive_that_is_cut_after_it_was_looked_at_is_named(
+    policy: MegatronPolicy, two: Path, tmp_path: Path
+) -> None:
+    directory = shutil.copytree(two, tmp_path / "run")
+    halve(directory / "step_6" / "common.pt")
+    with pytest.raises(CheckpointError, match=rf"^{directory}/step_6: a file of it is damaged \(.*PytorchStreamReader"):
+        Checkpoints(directory, run_id="mine").load(6, policy)
+
+
+def test_a_checkpoint_that_has_another_ones_name_is_damaged(policy: MegatronPolicy, two: Path, tmp_path: Path) -> None:
+    """Else a run would go on from it, and remove what it saves next as the older one."""
+    directory = shutil.copytree(two, tmp_path / "run")
+    (directory / "step_6").rename(directory / "step_60")
+    checkpoints = Checkpoints(directory, Retention(1), run_id="mine")
+    found = checkpoints.newest_whole()
+    assert found.step == 4
+    assert f"{directory}/step_60/manifest.json is of step 6: " in found.notes[0]
+    assert "give it the name step_6 again" in found.notes[0]
+    checkpoints.save(5, policy, {})
+    assert names_in(directory) == ["step_5", "step_60.damaged-1"]
+
+
+def test_checkpoints_of_another_run_are_not_gone_on_from_nor_moved(two: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(two, tmp_path / "run")
+    (directory / "step_7").mkdir()
+    with pytest.raises(CheckpointError, match=r"step_[46] belongs to another run \(mine; this is none\)"):
+        Checkpoints(directory).newest_whole()
+    assert names_in(directory) == ["step_4", "step_6", "step_7"]
 
 
 def test_one_that_was_about_to_be_replaced_has_its_name_again(two: Path, tmp_path: Path) -> None:
@@ -181,6 +234,19 @@ def test_one_that_was_about_to_be_replaced_has_its_name_again(two: Path, tmp_pat
     shutil.copytree(directory / "step_4", directory / "step_4.replaced")
     assert Checkpoints(directory, run_id="mine").newest_whole().step == 6
     assert names_in(directory) == ["step_4", "step_6"]
+
+
+def test_one_that_was_about_to_be_replaced_by_what_is_none_has_its_name_again(two: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(two, tmp_path / "run")
+    (directory / "step_6").rename(directory / "step_6.replaced")
+    for name in ("step_6", "step_best.replaced"):
+        (directory / name).mkdir()
+        (directory / name / "junk").touch()
+    shutil.copytree(directory / "step_4", directory / "step_5.replaced")  # damaged: it says that it is of step 4
+    found = Checkpoints(directory, run_id="mine").newest_whole()
+    assert found.step == 6
+    assert "it is now step_6.damaged-1, and step_6.replaced, which is whole, has its name again" in found.notes[0]
+    assert {"step_4", "step_6", "step_6.damaged-1", "step_best.replaced"} <= set(names_in(directory))
 
 
 def test_a_damaged_checkpoint_counts_for_nothing_and_is_kept(policy: MegatronPolicy, two: Path, tmp_path: Path) -> None:

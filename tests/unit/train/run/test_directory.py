@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,36 +17,11 @@ import pytest
 import yaml
 
 from megatron_g2rpo import recipe as recipes
-from megatron_g2rpo.recipe import TrainRecipe
-from megatron_g2rpo.train.run.directory import RunDirectoryError, claimed, joined, run_id
+from megatron_g2rpo.train.run.directory import claimed, joined
 from megatron_g2rpo.train.run.lock import DirectoryInUseError, Lock
 from megatron_g2rpo.train.run.metrics_file import MetricsFileError
-from megatron_g2rpo.weights.manifest import Manifest, write_manifest
-
-MakeRecipe = Callable[..., TrainRecipe]
-
-
-def prepare(recipe: TrainRecipe, *, fresh: bool) -> list[str]:
-    """Claim the run directory, and end."""
-    with claimed(recipe, fresh=fresh) as notes:
-        return notes
-
-
-def begin(run: Path, steps: int = 0) -> None:
-    """Leave what a run leaves after its first lines."""
-    (run / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(steps + 1)))
-
-
-def save(checkpoints: Path, step: int, run: str) -> None:
-    """Leave a checkpoint of a run."""
-    directory = checkpoints / f"step_{step}"
-    directory.mkdir(parents=True)
-    write_manifest(directory, Manifest(run_id=run, step=step, version="0.5.0", metrics={}, files={}))
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    """All that a directory holds, but who is at work in it."""
-    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != ".lock"}
+from megatron_g2rpo.train.run.owners import RunDirectoryError, run_id
+from tests.unit.train.run.directory_cases import MakeRecipe, begin, files, prepare, save
 
 
 def test_a_new_directory_is_claimed_with_a_recipe_that_loads(run: Path, make_recipe: MakeRecipe) -> None:

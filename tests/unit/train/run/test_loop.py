@@ -101,3 +101,21 @@ def test_a_resumed_run_leaves_the_time_that_a_checkpoint_takes_before_a_deadline
     anew = Stopping(None, StopRequest(), {})
     make_run(tmp_path / "other", policy, anew, *keys)
     assert anew._longest_save == 0.0, "negative: of a new run nothing is known"
+
+
+def test_steps_that_are_missing_in_the_metrics_are_said_and_one_that_a_stop_left_is_not(
+    policy: MegatronPolicy, tmp_path: Path
+) -> None:
+    (tmp_path / "identity.yaml").write_text("run_id: mine\n")
+    metrics = tmp_path / "metrics.jsonl"
+    run, _ = make_run(tmp_path, policy, Stopping(None, StopRequest(), {}))
+    for step, unlogged in ((3, {}), (4, {"unlogged": {"train/loss": 1.0}})):
+        run._write(step, {**run._state(), **unlogged})
+    assert (tmp_path / ".saved").read_text() == "4\n"
+    metrics.write_text("".join(f'{{"step": {step}}}\n' for step in range(4)))
+    whole, _ = make_run(tmp_path, policy, Stopping(None, StopRequest(), {}))
+    assert (whole.first_step, whole.logged_step, whole._notes) == (4, 3, [])
+    metrics.write_text('{"step": 1}\n')
+    cut, _ = make_run(tmp_path, policy, Stopping(None, StopRequest(), {}))
+    [note] = cut._notes
+    assert note.startswith(f"warning: {metrics} has no line of step 3 and 1 more of the steps before, which the")
