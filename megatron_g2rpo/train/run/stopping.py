@@ -18,8 +18,10 @@ from megatron_g2rpo.train.run.signals import STARTED, StopRequest
 MARGIN_S = 60.0
 SLURM_END = "SLURM_JOB_END_TIME"
 _RECIPE_KEY = "checkpointing.checkpoint_must_save_by"
-# Codes above those of signals, for the reduction over ranks.
-_RECIPE, _SLURM = 1001, 1002
+_SLURM_NAME = f"the end of the Slurm job ({SLURM_END})"
+_REMEDIES = {_RECIPE_KEY: "set it to more", _SLURM_NAME: "submit the job with a longer time limit"}
+# Codes for the reduction over ranks, whose largest wins: a signal, which may move the run elsewhere, over a deadline.
+_RECIPE, _SLURM, _SIGNALS = 1, 2, 1000
 
 
 class RunStopped(Exception):
@@ -107,12 +109,21 @@ class Stopping:
 
     def _code(self, steps: int) -> int:
         if self._request.number is not None:
-            return self._request.number
+            return _SIGNALS + self._request.number
         ready = time.monotonic() + steps * self._longest_step + self._longest_save
         return max((code for code, deadline in self._deadlines.items() if ready >= deadline), default=0)
 
 
+def remedy(reason: str) -> str | None:
+    """Return what to do about a deadline that leaves no time for a step; None where the reason is a signal.
+
+    Args:
+        reason: what ``Stopping`` said that asks to stop.
+    """
+    return _REMEDIES.get(reason)
+
+
 def _name(code: int) -> str:
     if code in (_RECIPE, _SLURM):
-        return _RECIPE_KEY if code == _RECIPE else f"the end of the Slurm job ({SLURM_END})"
-    return signals.described(code)
+        return _RECIPE_KEY if code == _RECIPE else _SLURM_NAME
+    return signals.described(code - _SIGNALS)
