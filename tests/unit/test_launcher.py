@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claims: a rank ends soon after its launcher, even one that it lost before it looked; nothing else is taken for one."""
+"""Claims: a rank ends soon after its launcher, even one that it lost before it looked; nothing else ends it."""
 
 from __future__ import annotations
 
