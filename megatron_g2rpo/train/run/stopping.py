@@ -13,13 +13,12 @@ import torch.distributed as dist
 from megatron_g2rpo.recipe.run_sections import seconds_of
 from megatron_g2rpo.train.run import signals
 from megatron_g2rpo.train.run.signals import STARTED, StopRequest
+from megatron_g2rpo.train.run.slurm_time import LONGER, SLURM_END_NAME, seconds_left
 
 # Of a Slurm job's time, what the run leaves for its last files, for its processes to end and for a slow disk, seconds.
 MARGIN_S = 60.0
-SLURM_END = "SLURM_JOB_END_TIME"
 _RECIPE_KEY = "checkpointing.checkpoint_must_save_by"
-_SLURM_NAME = f"the end of the Slurm job ({SLURM_END})"
-_REMEDIES = {_RECIPE_KEY: "set it to more", _SLURM_NAME: "submit the job with a longer time limit"}
+_REMEDIES = {_RECIPE_KEY: "set it to more", SLURM_END_NAME: LONGER}
 # Codes for the reduction over ranks, whose largest wins: a signal, which may move the run elsewhere, over a deadline.
 _RECIPE, _SLURM, _SIGNALS = 1, 2, 1000
 
@@ -61,9 +60,9 @@ class Stopping:
         self._deadlines: dict[int, float] = {}  # code -> the moment by which all must be saved, monotonic seconds
         if must_save_by is not None:
             self._deadlines[_RECIPE] = STARTED + seconds_of(must_save_by)
-        end = environment.get(SLURM_END, "")
-        if end.isdecimal():
-            self._deadlines[_SLURM] = time.monotonic() + (int(end) - time.time()) - MARGIN_S
+        left = seconds_left(environment)
+        if left is not None:
+            self._deadlines[_SLURM] = time.monotonic() + left - MARGIN_S
         self._longest_save = self._longest_step = 0.0
         self._last = time.monotonic()
 
@@ -109,7 +108,7 @@ class Stopping:
 
     def _code(self, steps: int) -> int:
         if self._request.number is not None:
-            return _SIGNALS + self._request.number
+            return _SLURM if self._request.is_notice else _SIGNALS + self._request.number
         ready = time.monotonic() + steps * self._longest_step + self._longest_save
         return max((code for code, deadline in self._deadlines.items() if ready >= deadline), default=0)
 
@@ -125,5 +124,5 @@ def remedy(reason: str) -> str | None:
 
 def _name(code: int) -> str:
     if code in (_RECIPE, _SLURM):
-        return _RECIPE_KEY if code == _RECIPE else _SLURM_NAME
+        return _RECIPE_KEY if code == _RECIPE else SLURM_END_NAME
     return signals.described(code - _SIGNALS)

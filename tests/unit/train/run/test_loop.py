@@ -18,7 +18,8 @@ import pytest
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.train.run import checkpoint_writing, loop
 from megatron_g2rpo.train.run.signals import StopRequest
-from megatron_g2rpo.train.run.stopping import SLURM_END, RunStopped, SamplingStopped, Stopping
+from megatron_g2rpo.train.run.slurm_time import SLURM_END
+from megatron_g2rpo.train.run.stopping import RunStopped, SamplingStopped, Stopping
 from megatron_g2rpo.train.run.validation import Validation
 from tests.unit.train.run.checkpoint_cases import Notes, make_model, make_policy, make_run, names_in
 
