@@ -60,14 +60,19 @@ class Launcher:
             self.pid = int(number)
         elif "TORCHELASTIC_RUN_ID" in os.environ:
             self.pid = _PARENT
-        self._started = _started(self.pid) if self._named and self.pid is not None else None
+        self._started: str | None = None  # at the first look
 
     def has_ended(self) -> bool:
         """Return whether it is known to have ended."""
         if self.pid is None:
             return False
-        if self._named:  # compared with its start, as the number may be another process's by now
-            return self._started is None or _started(self.pid) != self._started
+        if self._named:
+            try:
+                started = _started(self.pid)
+            except OSError:  # of this process, as by too many open files: nothing is known
+                return False
+            self._started = self._started or started
+            return started is None or started != self._started  # the number may be another process's by now
         return os.getppid() != self.pid or (self.pid == 1 and not _first_may_launch())
 
 
@@ -99,7 +104,7 @@ def _started(pid: int) -> str | None:
     """When a process started, in the kernel's ticks; None if there is none, or it has ended and is not yet reaped."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
     return None if state in "ZX" else fields[18]
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -65,8 +66,20 @@ def test_a_process_that_has_the_number_by_now_is_not_the_launcher(
 ) -> None:
     name(monkeypatch, process.pid)
     seen = Launcher()
+    assert not seen.has_ended()
     monkeypatch.setattr(launcher, "_started", lambda pid: "another moment")
     assert seen.has_ended()
+
+
+def test_a_rank_that_can_open_no_file_does_not_take_its_launcher_for_gone(
+    monkeypatch: pytest.MonkeyPatch, process: subprocess.Popen[bytes]
+) -> None:
+    def fails(path: Path) -> str:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    name(monkeypatch, process.pid)
+    monkeypatch.setattr(launcher.Path, "read_text", fails)
+    assert not Launcher().has_ended()
 
 
 def test_what_is_none_of_this_process_s_launchers_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
