@@ -12,17 +12,20 @@ logs=$1
 shift
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_RANK=$SLURM_LOCALID
 export LOCAL_WORLD_SIZE=$((SLURM_STEP_NUM_TASKS / SLURM_STEP_NUM_NODES))
+# By which the trainer knows that it has lost this script (megatron_g2rpo/processes/launcher.py).
+MEGATRON_G2RPO_LAUNCHER=$$@$(readlink /proc/self/ns/pid) && export MEGATRON_G2RPO_LAUNCHER
 mkdir -p "$logs"
 
 # A signal that Slurm sends to the step reaches the trainer by itself; this script outlives it. SIGURG is the batch
 # script's: it is passed on to the trainer alone, as SIGUSR2, of which the trainer takes any number for one request.
-asked=0
+asked=0 trainer=''
 trap 'asked=1 interrupted=1' USR1 TERM INT HUP
-trap 'kill -USR2 "$trainer"; asked=1 interrupted=1' URG
+trap '[ -z "$trainer" ] || kill -USR2 "$trainer"; asked=1 interrupted=1' URG
 
 # tee must live until the trainer has said its last word.
 "$@" > >(trap '' USR1 USR2 TERM INT HUP URG; exec tee -a "$logs/rank_$RANK.log") 2>&1 &
 trainer=$!
+[ "$asked" = 0 ] || kill -USR2 "$trainer" # asked before it was there
 interrupted=1
 while [ "$interrupted" = 1 ]; do # a trap ends the wait, not the trainer
   interrupted=0

@@ -7,13 +7,15 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
+from megatron_g2rpo.processes import launcher
 from megatron_g2rpo.recipe import Recipe
 
 R = TypeVar("R", bound=Recipe)
 
 
 def with_errors(run: Callable[[], None]) -> None:
-    """Run a command. An error that the user can fix is printed without its traceback."""
+    """Run a command. An error that the user can fix is printed without its traceback. A rank ends with its launcher."""
+    launcher.watch()  # before torch is imported, which takes seconds
     from megatron_g2rpo.commands import launch
 
     try:

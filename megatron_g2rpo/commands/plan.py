@@ -14,6 +14,7 @@ from megatron_g2rpo.plan import show, show_speed
 from megatron_g2rpo.plan.cards import CARDS
 from megatron_g2rpo.plan.model import Model, config_dir, read_config
 from megatron_g2rpo.plan.planner import Plan, load_recipe, make_plan
+from megatron_g2rpo.plan.rows import assume
 from megatron_g2rpo.plan.speed import estimate
 from megatron_g2rpo.plan.sweep import sweep
 from megatron_g2rpo.plan.verdict import judge
@@ -64,6 +65,16 @@ class _Planner:
         self._path, self._overrides, self._machines = path, overrides, machines
         self.recipe = load_recipe(path, overrides)
         self._model = Model(read_config(self.recipe.policy.model_name))
+
+    def check(self) -> None:
+        """Check what is said of machines and data, which is so for every layout.
+
+        Raises:
+            ValueError: a number is out of its range; names the option.
+        """
+        machines = self._machines
+        numbers = machines.mean_tokens, machines.image_tokens, machines.memory, machines.response_tokens
+        assume(self.recipe, self._model.config, *numbers)
 
     def __call__(self, more: Sequence[str] = ()) -> Plan:
         machines = self._machines
@@ -124,9 +135,11 @@ def run_sweep(path: Path, overrides: Sequence[str], machines: Machines, gpus: in
         Whether any fits.
 
     Raises:
-        RecipeError, ModelConfigError, ValueError: the recipe or the number of GPUs cannot be planned.
+        RecipeError, ModelConfigError, ValueError: the recipe, what is said of the data, or the number of GPUs cannot be
+            planned.
     """
     again = _Planner(path, overrides, machines)
+    again.check()  # else no layout could be planned, and larger GPUs would be advised
     count = again.recipe.world_size if gpus is None else gpus
     found = sweep(again.recipe, count, CARDS[machines.card], machines.memory, again)
     if as_json:

@@ -22,6 +22,7 @@ from megatron_g2rpo.data.stream import complete_weights
 from megatron_g2rpo.policy.layouts.layout import LayoutError, check_model_dir
 from megatron_g2rpo.recipe import Examined, Recipe, RecipeError, SftRecipe, TrainRecipe
 from megatron_g2rpo.recipe.errors import Fault
+from megatron_g2rpo.recipe.validation_metrics import unmeasured
 from megatron_g2rpo.weights import CheckpointError, SafetensorsDirectory
 from megatron_g2rpo.weights.checkpoint_metadata import read_metadata
 
@@ -120,6 +121,8 @@ def _data(examined: Examined) -> Iterator[Fault]:
                 if recipe is not None and part == "train":
                     key = "data.task_weights"
                     complete_weights(mixture, recipe.data.task_weights)
+                elif recipe is not None and (why := unmeasured(recipe.checkpointing.metric_name, mixture.tasks)):
+                    yield Fault("checkpointing.metric_name", why)
             except DataError as error:
                 yield Fault(key, f"{key}: {error}")
 

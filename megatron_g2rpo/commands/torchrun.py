@@ -10,7 +10,8 @@ ranks ended with. Here
 - the first signal asks the ranks to stop, and they are waited for; the second kills them at once;
 - when they have stopped, the launchers of all nodes wait for each other and exit with 75;
 - when a rank fails, the other ones of its node, which could only wait for it, are killed at once, and only those that
-  failed by themselves are reported.
+  failed by themselves are reported;
+- ranks are told which process launches them, and end when it does (``processes.launcher``).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.launcher import api
 
+from megatron_g2rpo.processes import launcher
 from megatron_g2rpo.train.run.signals import FORWARDED, STOPPED, Repeats, SignalWatch
 
 
@@ -144,7 +146,8 @@ def run_plainly(arguments: Sequence[str]) -> int:
     """
     from torch.distributed.run import main
 
-    main(list(arguments))
+    with launcher.announced():
+        main(list(arguments))
     return 0
 
 

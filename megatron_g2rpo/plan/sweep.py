@@ -48,6 +48,35 @@ class Proposal:
     speed: Speed
 
 
+class _Tries:
+    """Plans what overrides make of the recipe.
+
+    Args:
+        card, memory, again: see ``sweep``.
+
+    Attributes:
+        planned: whether any could be planned, fitting or not.
+        refused: why the first could not that was not.
+    """
+
+    def __init__(self, card: Card, memory: float, again: Again) -> None:
+        self._card, self._memory, self._again = card, memory, again
+        self.planned = False
+        self.refused: ValueError | None = None
+
+    def fitting(self, overrides: Sequence[str]) -> list[Proposal]:
+        """Return the proposal that overrides make, or nothing where it does not fit or cannot be laid out so."""
+        try:
+            plan = self._again(overrides)
+        except ValueError as error:
+            self.refused = self.refused or error
+            return []
+        self.planned = True
+        if not plan.fits(self._memory):
+            return []
+        return [Proposal(tuple(overrides), plan, estimate(plan, self._card))]
+
+
 def sweep(recipe: Recipe, gpus: int, card: Card, memory: float, again: Again) -> list[Proposal]:
     """Return the layouts for so many GPUs that fit, best first: the most tokens a second of a GPU.
 
@@ -60,18 +89,22 @@ def sweep(recipe: Recipe, gpus: int, card: Card, memory: float, again: Again) ->
             other, the recipe or the model.
 
     Raises:
-        ValueError: the number of GPUs is no such number.
+        ValueError: the number of GPUs is no such number; or no layout can be planned at all, fitting or not: what
+            ``again`` raised for the first, the plainest of them.
     """
     if gpus > _NODE and gpus % _NODE:
         raise ValueError(f"--gpus {gpus}: take up to {_NODE}, or a multiple of {_NODE} (whole nodes)")
     node = min(gpus, _NODE)
     found: list[Proposal] = []
+    tries = _Tries(card, memory, again)
     for servers in _server_nodes(recipe, gpus // node):
         training = gpus // node - servers
-        trainers = _trainers(recipe, training, node, card, memory, again)
+        trainers = _trainers(recipe, training, node, tries)
         for trainer in trainers[:_TRIED_WITH_ENGINES]:
             for engine in _engines(recipe, servers * node, training * node):
-                found += _planned([*trainer.overrides, *engine], card, memory, again)
+                found += tries.fitting([*trainer.overrides, *engine])
+    if tries.refused is not None and not tries.planned:
+        raise tries.refused
     return sorted(found, key=lambda proposal: -proposal.speed.rate)
 
 
@@ -82,7 +115,7 @@ def _server_nodes(recipe: Recipe, nodes: int) -> list[int]:
     return sorted({0, *(nodes // part for part in (4, 2))})
 
 
-def _trainers(recipe: Recipe, nodes: int, node: int, card: Card, memory: float, again: Again) -> list[Proposal]:
+def _trainers(recipe: Recipe, nodes: int, node: int, tries: _Tries) -> list[Proposal]:
     """Return the layouts of so many nodes that fit without any engine, the fastest training first."""
     cluster = (f"cluster.num_nodes={nodes}", f"cluster.gpus_per_node={node}")
     none = _NO_ENGINE if isinstance(recipe, TrainRecipe) else ()
@@ -90,7 +123,7 @@ def _trainers(recipe: Recipe, nodes: int, node: int, card: Card, memory: float, 
     for layout in _layouts(recipe, nodes * node, node):
         for recompute in ("null", "full"):
             overrides = [*cluster, *layout, *_SWITCHES, f"{_MEGATRON}recompute_granularity={recompute}"]
-            fitting = _planned([*overrides, *none], card, memory, again)
+            fitting = tries.fitting([*overrides, *none])
             if fitting:
                 found.append(Proposal(tuple(overrides), fitting[0].plan, fitting[0].speed))
                 break
@@ -129,12 +162,3 @@ def _engines(recipe: Recipe, server_gpus: int, world: int) -> Iterator[tuple[str
         elif not server_gpus and world % tensor == 0:
             for each in _SHARES:
                 yield (f"{_GENERATION}backend=vllm", parallel, f"{share}={each}")
-
-
-def _planned(overrides: Sequence[str], card: Card, memory: float, again: Again) -> list[Proposal]:
-    """Return the proposal that overrides make, or nothing where it does not fit or cannot be laid out so."""
-    try:
-        plan = again(overrides)
-    except ValueError:
-        return []
-    return [Proposal(tuple(overrides), plan, estimate(plan, card))] if plan.fits(memory) else []

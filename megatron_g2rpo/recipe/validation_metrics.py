@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 # Of every response; of greedy ones with `greedy_` before it.
 MEASURED = ("reward", "accuracy", "format", "response_tokens", "truncated")
@@ -27,3 +27,19 @@ def validation_metrics(tasks: Iterable[str], weighed: Iterable[str]) -> Iterator
         for prefix in ("", "greedy_"):
             for name in names:
                 yield f"val/{task}/{prefix}{name}"
+
+
+def unmeasured(metric: str | None, tasks: Collection[str]) -> str | None:
+    """Return why a metric that ranks checkpoints is never measured, a sentence; None where it is, or none ranks them.
+
+    Args:
+        metric: ``checkpointing.metric_name``, one of ``validation_metrics``.
+        tasks: the tasks that there is validation data of.
+    """
+    task, _, name = (metric or "").removeprefix("val/").rpartition("/")
+    if not task or task in tasks:
+        return None
+    return (
+        f"checkpointing.metric_name: {metric} is never measured, as data.validation has no usable sample of task "
+        f"{task}; it has {', '.join(sorted(tasks))} (val/mean_{name} is over all that it has)"
+    )

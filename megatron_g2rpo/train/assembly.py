@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from megatron_g2rpo.policy.layouts.layout import Layout, token_multiples
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.policy.reference_policy import ReferencePolicy
 from megatron_g2rpo.recipe import Policy, Recipe, TrainRecipe
+from megatron_g2rpo.recipe.validation_metrics import unmeasured
 from megatron_g2rpo.rollout import base as engines
 from megatron_g2rpo.tasks import response_formats
 from megatron_g2rpo.tasks.workers import RewardWorkers
@@ -81,7 +82,8 @@ def assemble(recipe: Recipe) -> Components:
     """Build everything a loop needs. Cheap checks come first: data and layout errors appear before weights are read.
 
     Raises:
-        DataError: the data cannot be used, see ``open_datasets`` and ``PromptStream``; or no held-out sample can.
+        DataError: the data cannot be used, see ``open_datasets`` and ``PromptStream``; or no held-out sample can, or
+            none of the task by whose metric checkpoints are ranked.
         LayoutError: the model cannot be split as the recipe asks.
         CheckpointError: the weights of ``policy.model_name`` do not fit its config.
         ValueError: the engine cannot be built, see ``rollout.base``.
@@ -113,6 +115,8 @@ def _assembled(recipe: Recipe, workers: RewardWorkers | None) -> Components:
     )
     train_data = open_datasets(data.train, recipe.env)
     held_out = None if data.validation is None else open_datasets(data.validation, recipe.env)
+    if held_out is not None:
+        _check_ranking(recipe, held_out.tasks)
     task_ids = number_tasks(recipe.env.tasks)
     stream = PromptStream(
         train_data,
@@ -183,13 +187,25 @@ def _validation(
     )
     usable = torch.tensor([len(prompts)])
     torch.distributed.all_reduce(usable)
-    mine = (Counter(error.reason for error in errors), str(errors[0]) if errors else None)
+    mine = (
+        Counter(error.reason for error in errors),
+        str(errors[0]) if errors else None,
+        {prompt.task for prompt in prompts},
+    )
     everyone = [mine] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
     if usable == 0:
-        first = next((message for _, message in everyone if message is not None), "there is none")
+        first = next((message for _, message, _ in everyone if message is not None), "there is none")
         raise DataError(f"data.validation: no held-out sample can be used; the first: {first}")
-    return prompts, sum((reasons for reasons, _ in everyone), Counter())
+    _check_ranking(recipe, set[str]().union(*(tasks for _, _, tasks in everyone)))
+    return prompts, sum((reasons for reasons, _, _ in everyone), Counter())
+
+
+def _check_ranking(recipe: Recipe, tasks: Collection[str]) -> None:
+    """Check, before any step, that validation data of these tasks gives the metric that checkpoints are ranked by."""
+    why = unmeasured(recipe.checkpointing.metric_name, tasks)
+    if why is not None:
+        raise DataError(why)
 
 
 def _needs_reference(recipe: Recipe) -> bool:

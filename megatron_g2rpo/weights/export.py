@@ -15,6 +15,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from megatron_g2rpo import progress
+from megatron_g2rpo.weights.files import naming
 from megatron_g2rpo.weights.model_files import ProcessorSettings, copy_model_files
 from megatron_g2rpo.weights.ownership import Owner
 from megatron_g2rpo.weights.safetensors_directory import FLOATING, INDEX_NAME
@@ -54,6 +55,7 @@ def export_hf(
     Raises:
         NotOursError: before anything is written: something else is in the way; see ``Owner.check``.
         ValueError: a tensor is not in ``specs``, came twice, has another shape or dtype, or did not come.
+        OSError: a file cannot be written, as of a full disk; names it. What was begun is removed.
     """
     if not write:
         for _ in tensors:
@@ -153,7 +155,8 @@ class ShardedWriter:
         self._stack.__exit__(kind, error, trace)
         if kind is None and self._split.is_sharded and self._rank == 0:
             index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
-            (self._directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+            with naming(self._directory / INDEX_NAME):
+                (self._directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
 class SafetensorsWriter:
@@ -184,15 +187,17 @@ class SafetensorsWriter:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # aligns the tensors, as the library does
         self._first = 8 + len(text)
-        self._file: IO[bytes] = path.open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._file.truncate(self._first + end)
+        with naming(path):
+            self._file: IO[bytes] = path.open("wb")
+            self._file.write(len(text).to_bytes(8, "little") + text)
+            self._file.truncate(self._first + end)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one of the tensors.
 
         Raises:
             ValueError: the tensor was written before, or has another shape or dtype than its spec.
+            OSError: it cannot be written, as of a full disk; names the file.
         """
         spec = self._specs[name]
         if name not in self._missing:
@@ -203,14 +208,16 @@ class SafetensorsWriter:
                 f"{list(spec.shape)}"
             )
         self._missing.remove(name)
-        self._file.seek(self._first + self._offsets[name])
-        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        with naming(self._path):
+            self._file.seek(self._first + self._offsets[name])
+            self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def __enter__(self) -> SafetensorsWriter:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self._file.close()
+        with naming(self._path):  # what is still in its buffer
+            self._file.close()
         if kind is None and self._missing:
             raise ValueError(f"{self._path}: {len(self._missing)} tensors did not come: {sorted(self._missing)}")
 
@@ -223,4 +230,5 @@ def _name_dtype(config: Path, dtype: str) -> None:
     if any(section[key] != dtype for section, key in stated):
         for section, key in stated:
             section[key] = dtype
-        config.write_text(json.dumps(tree, indent=2) + "\n")
+        with naming(config):
+            config.write_text(json.dumps(tree, indent=2) + "\n")

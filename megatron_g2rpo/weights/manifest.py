@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_g2rpo.weights.files import naming
 from megatron_g2rpo.weights.safetensors_directory import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -78,7 +79,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write a checkpoint's manifest, and wait until it is on the disk; one that is there is replaced as a whole."""
     text = json.dumps({"format": _FORMAT, **asdict(manifest)}, indent=1, sort_keys=True)
     partial = directory / (MANIFEST + ".partial")
-    with partial.open("w") as file:
+    with naming(directory / MANIFEST), partial.open("w") as file:
         file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -147,6 +148,7 @@ def sync(path: Path) -> None:
     """Wait until a file's bytes, or a directory's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):  # a disk that is full may say so only now
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

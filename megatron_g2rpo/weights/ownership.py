@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whose a directory of weights is: nothing is replaced or removed that was not written here, by the same run.
 
-A marker in an export says which run wrote it, and which files. While the export is being written the marker is there
-already, without files, so that what a job left that was killed can be told from what is somebody's.
+A marker in an export says which run wrote it, and what: every file, link and folder, by what it holds. While the export
+is being written the marker is there already, without files, so that what a job left that was killed can be told from
+what is somebody's.
 """
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,11 +21,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from megatron_g2rpo.weights.files import naming
 from megatron_g2rpo.weights.manifest import sync, sync_directory
 
 MARKER = ".megatron_g2rpo.json"
+_PARTIAL_MARKER = f"{MARKER}.partial"
 _REPLACED = ".replaced-"  # and a number of its own
 _SHOWN = 3  # names in a message
+_LONGEST_HEADER = 100_000_000  # bytes: the most that the safetensors library reads
 
 
 class NotOursError(FileExistsError):
@@ -83,7 +89,7 @@ class Owner:
         """
         partial = partial_path(directory)
         sync_directory(partial)
-        self._mark(partial, {path: (partial / path).stat().st_size for path in _files(partial)})
+        self._mark(partial, {path: _content(partial / path) for path in _paths(partial)})
         for path in (partial / MARKER, partial):
             sync(path)
         self._check_place(directory)
@@ -100,9 +106,16 @@ class Owner:
         if os.path.lexists(directory) and (why := self._not_ours(directory)):
             raise NotOursError(f"{directory} exists already and is not replaced: {why}; move it elsewhere")
 
-    def _mark(self, directory: Path, files: dict[str, int] | None) -> None:
+    def _mark(self, directory: Path, files: dict[str, str] | None) -> None:
         content = {"written_by": f"megatron-g2rpo {version('megatron-g2rpo')}", "run_id": self.run_id, "files": files}
-        (directory / MARKER).write_text(json.dumps(content, indent=1) + "\n")
+        partial = directory / _PARTIAL_MARKER
+        try:
+            with naming(directory / MARKER):
+                partial.write_text(json.dumps(content, indent=1) + "\n")
+                partial.replace(directory / MARKER)  # whole or as before: without one, nobody knows whose this is
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
     def _not_ours(self, directory: Path) -> str:
         """Why a directory is no finished export of this run; empty if it is one."""
@@ -116,9 +129,9 @@ class Owner:
         if not self.run_id or marker["run_id"] != self.run_id:
             return "another run or command wrote it"
         written = marker["files"] or {}
-        if others := [path for path in _files(directory) if path not in written]:
+        if others := [path for path in _paths(directory) if path not in written]:
             return f"it holds what this run did not write ({_listed(others)})"
-        if changed := [path for path in _files(directory) if (directory / path).lstat().st_size != written[path]]:
+        if changed := [path for path in _paths(directory) if _content(directory / path) != written[path]]:
             return f"it was changed after this run wrote it ({_listed(changed)})"
         return ""
 
@@ -128,7 +141,7 @@ def _is_unfinished(partial: Path) -> bool:
     if partial.is_symlink() or not partial.is_dir():
         return False
     marker = _marker(partial)
-    return marker["files"] is None if marker else not any(partial.iterdir())
+    return marker["files"] is None if marker else {path.name for path in partial.iterdir()} <= {_PARTIAL_MARKER}
 
 
 def _marker(directory: Path) -> dict[str, Any] | None:
@@ -140,13 +153,32 @@ def _marker(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-def _files(directory: Path) -> Iterator[str]:
-    """Paths, within a directory, of all that is in it but its marker and folders, in order."""
-    for folder, _, names in sorted(os.walk(directory)):
-        for name in sorted(names):
+def _paths(directory: Path) -> Iterator[str]:
+    """Paths, within a directory, of all that is in it but its marker, folders and links included, in order."""
+    for folder, folders, names in sorted(os.walk(directory)):
+        for name in sorted([*folders, *names]):
             path = Path(folder, name).relative_to(directory).as_posix()
             if path != MARKER:
                 yield path
+
+
+def _content(path: Path) -> str:
+    """What tells a file, link or folder from another in its place.
+
+    Of a safetensors file that is its size and the digest of its header, which names every tensor with its place: the
+    whole would be read at every start of a run, 16 GB for a model of 8B. What is edited by hand is the small files.
+    """
+    kind = path.lstat()
+    if stat.S_ISLNK(kind.st_mode):
+        return f"link to {os.readlink(path)}"
+    if not stat.S_ISREG(kind.st_mode):
+        return "folder" if stat.S_ISDIR(kind.st_mode) else "special file"
+    with path.open("rb") as file:
+        if path.suffix != ".safetensors":
+            return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
+        length = file.read(8)
+        header = file.read(min(int.from_bytes(length, "little"), _LONGEST_HEADER))
+    return f"{kind.st_size} bytes, header's sha256 {hashlib.sha256(length + header).hexdigest()}"
 
 
 def _listed(names: Iterable[str]) -> str:

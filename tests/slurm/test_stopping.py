@@ -25,6 +25,8 @@ def leave(number, frame):
     helper.kill()
     os._exit(int(os.environ["CODE"]))
 signal.signal(signal.SIGUSR2, leave)
+launcher = f"{os.getppid()}@{os.readlink('/proc/self/ns/pid')}"
+assert os.environ["MEGATRON_G2RPO_LAUNCHER"] == launcher, "by which the trainer knows that it has lost rank.sh"
 print(*(os.environ[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")), flush=True)
 time.sleep(60)
 """

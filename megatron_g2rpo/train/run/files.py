@@ -5,23 +5,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+
+from megatron_g2rpo.weights.files import naming
 
 PARTIAL = ".partial"
 PROBE = ".writable-"  # what the names of the files begin with that `check_writable` creates and removes
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let errors of the operating system in the body name a file: what a full disk raises in ``write`` names none."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def replace_bytes(path: Path, data: bytes) -> None:

@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 
-from megatron_g2rpo.train.run.files import naming
+from megatron_g2rpo.weights.files import naming
 
 LOCK_FILE = ".lock"
 # Of file systems that were mounted without locks: NFS, Lustre.

@@ -14,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_g2rpo.recipe.run_sections import Logger
 from megatron_g2rpo.train.run import event_files, metrics_file
-from megatron_g2rpo.train.run.files import naming
 from megatron_g2rpo.train.run.metrics_file import METRICS_FILE
 from megatron_g2rpo.types import Rollout
+from megatron_g2rpo.weights.files import naming
 
 HEADER_PERIOD = 20  # rows between two headers of the console table
 _ONE_LINE = {"no_wrap": True, "overflow": "ignore", "crop": False}

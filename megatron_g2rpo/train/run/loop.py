@@ -24,7 +24,8 @@ from megatron_g2rpo.train.run.metrics_file import METRICS_FILE
 from megatron_g2rpo.train.run.owners import run_id
 from megatron_g2rpo.train.run.retention import Retention
 from megatron_g2rpo.train.run.saved_record import record_saved
-from megatron_g2rpo.train.run.stopping import RunStopped, SamplingStopped
+from megatron_g2rpo.train.run.signals import STARTED
+from megatron_g2rpo.train.run.stopping import RunStopped, SamplingStopped, remedy
 from megatron_g2rpo.train.run.validation import validate
 
 _UNLOGGED = "unlogged"  # in a checkpoint: metrics of its step, which was not validated when the run was asked to stop
@@ -70,6 +71,7 @@ class Run:
         self._stopping = components.stopping
         self.first_step, self.logged_step = 0, -1
         self._unlogged: Mapping[str, float] = {}  # metrics of the first step, which was not validated
+        self._got_on = False  # whether this process did what was left of the first step
         self._metrics: Mapping[str, float] = {}  # of the last validation
         self._validated = False
         grpo = recipe.grpo if isinstance(recipe, TrainRecipe) else None
@@ -147,6 +149,7 @@ class Run:
         elif self._unlogged:
             found = self.validation(self.first_step, log, self._unlogged)
             log.log(StepMetrics(step=self.first_step, values={**self._unlogged, **found}))
+            self._got_on = True
             self._write(self.first_step, self._state())  # with what ranks it, in place of the one without
         self.stop_if_asked(self.first_step)
 
@@ -274,9 +277,17 @@ class Run:
         )
 
     def _stopped(self, step: int, state: dict[str, Any], reason: str) -> RunStopped:
-        """Save the policy as that of ``step``, unless it is saved already; what to raise then. A collective."""
-        options = self._recipe.checkpointing
-        if step == 0:
+        """Save the policy as that of ``step``, unless it is saved already; what to raise then. A collective.
+
+        A deadline that leaves no time for a step ends the run for good: the same command would end so each time, and
+        a job that is queued again for ever costs more than one that fails.
+        """
+        options, todo = self._recipe.checkpointing, remedy(reason)
+        got_on = self._got_on or step > self.first_step
+        if todo is not None and not got_on:
+            where = f"{time.monotonic() - STARTED:.0f} s after the start, with no step taken since: {todo}"
+            resumable = False
+        elif step == 0:
             where, resumable = "before the first step; the same command starts the run", True
         elif options.enabled:
             self._write_unless_there(step, state)
@@ -343,15 +354,12 @@ class Run:
         for line in result.failures:
             log.note(line)
         self._validated = True
-        self._metrics = self._ranked(result.metrics)
-        return {**result.metrics, "time/validation": time.perf_counter() - start}
-
-    def _ranked(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
-        """The metrics that a checkpoint keeps, after a check that the one which ranks checkpoints is among them."""
-        name = self._recipe.checkpointing.metric_name
-        if name is not None and name not in metrics:
-            raise ValueError(
-                f"checkpointing.metric_name: the validation has no {name}, as its task has no validation data; it has "
-                f"{', '.join(sorted(metrics))}"
+        ranking = self._recipe.checkpointing.metric_name
+        # There is data for it (``assemble``): what it is the mean of had no reward this time.
+        if ranking is not None and ranking not in result.metrics:
+            log.note(
+                f"warning: this validation has no {ranking}, as every reward that it is made of failed; checkpoints up "
+                "to the next validation rank behind those that have it"
             )
-        return metrics
+        self._metrics = result.metrics
+        return {**result.metrics, "time/validation": time.perf_counter() - start}

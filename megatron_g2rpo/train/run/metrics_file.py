@@ -8,7 +8,8 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from megatron_g2rpo.train.run.files import naming, replace_bytes
+from megatron_g2rpo.train.run.files import replace_bytes
+from megatron_g2rpo.weights.files import naming
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import NoReturn
 
+from megatron_g2rpo.train.run import slurm_time
+
 # Of the user, of Slurm's --signal, of Ctrl-C and of a terminal that is gone.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # A launcher's way to pass a request on: unlike those, any number of them is one request. So a signal that reaches a
@@ -108,16 +110,19 @@ class Repeats:
 class StopRequest:
     """What a process of a run has been asked to do by signals, and what it does about it.
 
-    - Before the run has begun, nothing can be lost: it ends at once, with ``STOPPED``.
+    - Before the run has begun, nothing can be lost: it ends at once, with ``STOPPED``; with 1 where the time of its
+      Slurm job is over by then.
     - In the run, the first request is kept; the second ends the process, with 128 and the signal's number.
     - When all ranks have saved, a further one ends it with ``STOPPED``.
 
     Attributes:
         number: the signal that asked first; None: none did.
+        is_notice: whether it was no more than Slurm's notice of the end of its job.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.is_notice = False
         self._running = self._saved = False
         self._repeats = Repeats()
 
@@ -133,13 +138,15 @@ class StopRequest:
         """Act on a signal."""
         if self._saved:
             os._exit(STOPPED)
-        name = described(number)
+        name, is_notice = described(number), slurm_time.is_notice(number, FORWARDED)
+        if not self._running and is_notice:  # the next job of the same length would come no further
+            _end(1, f"stopped by {slurm_time.SLURM_END_NAME} before the first step: {slurm_time.LONGER}")
         if not self._running:
             _end(STOPPED, f"stopped by {name} before the first step; the same command starts the run")
         if number != FORWARDED and self._repeats.is_second(number):
             _end(128 + number, f"ended by {name}; the same command goes on from the newest checkpoint")
         if self.number is None:
-            self.number = number
+            self.number, self.is_notice = number, is_notice
             _say(
                 f"asked to stop by {name}: the run saves as soon as it can, and stops; a second signal ends it at once"
             )

@@ -13,13 +13,14 @@ import torch.distributed as dist
 from megatron_g2rpo.recipe.run_sections import seconds_of
 from megatron_g2rpo.train.run import signals
 from megatron_g2rpo.train.run.signals import STARTED, StopRequest
+from megatron_g2rpo.train.run.slurm_time import LONGER, SLURM_END_NAME, seconds_left
 
 # Of a Slurm job's time, what the run leaves for its last files, for its processes to end and for a slow disk, seconds.
 MARGIN_S = 60.0
-SLURM_END = "SLURM_JOB_END_TIME"
 _RECIPE_KEY = "checkpointing.checkpoint_must_save_by"
-# Codes above those of signals, for the reduction over ranks.
-_RECIPE, _SLURM = 1001, 1002
+_REMEDIES = {_RECIPE_KEY: "set it to more", SLURM_END_NAME: LONGER}
+# Codes for the reduction over ranks, whose largest wins: a signal, which may move the run elsewhere, over a deadline.
+_RECIPE, _SLURM, _SIGNALS = 1, 2, 1000
 
 
 class RunStopped(Exception):
@@ -59,9 +60,9 @@ class Stopping:
         self._deadlines: dict[int, float] = {}  # code -> the moment by which all must be saved, monotonic seconds
         if must_save_by is not None:
             self._deadlines[_RECIPE] = STARTED + seconds_of(must_save_by)
-        end = environment.get(SLURM_END, "")
-        if end.isdecimal():
-            self._deadlines[_SLURM] = time.monotonic() + (int(end) - time.time()) - MARGIN_S
+        left = seconds_left(environment)
+        if left is not None:
+            self._deadlines[_SLURM] = time.monotonic() + left - MARGIN_S
         self._longest_save = self._longest_step = 0.0
         self._last = time.monotonic()
 
@@ -107,12 +108,21 @@ class Stopping:
 
     def _code(self, steps: int) -> int:
         if self._request.number is not None:
-            return self._request.number
+            return _SLURM if self._request.is_notice else _SIGNALS + self._request.number
         ready = time.monotonic() + steps * self._longest_step + self._longest_save
         return max((code for code, deadline in self._deadlines.items() if ready >= deadline), default=0)
 
 
+def remedy(reason: str) -> str | None:
+    """Return what to do about a deadline that leaves no time for a step; None where the reason is a signal.
+
+    Args:
+        reason: what ``Stopping`` said that asks to stop.
+    """
+    return _REMEDIES.get(reason)
+
+
 def _name(code: int) -> str:
     if code in (_RECIPE, _SLURM):
-        return _RECIPE_KEY if code == _RECIPE else f"the end of the Slurm job ({SLURM_END})"
-    return signals.described(code)
+        return _RECIPE_KEY if code == _RECIPE else SLURM_END_NAME
+    return signals.described(code - _SIGNALS)

@@ -121,7 +121,6 @@ class Watchdog:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._number = 0
-        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def start(self) -> None:
         """Begin to watch."""
@@ -186,10 +185,6 @@ class Watchdog:
                     with suppress(dist.DistError):
                         self._line.ask(lambda board: board.forget())
             before, waited = now, 0.0
-            if self._launcher not in (None, os.getppid()):
-                # It was killed, and the job with it; before the ranks have met, nothing else would tell them.
-                self._end(PeerLostError("the launcher of this rank has ended"))
-                return
             idle, limit = progress.idle(), limit_of(progress.at().phase, self._limit)
             verdict = None
             if self._has_line():

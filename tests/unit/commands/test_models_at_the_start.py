@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claims: what is wrong with a model directory, a target or an option is found at the start, with what to do."""
+"""Claims: what is wrong with a model directory, a target, an option or the data behind a metric is found at the start,
+with what to do.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.cli import app
 from megatron_g2rpo.commands.convert.common import check_target, warn_without_tokenizer
 from megatron_g2rpo.commands.preflight import checked
+from megatron_g2rpo.data.shard_writer import ShardWriter
 from megatron_g2rpo.recipe import RecipeError
 from megatron_g2rpo.weights.ownership import MARKER
 from megatron_g2rpo.weights.safetensors_directory import INDEX_NAME
@@ -60,6 +63,19 @@ def test_weights_that_are_not_read_need_not_be_there(model, tmp_path):
     found = faults(model, f"policy.pretrained_checkpoint={tmp_path}")
     assert "safetensors" not in found
     assert f"policy.pretrained_checkpoint: {tmp_path} is no Megatron checkpoint" in found
+
+
+def test_a_metric_of_a_task_without_validation_data_is_found_before_any_step(model, tmp_path):
+    fields = {"task": "chart", "question": "1 + 1?", "answer": "2", "answer_format": "exact"}
+    with ShardWriter(tmp_path / "shards") as writer:
+        writer.write("0000", fields, [])
+    keys = ("env.tasks={chart: {}, ocr: {}}", f"data.validation.path={tmp_path / 'shards'}")
+    found = faults(model, *keys, "checkpointing.metric_name=val/ocr/reward")
+    assert (
+        "val/ocr/reward is never measured, as data.validation has no usable sample of task ocr; it has chart" in found
+    )
+    for metric in ("val/chart/reward", "val/mean_reward"):
+        assert "never measured" not in faults(model, *keys, f"checkpointing.metric_name={metric}")
 
 
 @pytest.mark.parametrize("size", ["banana", "5", "GB", "-5GB", "0GB", "5GiB", "1e3MB"])

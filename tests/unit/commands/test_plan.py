@@ -283,3 +283,18 @@ def test_servers_are_among_the_changes_of_every_engine_in_the_process(model: Mod
     addresses = "policy.generation.vllm_server_cfg.addresses=['http://a:1']"
     servers = plan(model, "policy.generation.backend=vllm_server", addresses)
     assert not any("backend" in override for change in changes(servers) for override in change)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--mean-tokens", "0", "--mean-tokens 0 is not in 1..policy.max_total_sequence_length"),
+        ("--response-tokens", "-1", "--response-tokens -1 does not fit: a sequence of"),
+        ("--image-tokens", "99999", "--image-tokens 99999 does not fit into a prompt"),
+    ],
+)
+def test_a_sweep_names_an_argument_that_no_layout_can_be_planned_with(option: str, value: str, says: str) -> None:
+    code, output = invoke(str(PAPER), CONFIG, "--sweep", option, value)
+    assert code == 1
+    assert says in output
+    assert "No layout fits" not in output

@@ -51,6 +51,14 @@ def test_whole_nodes_are_asked_for() -> None:
         proposals("qwen3-vl-8b", 12)
 
 
+def test_what_no_layout_can_be_planned_with_is_named_and_larger_gpus_are_not_advised() -> None:
+    def again(overrides: Sequence[str]) -> Plan:
+        raise ValueError(f"no row holds a sequence ({overrides[0]})")
+
+    with pytest.raises(ValueError, match=r"no row holds a sequence \(cluster\.num_nodes=1\)"):
+        sweep(load_recipe(RECIPE, []), 8, CARD, CARD.memory, again)
+
+
 @pytest.mark.full
 def test_a_thousand_gpus_take_less_than_a_minute() -> None:
     start = time.process_time()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claims: an export of the policy is what it loaded; streaming it has no side effects."""
+"""Claims: an export of the policy is what it loaded; streaming it has no side effects; a full disk is told with the
+file.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 from megatron_g2rpo import weights
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
+from megatron_g2rpo.weights.export import SafetensorsWriter
 from tests.common.policy_layout import policy_section
 from tests.common.tiny_model import make_tiny_qwen3vl
 
@@ -57,3 +60,21 @@ def test_a_stream_leaves_gradients_as_they_are(tmp_path: Path) -> None:
     for _, tensor in policy.stream():
         assert torch.is_grad_enabled()
         assert not tensor.requires_grad
+
+
+@pytest.mark.parametrize("when", ["begun", "written", "closed"])
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path, when: str) -> None:
+    """What Linux raises where there is no space left names no file."""
+    path, specs = tmp_path / "model.safetensors", {"w": torch.empty(9, device="meta")}
+
+    def export() -> None:
+        if when == "begun":
+            path.symlink_to("/dev/full")
+        with SafetensorsWriter(path, specs) as writer:
+            if when != "begun":
+                # Without a buffer a write fails itself, else the end of the file.
+                writer._file = open("/dev/full", "wb", buffering=0 if when == "written" else -1)  # noqa: SIM115
+            writer.write("w", torch.zeros(9))
+
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        export()

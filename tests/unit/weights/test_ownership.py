@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -68,6 +69,21 @@ def _replace_by_link(target: Path) -> None:
     target.symlink_to("nowhere")
 
 
+def _edit_in_place(target: Path) -> None:
+    (target / "config.json").write_text("[]")
+
+
+def _other_weights(target: Path) -> None:
+    file = target / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"w"', b'"v"'))
+
+
+def _link_in_place(target: Path) -> None:
+    """As of a user who keeps the edited file elsewhere."""
+    (target / "config.json").rename(target.with_name("config.json"))
+    (target / "config.json").symlink_to(target.with_name("config.json"))
+
+
 def _of_another_run(target: Path) -> None:
     marker = json.loads((target / MARKER).read_text())
     (target / MARKER).write_text(json.dumps({**marker, "run_id": "another"}))
@@ -81,10 +97,19 @@ def _of_another_run(target: Path) -> None:
         (lambda target: (target / MARKER).write_text("{"), f"it has no {MARKER}"),
         (lambda target: (target / "notes.md").write_text("n"), r"did not write \(notes\.md\)"),
         (lambda target: (target / "config.json").write_text('{"edited": 1}'), r"was changed .* \(config\.json\)"),
+        (_edit_in_place, r"was changed .* \(config\.json\)"),
+        (_other_weights, r"was changed .* \(model\.safetensors\)"),
+        (lambda target: (target / "mine").mkdir(), r"did not write \(mine\)"),
+        (lambda target: (target / "mine").symlink_to(target.parent), r"did not write \(mine\)"),
+        (_link_in_place, r"was changed .* \(config\.json\)"),
         (_replace_by_file, "it is no directory"),
         (_replace_by_link, "it is a link to nowhere"),
     ],
-    ids=["another run's", "no marker", "broken marker", "a file more", "an edit", "a file", "a dangling link"],
+    ids=[
+        *("another run's", "no marker", "broken marker", "a file more", "an edit", "an edit of the same size"),
+        *("other weights of the same size", "an empty folder", "a link to a folder", "a link to the same", "a file"),
+        "a dangling link",
+    ],
 )
 def test_what_is_not_this_run_s_export_is_refused_before_the_work_and_left_as_it_is(
     source: Path, change: Callable[[Path], object], says: str
@@ -108,7 +133,7 @@ def test_what_is_not_this_run_s_export_is_refused_before_the_work_and_left_as_it
             error()
     assert everything(source.parent) == before
     assert os.path.lexists(target)
-    assert beside(source) == {"hf"}
+    assert beside(source) - {"config.json"} == {"hf"}
 
 
 def test_a_command_that_is_no_run_s_replaces_nothing(source: Path) -> None:
@@ -155,6 +180,31 @@ def test_a_job_that_is_killed_while_it_publishes_leaves_a_whole_export(
     assert value_in(source.with_name("hf.partial")) == 2.0, "and the new one"
     export(source, target, 3.0)
     assert value_in(target) == 3.0
+    assert beside(source) == {"hf"}
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+def test_a_disk_that_is_full_when_the_marker_is_written_leaves_no_directory_of_nobody(
+    source: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    """At its beginning and at its end: the next export goes through, and removes what is left."""
+    target, write, done = source.with_name("hf"), Path.write_text, []
+
+    def full(self: Path, text: str) -> int:
+        if MARKER not in self.name:
+            return write(self, text)
+        done.append(self)
+        if len(done) <= writes:
+            return write(self, text)
+        write(self, text[:20])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match=rf"No space left on device: '{target}.partial/{MARKER}'"):
+            export(source, target, 1.0)
+    export(source, target, 2.0)
+    assert value_in(target) == 2.0
     assert beside(source) == {"hf"}
 
 

@@ -68,6 +68,9 @@ class Notes:
     def note(self, text: str) -> None:
         self.lines.append(text)
 
+    def examples(self, rollouts: list[Any]) -> None:
+        """Show none: there are none in these tests."""
+
     @property
     def log(self) -> MetricsLog:
         return cast(MetricsLog, self)

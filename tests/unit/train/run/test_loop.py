@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claims: an error that ends a run loses no checkpoint; a resumed run knows how long a checkpoint takes."""
+"""Claims: an error that ends a run loses no checkpoint; a resumed run knows how long a checkpoint takes; a deadline
+that leaves no time for a step is an error; a validation without rewards is none.
+"""
 
 from __future__ import annotations
 
 import errno
 import math
+import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +18,9 @@ import pytest
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.train.run import checkpoint_writing, loop
 from megatron_g2rpo.train.run.signals import StopRequest
-from megatron_g2rpo.train.run.stopping import Stopping
+from megatron_g2rpo.train.run.slurm_time import SLURM_END
+from megatron_g2rpo.train.run.stopping import RunStopped, SamplingStopped, Stopping
+from megatron_g2rpo.train.run.validation import Validation
 from tests.unit.train.run.checkpoint_cases import Notes, make_model, make_policy, make_run, names_in
 
 ASYNC = "checkpointing.async_save=true"
@@ -119,3 +125,74 @@ def test_steps_that_are_missing_in_the_metrics_are_said_and_one_that_a_stop_left
     cut, _ = make_run(tmp_path, policy, Stopping(None, StopRequest(), {}))
     [note] = cut._notes
     assert note.startswith(f"warning: {metrics} has no line of step 3 and 1 more of the steps before, which the")
+
+
+LIMITS = {
+    "recipe": (
+        lambda: Stopping("0:0:0:0", StopRequest(), {}),
+        "checkpointing.checkpoint_must_save_by",
+        "set it to more",
+    ),
+    "slurm": (
+        lambda: Stopping(None, StopRequest(), {SLURM_END: str(int(time.time()) + 30)}),
+        rf"the end of the Slurm job \({SLURM_END}\)",
+        "submit the job with a longer time limit",
+    ),
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_a_time_limit_that_is_over_before_a_step_is_taken_ends_the_run_for_good(
+    policy: MegatronPolicy, tmp_path: Path, limit: str
+) -> None:
+    """It would be over each time: a job that is queued again for every stop would be so for ever."""
+    stopping, name, todo = LIMITS[limit]
+    new, _ = make_run(tmp_path, policy, stopping(), "grpo.val_at_start=false")
+    with pytest.raises(
+        RunStopped, match=rf"^stopped by {name} \d+ s after the start, .* no step .*: {todo}$"
+    ) as raised:
+        new.begin(Notes().log)
+    assert not raised.value.resumable
+    with pytest.raises(RunStopped) as raised, new.sampling(1):
+        raise SamplingStopped(str(stopping().asked()))
+    assert not raised.value.resumable, "nor does a first step that takes longer get on"
+    new.save(1)
+    with pytest.raises(RunStopped, match=f"^stopped by {name} after step 1, saved in ") as raised:
+        new.stop_if_asked(1)
+    assert raised.value.resumable, "negative: with a step taken, the next process goes on behind it"
+    resumed, _ = make_run(tmp_path, policy, stopping())
+    with pytest.raises(RunStopped, match="no step taken since") as raised:
+        resumed.begin(Notes().log)
+    assert not raised.value.resumable
+
+
+def test_a_signal_before_the_first_step_loses_nothing_whatever_the_deadline(
+    policy: MegatronPolicy, tmp_path: Path
+) -> None:
+    """The run may be moved elsewhere, where it has more time."""
+    request = StopRequest()
+    run, _ = make_run(tmp_path, policy, Stopping("0:0:0:0", request, {}), "grpo.val_at_start=false")
+    request.received(signal.SIGTERM)
+    with pytest.raises(RunStopped, match="stopped by SIGTERM before the first step") as raised:
+        run.begin(Notes().log)
+    assert raised.value.resumable
+
+
+def test_one_validation_without_rewards_is_told_and_ranks_behind(
+    policy: MegatronPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A judge that is down for a while; the steps are logged and saved all the same."""
+    run, _ = make_run(tmp_path, policy, Stopping(None, StopRequest(), {}), "checkpointing.metric_name=val/mean_reward")
+    engine = SimpleNamespace(load_weights=lambda source: None, release=lambda: None)
+    monkeypatch.setattr(run, "_components", SimpleNamespace(**vars(run._components), engine=engine))
+    found = {"val/mean_reward": 0.5}
+    monkeypatch.setattr(loop, "validate", lambda *_: Validation(dict(found), [], [], []))
+    notes = Notes()
+    run._validate(notes.log)
+    assert run._metrics == found
+    assert not [line for line in notes.lines if "warning" in line]
+    found = {"val/failed_rewards": 2.0}
+    run._validate(notes.log)
+    assert run._metrics == found, "not those of a policy before"
+    [line] = [line for line in notes.lines if "warning" in line]
+    assert "this validation has no val/mean_reward" in line

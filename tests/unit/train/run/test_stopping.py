@@ -13,8 +13,9 @@ import pytest
 
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.recipe.run_sections import seconds_of
-from megatron_g2rpo.train.run import signals, stopping
-from megatron_g2rpo.train.run.stopping import SLURM_END, Stopping
+from megatron_g2rpo.train.run import signals, slurm_time, stopping
+from megatron_g2rpo.train.run.slurm_time import SLURM_END
+from megatron_g2rpo.train.run.stopping import Stopping
 
 # A rank: its main thread waits in C, as in a collective, where no handler of Python's is called.
 RANK = """
@@ -99,7 +100,8 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     init_process_group(select("cpu"))
     clock = Clock()
-    monkeypatch.setattr(stopping, "time", clock)
+    for module in (stopping, slurm_time):
+        monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(stopping, "STARTED", clock.now)
     return clock
 
@@ -129,6 +131,40 @@ def test_slurm_s_end_leaves_a_minute(clock: Clock) -> None:
     clock.now += 1.0
     assert run.agreed(steps=1) == "the end of the Slurm job (SLURM_JOB_END_TIME)"
     assert Stopping(None, environment={}).agreed(steps=1) is None
+
+
+@pytest.mark.parametrize(
+    ("number", "left", "is_notice"),
+    [
+        (signals.FORWARDED, 115, True),
+        (signal.SIGUSR1, 115, True),
+        (signals.FORWARDED, 600, False),  # as of a job that is preempted
+        (signal.SIGTERM, 115, False),
+    ],
+)
+def test_slurm_s_notice_of_the_end_is_a_deadline(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, number: int, left: int, is_notice: bool
+) -> None:
+    """A time limit shorter than the start would else queue the job again for ever."""
+    monkeypatch.setenv(SLURM_END, str(int(clock.time()) + left))
+    said: list[tuple[int, str]] = []
+
+    def end(code: int, line: str) -> None:
+        said.append((code, line))
+        raise SystemExit
+
+    monkeypatch.setattr(signals, "_end", end)
+    with pytest.raises(SystemExit):
+        signals.StopRequest().received(number)
+    assert said[0][0] == (1 if is_notice else signals.STOPPED)
+    assert ("submit the job with a longer time limit" in said[0][1]) is is_notice
+    request = signals.StopRequest()
+    run = Stopping(None, request)
+    run.begin()
+    request.received(number)
+    reason = run.agreed()
+    assert reason is not None
+    assert (stopping.remedy(reason) is not None) is is_notice
 
 
 def test_times_are_days_hours_minutes_and_seconds() -> None:
