@@ -106,11 +106,11 @@ def _engine(plan: Plan, speed: Speed) -> str:
     servers = speed.gpus - plan.recipe.world_size
     if servers:
         return f"servers: {servers // ranks} x {ranks}"
-    return f"vllm: TP {ranks}, {share} GPU" if speed.generation else "-"
+    return f"vllm: TP {ranks}, {share}" if speed.generation else "-"
 
 
 def _first(proposal: Proposal) -> Iterator[str]:
-    """Iterate over the lines that give the overrides of a layout: each as a word of a shell, all of them to be pasted."""
+    """Iterate over the lines that give the overrides of a layout: words of a shell, to be pasted as they are."""
     servers = any(override.partition("=")[0].endswith("addresses") for override in proposal.overrides)
     yield "The first as overrides" + (" (the names of the servers stand for yours):" if servers else ":")
     *others, last = map(shlex.quote, proposal.overrides)

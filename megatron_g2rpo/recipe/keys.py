@@ -52,7 +52,7 @@ def is_text(recipe: type[Section], path: Sequence[str]) -> bool:
 
 
 def meaning_of_null(recipe: type[Section], path: Sequence[str]) -> str | None:
-    """Return what null means as the value of a key, in the words of the key's description; None where it says nothing."""
+    """Return what null means as the value of a key, in the words of its description; None if it says nothing."""
     section = _section_at(recipe, path[:-1])
     field = section.model_fields.get(path[-1]) if section is not None else None
     _, said, meaning = ((field.description if field is not None else None) or "").partition("null: ")

@@ -121,7 +121,8 @@ def test_conversion_and_evaluation_use_a_nodes_gpus(stubs: Stubs, run: Run) -> N
         ]
         assert "usage: sbatch" in run(script, **JOB).stderr
         dry = run(script, *arguments, DRYRUN="1").stdout.splitlines()
-        assert dry[0].startswith("# assumed: no GPUs; a job adds --nproc") and "--nproc" not in dry[2]
+        assert dry[0].startswith("# assumed: no GPUs; a job adds --nproc")
+        assert "--nproc" not in dry[2]
         assert run(script, *arguments, DRYRUN="1", NPROC="8").stdout.splitlines()[1].endswith(" --nproc 8 ")
 
 

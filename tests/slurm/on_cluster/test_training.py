@@ -68,7 +68,7 @@ def test_the_page_leads_to_a_running_job_and_preemption_changes_nothing(
 
 
 def follow_the_page(cluster: Cluster, recipe: Path, tmp_path: Path) -> str:
-    """Run what docs/slurm.md says on its first screen, with a small recipe in the place of the page's; the job's number.
+    """Run the first screen of docs/slurm.md, with a small recipe in the place of the page's; return the job's number.
 
     What installs, downloads and imports is left out, and held against the page's recipe by ``test_page``; everything
     from `plan` on is run. What `DRYRUN=1` prints outside the job is what the job then runs.

@@ -190,7 +190,8 @@ def test_two_names_for_one_setting_conflict_and_both_are_named(write: Write) -> 
     """In one file, in one that is merged later, and by an override, which the message says how to give."""
     both = write(
         "both.yaml",
-        BASE + "checkpointing: {save_period: 3}\nexp_manager:\n  exp_dir: e\n  name: a\n  max_time_per_run: '00:01:00:00'\n"
+        BASE
+        + "checkpointing: {save_period: 3}\nexp_manager:\n  exp_dir: e\n  name: a\n  max_time_per_run: '00:01:00:00'\n"
         "  checkpoint_callback_params:\n    every_n_train_steps: 3\n",
     )
     override = "checkpointing.checkpoint_must_save_by=null"
