@@ -47,7 +47,7 @@ def test_nothing_is_cut_in_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: p
     )
     assert "…" not in table
     rows = [line.split() for line in table.splitlines() if "selective" in line]
-    layout, end = "1 x 1 x 1 x 128 selective".split(), "101.2 1,234.5 12,345 42%".split()
+    layout, end = ["1", "x", "1", "x", "1", "x", "128", "selective"], ["101.2", "1,234.5", "12,345", "42%"]
     assert rows == [[*layout, "servers:", "128", "x", "1", *end], [*layout, "vllm:", "TP", "1,", "0.45", *end]]
     assert shlex.split(pasted.replace("\\\n", "")) == list(OVERRIDES)
     assert len(pasted.strip().splitlines()) == len(OVERRIDES)
