@@ -198,12 +198,12 @@ def test_two_names_for_one_setting_conflict_and_both_are_named(write: Write) -> 
     start = "  one setting by two names, remove one of them, or give exp_manager."
     every = "exp_manager.checkpoint_callback_params.every_n_train_steps"
     messages = [
-        f"  one setting by two names, remove one of them, or give {every}=null to leave it to checkpointing.save_period; "
-        f"set by {every} ({both}:9), checkpointing.save_period ({both}:3)",
+        f"  one setting by two names, remove one of them, or give {every}=null to leave it to "
+        f"checkpointing.save_period; set by {every} ({both}:9), checkpointing.save_period ({both}:3)",
         f"{start}max_time_per_run=null to leave it to checkpointing.checkpoint_must_save_by; set by "
         f"exp_manager.max_time_per_run ({both}:7), checkpointing.checkpoint_must_save_by (override '{override}')",
-        f"{start}exp_dir=null exp_manager.name=null to leave it to logger.log_dir; set by exp_manager.exp_dir ({both}:5), "
-        "logger.log_dir (override 'logger.log_dir=/here')",
+        f"{start}exp_dir=null exp_manager.name=null to leave it to logger.log_dir; set by "
+        f"exp_manager.exp_dir ({both}:5), logger.log_dir (override 'logger.log_dir=/here')",
     ]
     assert sorted(failure(both, "logger.log_dir=/here", override)) == sorted(messages)
     fields = ("exp_dir", "name", "max_time_per_run", "checkpoint_callback_params.every_n_train_steps")
