@@ -22,6 +22,8 @@ fail() {
 job=$1
 shift
 
+command -v squeue >/dev/null || fail "squeue is not found; this is for a machine from which Slurm can be asked"
+
 # A field of the job, as squeue says it; of a heterogeneous job, of its first component.
 field() {
   squeue --noheader --jobs="$job" --states=RUNNING --format="$1" 2>/dev/null | sed -n 1p

@@ -258,6 +258,8 @@ run_command() {
   )
   [ "$processes" = 0 ] || command+=(--nproc "$processes")
   if [ "$dryrun" = 1 ]; then
+    [ -n "${SLURM_JOB_ID:-}${NPROC:-}" ] ||
+      echo "# assumed: no GPUs; a job adds --nproc with those of its node, and so does NPROC=8 here"
     show cd "$PWD"
     show "${command[@]}"
     exit 0

@@ -4,7 +4,7 @@
 # vLLM servers on the nodes of a heterogeneous job's second component; sourced after lib.sh.
 # shellcheck disable=SC2034,SC2154
 
-addresses=() server_overrides=() serve=() servers_step=''
+addresses=() server_overrides=() serve=() servers_step='' assumed=''
 
 # choose_servers KEY=VALUE ...: read the recipe, and choose `addresses`, one for each server, and `server_overrides`, which
 # name them.
@@ -31,15 +31,19 @@ choose_servers() {
   server_nodes=$(wc -l <<<"$hosts")
 }
 
+# count_servers_per_node: as many as the GPUs of one of their nodes hold; outside a job `assumed` says what was taken.
 count_servers_per_node() {
-  local gpus=0
+  local gpus
   servers_per_node=${SERVERS_PER_NODE:-}
   [ -z "$servers_per_node" ] || return 0
-  if [ -n "${SLURM_JOB_ID:-}" ] && [ "$dryrun" != 1 ]; then
-    # Unset where the nodes have no GPUs that Slurm knows of.
+  if [ -n "${SLURM_JOB_ID:-}" ]; then
+    # Also for a dry run, which prints what this job would run. Unset where the nodes have no GPUs that Slurm knows of.
     gpus=$(srun --het-group=1 --nodes=1 --ntasks=1 printenv SLURM_GPUS_ON_NODE 2>/dev/null) || gpus=0
+  else
+    gpus=$gpus_per_node
+    assumed="one node of $gpus GPUs for the servers (cluster.gpus_per_node); a job takes what it is granted"
   fi
-  servers_per_node=$((gpus / engine_size))
+  servers_per_node=$((${gpus:-0} / engine_size))
   [ "$servers_per_node" -ge 1 ] || servers_per_node=1
 }
 

@@ -12,6 +12,7 @@
 #
 #   DRYRUN=1      print the commands instead of running them; works without Slurm too:
 #                 DRYRUN=1 bash slurm/train_g2rpo.sh RECIPE [key=value ...]
+#                 Outside a job the layout is the recipe's cluster. Data and model are not looked at: train --dry-run
 #   CHAIN=5       five jobs, one after the other, in the place of requeueing: each goes on where the last one ended
 #   REQUEUE=0     end with code 75 in the place of requeueing
 #   STAGE_DATA=1  copy the data to each node's own disk first: STAGE_DIR, default $SLURM_TMPDIR or /tmp
@@ -56,11 +57,13 @@ granted_by_slurm "${SLURM_NNODES:-}"
 read_recipe "${overrides[@]}" "${granted[@]}"
 
 if [ "${CHAIN:-1}" -gt 1 ]; then
-  chain "$recipe" "${overrides[@]}"
-  if [ "$finished" = 1 ] && [ "$dryrun" != 1 ]; then
+  # Before any job is submitted that would find nothing to do. In what a dry run prints it is a comment.
+  if [ "$finished" = 1 ]; then
+    [ "$dryrun" != 1 ] || printf '# '
     echo "$program: the run is finished; nothing is left for this job of the chain"
     exit 0
   fi
+  chain "$recipe" "${overrides[@]}"
 fi
 
 choose_rendezvous "${SLURM_JOB_NODELIST:-}"

@@ -72,6 +72,7 @@ train=("$PYTHON" -m megatron_g2rpo.cli "$verb" "$recipe" "${overrides[@]}")
 trainer_command
 
 if [ "$dryrun" = 1 ]; then
+  [ -z "$assumed" ] || echo "# assumed: $assumed"
   show cd "$PWD"
   show export MASTER_ADDR="$MASTER_ADDR" MASTER_PORT="$MASTER_PORT"
   printf 'export MEGATRON_G2RPO_API_KEY=...\n'

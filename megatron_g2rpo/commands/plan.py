@@ -120,7 +120,7 @@ def run(path: Path, overrides: Sequence[str], machines: Machines, *, as_json: bo
         print(show.as_json(plan, verdict, memory, show_speed.tree(speed, machines.card), rehearsal))
     else:
         time = show_speed.table(speed, machines.card)
-        Console(highlight=False, soft_wrap=False).print(show.tables(plan, verdict, memory, time), *tables)
+        Console(highlight=False, soft_wrap=True).print(show.tables(plan, verdict, memory, time), *tables)
     return verdict.fits
 
 
@@ -145,5 +145,5 @@ def run_sweep(path: Path, overrides: Sequence[str], machines: Machines, gpus: in
     if as_json:
         print(json.dumps({"gpus": count, "proposals": show_speed.proposal_trees(found, machines.card)}, indent=2))
     else:
-        Console(highlight=False, soft_wrap=False).print(show_speed.proposals(found, count, machines.card))
+        Console(highlight=False, soft_wrap=True).print(show_speed.proposals(found, count, machines.card))
     return bool(found)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -218,7 +219,7 @@ def _verdict(plan: Plan, verdict: Verdict, memory: float) -> Text:
         f"\nFits with {_gb(other.peak)} GB ({other.phase}), the first of {verdict.tried} changes tried that does:"
     )
     for override in verdict.change.overrides:
-        text.append(f"\n  {override}", style="bold")
+        text.append(f"\n  {shlex.quote(override)}", style="bold")
     return text
 
 

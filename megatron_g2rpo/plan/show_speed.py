@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -71,9 +73,10 @@ def proposals(found: list[Proposal], gpus: int, card: str) -> RenderableType:
     if not found:
         return Text(f"No layout fits {gpus} x {card}: take more or larger GPUs, or shorter rows.", style="red")
     title = f"Layouts for {gpus} x {card} that fit, fastest first ({len(found)} in all); times are estimates"
-    shown = Table(title=title, title_justify="left", title_style="bold")
+    # 80 columns hold it; what is narrower folds, and cuts nothing.
+    shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE, padding=(0, 1, 0, 0))
     for name in ("T x P x C x D", "recompute", "engine", "GB", "step s", "tok/s/GPU", "MFU"):
-        shown.add_column(name, justify="left" if name in {"recompute", "engine"} else "right", no_wrap=True)
+        shown.add_column(name, justify="left" if name in {"recompute", "engine"} else "right", overflow="fold")
     for proposal in found[:_SHOWN]:
         plan, layout, speed = proposal.plan, proposal.plan.layout, proposal.speed
         sizes = (layout.tensor, layout.pipeline, layout.context, plan.recipe.data_parallel_size)
@@ -86,7 +89,7 @@ def proposals(found: list[Proposal], gpus: int, card: str) -> RenderableType:
             f"{speed.rate:,.0f}",
             f"{speed.mfu:.0%}",
         )
-    return Group(shown, Text("The first as overrides:"), *(Text(f"  {line}") for line in _lines(found[0])))
+    return Group(shown, *(Text(line) for line in _first(found[0])))
 
 
 def proposal_trees(found: list[Proposal], card: str) -> list[dict[str, Any]]:
@@ -103,13 +106,13 @@ def _engine(plan: Plan, speed: Speed) -> str:
     servers = speed.gpus - plan.recipe.world_size
     if servers:
         return f"servers: {servers // ranks} x {ranks}"
-    return f"vllm: TP {ranks}, {share} GPU" if speed.generation else "-"
+    return f"vllm: TP {ranks}, {share}" if speed.generation else "-"
 
 
-def _lines(proposal: Proposal) -> Iterator[str]:
-    for override in proposal.overrides:
-        key, _, value = override.partition("=")
-        if key.endswith("addresses"):
-            yield f"{key}=[...]  # of {value.count('http')} servers"
-        else:
-            yield override
+def _first(proposal: Proposal) -> Iterator[str]:
+    """Iterate over the lines that give the overrides of a layout: words of a shell, to be pasted as they are."""
+    servers = any(override.partition("=")[0].endswith("addresses") for override in proposal.overrides)
+    yield "The first as overrides" + (" (the names of the servers stand for yours):" if servers else ":")
+    *others, last = map(shlex.quote, proposal.overrides)
+    yield from (f"  {override} \\" for override in others)
+    yield f"  {last}"

@@ -161,10 +161,12 @@ class Setting:
     Attributes:
         value: a plain value.
         source: dotted name of the field, below ``exp_manager``.
+        others: names of further fields that the value is made of.
     """
 
     value: Any
     source: str
+    others: tuple[str, ...] = ()
 
 
 @dataclass
@@ -259,7 +261,8 @@ def _log_dir(section: Mapping[str, Any], result: Translation) -> None:
         result.settings[LOG_DIR] = Setting(str(explicit), "explicit_log_dir")
     elif parts:
         path = PurePosixPath(parts.get("exp_dir", _EXP_DIR), parts.get("name", _NAME), parts.get("version", ""))
-        result.settings[LOG_DIR] = Setting(str(path), next(iter(parts)))
+        first, *others = parts
+        result.settings[LOG_DIR] = Setting(str(path), first, tuple(others))
 
 
 def _retention(params: Mapping[str, Any], result: Translation) -> None:
@@ -308,13 +311,31 @@ def apply(document: Document) -> tuple[Document, list[str]]:
 
 
 def _conflicts(document: Document, settings: Mapping[str, Setting]) -> Iterator[str]:
-    """Return what is to be said of keys that the recipe sets beside the section; an exemplar's values are defaults."""
+    """Return what is to be said of keys that the recipe sets beside the section.
+
+    As everywhere in a recipe, what is inherited gives way: a key of a file that was merged before all fields of the
+    setting, and an exemplar's, whose values are defaults.
+    """
     for key, setting in settings.items():
         origin = document.origins.get(key)
-        if origin is not None and not _is_default(origin):
-            source = f"{SECTION}.{setting.source}"
-            there = find_origin(document.origins, source)
-            yield f"one setting by two names, remove one of them; set by {source} ({there}), {key} ({origin})"
+        if origin is None or _is_default(origin):
+            continue
+        names = [f"{SECTION}.{name}" for name in (setting.source, *setting.others)]
+        places = [find_origin(document.origins, name) for name in names]
+        if all(place is not None and _turn(document, origin) < _turn(document, place) for place in places):
+            continue
+        off = " ".join(f"{name}=null" for name in names)
+        yield (
+            f"one setting by two names, remove one of them, or give {off} to leave it to {key}; set by "
+            f"{names[0]} ({places[0]}), {key} ({origin})"
+        )
+
+
+def _turn(document: Document, origin: Origin) -> int:
+    """Return when a key was merged: the last turn of its file, after which all overrides come at once."""
+    if origin.line is None:
+        return len(document.files)
+    return max(turn for turn, file in enumerate(document.files) if file == origin.source)
 
 
 def _is_default(origin: Origin) -> bool:

@@ -82,7 +82,7 @@ class Generation(Section):
     from all tokens."""
     top_p: Share
     """Training: sample from the most likely tokens whose probabilities first add up to this share, among those that
-    ``top_k`` keeps; null: from all of these."""
+    ``top_k`` keeps; 1.0 or null: from all of these."""
     min_p: Share
     """Training: sample from tokens with at least this share of the largest probability; needs ``top_k``; null: off."""
     stop_strings: StopStrings
@@ -90,11 +90,11 @@ class Generation(Section):
     val_temperature: PositiveFloat
     """Temperature of the sampled validation; greedy validation is always run beside it."""
     val_top_k: PositiveInt | None
-    """``top_k`` of the sampled validation."""
+    """``top_k`` of the sampled validation; null: off."""
     val_top_p: Share
-    """``top_p`` of the sampled validation."""
+    """``top_p`` of the sampled validation; null: off."""
     val_min_p: Share
-    """``min_p`` of the sampled validation."""
+    """``min_p`` of the sampled validation; null: off."""
     val_stop_strings: StopStrings
     """``stop_strings`` of validation, sampled and greedy."""
     batch_size: PositiveInt
@@ -109,7 +109,8 @@ class Generation(Section):
 
     @model_validator(mode="after")
     def _replayable(self) -> Generation:
-        filters = [name for name in ("top_p", "min_p") if getattr(self, name) is not None]
+        # A top_p of 1.0, as other frameworks write "off", keeps every token: the engines do what they do for null.
+        filters = [name for name, off in (("top_p", (None, 1.0)), ("min_p", (None,))) if getattr(self, name) not in off]
         if filters and self.top_k is None:
             raise conflict(
                 f"{' and '.join(filters)} without top_k would keep any number of tokens: the trainer's distribution is "

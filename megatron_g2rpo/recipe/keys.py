@@ -51,6 +51,14 @@ def is_text(recipe: type[Section], path: Sequence[str]) -> bool:
     return field is not None and _is_text(field.annotation)
 
 
+def meaning_of_null(recipe: type[Section], path: Sequence[str]) -> str | None:
+    """Return what null means as the value of a key, in the words of its description; None if it says nothing."""
+    section = _section_at(recipe, path[:-1])
+    field = section.model_fields.get(path[-1]) if section is not None else None
+    _, said, meaning = ((field.description if field is not None else None) or "").partition("null: ")
+    return " ".join(meaning.split()).partition(". ")[0].rstrip(".") if said else None
+
+
 def _is_text(annotation: Any) -> bool:
     if get_origin(annotation) is Annotated:
         return _is_text(get_args(annotation)[0])

@@ -94,7 +94,7 @@ def merge(base: Document, top: Document) -> Document:
         both = [*base.tree[imports.IMPORTS], *top.tree[imports.IMPORTS]]
         tree[imports.IMPORTS] = list(dict.fromkeys(both))
     origins.update((key, origin) for key, origin in top.origins.items() if key.rpartition(".")[2] != REPLACE)
-    return Document(tree, origins)
+    return Document(tree, origins, (*base.files, *top.files))
 
 
 def _merge(

@@ -16,7 +16,7 @@ from megatron_g2rpo.recipe.env_section import complete_tasks
 from megatron_g2rpo.recipe.errors import Fault, Origin, RecipeError, find_origin, shown
 from megatron_g2rpo.recipe.imports import IMPORTS, import_all
 from megatron_g2rpo.recipe.interpolation import resolve
-from megatron_g2rpo.recipe.keys import dotted, nearest_key
+from megatron_g2rpo.recipe.keys import dotted, meaning_of_null, nearest_key
 from megatron_g2rpo.recipe.layers import load_layers
 from megatron_g2rpo.recipe.names import check_names
 from megatron_g2rpo.recipe.paths import expand_paths
@@ -25,6 +25,7 @@ from megatron_g2rpo.recipe.source import Document
 
 _KINDS: dict[str, type[TrainRecipe] | type[SftRecipe]] = {"train": TrainRecipe, "sft": SftRecipe}
 _LOOP_SECTION = {"train": "grpo", "sft": "sft"}
+_OUT_OF_RANGE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}
 _NOT_A_MAPPING = {"model_type", "model_attributes_type", "dict_type", "mapping_type"}
 
 
@@ -124,7 +125,13 @@ def _describe(fault: ErrorDetails, recipe: type[TrainRecipe] | type[SftRecipe], 
         return f"{start}missing key '{key}'"
     if fault["type"] in _NOT_A_MAPPING:
         return f"{start}'{key}' must be a mapping of keys, got {shown(fault['input'])}"
-    return Fault.of(fault).located(origins) + _hint(fault, document.tree)
+    return Fault.of(fault).located(origins) + _null(fault, recipe, path) + _hint(fault, document.tree)
+
+
+def _null(fault: ErrorDetails, recipe: type[TrainRecipe] | type[SftRecipe], path: list[str]) -> str:
+    """What to write for "off" or "all", which other frameworks write as a number that is out of range here."""
+    meaning = meaning_of_null(recipe, path) if fault["type"] in _OUT_OF_RANGE else None
+    return "" if meaning is None else f" (null: {meaning})"
 
 
 def _cut_name(path: list[str], tree: Mapping[str, Any]) -> str | None:

@@ -47,10 +47,12 @@ class Document:
     Attributes:
         tree: nested plain dicts, lists and scalars.
         origins: dotted key -> where it was written, for every key of every mapping.
+        files: the files that were merged, in that order; a file that two others inherit from is there twice.
     """
 
     tree: dict[str, Any]
     origins: dict[str, Origin]
+    files: tuple[str, ...] = ()
 
 
 def read_document(path: Path) -> Document:
@@ -73,10 +75,10 @@ def _parsed(text: str, path: Path) -> Document:
     reader = _Reader(text, str(path), has_lines=True)
     tree = reader.read("")
     if tree is None:
-        return Document({}, {})
+        return Document({}, {}, (str(path),))
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}:1: a recipe is a mapping of sections (grpo:, policy:, ...), got {tree!r}")
-    return Document(tree, reader.origins)
+    return Document(tree, reader.origins, (str(path),))
 
 
 def read_value(text: str, key: str, source: str, *, is_text: bool = False) -> Document:

@@ -52,6 +52,21 @@ def test_servers_and_trainer_are_told_of_each_other(stubs: Stubs, run: Run) -> N
     ]
 
 
+def test_a_dry_run_in_a_job_starts_as_many_servers_as_the_job(stubs: Stubs, run: Run) -> None:
+    """It asks a node of the servers for its GPUs, as the job does; outside a job the recipe's are assumed, and said."""
+    stubs.write("scontrol", "echo gpu07")
+    stubs.write("srun", '[ "$*" = "--het-group=1 --nodes=1 --ntasks=1 printenv SLURM_GPUS_ON_NODE" ] && echo 8')
+    overrides = ["policy.generation.vllm_cfg.tensor_parallel_size=2", "cluster.gpus_per_node=4"]
+    inside = run(SERVERS, RECIPE, *overrides, DRYRUN="1", **HET_JOB)
+    assert inside.returncode == 0, inside.stderr
+    assert " --ntasks=4 --ntasks-per-node=4 " in inside.stdout.splitlines()[3]
+    assert [f"http://gpu07:{port}" in inside.stdout for port in range(8001, 8006)] == [True] * 4 + [False]
+    assert "assumed" not in inside.stdout
+    outside = run(SERVERS, RECIPE, *overrides, DRYRUN="1").stdout.splitlines()
+    assert outside[0].startswith("# assumed: one node of 4 GPUs for the servers (cluster.gpus_per_node)")
+    assert " --ntasks=2 --ntasks-per-node=2 " in outside[4]
+
+
 @pytest.mark.parametrize(
     ("recipe", "variables", "message"),
     [
@@ -105,6 +120,10 @@ def test_conversion_and_evaluation_use_a_nodes_gpus(stubs: Stubs, run: Run) -> N
             *(sys.executable, "-m", "megatron_g2rpo.cli", verb, *arguments, "--nproc", "8"),
         ]
         assert "usage: sbatch" in run(script, **JOB).stderr
+        dry = run(script, *arguments, DRYRUN="1").stdout.splitlines()
+        assert dry[0].startswith("# assumed: no GPUs; a job adds --nproc")
+        assert "--nproc" not in dry[2]
+        assert run(script, *arguments, DRYRUN="1", NPROC="8").stdout.splitlines()[1].endswith(" --nproc 8 ")
 
 
 def test_attach_finds_the_jobs_node_and_output(stubs: Stubs, run: Run) -> None:
@@ -122,3 +141,7 @@ def test_attach_finds_the_jobs_node_and_output(stubs: Stubs, run: Run) -> None:
         assert run("attach.sh", "1", *arguments, DRYRUN="1", SHELL="/bin/sh").stdout.strip() == command
     stubs.write("squeue", "exit 1")
     assert "job 1 is not running" in run("attach.sh", "1", DRYRUN="1").stderr
+    (stubs.folder / "squeue").unlink()
+    for name in ("bash", "sed"):
+        (stubs.folder / name).symlink_to(f"/usr/bin/{name}")
+    assert "squeue is not found" in run("attach.sh", "1", PATH=str(stubs.folder)).stderr

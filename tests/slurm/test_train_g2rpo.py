@@ -141,6 +141,22 @@ def test_a_chain_submits_jobs_like_this_one(stubs: Stubs, run: Run) -> None:
         assert not (stubs.records / "sbatch").exists()
 
 
+def test_a_chain_on_a_finished_run_submits_nothing(stubs: Stubs, run: Run, tmp_path: Path) -> None:
+    """A dry run says so as well."""
+    stubs.write("sbatch", f"touch '{stubs.records}/sbatch'; echo 1")
+    (tmp_path / "run" / "checkpoints" / "step_3").mkdir(parents=True)
+    overrides = [f"logger.log_dir={tmp_path}/run", "grpo.max_num_steps=3", "checkpointing.export_hf=false"]
+    for variables, says in (
+        ({}, "train_g2rpo.sh: the run is finished"),
+        ({"DRYRUN": "1"}, "# train_g2rpo.sh: the run"),
+    ):
+        result = run(SCRIPT, RECIPE, *overrides, CHAIN="5", **variables, **JOB)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith(says)
+        assert not (stubs.records / "sbatch").exists()
+        assert not (stubs.records / "srun.args").exists()
+
+
 def test_it_runs_from_the_spool_directory_as_under_sbatch(stubs: Stubs, run: Run, tmp_path: Path) -> None:
     spooled = tmp_path / "slurm_script"
     shutil.copy(ROOT / "slurm" / SCRIPT, spooled)

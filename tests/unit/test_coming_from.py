@@ -50,6 +50,27 @@ def test_every_key_of_ours_exists(peer: str) -> None:
     assert list(unknown([row[1] for row in rows(peer)])) == []
 
 
+# Of NeMo-RL's examples/configs/vlm_grpo_3B.yaml: what has no counterpart must be said, too.
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("use_on_policy_kl_approximation", "policy.tokenizer", "generation_batch_size", "stop_token_ids"),
+        *(
+            "async_engine",
+            "vllm_cfg.precision",
+            "params_dtype",
+            "start_weight_decay",
+            "lr_warmup_init",
+            "converter_type",
+        ),
+        *("shuffle", "split", "max_input_seq_length", "monitor_gpus", "average_in_collective", "pipeline_dtype"),
+    ],
+)
+def test_keys_without_a_counterpart_are_to_be_deleted(name: str) -> None:
+    (deleted,) = [row[0] for row in rows("NeMo-RL") if row[2].startswith("delete these")]
+    assert name in deleted
+
+
 def test_the_keys_of_exp_manager_exist() -> None:
     written = [key for row in rows("`exp_manager`") for key in QUOTED.findall(row[1]) if "." in key]
     assert [key for key in written if key.split(".")[0] in TrainRecipe.model_fields and key not in KEYS] == []

@@ -116,3 +116,16 @@ def test_an_unknown_verb_is_noticed() -> None:
     right = "`megatron-g2rpo train R`, megatron-g2rpo convert import A B, `megatron-g2rpo convert`"
     wrong = "megatron-g2rpo convert imports A, python -m megatron_g2rpo.cli trian R"
     assert list(unknown_verbs(f"{right}, {wrong}")) == ["convert imports", "trian"]
+
+
+@pytest.mark.parametrize(("codes", "ends"), [("0", 0), ("75 0", 0), ("75 75 1 0", 1)])
+def test_the_loop_around_torchrun_goes_on_when_stopped_and_ends_as_the_run_does(codes: str, ends: int) -> None:
+    """With a command in torchrun's place that ends with one code after the other."""
+    page = (ROOT / "docs" / "torchrun.md").read_text()
+    (loop,) = re.findall(r"^    while :; do\n(?:    .*\n)+", page, re.MULTILINE)
+    run = "python -m megatron_g2rpo.commands.torchrun ..."
+    assert loop.count(run) == 1
+    start = f"codes=({codes}) starts=0\nrun() {{ return ${{codes[starts++]}}; }}\ntrap 'echo $starts' EXIT\n"
+    done = subprocess.run(["bash", "-c", start + loop.replace(run, "run")], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (ends, "")
+    assert int(done.stdout) == codes.split().index(str(ends)) + 1

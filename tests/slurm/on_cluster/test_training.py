@@ -27,7 +27,7 @@ def recipe_of(toy: Toy, path: Path, run: Path) -> Path:
         grpo={"max_num_steps": STEPS, "val_at_start": False, "val_at_end": False},
         checkpointing={"save_period": 100, "export_hf": False},
         logger={"log_dir": str(run)},
-        cluster={"gpus_per_node": 2},
+        cluster={"num_nodes": 2, "gpus_per_node": 2},  # as the page's recipe has it: what the job will be granted
     )
 
 
@@ -68,29 +68,30 @@ def test_the_page_leads_to_a_running_job_and_preemption_changes_nothing(
 
 
 def follow_the_page(cluster: Cluster, recipe: Path, tmp_path: Path) -> str:
-    """Run what docs/slurm.md says on its first screen, with a small recipe in the place of the 8B's; the job's number.
+    """Run the first screen of docs/slurm.md, with a small recipe in the place of the page's; return the job's number.
 
-    What installs and downloads is left out; everything from `plan` on is run.
+    What installs, downloads and imports is left out, and held against the page's recipe by ``test_page``; everything
+    from `plan` on is run. What `DRYRUN=1` prints outside the job is what the job then runs.
     """
     page = (ROOT / "docs" / "slurm.md").read_text()
     block = page.split("```bash\n", 1)[1].split("```", 1)[0].replace("\\\n", " ")
     lines = [line for line in block.splitlines() if line.strip()]
-    assert len(block.splitlines()) <= 40  # a screen
     start = next(number for number, line in enumerate(lines) if " plan " in line)
     job = ""
     for line in lines[start:]:
-        words = [str(recipe) if word == "$RECIPE" else word for word in shlex.split(line, comments=True)]
-        words = [
-            word for word in words if not word.startswith(("--gres", "--account", "--partition", "policy.", "logger."))
-        ]
-        words = [str(cluster.directory) if word == "$JOB" else word for word in words]
+        line = re.sub(r"^JOB=\$\((.*)\)$", r"\1", line)
+        words = [str(recipe) if word == "mine.yaml" else word for word in shlex.split(line, comments=True)]
+        assert str(recipe) in words or words[0].startswith("slurm/attach.sh")
+        words = [word for word in words if not word.startswith("--gres")]
         if "sbatch" in words:
-            place = words.index("sbatch") + 1
-            words[place:place] = ["--parsable", f"--output={tmp_path}/%x-%j.out"]
+            assert "--parsable" in words
+            words.insert(words.index("sbatch") + 1, f"--output={tmp_path}/%x-%j.out")
         if words[0].startswith("slurm/attach.sh"):
             continue  # of its own: test_attach
         command = ["env", *words] if "=" in words[0] else words
         printed = cluster.text(*command, LOGS=str(tmp_path), OMP_NUM_THREADS="1")
+        if "DRYRUN=1" in words:
+            assert " --nodes=2 --ntasks=4 --ntasks-per-node=2 " in printed
         if "sbatch" in words:
             job = printed.strip()
     assert job.isdecimal(), lines

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,17 +187,45 @@ def test_it_leaves_the_run_what_it_is(write: Write) -> None:
 
 
 def test_two_names_for_one_setting_conflict_and_both_are_named(write: Write) -> None:
-    parent = write("parent.yaml", BASE + "checkpointing: {save_period: 3}\n")
-    child = write(
-        "child.yaml",
-        "defaults: parent.yaml\nexp_manager:\n  name: a\n  checkpoint_callback_params:\n    every_n_train_steps: 3\n",
+    """In one file, in one that is merged later, and by an override, which the message says how to give."""
+    both = write(
+        "both.yaml",
+        BASE
+        + "checkpointing: {save_period: 3}\nexp_manager:\n  exp_dir: e\n  name: a\n  max_time_per_run: '00:01:00:00'\n"
+        "  checkpoint_callback_params:\n    every_n_train_steps: 3\n",
     )
-    assert failure(child, "logger.log_dir=/here") == [
-        "  one setting by two names, remove one of them; set by exp_manager.checkpoint_callback_params."
-        f"every_n_train_steps ({child}:5), checkpointing.save_period ({parent}:3)",
-        f"  one setting by two names, remove one of them; set by exp_manager.name ({child}:3), logger.log_dir "
-        "(override 'logger.log_dir=/here')",
+    override = "checkpointing.checkpoint_must_save_by=null"
+    start = "  one setting by two names, remove one of them, or give exp_manager."
+    every = "exp_manager.checkpoint_callback_params.every_n_train_steps"
+    messages = [
+        f"  one setting by two names, remove one of them, or give {every}=null to leave it to "
+        f"checkpointing.save_period; set by {every} ({both}:9), checkpointing.save_period ({both}:3)",
+        f"{start}max_time_per_run=null to leave it to checkpointing.checkpoint_must_save_by; set by "
+        f"exp_manager.max_time_per_run ({both}:7), checkpointing.checkpoint_must_save_by (override '{override}')",
+        f"{start}exp_dir=null exp_manager.name=null to leave it to logger.log_dir; set by "
+        f"exp_manager.exp_dir ({both}:5), logger.log_dir (override 'logger.log_dir=/here')",
     ]
+    assert sorted(failure(both, "logger.log_dir=/here", override)) == sorted(messages)
+    fields = ("exp_dir", "name", "max_time_per_run", "checkpoint_callback_params.every_n_train_steps")
+    off = [f"exp_manager.{name}=null" for name in fields]
+    loaded = recipe.load(both, ["logger.log_dir=/here", override, *off], "train")
+    assert (loaded.logger.log_dir, loaded.checkpointing.checkpoint_must_save_by) == ("/here", None)
+    child = write("child.yaml", "defaults: both.yaml\ncheckpointing: {save_period: 4}\n")
+    (later,) = failure(child)
+    assert later.endswith(f"checkpointing.save_period ({child}:2)")
+    section = write("section.yaml", BASE + "exp_manager: {exp_dir: /runs}\n")
+    write("shared.yaml", "logger: {log_dir: old}\n")
+    last = write("last.yaml", f"defaults: [{section.name}, shared.yaml]\nexp_manager: {{name: a}}\n")
+    assert len(failure(last)) == 1  # it came after one of the fields
+
+
+def test_an_inherited_value_gives_way_to_the_section(write: Write) -> None:
+    """Shipped recipes name their run directory, and the section of a recipe over one of them says another."""
+    shipped = Path(__file__).parents[3] / "examples/recipes/vlm_g2rpo-qwen3vl8b-4n8g-megatron-tp4.yaml"
+    path = write("mine.yaml", f"defaults: {shipped}\nexp_manager: {{exp_dir: /runs, name: a}}\n")
+    assert recipe.load(path, [], "train").logger.log_dir == "/runs/a"
+    assert recipe.load(path, ["exp_manager.name=b"], "train").logger.log_dir == "/runs/b"
+    assert recipe.load(shipped, ["exp_manager.name=b"], "train").logger.log_dir == "nemo_experiments/b"
 
 
 def test_faults_are_listed_with_the_others_and_their_places(write: Write) -> None:

@@ -84,6 +84,21 @@ def test_a_value_out_of_its_range_is_refused(override: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "meaning"),
+    [
+        ("policy.generation.top_k=-1", "from all tokens"),
+        ("policy.generation.val_top_k=-1", "off"),
+        ("policy.generation.min_p=0.0", "off"),
+        ("checkpointing.keep_top_k=-1", "all"),
+        ("loss_fn.importance_sampling.truncated_ratio=0.0", "the loss is not weighted"),
+    ],
+)
+def test_where_others_write_a_number_for_off_or_all_the_message_says_null(override: str, meaning: str) -> None:
+    with pytest.raises(recipe.RecipeError, match=rf"\(null: {meaning}\)"):
+        load(override)
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["env.tasks.ocr.length={start: 20, peak_start: 10}"], r"start \(20\) <= peak_start \(10\)"),
@@ -182,6 +197,7 @@ def test_values_that_contradict_each_other_are_refused(overrides: list[str], mes
         ["checkpointing.metric_name=val/mean_format", "grpo.val_period=0", "grpo.val_at_end=false"],
         ["policy.train_global_batch_size=1024"],
         ["policy.generation={top_k: 128, top_p: 1.0, min_p: 1.0, stop_strings: [</answer>]}"],
+        ["policy.generation={top_k: null, top_p: 1.0}"],  # NeMo-RL's and verl's "off", which keeps every token
         ["policy.generation={val_top_k: 1000, val_top_p: 0.95, val_min_p: 0.01, val_stop_strings: [a, b]}"],
         ["data.task_weights={ocr: 0.0, math_reasoning: 2}"],
         ["policy.sequence_packing.train_mb_tokens=4096"],
