@@ -14,6 +14,7 @@ from megatron_g2rpo.collectives import from_first, gather
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.train.run.checkpoint_removal import aside, remove_unfinished, removed
 from megatron_g2rpo.train.run.checkpoint_writing import CheckpointWriteError, Writing
+from megatron_g2rpo.train.run.owners import REPLACED
 from megatron_g2rpo.weights import ProcessorSettings, copy_model_files, partial_path
 from megatron_g2rpo.weights.manifest import (
     RECIPE_FILE,
@@ -26,8 +27,6 @@ from megatron_g2rpo.weights.manifest import (
     write_manifest,
 )
 from megatron_g2rpo.weights.megatron_checkpoint import MODEL_FILES
-
-REPLACED = ".replaced"
 
 
 class Publication:

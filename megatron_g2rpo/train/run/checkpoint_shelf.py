@@ -10,10 +10,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_g2rpo.collectives import from_first, gather
-from megatron_g2rpo.train.run.checkpoint_publishing import REPLACED
 from megatron_g2rpo.train.run.checkpoint_removal import aside, cannot, is_left_by, remove_unfinished, removed
 from megatron_g2rpo.train.run.files import PARTIAL
-from megatron_g2rpo.train.run.owners import step_of
+from megatron_g2rpo.train.run.owners import REPLACED, step_of
 from megatron_g2rpo.weights import CheckpointError, partial_path
 from megatron_g2rpo.weights.manifest import MANIFEST, Manifest, read_manifest
 from megatron_g2rpo.weights.soundness import faults_of_share

@@ -20,6 +20,7 @@ from megatron_g2rpo.weights import CheckpointError
 from megatron_g2rpo.weights.manifest import read_manifest
 
 IDENTITY_FILE = "identity.yaml"
+REPLACED = ".replaced"  # ends the name of a checkpoint while another takes its place
 LOG_DIR, CHECKPOINT_DIR = "logger.log_dir", "checkpointing.checkpoint_dir"
 RUN_ID = "run_id"  # among the keys of the identity
 # What an attempt may leave that ended before it claimed the directory.
@@ -80,8 +81,9 @@ def step_of(name: str) -> int | None:
 
 
 def steps_in(checkpoints: Path) -> dict[int, Path]:
-    """Return the checkpoints in a directory, by their steps."""
-    found = ((step_of(path.name), path) for path in checkpoints.glob("step_*") if path.is_dir())
+    """Return the checkpoints in a directory, by their steps, with those that were about to be replaced."""
+    paths = sorted((path for path in checkpoints.glob("step_*") if path.is_dir()), reverse=True)  # with REPLACED first
+    found = ((step_of(path.name.removesuffix(REPLACED)), path) for path in paths)
     return {step: path for step, path in found if step is not None}
 
 

@@ -78,6 +78,13 @@ def test_a_run_that_never_saved_is_begun_again_however_many_steps_it_logged(run:
     ]
 
 
+def test_a_checkpoint_that_was_about_to_be_replaced_is_one(run: Path, make_recipe: MakeRecipe) -> None:
+    """Its job was killed between the two renames, and it is the only one."""
+    finish(run, make_recipe)
+    (run / "checkpoints" / "step_4").rename(run / "checkpoints" / "step_4.replaced")
+    assert prepare(make_recipe(), fresh=False) == []
+
+
 @pytest.mark.parametrize(("logged", "keys"), [(2, {}), (3, {"grpo": {"max_num_steps": 3}}), (1, None)])
 def test_of_an_earlier_release_what_it_would_have_saved_is_missed(
     run: Path, make_recipe: MakeRecipe, logged: int, keys: dict[str, dict[str, int]] | None
