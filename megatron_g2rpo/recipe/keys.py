@@ -55,8 +55,9 @@ def meaning_of_null(recipe: type[Section], path: Sequence[str]) -> str | None:
     """Return what null means as the value of a key, in the words of its description; None if it says nothing."""
     section = _section_at(recipe, path[:-1])
     field = section.model_fields.get(path[-1]) if section is not None else None
-    _, said, meaning = ((field.description if field is not None else None) or "").partition("null: ")
-    return " ".join(meaning.split()).partition(". ")[0].rstrip(".") if said else None
+    description = (field.description if field is not None else None) or ""
+    _, said, meaning = " ".join(description.split()).partition("null: ")
+    return meaning.partition(". ")[0].rstrip(".") if said else None
 
 
 def _is_text(annotation: Any) -> bool:
