@@ -36,7 +36,7 @@ def proposal(world: int, gpus: int) -> Proposal:
 
 def test_nothing_is_cut_in_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(command, "_Planner", lambda *_: SimpleNamespace(recipe=None))
+    monkeypatch.setattr(command, "_Planner", lambda *_: SimpleNamespace(recipe=None, check=lambda: None))
     monkeypatch.setattr(command, "sweep", lambda *_: [proposal(128, 256), proposal(256, 256)])
     machines = command.Machines(
         card="h100", gpu_memory_gb=None, mean_tokens=None, image_tokens=None, response_tokens=None

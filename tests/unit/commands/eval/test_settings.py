@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_g2rpo import cli
+from megatron_g2rpo.cli import measuring
 from megatron_g2rpo.commands.eval.run import with_metrics
 from megatron_g2rpo.commands.eval.settings import Request, completed
 from megatron_g2rpo.data.shard_writer import ShardWriter
@@ -105,7 +105,7 @@ def test_ranks_are_told_the_request_that_the_launcher_got(monkeypatch: pytest.Mo
         temperature=0.5, seed=7, pass_thresholds=("0.5", "t=0.7"), compare=Path("e"), fresh=True,
     )  # fmt: skip
     told: list[Request] = []
-    monkeypatch.setattr(cli, "_evaluate", lambda request, nproc: told.append(request))
+    monkeypatch.setattr(measuring, "_evaluate", lambda request, nproc: told.append(request))
     for each in (request, Request(overrides=("a.b=1",), model="m", data="d"), Request(recipe=Path("r.yaml"))):
         assert call(*each.arguments()).exit_code == 0
     assert told == [request, Request(overrides=("a.b=1",), model="m", data="d"), Request(recipe=Path("r.yaml"))]
