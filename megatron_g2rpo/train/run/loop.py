@@ -175,7 +175,9 @@ class Run:
         try:
             return self._validate(log)
         except SamplingStopped as stopped:
-            raise self._stopped(step, {**self._state(), _UNLOGGED: dict(metrics)}, str(stopped)) from None
+            # Seconds are each rank's own, and a checkpoint's plain values must be equal on all.
+            unlogged = from_first(lambda: dict(metrics))
+            raise self._stopped(step, {**self._state(), _UNLOGGED: unlogged}, str(stopped)) from None
         except EngineUnavailable as error:
             log.log(StepMetrics(step=step, values=metrics))
             raise self._saved(step, self._state(), error) from error
