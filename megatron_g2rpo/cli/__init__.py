@@ -8,6 +8,7 @@ import os
 import typer
 
 from megatron_g2rpo.cli import convert, data, loops, machines, measuring
+from megatron_g2rpo.train.run import signals
 
 # Read by OpenMP when torch is loaded. Its default, spinning, made a step on a CPU that something else also used five
 # times slower; waiting costs a fifth on an idle one.
@@ -40,3 +41,9 @@ def _application() -> typer.Typer:
 
 
 app = _application()
+
+
+def main() -> None:
+    """Run the command line as the program of this process."""
+    signals.for_good()
+    app()

@@ -31,6 +31,7 @@ from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.launcher import api
 
 from megatron_g2rpo.processes import launcher
+from megatron_g2rpo.train.run import signals
 from megatron_g2rpo.train.run.signals import FORWARDED, STOPPED, Repeats, SignalWatch
 
 
@@ -130,7 +131,10 @@ def run(arguments: Sequence[str]) -> int:
     """
     ranks = Ranks()
     with _agent_of(ranks), SignalWatch(ranks.received):
-        run_plainly(["--signals-to-handle=SIGQUIT", *arguments])
+        try:
+            run_plainly(["--signals-to-handle=SIGQUIT", *arguments])
+        finally:
+            signals.current().done()  # a launcher's own
     return STOPPED if ranks.stopped else 0
 
 
@@ -162,5 +166,12 @@ def _agent_of(ranks: Ranks) -> Iterator[None]:
         api.LocalElasticAgent = before
 
 
+def main() -> int:
+    """Run torchrun as the program of this process; its exit code."""
+    signals.for_good()
+    with signals.watched():
+        return run(sys.argv[1:])
+
+
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -55,6 +56,20 @@ class ServerProcess:
                     return
             time.sleep(0.5)
         raise AssertionError(f"no answer within {START_SECONDS} s:\n{self.log.read_text()[-6000:]}")
+
+    def running_requests(self) -> int:
+        """Number of answers that it is generating at this moment, by its own count."""
+        metrics = httpx.get(f"{self.address}/metrics", timeout=30).text
+        (count,) = re.findall(r"^vllm:num_requests_running\{.*\} (\S+)$", metrics, re.MULTILINE)
+        return int(float(count))
+
+    def hold(self) -> None:
+        """Let none of its processes go on, until ``go_on``."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Let all its processes go on."""
+        os.killpg(self._process.pid, signal.SIGCONT)
 
     def kill(self) -> None:
         """All its processes, at once and without a word."""

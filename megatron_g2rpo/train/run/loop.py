@@ -326,6 +326,7 @@ class Run:
             CheckpointWriteError: see ``save``.
         """
         self._checkpoints.finish()
+        self._stopping.end()
         if not self._recipe.checkpointing.export_hf:
             return None
         progress.enter("export")

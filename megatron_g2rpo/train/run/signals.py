@@ -8,12 +8,14 @@ interpreter's C handler wakes through a pipe.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import NoReturn
 
@@ -113,7 +115,8 @@ class StopRequest:
     - Before the run has begun, nothing can be lost: it ends at once, with ``STOPPED``; with 1 where the time of its
       Slurm job is over by then.
     - In the run, the first request is kept; the second ends the process, with 128 and the signal's number.
-    - When all ranks have saved, a further one ends it with ``STOPPED``.
+    - After the run, the first one changes nothing any more; the second ends the process as in the run.
+    - When all ranks have saved because one was asked, a further one ends it with ``STOPPED``.
 
     Attributes:
         number: the signal that asked first; None: none did.
@@ -123,12 +126,16 @@ class StopRequest:
     def __init__(self) -> None:
         self.number: int | None = None
         self.is_notice = False
-        self._running = self._saved = False
+        self._running = self._done = self._saved = False
         self._repeats = Repeats()
 
     def begin(self) -> None:
         """Keep requests from now on."""
         self._running = True
+
+    def done(self) -> None:
+        """Say that there is nothing left to stop: what this process still does leads to its end."""
+        self._running = self._done = True
 
     def saved(self) -> None:
         """Say that there is nothing left to lose, on any rank."""
@@ -147,9 +154,8 @@ class StopRequest:
             _end(128 + number, f"ended by {name}; the same command goes on from the newest checkpoint")
         if self.number is None:
             self.number, self.is_notice = number, is_notice
-            _say(
-                f"asked to stop by {name}: the run saves as soon as it can, and stops; a second signal ends it at once"
-            )
+            follows = "the run is about to end" if self._done else "the run saves as soon as it can, and stops"
+            _say(f"asked to stop by {name}: {follows}; a second signal ends it at once")
 
 
 def described(number: int) -> str:
@@ -176,13 +182,37 @@ def current() -> StopRequest:
     return StopRequest() if _current is None else _current
 
 
+_for_good = False
+
+
+def for_good() -> None:
+    """Let the next watch last as long as this process, for a program: signals must not change how it ends, either.
+
+    When Python shuts down its threads, and with them the watch, signals do nothing. Call it before what registers
+    itself for the shutdown, as torch does, is imported: a shutdown that hangs there can then still be ended.
+    """
+    global _for_good
+    _for_good = True
+    atexit.register(_ignore)
+
+
+def _ignore() -> None:
+    for number in (*STOP_SIGNALS, FORWARDED):
+        if signal.getsignal(number) is _nothing:
+            signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
-def watched():
+def watched() -> Iterator[None]:
     """Watch for signals that ask this process's run to stop. To enter early: until then they do what they always do."""
     global _current
     before, _current = _current, StopRequest()
+    watch = SignalWatch(_current.received)
+    watch.__enter__()
     try:
-        with SignalWatch(_current.received):
-            yield
+        yield
     finally:
-        _current = before
+        _current.done()
+        if not _for_good:
+            watch.__exit__(*sys.exc_info())
+            _current = before

@@ -71,6 +71,10 @@ class Stopping:
         self._request.begin()
         self._last = time.monotonic()
 
+    def end(self) -> None:
+        """End the run: from now on a signal asks for nothing that is not about to happen by itself."""
+        self._request.done()
+
     def step_ended(self) -> None:
         """Note that a step ended here, with its validation and checkpoint."""
         now = time.monotonic()

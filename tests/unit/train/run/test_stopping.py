@@ -70,6 +70,49 @@ def test_a_process_with_nothing_to_lose_ends_at_once_with_the_code_that_requeues
     assert ended(signal.SIGTERM, phases=phases)[0] == signals.STOPPED
 
 
+def test_after_the_run_a_first_signal_changes_nothing_and_a_second_ends_the_process() -> None:
+    code, error = ended(signal.SIGUSR1, 0.2, signal.SIGHUP, phases=("begin", "done"))
+    assert code == 128 + signal.SIGHUP
+    assert error.splitlines()[0] == (
+        "asked to stop by SIGUSR1: the run is about to end; a second signal ends it at once"
+    )
+
+
+# A program: what it has to do is over, and its shutdown waits for it to be sent signals, in what is registered there.
+SHUTDOWN = """
+import atexit, sys
+from megatron_g2rpo.train.run import signals
+signals.for_good()
+def wait():
+    print("ready", flush=True)
+    sys.stdin.readline()
+if sys.argv[1] == "thread":
+    import threading
+    threading.Thread(target=lambda: (threading.main_thread().join(), wait())).start()
+else:
+    atexit.register(wait)
+with signals.watched():
+    signals.current().begin()
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("where", ["thread", "atexit"])
+def test_a_signal_while_a_program_shuts_down_does_not_change_how_it_ends(where: str) -> None:
+    command = [sys.executable, "-c", SHUTDOWN, where]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGUSR1)
+        assert "asked to stop by SIGUSR1: the run is about to end" in process.stderr.readline()
+        for number in (signals.FORWARDED, signal.SIGUSR1):
+            process.send_signal(number)
+        _, error = process.communicate("end\n", timeout=20)
+    assert process.returncode == 3, error
+
+
 def test_signals_do_again_what_they_did_when_the_run_is_over() -> None:
     before = [signal.getsignal(number) for number in signals.STOP_SIGNALS]
     with signals.watched():
