@@ -130,6 +130,7 @@ class Context:
         image_token_id: the placeholder of images, which occurs once per merged patch; -1 for a text-only model.
         spatial_merge_size: number of patches along one side that merge into one image token.
         decode: function from token ids to text.
+        is_asked_to_stop: whether the run is: an engine that waits for servers then raises ``EngineUnavailable``.
     """
 
     policy: Policy
@@ -142,6 +143,7 @@ class Context:
     image_token_id: int
     spatial_merge_size: int
     decode: Callable[[Sequence[int]], str]
+    is_asked_to_stop: Callable[[], bool] = lambda: False
 
 
 class Engine(Protocol):

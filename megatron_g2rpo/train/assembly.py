@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,12 +136,13 @@ def _assembled(recipe: Recipe, workers: RewardWorkers | None) -> Components:
     progress.enter("data")
     validation, left_out = _validation(recipe, held_out, processor, task_ids)
     progress.enter("engine")
+    stopping = Stopping(recipe.checkpointing.checkpoint_must_save_by)
     return Components(
         device=device,
         processor=processor,
         policy=policy,
         packer=packer_for(processor, policy.layout),
-        engine=engine_for(recipe.policy, processor, device, banned),
+        engine=engine_for(recipe.policy, processor, device, banned, lambda: stopping.asked() is not None),
         stream=stream,
         validation=validation,
         left_out=left_out,
@@ -151,7 +152,7 @@ def _assembled(recipe: Recipe, workers: RewardWorkers | None) -> Components:
         # Now, before the run's newest checkpoint is read.
         reference=ReferencePolicy(policy) if _needs_reference(recipe) else None,
         workers=workers,
-        stopping=Stopping(recipe.checkpointing.checkpoint_must_save_by),
+        stopping=stopping,
     )
 
 
@@ -226,7 +227,11 @@ def packer_for(processor: ChatProcessor, layout: Layout) -> Packer:
 
 
 def engine_for(
-    policy: Policy, processor: ChatProcessor, device: Device, banned_token_ids: Sequence[int]
+    policy: Policy,
+    processor: ChatProcessor,
+    device: Device,
+    banned_token_ids: Sequence[int],
+    is_asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> engines.Engine:
     """Build the rollout engine that the recipe names, without weights. A collective of all ranks.
 
@@ -235,6 +240,7 @@ def engine_for(
         processor: decodes tokens, and knows which of them are special.
         device: this rank's device.
         banned_token_ids: tokens that are never sampled.
+        is_asked_to_stop: whether this rank is; see ``engines.Context``.
     """
     context = engines.Context(
         policy=policy,
@@ -247,5 +253,6 @@ def engine_for(
         image_token_id=processor.image_token_id,
         spatial_merge_size=processor.spatial_merge_size,
         decode=processor.decode,
+        is_asked_to_stop=is_asked_to_stop,
     )
     return engines.get(policy.generation.backend).build(context, **policy.generation.backend_cfg)

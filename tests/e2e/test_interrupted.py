@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from megatron_g2rpo.rollout.base import EngineUnavailable
+from megatron_g2rpo.rollout.transformers.engine import TransformersEngine
 from megatron_g2rpo.train.run import loop, signals, validation
 from megatron_g2rpo.train.step import sampling
 from tests.e2e.interrupted import Interrupt, ask, assert_same_run, interrupted_at, kill_all, kill_one, started
@@ -41,11 +43,22 @@ def asks(patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
     patch.setattr(owner, name, asking)
 
 
+def loses_its_servers(patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    """A run that waits for its servers is sent a signal, and its engine gives up; see ``asks``."""
+
+    def lost(*args: Any, **kwargs: Any) -> None:
+        raise EngineUnavailable("no rollout server is left", wait=True)
+
+    patch.setattr(owner, name, lost)
+    asks(patch, owner, name)
+
+
 def test_a_run_that_is_asked_to_stop_anywhere_goes_on_bit_for_bit(toy: Toy, straight: Path, tmp_path: Path) -> None:
     """The same run, asked again and again: in this function -> the checkpoint that is there when it has stopped."""
     run = tmp_path / "run"
     recipe = toy.recipe(tmp_path / "recipe.yaml", logger={"log_dir": str(run)})
     places = (
+        ("while it waits for servers at the start", TransformersEngine, "load_weights", None),
         ("in the validation at the start, which is dropped", validation, "answers", None),
         ("while the first step samples, which is dropped", sampling, "_round", None),
         ("while it saves", loop.Checkpoints, "save", 2),
@@ -53,10 +66,11 @@ def test_a_run_that_is_asked_to_stop_anywhere_goes_on_bit_for_bit(toy: Toy, stra
         ("after a step that would not be saved", loop.Run, "validation", 3),
         ("in the last validation, which is dropped", validation, "answers", 4),
         ("in the same validation, again", validation, "answers", 4),
+        ("while it waits for servers in the same validation", TransformersEngine, "load_weights", 4),
     )
     for where, owner, name, step in places:
         with pytest.MonkeyPatch.context() as patch:
-            asks(patch, owner, name)
+            (loses_its_servers if owner is TransformersEngine else asks)(patch, owner, name)
             result = call("train", recipe)
         assert result.exit_code == 75, (where, result.output)
         assert checkpoints(run) == ([f"step_{step}"] if step else []), where

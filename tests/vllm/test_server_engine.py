@@ -18,7 +18,7 @@ from megatron_g2rpo.rollout.vllm.server_engine import VllmServerEngine
 from megatron_g2rpo.weights import WeightSource
 from tests.vllm import common
 from tests.vllm.common import ATOL, RECIPE, forward_logprobs, generate, greedy, make_prompts, named, tokens_of
-from tests.vllm.servers import ServerProcess, serving
+from tests.vllm.servers import ServerProcess, free_port, serving
 
 pytestmark = pytest.mark.timeout(900)  # the start of two servers is most of it
 
@@ -54,6 +54,24 @@ def prompts():
 
 def source(model: torch.nn.Module) -> WeightSource:
     return WeightSource(lambda: {n: t.to("meta") for n, t in named(model)}, lambda: iter(named(model)))
+
+
+def test_it_waits_for_a_server_until_the_run_is_asked_to_stop(models):
+    asked: list[bool] = []
+
+    def is_asked_to_stop() -> bool:
+        asked.append(True)
+        return len(asked) > 3
+
+    section = "policy.generation.vllm_server_cfg"
+    nobody = f"http://127.0.0.1:{free_port()}"
+    settings = common.load_recipe(
+        "policy.generation.backend=vllm_server", f"{section}.addresses=['{nobody}']", f"{section}.on_no_server=wait"
+    )
+    waiting = VllmServerEngine(common.context(settings, is_asked_to_stop=is_asked_to_stop))
+    with pytest.raises(EngineUnavailable, match=nobody):
+        waiting.load_weights(source(models[0]))
+    assert len(asked) == 5, "before the pause, in it, and after it"
 
 
 def test_without_weights_it_does_not_generate(engine, prompts):

@@ -37,8 +37,8 @@ _OPEN_UPDATE = re.compile("already active|during a weight update")
 _NOT_FINITE = -9999.0
 # Errors that rank 0 raises on behalf of all ranks.
 _TOLD = (base.EngineUnavailable, ValueError)
-# Longest pause between two looks for a server that is waited for, seconds.
-_LONGEST_PAUSE = 30.0
+# Longest pause between two looks for a server that is waited for, and for whether the run is to stop, seconds.
+_LONGEST_PAUSE, _LOOK = 30.0, 0.2
 
 _logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class VllmServerEngine:
     def __init__(self, context: base.Context) -> None:
         generation = context.policy.generation
         self._options = generation.vllm_server_cfg
+        self._is_asked_to_stop = context.is_asked_to_stop
         self._translator = Translator(context)
         self._num_logprobs = num_logprobs(generation.top_k)
         self._rank = dist.get_rank() if dist.is_initialized() else 0
@@ -84,6 +85,7 @@ class VllmServerEngine:
         Under ``on_no_server: wait`` it does not return before at least one server answers.
 
         Raises:
+            EngineUnavailable: none does; under ``on_no_server: wait``, when the run was asked to stop.
             ValueError: a server was not started as the recipe says.
         """
         self._version = None
@@ -169,10 +171,12 @@ class VllmServerEngine:
             if self._servers.live:
                 break
             nobody = self._servers.unavailable()
-            if not nobody.wait:
+            if not nobody.wait or self._is_asked_to_stop():
                 raise nobody
             _logger.warning("%s\nwaiting for one; the next look is in %.0f s", nobody, pause)
-            time.sleep(pause)
+            end = time.monotonic() + pause
+            while time.monotonic() < end and not self._is_asked_to_stop():
+                time.sleep(_LOOK)
             progress.advance()  # it waits as the recipe says
             pause = min(2 * pause, _LONGEST_PAUSE)
         self._servers.each(self._check)

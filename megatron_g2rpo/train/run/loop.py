@@ -146,6 +146,11 @@ class Run:
                 log.log(StepMetrics(step=0, values=self._validate(log)))
             except SamplingStopped as stopped:
                 raise self._stopped(0, self._state(), str(stopped)) from None
+            except EngineUnavailable:
+                reason = self._stopping.agreed()
+                if reason is None:
+                    raise
+                raise self._stopped(0, self._state(), reason) from None
         elif self._unlogged:
             found = self.validation(self.first_step, log, self._unlogged)
             log.log(StepMetrics(step=self.first_step, values={**self._unlogged, **found}))
@@ -175,10 +180,11 @@ class Run:
         try:
             return self._validate(log)
         except SamplingStopped as stopped:
-            # Seconds are each rank's own, and a checkpoint's plain values must be equal on all.
-            unlogged = from_first(lambda: dict(metrics))
-            raise self._stopped(step, {**self._state(), _UNLOGGED: unlogged}, str(stopped)) from None
+            raise self._stopped(step, self._state_without_validation(metrics), str(stopped)) from None
         except EngineUnavailable as error:
+            reason = self._stopping.agreed()
+            if reason is not None:
+                raise self._stopped(step, self._state_without_validation(metrics), reason) from None
             log.log(StepMetrics(step=step, values=metrics))
             raise self._saved(step, self._state(), error) from error
 
@@ -261,6 +267,11 @@ class Run:
             "history": components.history.state_dict(),
             "guard": components.guard.state_dict(),
         }
+
+    def _state_without_validation(self, metrics: Mapping[str, float]) -> dict[str, Any]:
+        """The state after a step that is to be validated and logged when the run goes on. A collective."""
+        # Seconds are each rank's own, and a checkpoint's plain values must be equal on all.
+        return {**self._state(), _UNLOGGED: from_first(lambda: dict(metrics))}
 
     def _saved(self, step: int, state: dict[str, Any], error: EngineUnavailable) -> EngineUnavailable | RunStopped:
         """Save the policy as it is as that of ``step``, unless it is saved already, and add to the error where.
