@@ -107,9 +107,12 @@ test-gpu: $(GPU_VENV)/.test data
 	$(VIRTUAL_GPU) --transformer-engine $(GPU_BIN)/python -m pytest tests/gpu \
 		-m "not full and not without_transformer_engine" $(ON_EACH_CORE) $(PYTEST_ARGS)
 
-# With the tests of layouts and of the command line that know no GPU, on one.
+# With the tests of layouts and of the command line that know no GPU, on one; but for the command line's full ones, which
+# are about processes and disks.
 test-gpu-full: $(GPU_VENV)/.test data
-	G2RPO_TEST_DEVICE=gpu $(VIRTUAL_GPU) $(GPU_BIN)/python -m pytest tests/gpu tests/parallel tests/e2e $(PYTEST_ARGS)
+	G2RPO_TEST_DEVICE=gpu $(VIRTUAL_GPU) $(GPU_BIN)/python -m pytest tests/gpu tests/parallel $(PYTEST_ARGS)
+	G2RPO_TEST_DEVICE=gpu $(VIRTUAL_GPU) $(GPU_BIN)/python -m pytest tests/e2e -m "not full" \
+		$(ON_EACH_CORE) $(PYTEST_ARGS)
 	$(VIRTUAL_GPU) --transformer-engine $(GPU_BIN)/python -m pytest tests/gpu tests/parallel \
 		-m "not without_transformer_engine" $(PYTEST_ARGS)
 

@@ -24,13 +24,15 @@ def layers_of(impl: str = "auto") -> str:
     return ("transformer_engine" if engine else "local") if impl == "auto" else impl
 
 
-def layer_overrides(impl: str = "auto") -> dict[str, str]:
+def layer_overrides(impl: str = "auto", precision: str = "float32") -> dict[str, str]:
     """Return the keys of ``policy.megatron_cfg`` that choose layers and core attention of a test's policy.
 
     Args:
-        impl: value of both keys. ``auto`` is the recipe's default but for a GPU without Transformer Engine, where the
-            recipe would be refused and tests have local layers.
+        impl: value of both keys. ``auto`` is the layers of ``layers_of``, with their core attention where that exists:
+            Transformer Engine has none for padded rows in float32.
+        precision: data type of the weights.
     """
-    if impl == "auto" and torch.cuda.is_available() and not optional_packages()["transformer_engine"]:
-        impl = "local"
+    if impl == "auto" and torch.cuda.is_available():
+        layers = layers_of()
+        return {"transformer_impl": layers, "core_attention": "local" if precision == "float32" else layers}
     return {"transformer_impl": impl, "core_attention": impl}

@@ -193,7 +193,7 @@ class Case:
             recompute_num_layers=layers,
             freeze_vision=self.freeze_vision,
             cp_comm_type=self.cp_comm,
-            **layer_overrides(self.impl),
+            **layer_overrides(self.impl, self.precision),
             **dict.fromkeys(self.fusions, True),
         )
 

@@ -80,6 +80,6 @@ def layout_options(
         "megatron_cfg.pipeline_model_parallel_size": pp,
         "megatron_cfg.context_parallel_size": cp,
         **{f"megatron_cfg.distributed_data_parallel_config.{key}": True for key in DATA_PARALLELISM[mode]},
-        **{f"megatron_cfg.{key}": value for key, value in megatron.items()},
+        **{f"megatron_cfg.{key}": value for key, value in {**layer_overrides("auto", precision), **megatron}.items()},
     }
     return policy_section(directory, *(f"{key}={json.dumps(value)}" for key, value in keys.items()), *overrides)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_g2rpo.weights.manifest import MANIFEST, RECIPE_FILE
 from tests.e2e.test_train import BARE, FIVE_DIGITS, TENSOR_PARALLEL, assert_same_step
-from tests.e2e.toy import Toy, error_of, metrics, succeed
+from tests.e2e.toy import ON_DEVICE, Toy, error_of, metrics, succeed
 
 
 def same_tensors(one: Path, other: Path) -> None:
@@ -37,7 +37,7 @@ def test_a_run_s_checkpoint_becomes_the_directory_that_it_exported(straight: Pat
 def test_a_run_starts_from_an_imported_checkpoint(toy: Toy, straight: Path, tmp_path: Path) -> None:
     """The first step is that of the run that started from the Hugging Face directory."""
     imported = tmp_path / "megatron"
-    succeed("convert", "import", toy.model, imported)
+    succeed("convert", "import", toy.model, imported, *ON_DEVICE)
     recipe = toy.recipe(tmp_path / "recipe.yaml", logger={"log_dir": str(tmp_path / "run")})
     named = (f"policy.model_name={imported}/huggingface", f"policy.pretrained_checkpoint={imported}")
     succeed("train", recipe, *BARE, *named)
@@ -47,7 +47,7 @@ def test_a_run_starts_from_an_imported_checkpoint(toy: Toy, straight: Path, tmp_
 def test_what_cannot_be_converted_is_refused_and_leaves_nothing(toy: Toy, tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
-    assert error_of("convert", "import", toy.model, target).startswith(f"{target} exists already")
+    assert error_of("convert", "import", toy.model, target, *ON_DEVICE).startswith(f"{target} exists already")
     target.rmdir()
     for dtype in ([], ["--dtype", "float32"]):
         assert "is no Megatron checkpoint" in error_of("convert", "export", toy.model, target, *dtype)
@@ -57,7 +57,7 @@ def test_what_cannot_be_converted_is_refused_and_leaves_nothing(toy: Toy, tmp_pa
     config = json.loads((wrong / "config.json").read_text())
     config["text_config"]["intermediate_size"] *= 2
     (wrong / "config.json").write_text(json.dumps(config))
-    message = error_of("convert", "import", wrong, target)
+    message = error_of("convert", "import", wrong, target, *ON_DEVICE)
     layers = config["text_config"]["num_hidden_layers"]
     # gate, up and down of every layer, each by name
     assert f"do not fit config.json in {3 * layers} places" in message
@@ -84,7 +84,7 @@ def test_a_checkpoint_that_breaks_off_ends_every_process_and_leaves_nothing(stra
 
 def test_a_checkpoint_of_another_dtype_is_named(toy: Toy, tmp_path: Path) -> None:
     imported = tmp_path / "megatron"
-    succeed("convert", "import", toy.model, imported, "--dtype", "bfloat16")
+    succeed("convert", "import", toy.model, imported, "--dtype", "bfloat16", *ON_DEVICE)
     recipe = toy.recipe(tmp_path / "recipe.yaml", logger={"log_dir": str(tmp_path / "run")})
     message = error_of("train", recipe, f"policy.pretrained_checkpoint={imported}")
     assert f"{imported}: its weights are bfloat16; set policy.precision to that" in message
@@ -156,7 +156,7 @@ def test_weights_that_are_no_numbers_start_no_command(toy: Toy, tmp_path: Path) 
     for command in (
         ("train", toy.recipe(tmp_path / "train.yaml"), log, f"policy.model_name={broken}"),
         ("sft", toy.recipe(tmp_path / "sft.yaml", "sft"), log, f"policy.model_name={broken}"),
-        ("convert", "import", broken, tmp_path / "megatron"),
+        ("convert", "import", broken, tmp_path / "megatron", *ON_DEVICE),
         ("logprobs", "--model", broken, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"),
     ):
         assert f"{name} in {broken / 'model.safetensors'} holds NaN" in error_of(*command), command

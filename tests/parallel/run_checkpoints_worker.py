@@ -15,13 +15,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_g2rpo.policy.device import init_process_group, select
+from megatron_g2rpo.policy.device import init_process_group
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.train.run import checkpoint_writing
 from megatron_g2rpo.train.run.checkpoints import Checkpoints
 from megatron_g2rpo.train.run.retention import Retention
 from megatron_g2rpo.train.run.signals import StopRequest
 from megatron_g2rpo.train.run.stopping import Stopping
+from tests.common.hardware import this_device
 from tests.common.launch import report_result
 from tests.common.policy_layout import layout_options
 from tests.unit.train.run.checkpoint_cases import Notes, make_run
@@ -34,11 +35,11 @@ def full(**_: Any) -> None:
 
 
 def make_policy(root: Path) -> MegatronPolicy:
-    return MegatronPolicy(layout_options(root / "model", tp=2), select("cpu"), seed=0, max_steps=10)
+    return MegatronPolicy(layout_options(root / "model", tp=2), this_device(), seed=0, max_steps=10)
 
 
 def main(root: Path) -> None:
-    init_process_group(select("cpu"))
+    init_process_group(this_device())
     policy = make_policy(root)
     directory, best_one = root / "run", Retention(1, METRIC)
 
