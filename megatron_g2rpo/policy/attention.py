@@ -222,10 +222,16 @@ class TransformerEngineCoreAttention(nn.Module):
     ) -> Tensor:
         """Let every query attend within its own sequence; shapes are those of ``PackedCoreAttention.forward``."""
         row = _checked(packed_seq_params, attention_mask, attention_bias)
+        # Transformer Engine looks at strides and offsets. Of a row of one token, the share of an idle rank, a slice of
+        # the projection's output is contiguous for torch, which does not look at the strides of dimensions of size 1.
+        q, k, v = (
+            x.squeeze(1) if len(x) > 1 else x.squeeze(1).clone(memory_format=torch.contiguous_format)
+            for x in (query, key, value)
+        )
         context = self.attention(
-            query=query.squeeze(1),
-            key=key.squeeze(1),
-            value=value.squeeze(1),
+            query=q,
+            key=k,
+            value=v,
             attention_mask=None,
             attn_mask_type=attn_mask_type,
             packed_seq_params=PackedSeqParams(

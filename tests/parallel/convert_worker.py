@@ -47,7 +47,7 @@ def recipe_of(layout: str, precision: str, **policy: object) -> Recipe:
     overrides = [f"policy.megatron_cfg.{key}={size}" for key, size in zip(SIZES, layout.split(","), strict=True)]
     overrides += [f"policy.{key}={value}" for key, value in {**policy, "precision": precision}.items()]
     overrides += [f"policy.megatron_cfg.{key}={value}" for key, value in layer_overrides("auto", precision).items()]
-    overrides += [f"cluster.gpus_per_node={dist.get_world_size()}", "cluster.device=cpu"]
+    overrides += [f"cluster.gpus_per_node={dist.get_world_size()}", f"cluster.device={this_device().kind}"]
     return recipes.load(SFT, overrides, "sft")
 
 
