@@ -174,6 +174,9 @@ class PlainTorch(nn.Module):
         spans = list(pairwise(packed_seq_params.cu_seqlens_q_padded.tolist()))
         assert packed_seq_params.max_seqlen_q == max(end - start for start, end in spans)
         assert len(query) == spans[-1][1]
+        for x in (query, key, value):  # `get_qkv_layout` refuses what `contiguous` returns with other strides
+            assert x.contiguous().stride() == torch.empty(x.shape).stride()
+            assert x.contiguous().storage_offset() == 0
         out = query.new_zeros(len(query), query.shape[1] * query.shape[2])
         for length, (start, _) in zip(lengths, spans, strict=True):
             q, k, v = (x[start : start + length].transpose(0, 1) for x in (query, key, value))
@@ -236,6 +239,24 @@ def test_a_packed_row_is_attended_alike(attentions: tuple[nn.Module, nn.Module],
         results.append((out, *torch.autograd.grad(out, inputs, grad)))
     for ours, local in zip(*results, strict=True):
         torch.testing.assert_close(ours, local, rtol=0, atol=1e-5)  # fp32 sums in another order
+
+
+def test_a_row_of_one_token_is_handed_over_as_one_of_its_own(attentions: tuple[nn.Module, nn.Module]) -> None:
+    """A slice of the projection's output with one key/value head is contiguous for torch, whatever its strides."""
+    batch = row(2, multiple=1)
+    packer = Packer(98, 2, pad_token_id=99)
+    (empty,) = packer.pack([], budget=8, num_bins=1)
+    assert (len(batch.tokens), len(empty.tokens)) == (2, 1)
+    for one in (batch, empty):
+        mixed = torch.randn(len(one.tokens), 1, 1, 4 * DIM)
+        q, k, v = mixed.split([2 * DIM, DIM, DIM], dim=-1)
+        inputs = q.reshape(len(q), 1, 2, DIM), k, v
+        ours, local = (
+            attention(*inputs, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=packed_row_params(one))
+            for attention in attentions
+        )
+        real = one.cu_seqlens[-1] if one is batch else 0
+        torch.testing.assert_close(ours[:real], local[:real], rtol=0, atol=1e-5)
 
 
 def test_a_row_without_padding_says_so() -> None:
