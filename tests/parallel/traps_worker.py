@@ -323,9 +323,11 @@ def gradients_of_the_vision_tower_are_summed(policy: MegatronPolicy, baseline: B
 def norms_are_not_marked_as_sequence_parallel(policy: MegatronPolicy, baseline: Baseline) -> Report:
     """Each rank's norms saw a part of the tokens; megatron-core sums the gradients of what is marked."""
     policy = build(baseline, "tp2-sp")
-    # By the mark: Transformer Engine's layers fold most norms into the matrix products after them.
-    norms = [weight for weight in policy.model.parameters() if getattr(weight, "sequence_parallel", False)]
-    assert len(norms) > 2 * policy.hf_config.get_text_config().num_hidden_layers  # two a layer, and the last one
+    # By name: Transformer Engine's layers fold most norms into the matrix products after them.
+    language = dict(policy.model.language_model.named_parameters())
+    norms = [weight for name, weight in language.items() if "norm" in name]
+    assert norms
+    assert all(weight.sequence_parallel for weight in norms)  # type: ignore[attr-defined]
     for weight in norms:
         weight.sequence_parallel = False  # type: ignore[attr-defined]
     return measure(policy, baseline)
