@@ -12,7 +12,6 @@ import atexit
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -207,12 +206,13 @@ def watched() -> Iterator[None]:
     """Watch for signals that ask this process's run to stop. To enter early: until then they do what they always do."""
     global _current
     before, _current = _current, StopRequest()
-    watch = SignalWatch(_current.received)
-    watch.__enter__()
-    try:
-        yield
-    finally:
-        _current.done()
-        if not _for_good:
-            watch.__exit__(*sys.exc_info())
-            _current = before
+    with contextlib.ExitStack() as watch:
+        watch.enter_context(SignalWatch(_current.received))
+        try:
+            yield
+        finally:
+            _current.done()
+            if _for_good:
+                watch.pop_all()
+            else:
+                _current = before
