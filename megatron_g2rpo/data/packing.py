@@ -121,9 +121,7 @@ class Packer:
     def _row(self, sequences: Sequence[PackSequence], members: list[int]) -> PackedBatch:
         kept = sum(sequences[index].kept_ids is not None for index in members)
         if kept not in (0, len(members)):
-            raise ValueError(
-                f"of {len(members)} sequences, {kept} say what their tokens were sampled from: all must"
-            )
+            raise ValueError(f"of {len(members)} sequences, {kept} say what their tokens were sampled from: all must")
         groups: dict[int, list[int]] = {}
         for index in members:
             groups.setdefault(id(sequences[index].inputs), []).append(index)
