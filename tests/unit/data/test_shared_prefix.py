@@ -66,7 +66,8 @@ def test_a_branch_with_its_trunk_is_the_sequence_without_its_last_token() -> Non
             if parent < 0:
                 continue
             seen += 1
-            assert batch.parents[parent] == -1 and batch.sequence_ids[parent] == -1
+            assert batch.parents[parent] == -1
+            assert batch.sequence_ids[parent] == -1
             assert (batch.labels[batch.segment_ids == parent] == NO_LABEL).all()
             where = torch.cat([(batch.segment_ids == each).nonzero().squeeze(1) for each in (parent, segment)])
             for name, expected in whole[index].items():

@@ -33,7 +33,7 @@ GRIDS = ((), ((4, 6),), ((2, 4), (6, 4)))
 
 
 def groups(lengths: Sequence[Sequence[int]], seed: int = 0) -> list[PackSequence]:
-    """Return a group of answers of the given lengths to each of as many prompts, with the images of ``GRIDS`` in turn."""
+    """Return a group of answers of the given lengths to each of as many prompts, which have the images of ``GRIDS``."""
     config = tiny_config(vocab=SHAPE["vocab"])
     generator = torch.Generator().manual_seed(seed)
     text = special_tokens(SHAPE["vocab"]).num_text
