@@ -97,7 +97,7 @@ def estimate(plan: Plan, card: Card) -> Speed:
     recipe, updates = plan.recipe, plan.updates
     shape = flops.shape_of(plan.model)
     rollouts = isinstance(recipe, TrainRecipe)
-    whole = _whole(plan, shape)
+    whole = forward_flops(plan)
     sent = [
         updates * links.seconds(recipe, plan.layout, [t for t in lines if t.per == OPTIMIZER_STEP], card)
         for lines in plan.traffic
@@ -147,14 +147,14 @@ def _update_factors(plan: Plan) -> _Factors:
     )
 
 
-def _whole(plan: Plan, shape: Shape) -> Flops:
-    """Return the operations of a forward pass over a data-parallel rank's sequences of one optimizer step."""
+def forward_flops(plan: Plan) -> Flops:
+    """Return the operations of a forward pass over a data-parallel rank's rows of one optimizer step."""
     assumed = plan.assumptions
     return flops.forward(
-        shape,
-        sequences=plan.batches.sequences,
-        tokens=assumed.sequence_tokens,
-        labels=assumed.response_tokens,
+        flops.shape_of(plan.model),
+        tokens=plan.batches.computed,
+        pairs=plan.batches.pairs,
+        labels=plan.batches.sequences * assumed.response_tokens,
         images=plan.batches.images,
         image_tokens=assumed.image_tokens,
     )

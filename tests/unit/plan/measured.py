@@ -125,7 +125,14 @@ def row_of(config: Any, batch: PackedBatch) -> Row:
     images = batch.image_grid_thw.prod(1) // config.vision_config.spatial_merge_size**2
     placeholders = int((batch.vision_index >= 0).sum())
     labels = int((batch.labels != NO_LABEL).sum())
-    return Row(tuple(lengths), tuple(padded), tuple(images.tolist()), placeholders, labels)
+    return Row(
+        lengths=tuple(lengths),
+        padded=tuple(padded),
+        parents=tuple(batch.parents.tolist()),
+        images=tuple(images.tolist()),
+        placeholders=placeholders,
+        labels=labels,
+    )
 
 
 def toy_loss(batch: PackedBatch, stats: TokenStats) -> LossTerms:

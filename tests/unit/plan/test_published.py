@@ -144,7 +144,15 @@ def test_steps_of_experts_are_far_below_the_published_ones(
         longest=longest - PROMPT,
     )
     generation = decoding.seconds(shape, engine, responses, H100)
-    whole = flops.forward(shape, sequences=rollouts / gpus, tokens=mean, labels=mean - PROMPT, images=0, image_tokens=0)
+    sequences = rollouts / gpus
+    whole = flops.forward(
+        shape,
+        tokens=sequences * mean,
+        pairs=sequences * flops.causal_pairs(mean),
+        labels=sequences * (mean - PROMPT),
+        images=0,
+        image_tokens=0,
+    )
     one = speed.passes(whole, H100, arithmetic="bf16")
     step = generation + 5 * one
     assert step / published - 1 == pytest.approx(error, abs=STATED)
