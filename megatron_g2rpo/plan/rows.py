@@ -143,7 +143,7 @@ class MicroBatches:
 
 def shares_prompts(recipe: Recipe) -> bool:
     """Return whether a recipe's rows hold a prompt once for the responses of its group."""
-    return isinstance(recipe, TrainRecipe) and recipe.policy.sequence_packing.shared_prefix
+    return recipe.policy.sequence_packing.shared_prefix
 
 
 def micro_batches(recipe: Recipe, layout: Layout, assumptions: Assumptions) -> MicroBatches:
