@@ -121,10 +121,11 @@ class Recompute:
 def indices(slots: Slots, recompute: Recompute) -> int:
     """Return the bytes of the packed row's index tensors and masks, which all layers share.
 
-    What is recomputed needs each token's place a second time.
+    What is recomputed needs each token's place a second time, and the masks, of one byte an element, of which attention
+    keeps copies of its own otherwise.
     """
-    places = 1 if recompute.granularity is None else 2
-    return INT64 * (slots.queries + slots.keys + places * slots.tokens) + slots.mask
+    places = INT64 * (slots.queries + slots.keys + slots.tokens)
+    return places if recompute.granularity is None else places + INT64 * slots.tokens + slots.mask
 
 
 def stage_layers(

@@ -74,7 +74,7 @@ class Sharing:
     @property
     def sentence(self) -> str:
         """What sharing saves, or would save, in one sentence."""
-        assumed = f"prompts of {self.prompt_tokens:,} and {self.samples} responses of {self.response_tokens:,} tokens (assumed)"
+        assumed = f"prompts of {self.prompt_tokens:,} and {self.samples} responses of {self.response_tokens:,} tokens"
         if self.together < 2:
             return (
                 f"Sharing prompts saves nothing with {assumed}: a row holds no two responses beside their prompt; "

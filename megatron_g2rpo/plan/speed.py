@@ -109,7 +109,7 @@ def estimate(plan: Plan, card: Card) -> Speed:
     return Speed(
         generation=_generation(plan, recipe, shape, card) if rollouts else 0.0,
         weights=_weights(plan, card) if rollouts else 0.0,
-        logprobs=updates * _passes_without_gradient(plan) * _bottleneck(plan, whole, card, _FORWARD),
+        logprobs=plan.passes * _bottleneck(plan, whole, card, _FORWARD),
         update=updates * _bottleneck(plan, whole, card, _update_factors(plan)),
         optimizer=updates * moved / (BANDWIDTH * card.bandwidth),
         messages=max(sent),
@@ -180,13 +180,6 @@ def _bottleneck(plan: Plan, whole: Flops, card: Card, factors: _Factors) -> floa
         )
         times.append(passes(part, card, arithmetic=arithmetic))
     return max(times) / (1 - plan.bubble)
-
-
-def _passes_without_gradient(plan: Plan) -> int:
-    recipe = plan.recipe
-    if not isinstance(recipe, TrainRecipe):
-        return 0
-    return 1 + (recipe.loss_fn.reference_policy_kl.penalty > 0)
 
 
 def _server_gpus(plan: Plan) -> int:
