@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from megatron_g2rpo import models
 from megatron_g2rpo.models.vision_cache import VisionCache
-from megatron_g2rpo.policy.attention import packed_row_params
 from megatron_g2rpo.policy.kernels import Kernels
 from megatron_g2rpo.policy.layer_spec import block_spec
 from megatron_g2rpo.policy.output_layer import LogprobOutputLayer
+from megatron_g2rpo.policy.packed_row import packed_row_params
 from megatron_g2rpo.policy.vision import ImageFeatures, VisionEncoder, VisionWork
 from megatron_g2rpo.types import PackedBatch
 from megatron_g2rpo.weights.rules import padded_rows
