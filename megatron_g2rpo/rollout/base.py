@@ -134,7 +134,9 @@ class GenerationWork:
     patches_saved: int = 0
 
     def __add__(self, other: GenerationWork) -> GenerationWork:
-        return GenerationWork(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)})
+        return GenerationWork(
+            **{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,7 +61,7 @@ class Finished(NamedTuple):
 
 @dataclass
 class _Row:
-    """A response that is being decoded; ``began`` is the step of its first token, ``place`` its prompt's in the cache."""
+    """A response that is being decoded: ``began`` at that step; its prompt has that ``place`` in the cache."""
 
     wanted: Wanted
     began: int
@@ -232,9 +232,7 @@ class Batch:
         if not ended:
             return []
         state, rows = self.state, torch.tensor(ended, device=self._device)
-        tokens, logprobs, lengths = (
-            each[rows].cpu() for each in (state.tokens, state.logprobs, state.lengths)
-        )
+        tokens, logprobs, lengths = (each[rows].cpu() for each in (state.tokens, state.logprobs, state.lengths))
         return [
             Finished(
                 self._rows[index].wanted.name,
@@ -260,9 +258,7 @@ class Batch:
         A prompt stays whose responses are there or still to come.
         """
         wanted = {self._rows[index].wanted.prompt for index in stay} | {each.prompt for each in entering}
-        kept = [
-            place for place, prompt in enumerate(self._places) if prompt in wanted or self._to_enter[prompt] > 0
-        ]
+        kept = [place for place, prompt in enumerate(self._places) if prompt in wanted or self._to_enter[prompt] > 0]
         there = set(self._places)
         fresh = list(dict.fromkeys(each.prompt for each in entering if each.prompt not in there))
         fresh.sort(key=lambda prompt: -len(self._prompts[prompt].token_ids))
@@ -286,7 +282,11 @@ class Batch:
             order: their order from now on.
         """
         fresh = self._fresh(entered)
-        both = fresh if self._state is None else _State(*(torch.cat(pair) for pair in zip(self._state, fresh, strict=True)))
+        both = (
+            fresh
+            if self._state is None
+            else _State(*(torch.cat(pair) for pair in zip(self._state, fresh, strict=True)))
+        )
         index = torch.tensor([chosen[place] for place in order], device=self._device)
         return _State(*(each[index] for each in both))
 

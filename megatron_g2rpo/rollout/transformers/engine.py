@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,25 +21,19 @@ from transformers.initialization import no_init_weights
 
 from megatron_g2rpo import progress
 from megatron_g2rpo.models.directory import load_config
+from megatron_g2rpo.models.images import Image
+from megatron_g2rpo.models.vision_cache import VisionCache
 from megatron_g2rpo.rollout import base
-from megatron_g2rpo.rollout.images import Image, images_of
 from megatron_g2rpo.rollout.stop_strings import Tail, read_response
 from megatron_g2rpo.rollout.transformers.batch import Batch, Finished, Wanted
+from megatron_g2rpo.rollout.transformers.call import Call, Response
 from megatron_g2rpo.rollout.transformers.dense_step import DenseStep
 from megatron_g2rpo.rollout.transformers.features import Features
 from megatron_g2rpo.rollout.transformers.model_step import ATTENTION, ModelStep
-from megatron_g2rpo.rollout.transformers.prefill import Prefill, PromptTokens
+from megatron_g2rpo.rollout.transformers.prefill import Prefill
 from megatron_g2rpo.rollout.transformers.sampling import Draw, Drawing, uniforms
 from megatron_g2rpo.types import Prompt, Rollout
 from megatron_g2rpo.weights.hf_model import model_class
-
-
-class _Response(NamedTuple):
-    """A response of a call: the index of its prompt, and its index among the samples; greedy ones follow the others."""
-
-    greedy: bool
-    prompt: int
-    sample: int
 
 
 @base.register("transformers")
@@ -59,6 +52,8 @@ class TransformersEngine:
         max_new_tokens: number of response tokens after which a response is truncated.
         batch_size: largest number of responses that are decoded together.
 
+        vision_cache: features of images under the weights that ``load_weights`` brings; None: there is none.
+
     Attributes:
         work: what the last call of ``generate`` computed, and saved.
     """
@@ -75,6 +70,7 @@ class TransformersEngine:
         decode: Callable[[Sequence[int]], str],
         max_new_tokens: int,
         batch_size: int,
+        vision_cache: VisionCache | None = None,
     ) -> None:
         if max_new_tokens < 1 or batch_size < 1:
             raise ValueError(f"max_new_tokens ({max_new_tokens}) and batch_size ({batch_size}) must be at least 1")
@@ -102,6 +98,7 @@ class TransformersEngine:
         self._prefill = Prefill(self._model, self._device, pad_token_id)
         axes = 1 if self._vision is None else 3
         self._step = DenseStep(self._model) if DenseStep.suits(self._model) else ModelStep(self._model, axes)
+        self._vision_cache, self._tower_version = vision_cache, -1
         self.work = base.GenerationWork()
 
     @classmethod
@@ -117,6 +114,7 @@ class TransformersEngine:
             decode=context.decode,
             max_new_tokens=generation.max_new_tokens,
             batch_size=generation.batch_size,
+            vision_cache=context.vision_cache,
         )
 
     def release(self) -> None:
@@ -155,6 +153,8 @@ class TransformersEngine:
         if missing:
             shown = ", ".join(missing[:5])
             raise ValueError(f"weight stream: {len(missing)} parameters were not given, among them {shown}")
+        if self._vision_cache is not None:
+            self._tower_version = self._vision_cache.version
         self._loaded = True
 
     @torch.no_grad()
@@ -183,31 +183,39 @@ class TransformersEngine:
         base.check_request(prompts, n, group_ids)
         for prompt in prompts:
             self._check_prompt(prompt)
-        call = _Call(prompts, n, and_greedily=and_greedily)
-        features = Features(call.distinct, self._encode)
+        call = Call(prompts, n, and_greedily=and_greedily)
+        patches = self._prefill.encoded_patches
         batch = Batch(
             call.distinct,
             [self._wanted(call, number, sampling, seed) for number in call.order],
             self._prefill,
-            features,
+            Features(call.distinct, self._encode),
             batch_size=self._batch_size,
             limit=self._max_new_tokens,
             device=self._device,
         )
         self._step.refresh()
-        rollouts: dict[_Response, Rollout] = {}
+        rollouts: dict[Response, Rollout] = {}
         for finished in self._respond(batch, call, sampling):
             together = {call.responses[each.name]: self._rollout(each, call, sampling, group_ids) for each in finished}
             rollouts.update(together)
             if on_finished is not None:
                 on_finished(list(together.values()))
         decoded = sum(len(rollout.response_ids) for rollout in rollouts.values())
-        self.work = call.work(batch.prefilled_tokens, features.encoded_patches, decoded)
+        self.work = call.work(batch.prefilled_tokens, self._prefill.encoded_patches - patches, decoded)
         return [rollouts[response] for response in call.responses]
 
     def _encode(self, images: Sequence[Image]) -> list[Tensor]:
-        """Return the features of images, ``[F, L, H]`` each; see ``Prefill.encode``."""
-        return self._prefill.encode(images)
+        """Return the features of distinct images, ``[F, L, H]`` each, from the cache where it has them."""
+        if self._vision_cache is None:
+            return self._prefill.encode(images)
+        return self._vision_cache.features(
+            images,
+            self._prefill.encode,
+            version=self._tower_version,
+            dtype=self._model.dtype,
+            device=self._device,
+        )
 
     def _check_prompt(self, prompt: Prompt) -> None:
         inputs = prompt.inputs
@@ -224,16 +232,14 @@ class TransformersEngine:
                 f"where its image grids ask for {expected}, and it has {len(inputs.pixel_values)} of {patches} patches"
             )
 
-    def _wanted(self, call: _Call, number: int, sampling: base.Sampling, seed: int) -> Wanted:
+    def _wanted(self, call: Call, number: int, sampling: base.Sampling, seed: int) -> Wanted:
         response = call.responses[number]
         greedy = response.greedy or sampling.temperature == 0
         key = call.prompts[response.prompt].key
         uniform = None if greedy else uniforms(seed, key, response.sample, self._max_new_tokens)
         return Wanted(call.place[response.prompt], number, uniform)
 
-    def _rollout(
-        self, finished: Finished, call: _Call, sampling: base.Sampling, group_ids: Sequence[int]
-    ) -> Rollout:
+    def _rollout(self, finished: Finished, call: Call, sampling: base.Sampling, group_ids: Sequence[int]) -> Rollout:
         response = call.responses[finished.name]
         text, truncated = read_response(
             finished.tokens.tolist(),
@@ -252,7 +258,7 @@ class TransformersEngine:
             kept_ids=pad_sequence(finished.kept, batch_first=True, padding_value=-1) if finished.kept else None,
         )
 
-    def _respond(self, batch: Batch, call: _Call, sampling: base.Sampling) -> Iterator[list[Finished]]:
+    def _respond(self, batch: Batch, call: Call, sampling: base.Sampling) -> Iterator[list[Finished]]:
         """Decode all responses; yield those that finished, as they leave the batch."""
         stops = sampling.stop_strings
         tails = {number: Tail(stops, self._decode_text) for number in call.order} if stops else {}
@@ -275,10 +281,15 @@ class TransformersEngine:
             if batch.num_running:
                 batch.follow(self._step(drawn.tokens, batch.state.positions, batch.cache))
 
-    def _draw(
-        self, logits: Tensor, batch: Batch, sampling: base.Sampling, choice: Sequence[Tensor | None]
-    ) -> Draw:
-        """Draw the next token of each response from ``logits [B, V]``; ``choice`` says which are sampled, and greedy."""
+    def _draw(self, logits: Tensor, batch: Batch, sampling: base.Sampling, choice: Sequence[Tensor | None]) -> Draw:
+        """Draw the next token of each response from ``logits [B, V]``.
+
+        Args:
+            logits: of what each may say next.
+            batch: the responses.
+            sampling: how the responses are sampled that are not greedy.
+            choice: the rows of the sampled ones, and of the greedy ones; None for all rows.
+        """
         sampled, greedy = choice
         if sampled is None:
             return self._drawing(logits, batch.numbers(), sampling)
@@ -296,11 +307,9 @@ class TransformersEngine:
         """Return bool ``[B]``: which of the drawn ``tokens [B]``, no end tokens, complete a stop string."""
         going = (batch.state.running & ~ended).tolist()
         rows = zip(going, batch.wanted, tokens.tolist(), strict=True)
-        return torch.tensor(
-            [on and tails[each.name].completes(token) for on, each, token in rows], device=self._device
-        )
+        return torch.tensor([on and tails[each.name].completes(token) for on, each, token in rows], device=self._device)
 
-    def _check_finite(self, logits: Tensor, batch: Batch, call: _Call) -> None:
+    def _check_finite(self, logits: Tensor, batch: Batch, call: Call) -> None:
         # A sum is finite if all its terms are, and one pass over them.
         finite = logits.sum(-1, dtype=torch.float32).isfinite()
         if not finite.all():
@@ -311,76 +320,6 @@ class TransformersEngine:
                 f"{int(batch.state.ages[row])}: the model's logits are not finite; the weights have diverged or "
                 "overflow in this dtype"
             )
-
-
-class _Call:
-    """The prompts and responses of a call of ``generate``.
-
-    Args:
-        prompts: the prompts.
-        n: number of responses to each.
-        and_greedily: whether a greedy response to each follows.
-
-    Attributes:
-        prompts: the prompts.
-        responses: the responses, in the order in which they are returned.
-        distinct: prompts that differ in tokens or images.
-        place: for each prompt its place among ``distinct``.
-        order: numbers of the responses, in the order in which they are decoded.
-    """
-
-    def __init__(self, prompts: Sequence[Prompt], n: int, *, and_greedily: bool) -> None:
-        self.prompts = prompts
-        numbers = range(len(prompts))
-        self.responses = [_Response(False, prompt, sample) for prompt in numbers for sample in range(n)]
-        if and_greedily:
-            self.responses += [_Response(True, prompt, 0) for prompt in numbers]
-        contents = [PromptTokens(token_ids=p.inputs.token_ids, images=tuple(images_of(p.inputs))) for p in prompts]
-        first: dict[tuple[bytes, tuple[str, ...]], int] = {}
-        self.distinct: list[PromptTokens] = []
-        self.place: list[int] = []
-        for content in contents:
-            name = content.token_ids.numpy().tobytes(), content.image_names
-            if name not in first:
-                first[name] = len(self.distinct)
-                self.distinct.append(content)
-            self.place.append(first[name])
-        self.order = sorted(range(len(self.responses)), key=self._turn())
-
-    def _turn(self) -> Callable[[int], tuple[int, ...]]:
-        """Return the key that responses are ordered by: those that share a prompt or images are neighbours.
-
-        Beside that neighbours are of similar length, and the longest come first, so that running out of memory happens
-        at once.
-        """
-        longest: dict[tuple[str, ...], int] = {}
-        first: dict[tuple[str, ...], int] = {}
-        alone = len(self.distinct)
-        for place, prompt in enumerate(self.distinct):
-            shown = prompt.image_names
-            longest[shown] = max(longest.get(shown, 0), len(prompt.token_ids))
-            first.setdefault(shown, place)
-
-        def turn(number: int) -> tuple[int, ...]:
-            response = self.responses[number]
-            place = self.place[response.prompt]
-            prompt, length = self.distinct[place], len(self.distinct[place].token_ids)
-            shown = prompt.image_names
-            family = (longest[shown], first[shown]) if shown else (length, alone)
-            return (-family[0], family[1], -length, place, response.greedy, response.prompt, response.sample)
-
-        return turn
-
-    def work(self, prefilled_tokens: int, encoded_patches: int, decoded_tokens: int) -> base.GenerationWork:
-        """Return the work of the call, whose responses are ``decoded_tokens`` long together."""
-        asked = [self.distinct[self.place[response.prompt]] for response in self.responses]
-        return base.GenerationWork(
-            prompt_tokens=prefilled_tokens,
-            prompt_tokens_saved=sum(len(prompt.token_ids) for prompt in asked) - prefilled_tokens,
-            decoded_tokens=decoded_tokens,
-            patches=encoded_patches,
-            patches_saved=sum(prompt.num_patches for prompt in asked) - encoded_patches,
-        )
 
 
 def _empty_model(model: str | PathLike[str] | PreTrainedConfig, device: torch.device, dtype: torch.dtype):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The features of the images of a call: each distinct image is encoded once, and forgotten with the last that needs it."""
+"""The features of a call's images: each distinct image is encoded once, and forgotten with the last that needs it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from megatron_g2rpo.rollout.images import Image
+from megatron_g2rpo.models.images import Image
 from megatron_g2rpo.rollout.transformers.prefill import PromptTokens
 
 
@@ -18,16 +18,12 @@ class Features:
     Args:
         prompts: the distinct prompts of the call, each of which is prefilled once.
         encode: function that gives the features ``[F, L, H]`` of each image.
-
-    Attributes:
-        encoded_patches: number of patches that were encoded so far, before merging.
     """
 
     def __init__(self, prompts: Sequence[PromptTokens], encode: Callable[[Sequence[Image]], list[Tensor]]) -> None:
         self._encode = encode
         self._needed = Counter(image.name for prompt in prompts for image in prompt.images)
         self._there: dict[str, Tensor] = {}
-        self.encoded_patches = 0
 
     def __call__(self, prompts: Sequence[PromptTokens]) -> list[Tensor]:
         """Return the features of all images of the prompts, in order; it is called once for each prompt."""
@@ -35,7 +31,6 @@ class Features:
         missing = list({image.name: image for image in images if image.name not in self._there}.values())
         if missing:
             self._there.update(zip((image.name for image in missing), self._encode(missing), strict=True))
-            self.encoded_patches += sum(image.num_patches for image in missing)
         features = [self._there[image.name] for image in images]
         self._needed.subtract(image.name for image in images)
         for image in images:

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache
 
 from megatron_g2rpo import models
-from megatron_g2rpo.rollout.images import Image
+from megatron_g2rpo.models.images import Image
 from megatron_g2rpo.rollout.transformers.dense_step import decoder_of
 from megatron_g2rpo.rollout.transformers.prefix_cache import Prefilled
 
@@ -77,12 +77,16 @@ class Prefill:
         model: a transformers model.
         device: its device.
         pad_token_id: token of the padding; nothing attends to it.
+
+    Attributes:
+        encoded_patches: number of patches that the vision tower has encoded, before merging.
     """
 
     def __init__(self, model: Any, device: torch.device, pad_token_id: int) -> None:
         self._model = model
         self._device = device
         self._pad = pad_token_id
+        self.encoded_patches = 0
         self._sees = getattr(model.config, "vision_config", None) is not None
         self._family = models.family(model.config.model_type) if self._sees else None
 
@@ -103,6 +107,7 @@ class Prefill:
             grids = torch.stack([image.grid for image in some]).to(self._device)
             merged = [image.num_patches // self._model.config.vision_config.spatial_merge_size**2 for image in some]
             features += vision.features(tower, pixels, grids).split(merged)
+            self.encoded_patches += len(pixels)
         return features
 
     def __call__(
