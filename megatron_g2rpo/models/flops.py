@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from megatron_g2rpo.models.base import family
 from megatron_g2rpo.models.rotary import head_dim
@@ -57,10 +58,11 @@ def shape_of(hf_config: Any, *, weights: int = 0) -> Shape:
     text, vision = hf_config.get_text_config(), family(hf_config.model_type).vision
     hidden, heads = text.hidden_size, text.num_attention_heads * head_dim(text)
     keys = text.num_key_value_heads * head_dim(text)
-    tower = 0
+    tower = patches = 0
     if vision is not None:
+        patches = vision.geometry(hf_config).merge ** 2
         with torch.device("meta"):
-            tower = sum(weight.numel() for weight in vision.tower(hf_config, torch.float32).parameters())
+            tower = _tower_products(vision.tower(hf_config, torch.float32), patches)
     return Shape(
         layers=text.num_hidden_layers,
         linear=hidden * (2 * heads + 2 * keys) + 3 * hidden * text.intermediate_size,
@@ -70,10 +72,21 @@ def shape_of(hf_config: Any, *, weights: int = 0) -> Shape:
         vocabulary=text.vocab_size,
         weights=weights,
         tower=tower,
-        patches=vision.geometry(hf_config).merge ** 2 if vision is not None else 0,
+        patches=patches,
         tower_width=hf_config.vision_config.hidden_size if vision is not None else 0,
         tower_layers=hf_config.vision_config.depth if vision is not None else 0,
     )
+
+
+def _tower_products(tower: nn.Module, patches: int) -> int:
+    """Return the weight elements that a patch is multiplied with; mergers see ``patches`` of them at once."""
+    weights = [
+        (name, module.weight.numel())
+        for name, module in tower.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv3d)
+    ]
+    merged = sum(numel for name, numel in weights if "merger" in name)
+    return sum(numel for _, numel in weights) - merged + merged // patches
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,16 @@ class VisionCache:
         self._kept.clear()
         self.version, self.num_bytes = self.version + 1, 0
 
+    def begin_step(self) -> None:
+        """Forget, at the begin of a step, what a run that resumes there would not know.
+
+        Features of a tower that learns may have been computed in a validation's company; to the last bit they depend on
+        it. Those of a frozen tower do not.
+        """
+        if not self._frozen:
+            self._kept.clear()
+            self.num_bytes = 0
+
     def features(
         self,
         images: Sequence[Image],

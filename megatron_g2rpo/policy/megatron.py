@@ -86,6 +86,7 @@ class MegatronPolicy:
             of the vision tower's weights. None: images are encoded anew in every pass.
 
     Attributes:
+        vision_cache: as given.
         work: what its passes have computed so far, the same on every rank of a replica.
 
     Raises:
@@ -106,7 +107,7 @@ class MegatronPolicy:
         on_loaded: sharded_state.Advance | None = None,
         vision_cache: VisionCache | None = None,
     ) -> None:
-        self._vision_cache, self.work = vision_cache, Work.none()
+        self.vision_cache, self.work = vision_cache, Work.none()
         self.settings, self.device = settings, device
         check_environment(settings.megatron_cfg.env_vars)
         self.hf_config = load_config(settings.model_name)
@@ -241,8 +242,8 @@ class MegatronPolicy:
 
     def _vision_changed(self) -> None:
         """Let features of images be forgotten; on every stage, because the engine of each rank may have some."""
-        if self._vision_cache is not None:
-            self._vision_cache.weights_changed()
+        if self.vision_cache is not None:
+            self.vision_cache.weights_changed()
 
     @property
     def _layer_offset(self) -> int:

@@ -111,6 +111,8 @@ def g2rpo_step(
     policy, reference, timers = components.policy, components.reference, Timers(components.device)
     loss_fn, data_parallel, skipped = recipe.loss_fn, policy.groups.data, components.stream.skipped.copy()
     meter = WorkMeter(policy)
+    if policy.vision_cache is not None:
+        policy.vision_cache.begin_step()
 
     collected = collect(recipe, components, step, timers)
     rollouts, rewards = collected.rollouts, collected.rewards

@@ -119,6 +119,17 @@ def test_who_has_former_weights_neither_reads_nor_writes() -> None:
     assert (old.calls, new.calls) == ([8, 8], [8])
 
 
+@pytest.mark.parametrize(("frozen", "calls"), [(False, [8, 8]), (True, [8])])
+def test_a_step_begins_with_what_a_resumed_run_would_compute_too(frozen: bool, calls: list[int]) -> None:
+    cache, tower = VisionCache(10_000, frozen=frozen), Tower()
+    (one,) = images((2, 4))
+    ask(cache, tower, [one])
+    cache.begin_step()
+    ask(cache, tower, [one])
+    assert tower.calls == calls
+    assert cache.version == 0, "the weights are the same: whoever has them may ask"
+
+
 def test_another_dtype_is_another_feature() -> None:
     cache, tower = VisionCache(10_000, frozen=False), Tower()
     (one,) = images((2, 4))
