@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_g2rpo.plan import transformer_engine
-from megatron_g2rpo.plan.rows import Slots
 from megatron_g2rpo.plan.sizes import FP32, INT64, LOCAL, Sizes
+from megatron_g2rpo.plan.slots import Slots
 from megatron_g2rpo.policy.layouts.logit_chunks import LogitChunks
 
 
@@ -40,7 +40,7 @@ def layer(size: Sizes, slots: Slots, *, selective: bool) -> int:
     if size.modules.attention == LOCAL and not selective:
         core = core_attention(size, slots)
     else:
-        core = transformer_engine.core_attention(size, selective=selective)
+        core = transformer_engine.core_attention(size, slots, selective=selective)
     return transformer_engine.attention(size, core) + transformer_engine.mlp(size)
 
 
@@ -53,7 +53,7 @@ def attention(size: Sizes, slots: Slots, *, selective: bool) -> int:
         kept += norm(size.tokens * size.heads, head, e) + norm(size.tokens * size.groups, head, e)
     kept += 4 * e * size.tokens * head  # cosines and sines, made once for queries and once for keys
     if size.modules.attention != LOCAL:
-        core = transformer_engine.core_attention(size, selective=selective)
+        core = transformer_engine.core_attention(size, slots, selective=selective)
         return kept + core + e * size.tokens * size.heads * head  # its output is the output projection's input
     projection = e * size.tokens * size.projected * head
     if e == FP32 and size.modules.head_norms:
@@ -119,12 +119,13 @@ class Recompute:
 
 
 def indices(slots: Slots, recompute: Recompute) -> int:
-    """Return the bytes of the packed row's index tensors, which all layers share.
+    """Return the bytes of the packed row's index tensors and masks, which all layers share.
 
-    What is recomputed needs each token's place a second time.
+    What is recomputed needs each token's place a second time, and the masks, of one byte an element, of which attention
+    keeps copies of its own otherwise.
     """
-    places = 1 if recompute.granularity is None else 2
-    return INT64 * (slots.queries + slots.keys + places * slots.tokens)
+    places = INT64 * (slots.queries + slots.keys + slots.tokens)
+    return places if recompute.granularity is None else places + INT64 * slots.tokens + slots.mask
 
 
 def stage_layers(
@@ -150,7 +151,7 @@ def stage_layers(
         kept += FP32 * size.tokens * size.head_dim  # rotary angles
     elif first and keeps_input(size):
         kept += size.nbytes * (size.tokens - size.shared) * size.hidden
-    return kept + (indices(slots, recompute) if size.modules.attention == LOCAL else 0)
+    return kept + (indices(slots, recompute) if slots.copied else 0)
 
 
 def keeps_input(size: Sizes) -> bool:
@@ -162,7 +163,9 @@ def recomputed(size: Sizes, slots: Slots, recompute: Recompute, layers: int) -> 
     """Return the bytes of the largest part that the backward pass recomputes and holds at once."""
     if recompute.granularity == "selective":
         local = size.modules.attention == LOCAL
-        return core_attention(size, slots) if local else transformer_engine.core_attention(size, selective=False)
+        if local:
+            return core_attention(size, slots)
+        return transformer_engine.core_attention(size, slots, selective=False)
     chunks, _ = recompute.chunks(layers)
     return max(chunks, default=0) * layer(size, slots, selective=False)
 

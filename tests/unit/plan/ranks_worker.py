@@ -88,8 +88,9 @@ def check(directory: Path, shape: str, overrides: list[str]) -> dict[str, tuple[
     with watched_wire(SMALL) as steps:
         policy.logprobs(batches)
         policy.update(batches, toy_loss)
-    counts = MicroBatches(row, count=2, tokens=2 * row.tokens, images=2 * len(row.images), sequences=6)
-    traffic = stage_traffic(recipe, model, layout, counts, stage)
+    tokens, images = 2 * row.tokens, 2 * len(row.images)
+    counts = MicroBatches(row, count=2, tokens=tokens, computed=tokens, pairs=0, images=images, sequences=6)
+    traffic = stage_traffic(recipe, model, layout, counts, stage, passes=1)
     with watched_wire(0) as stream:
         for _ in policy.stream():
             pass

@@ -210,7 +210,7 @@ def test_greedy_logprobs_are_reported_at_temperature_one(reference, prompts):
 
 
 def test_rows_that_outlive_the_room_of_the_cache_stay_exact(reference, prompts, monkeypatch):
-    monkeypatch.setattr("megatron_g2rpo.rollout.transformers.engine._FREE_TOKENS", 5)
+    monkeypatch.setattr("megatron_g2rpo.rollout.transformers.batch.FREE_TOKENS", 5)
     rollouts = generate(loaded(reference, eos_token_ids=[TOKENS.eos]), prompts, 2)
     assert max(len(r.response_ids) for r in rollouts) == 24
     for rollout in rollouts:
