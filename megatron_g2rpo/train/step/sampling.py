@@ -39,7 +39,7 @@ class Collected:
         rollouts: this rank's rollouts, with ``group_id`` from 0 to ``num_prompts_per_step`` - 1 over all ranks.
         rewards: the rewards of these rollouts.
         failed: the rewards of all ranks that could not be computed, those of dropped groups included.
-        metrics: ``train/sampling/...`` with dynamic sampling, and ``work/rollout_...`` where the engine counts its work.
+        metrics: ``train/sampling/...`` with dynamic sampling, and ``work/rollout_...`` where the engine counts work.
     """
 
     rollouts: list[Rollout]
