@@ -129,7 +129,8 @@ def test_filters_and_stop_strings_hold_in_a_refilled_batch(reference: Any, promp
     assert tokens_of(whole) == tokens_of(refilled)
     for one, other in zip(whole, refilled, strict=True):
         assert (one.text, one.truncated) == (other.text, other.truncated)
-        assert one.kept_ids is not None and other.kept_ids is not None
+        assert one.kept_ids is not None
+        assert other.kept_ids is not None
         kept = [[sorted(set(row.tolist()) - {-1}) for row in each.kept_ids] for each in (one, other)]
         assert kept[0] == kept[1]
         assert all(token in row for token, row in zip(one.response_ids.tolist(), kept[0], strict=True))
