@@ -72,7 +72,7 @@ class DenseStep:
         """Return whether a model's step is computed exactly here; another takes its own forward pass."""
         config = model.config.get_text_config()
         plain = (
-            config.hidden_act == "silu"
+            getattr(config, "hidden_act", None) == "silu"
             and not getattr(config, "attention_bias", False)
             and not getattr(config, "mlp_bias", False)
             and not getattr(config, "use_sliding_window", False)

@@ -261,6 +261,7 @@ class TransformersEngine:
     def _respond(self, batch: Batch, call: Call, sampling: base.Sampling) -> Iterator[list[Finished]]:
         """Decode all responses; yield those that finished, as they leave the batch."""
         stops = sampling.stop_strings
+        choice: list[Tensor | None] = []
         tails = {number: Tail(stops, self._decode_text) for number in call.order} if stops else {}
         while True:
             if batch.is_exchange_due:
@@ -300,8 +301,8 @@ class TransformersEngine:
             self._drawing(logits[greedy], None, sampling.greedily),
         )
         order = torch.cat([sampled, greedy]).argsort()
-        tokens, logprobs = (torch.cat(both)[order] for both in list(zip(*parts, strict=True))[:2])
-        return Draw(tokens, logprobs, None)
+        tokens = torch.cat([part.tokens for part in parts])[order]
+        return Draw(tokens, torch.cat([part.logprobs for part in parts])[order], None)
 
     def _stopped(self, batch: Batch, tokens: Tensor, ended: Tensor, tails: dict[int, Tail]) -> Tensor:
         """Return bool ``[B]``: which of the drawn ``tokens [B]``, no end tokens, complete a stop string."""

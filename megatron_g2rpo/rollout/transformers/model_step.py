@@ -95,16 +95,16 @@ def attention(
         attention_mask: see transformers; a decoding step needs none.
 
     Raises:
-        NotImplementedError: a decoding step is asked for more than scaled softmax attention.
+        NotImplementedError: more is asked for than scaled softmax attention.
     """
-    if _active is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     for name, plain in _PLAIN.items():
         if kwargs.get(name) not in plain:
             raise NotImplementedError(
                 f"{type(module).__name__} attends with {name}={kwargs[name]!r}, which the transformers engine does not "
-                "compute in decoding: sample with policy.generation.backend: vllm"
+                "compute: sample with policy.generation.backend: vllm"
             )
+    if _active is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     batch, heads, _, width = query.shape
     scale = kwargs.get("scaling") or width**-0.5
     queries = query.view(batch, key.shape[1], -1, width).transpose(0, 1).contiguous()

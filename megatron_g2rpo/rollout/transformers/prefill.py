@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -137,7 +137,7 @@ class Prefill:
             use_cache=True,
             **self._deepstack(tokens, features),
         ).last_hidden_state
-        layers: Sequence[Any] = cache.layers
+        layers = cast(Sequence[Any], cache.layers)
         return PrefilledPrompts(
             cache=Prefilled(
                 layers=[(layer.keys.transpose(0, 1), layer.values.transpose(0, 1)) for layer in layers],

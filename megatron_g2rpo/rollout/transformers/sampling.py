@@ -65,7 +65,6 @@ class Drawing:
 
     def __init__(self, banned: Sequence[int], vocab: int, device: torch.device | str = "cpu") -> None:
         self._banned = torch.tensor(banned, dtype=torch.int64, device=device)
-        self._banned_most = len(banned)
         if len(banned) == vocab:
             raise ValueError(f"all {vocab} tokens are banned")
 
@@ -77,15 +76,13 @@ class Drawing:
             uniform: float64 ``[B]`` in [0, 1); None takes the most likely token (greedy).
             sampling: temperature, above 0, and filters; not used when greedy.
         """
-        scores = logits.double()
-        if self._banned_most:
-            scores = scores.index_fill(1, self._banned, -math.inf)
+        scores = logits.to(torch.float64, copy=True).index_fill_(1, self._banned, -math.inf)
         if uniform is not None:
             if sampling.temperature != 1.0:
-                scores = scores / sampling.temperature
+                scores.div_(sampling.temperature)
             scores = filtered(scores, sampling)
         top = scores.amax(-1, keepdim=True)
-        cumulative = (scores - top).exp_().cumsum(-1)
+        cumulative = (scores - top).exp_().cumsum_(-1)
         total = cumulative[:, -1]
         if uniform is None:
             index = scores.argmax(-1)

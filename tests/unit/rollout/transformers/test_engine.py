@@ -63,7 +63,7 @@ def generate(engine, prompts, n=4, *, seed=5, **sampling):
     return engine.generate(prompts, n, sampling=sampling, seed=seed, group_ids=list(range(len(prompts))))
 
 
-def test_every_rollout_is_handed_over_once_as_soon_as_its_batch_is_done(reference, prompts):
+def test_every_rollout_is_handed_over_once_as_it_leaves_the_batch(reference, prompts):
     engine, finished = loaded(reference, batch_size=4), []
     rollouts = engine.generate(
         prompts,
@@ -73,8 +73,8 @@ def test_every_rollout_is_handed_over_once_as_soon_as_its_batch_is_done(referenc
         group_ids=list(range(len(prompts))),
         on_finished=finished.append,
     )
-    assert [len(share) for share in finished[:-1]] == [4] * (len(finished) - 1)
-    assert len(finished) > 1
+    assert len(finished) > 4, "some are done long before the last"
+    assert all(finished)
     handed = sorted(id(rollout) for share in finished for rollout in share)
     assert handed == sorted(map(id, rollouts)), "the very same, which are told apart by what they are"
 
