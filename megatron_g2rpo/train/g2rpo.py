@@ -122,9 +122,7 @@ def g2rpo_step(
             recipe.grpo, recipe.policy, components.packer, rollouts, rewards.failed,
             token_level_loss=loss_fn.token_level_loss, process_group=data_parallel,
         )  # fmt: skip
-        minibatches, entropies = add_logprobs(
-            recipe, policy, reference, minibatches, num_tasks=len(components.tasks)
-        )
+        minibatches, entropies = add_logprobs(recipe, policy, reference, minibatches, num_tasks=len(components.tasks))
 
     with timers("rewards"):
         divergence = loss_fn.reference_policy_kl
@@ -168,8 +166,8 @@ def update(
         step: number of the step, from 1.
         number: number of the update in the step, from 0.
         minibatch: the rollouts of the update, with advantages.
-        entropies: task entropies of the minibatch under the policy that sampled it; None where its old log-probabilities
-            are the update's own.
+        entropies: task entropies of the minibatch under the policy that sampled it; None where its old
+            log-probabilities are the update's own.
         timers: the step's stopwatch.
 
     Returns:
