@@ -157,20 +157,11 @@ def _engine(recipe: Recipe, model: Model, assumptions: Assumptions) -> engine.En
     if generation.backend != "transformers":
         return engine.NONE
     samples = recipe.grpo.num_generations_per_prompt if isinstance(recipe, TrainRecipe) else 1
-    prompt_tokens = policy.max_total_sequence_length - generation.max_new_tokens
+    batch = engine.Decoding.of(policy, samples, assumptions.image_tokens)
     return engine.EngineMemory(
         weights=nbytes * model.numel,
-        cache=engine.cache(
-            model.config.get_text_config(), generation.batch_size, policy.max_total_sequence_length, nbytes
-        ),
-        working=engine.working(
-            model.config,
-            -(-generation.batch_size // samples),
-            prompt_tokens,
-            min(assumptions.image_tokens, prompt_tokens),
-            generation.batch_size,
-            nbytes,
-        ),
+        cache=engine.cache(model.config.get_text_config(), batch, nbytes),
+        working=engine.working(model.config, batch, nbytes),
         streamed=0,
     )
 

@@ -199,11 +199,11 @@ def _full_row(
         group = tokens_of([cost] * samples)
         while row.tokens + group <= budget:
             row.add_group(cost.trunk, [cost.branch] * samples)
-        rest = budget - row.tokens - cost.trunk
-        if rest >= multiple:
-            longest = cost.branch if row.tokens else max(rest // samples // multiple, 1) * multiple
-            whole = min(rest // longest, samples - 1)
-            branches = [longest] * whole + ([rest - whole * longest] if rest > whole * longest else [])
+        rest = max(budget - row.tokens - cost.trunk, 0)
+        longest = cost.branch if row.tokens else max(rest // samples // multiple, 1) * multiple
+        whole = min(rest // longest, samples - 1)
+        branches = [longest] * whole + ([rest - whole * longest] if rest > whole * longest else [])
+        if len(branches) > 1:
             row.add_group(cost.trunk, branches)
     if row.tokens < budget:
         row.add_sequence(budget - row.tokens)
