@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from megatron_g2rpo.data.packing import assign_bins, round_up
+from megatron_g2rpo.data.bins import Cost, assign_bins, round_up
 from megatron_g2rpo.plan.vision import geometry_of, sees
 from megatron_g2rpo.policy.layouts.attention_pieces import buckets_of, pieces_of_row
 from megatron_g2rpo.policy.layouts.layout import Layout, token_multiples
@@ -135,7 +135,7 @@ def micro_batches(recipe: Recipe, layout: Layout, assumptions: Assumptions) -> M
     prompts = -(-recipe.policy.train_global_batch_size // samples)
     mine = -(-prompts // recipe.data_parallel_size) * samples
     groups = [index // samples if assumptions.image_tokens else index for index in range(mine)]
-    bins = assign_bins([length] * mine, budget, groups)
+    bins = assign_bins([Cost(whole=length, trunk=0, branch=length)] * mine, budget, groups)
     images = [len({groups[index] for index in members}) if assumptions.image_tokens else 0 for members in bins]
     # Full rows: whole sequences, and what is left of the budget as one more.
     whole, rest = divmod(budget, length)

@@ -21,10 +21,10 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from torch import Tensor, nn
 
 from megatron_g2rpo import models
-from megatron_g2rpo.policy.attention import packed_row_params
 from megatron_g2rpo.policy.kernels import Kernels
 from megatron_g2rpo.policy.layer_spec import block_spec
 from megatron_g2rpo.policy.output_layer import LogprobOutputLayer
+from megatron_g2rpo.policy.packed_row import packed_row_params
 from megatron_g2rpo.policy.vision import ImageFeatures, VisionEncoder
 from megatron_g2rpo.types import PackedBatch
 from megatron_g2rpo.weights.rules import padded_rows

@@ -24,6 +24,7 @@ from megatron_g2rpo.policy.layouts.layout import Layout, token_multiples
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.policy.reference_policy import ReferencePolicy
 from megatron_g2rpo.recipe import Policy, Recipe, TrainRecipe
+from megatron_g2rpo.recipe.policy_section import SequencePacking
 from megatron_g2rpo.recipe.validation_metrics import unmeasured
 from megatron_g2rpo.rollout import base as engines
 from megatron_g2rpo.tasks import response_formats
@@ -141,7 +142,7 @@ def _assembled(recipe: Recipe, workers: RewardWorkers | None) -> Components:
         device=device,
         processor=processor,
         policy=policy,
-        packer=packer_for(processor, policy.layout),
+        packer=packer_for(processor, policy.layout, recipe.policy.sequence_packing),
         engine=engine_for(recipe.policy, processor, device, banned, lambda: stopping.asked() is not None),
         stream=stream,
         validation=validation,
@@ -213,8 +214,14 @@ def _needs_reference(recipe: Recipe) -> bool:
     return isinstance(recipe, TrainRecipe) and recipe.loss_fn.reference_policy_kl.penalty > 0.0
 
 
-def packer_for(processor: ChatProcessor, layout: Layout) -> Packer:
-    """Build a packer with the processor's tokens, whose micro-batches the layout can split."""
+def packer_for(processor: ChatProcessor, layout: Layout, packing: SequencePacking) -> Packer:
+    """Build a packer with the processor's tokens, whose micro-batches the layout can split.
+
+    Args:
+        processor: whose tokens and positions the model knows.
+        layout: the parallel sizes.
+        packing: the recipe's ``policy.sequence_packing``.
+    """
     sequence_multiple, row_multiple = token_multiples(layout)
     return Packer(
         image_token_id=processor.image_token_id,
@@ -223,6 +230,7 @@ def packer_for(processor: ChatProcessor, layout: Layout) -> Packer:
         sequence_multiple=sequence_multiple,
         row_multiple=row_multiple,
         positions=processor.family.positions,
+        shared_prefix=packing.shared_prefix,
     )
 
 

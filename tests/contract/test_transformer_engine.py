@@ -25,7 +25,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
 from megatron_g2rpo.data.packing import Packer, PackSequence
-from megatron_g2rpo.policy.attention import PackedCoreAttention, TransformerEngineCoreAttention, packed_row_params
+from megatron_g2rpo.policy.attention import PackedCoreAttention, TransformerEngineCoreAttention
+from megatron_g2rpo.policy.packed_row import packed_row_params
 from megatron_g2rpo.types import ModelInputs, PackedBatch
 from tests.contract.signatures import (
     ANY,

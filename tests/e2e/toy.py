@@ -131,7 +131,7 @@ def _common(toy: Toy) -> dict[str, Any]:
             "model_name": str(toy.model),
             "precision": "float32",
             "max_total_sequence_length": 128,
-            "sequence_packing": {"train_mb_tokens": 640},
+            "sequence_packing": {"train_mb_tokens": 640, "shared_prefix": True},
             "megatron_cfg": {"transformer_impl": "local", "core_attention": "local"},
             "generation": {"max_new_tokens": 32},
         },

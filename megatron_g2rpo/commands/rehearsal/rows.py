@@ -61,6 +61,7 @@ def packed_row(row: Row, hf_config: Any, response_tokens: int) -> PackedBatch:
         segment_ids=segments,
         cu_seqlens=torch.tensor([0, *accumulate(row.lengths)], dtype=torch.int32),
         cu_seqlens_padded=torch.tensor([0, *accumulate(row.padded)], dtype=torch.int32),
+        parents=torch.full((len(row.lengths),), -1),
         loss_mask=mask,
         pixel_values=torch.empty(int(grids.prod(dim=1).sum()), patch_values, device="meta"),
         image_grid_thw=grids,

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_g2rpo.policy import attention
-from megatron_g2rpo.policy.attention import PackedCoreAttention, packed_row_params
+from megatron_g2rpo.policy.attention import PackedCoreAttention
+from megatron_g2rpo.policy.packed_row import packed_row_params
 from megatron_g2rpo.policy.layouts import context_parallel
 from megatron_g2rpo.policy.layouts.layout import Layout, token_multiples
 from megatron_g2rpo.types import PackedBatch
