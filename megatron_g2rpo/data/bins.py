@@ -46,7 +46,7 @@ class Cost:
 
 def shares_trunk(group: Sequence[Cost]) -> bool:
     """Return whether the sequences of one group in one row cost less with a shared trunk than each by itself."""
-    if any(cost.trunk == 0 for cost in group):
+    if len(group) < 2 or any(cost.trunk == 0 for cost in group):
         return False
     return group[0].trunk + sum(cost.branch for cost in group) < sum(cost.whole for cost in group)
 

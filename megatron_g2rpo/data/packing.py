@@ -119,6 +119,9 @@ class Packer:
         return Cost.of(prompt, response, self.sequence_multiple, shares=self.shared_prefix)
 
     def _row(self, sequences: Sequence[PackSequence], members: list[int]) -> PackedBatch:
+        kept = sum(sequences[index].kept_ids is not None for index in members)
+        if kept not in (0, len(members)):
+            raise ValueError(f"of {len(members)} sequences, {kept} say what their tokens were sampled from: all must")
         groups: dict[int, list[int]] = {}
         for index in members:
             groups.setdefault(id(sequences[index].inputs), []).append(index)
@@ -212,12 +215,7 @@ class Packer:
     def _joined(self, segments: Sequence[dict[str, Tensor]], padded: Sequence[int]) -> dict[str, Tensor]:
         """Return the fields of the row, each segment padded to its size."""
         fills = {"tokens": self.pad_token_id, "labels": NO_LABEL, "task_ids": -1, "vision_index": -1, "kept_ids": -1}
-        kept = [fields["kept_ids"] for fields in segments if "kept_ids" in fields]
-        if kept and len(kept) != len(segments):
-            raise ValueError(
-                f"of {len(segments)} segments of a row, {len(kept)} say what their tokens were sampled from: all must"
-            )
-        most = max((len(each) for each in kept), default=0)
+        most = max((len(fields["kept_ids"]) for fields in segments if "kept_ids" in fields), default=0)
         row = {}
         for name in segments[0]:
             values = [

@@ -147,12 +147,7 @@ def _bucket(pieces: list[Piece], places: Tensor | None, device: torch.device) ->
 
 def _spans(pieces: list[Piece], places: Tensor | None, device: torch.device) -> Spans:
     queries = torch.cat([torch.arange(piece.token, piece.token + piece.length) for piece in pieces])
-    keys = torch.cat(
-        [
-            _key_places(torch.arange(piece.keys), *_columns([piece])[3:])
-            for piece in pieces
-        ]
-    )
+    keys = torch.cat([_key_places(torch.arange(piece.keys), *_columns([piece])[3:]) for piece in pieces])
     return Spans(
         queries=queries.to(device),
         keys=(keys if places is None else places[keys]).to(device),

@@ -296,16 +296,22 @@ def check_layout_parity(directory: Path, device: Device, case: Case) -> Report:
     with patch.object(optimizer, "DistributedDataParallelConfig", partial(DistributedDataParallelConfig, **buckets)):
         policy = MegatronPolicy(case.section(directory), device, seed=0, max_steps=STEPS)
     sequences = parity_sequences(policy.hf_config)
-    packer, groups = packer_for(policy.hf_config, policy.layout), policy.groups
+    groups = policy.groups
     splits = [sequences_by_rank(len(sequences), groups.data_size, idle=idle) for idle in (False, True)]
-    uneven, idle = [rows_of(packer, sequences, split, groups.data_rank) for split in splits]
+    # Every sequence with its own prompt, and with the prompt that those of a group share.
+    (uneven, idle), (shared, shared_idle) = (
+        [rows_of(packer, sequences, split, groups.data_rank) for split in splits]
+        for packer in (packer_for(policy.hf_config, policy.layout, shared_prefix=on) for on in (False, True))
+    )
+    assert groups.data_rank < groups.data_size - 1 or max(int(row.parents.max()) for row in shared_idle) >= 0
     mine = splits[0][groups.data_rank]
 
     report = Report(case.tolerances)
-    _compare_logprobs(report, policy, uneven, mine, expected)
-    policy.gradients(uneven, toy_loss, TEMPERATURE)
-    _compare_gradients(report, policy, expected)
-    for step, batches in enumerate((idle, uneven, uneven)):
+    for rows in (uneven, shared):
+        _compare_logprobs(report, policy, rows, mine, expected)
+        policy.gradients(rows, toy_loss, TEMPERATURE)
+        _compare_gradients(report, policy, expected)
+    for step, batches in enumerate((idle if case.freeze_vision else shared_idle, uneven, shared)):
         metrics = policy.update(batches, toy_loss, TEMPERATURE)
         if step == 0:
             _compare_metrics(report, metrics, _nearest(policy, expected))

@@ -86,7 +86,7 @@ def packer_for(config: Any, layout: Layout | None = None, *, shared_prefix: bool
         pad_token_id=tokens.pad,
         sequence_multiple=sequence_multiple,
         row_multiple=row_multiple,
-        shared_prefix=True,
+        shared_prefix=shared_prefix,
     )
 
 

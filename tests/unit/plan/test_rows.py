@@ -12,8 +12,8 @@ from megatron_g2rpo.data.packing import Packer, PackSequence
 from megatron_g2rpo.plan.activations import Recompute
 from megatron_g2rpo.plan.rows import Row, assume, attention_slots, micro_batches
 from megatron_g2rpo.plan.sizes import Modules, sizes
-from megatron_g2rpo.policy.packed_row import packed_row_params
 from megatron_g2rpo.policy.layouts.layout import Layout, layout_of
+from megatron_g2rpo.policy.packed_row import packed_row_params
 from megatron_g2rpo.types import ModelInputs
 from tests.common.tiny_model import make_tiny_qwen3vl, special_tokens, tiny_config
 from tests.unit.plan.measured import MEGATRON, batch_of, row_of, tiny_recipe
