@@ -75,7 +75,9 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attend as the layout says; ``query`` is ``[1, H, tokens, D]``, the result ``[1, tokens, H, D]``."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = _decoded(module.layer_idx, q, k, v, scaling) if _layout.decoding else _rows(module.layer_idx, q, k, v, scaling)
+    out = (
+        _decoded(module.layer_idx, q, k, v, scaling) if _layout.decoding else _rows(module.layer_idx, q, k, v, scaling)
+    )
     return out[None], None
 
 
@@ -209,7 +211,9 @@ class Side:
         model = self.model.model
         ids, positions = batch.ids.flatten(), batch.positions.flatten(1)
         if answer_ids is not None:
-            later = batch.next_position.repeat_interleave(self._size.samples)[:, None] + torch.arange(answer_ids.shape[1])
+            later = batch.next_position.repeat_interleave(self._size.samples)[:, None] + torch.arange(
+                answer_ids.shape[1]
+            )
             ids = torch.cat([ids, answer_ids.flatten()])
             positions = torch.cat([positions, later.flatten().expand(3, -1)], dim=1)
         vision = model.visual(batch.pixels, grid_thw=batch.grids)

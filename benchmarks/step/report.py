@@ -129,7 +129,14 @@ def _growth_table(measured: Measured, title: str, sizes: Sequence[tuple[str, Siz
         return []
     size = sizes[0][1]
     fixed = f"{size.prompts} prompt{'s' if size.prompts > 1 else ''} a step; the rest as at (i)"
-    return [f"### By {title}", "", fixed + ".", "", *_table([title, NAMES[OURS], NAMES[OURS_UNSHARED], "TRL"], rows), ""]
+    return [
+        f"### By {title}",
+        "",
+        fixed + ".",
+        "",
+        *_table([title, NAMES[OURS], NAMES[OURS_UNSHARED], "TRL"], rows),
+        "",
+    ]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
