@@ -173,9 +173,9 @@ class TransformerEngineCoreAttention(nn.Module):
         # Not through megatron-core's wrapper, whose mask types do not include this one.
         out = DotProductAttention.forward(
             self.span_attention,
-            q[spans.queries],
-            k[spans.keys],
-            v[spans.keys],
+            query_layer=q[spans.queries],
+            key_layer=k[spans.keys],
+            value_layer=v[spans.keys],
             qkv_format="thd",
             attn_mask_type="padding_causal_bottom_right",
             cu_seqlens_q=spans.cu_seqlens_q,
