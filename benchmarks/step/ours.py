@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our side: ``train.g2rpo.g2rpo_step`` as ``megatron-g2rpo train`` runs it, by a recipe with TRL's loss and advantages."""
+"""Our side: ``g2rpo_step`` as ``megatron-g2rpo train`` runs it, by a recipe with TRL's loss and advantages."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ counts.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -81,10 +82,8 @@ class SideProcess:
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has ended
             self._process.stdin.close()
-        except BrokenPipeError:  # it has ended
-            pass
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:

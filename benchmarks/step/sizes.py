@@ -90,11 +90,8 @@ def jobs(*, quick: bool) -> list[Job]:
     # A step of TRL at (ii) takes minutes; what a first step does once is a percent of it.
     counted = [Job(size=SMALL, sides=SIDES, steps=7), Job(size=LARGE, sides=SIDES, steps=5)]
     growing = [
-        Job(
-            size=size,
-            sides=tuple(side for side in (OURS, OURS_UNSHARED, TRL) if side != TRL or size.samples > 1),
-            steps=2,
-        )
+        # TRL takes groups of two or more.
+        Job(size=size, sides=(OURS, OURS_UNSHARED, TRL) if size.samples > 1 else (OURS, OURS_UNSHARED), steps=2)
         for size in (*BY_SAMPLES, *BY_PROMPT, *BY_ANSWER)
     ]
     return [*counted, *growing]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layer spec seam: which modules the transformer layers are made of.
 
-The local layers are megatron-core's own parallel linears with this package's norm and activation, and run on CPUs and GPUs alike.
-Those of Transformer Engine normalise inside of the linears, and need a GPU. Either has one of two core attentions.
+The local layers are megatron-core's own parallel linears with this package's norm and activation, and run on CPUs and
+GPUs alike. Those of Transformer Engine normalise inside of the linears, and need a GPU. Either has one of two core
+attentions.
 """
 
 from __future__ import annotations

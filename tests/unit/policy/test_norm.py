@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claim: the local layers' RMSNorm is transformers', forward bit for bit, and its closed-form gradient is autograd's."""
+"""Claim: the local layers' RMSNorm is transformers', and its closed-form gradient is that of autograd."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EPS = 1e-6
 
 
 def norms(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[RMSNorm, Qwen3VLTextRMSNorm, Tensor, Tensor]:
-    """Ours and transformers' with the same random weight, vectors of very different lengths, and an upstream gradient."""
+    """Ours and transformers' with one random weight; vectors of very different lengths; an upstream gradient."""
     generator = torch.Generator().manual_seed(0)
     config = SimpleNamespace(params_dtype=dtype, sequence_parallel=False)
     ours, theirs = RMSNorm(config, shape[-1], EPS), Qwen3VLTextRMSNorm(shape[-1], EPS).to(dtype)
