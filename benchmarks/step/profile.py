@@ -183,9 +183,7 @@ def main() -> None:
         [
             f"# ({arguments.size}), the prompt {'not ' if arguments.unshared else ''}shared",
             "",
-            tables(
-                "Log-probability pass", profiled(lambda: policy.logprobs(batches), policy.model), arguments.operators
-            ),
+            tables("Log-probability pass", profiled(score, policy.model), arguments.operators),
             tables("Update", profiled(update, policy.model), arguments.operators),
         ]
     )

@@ -69,9 +69,9 @@ def seconds(shape: Shape, engine: Engine, responses: Responses, card: Card) -> f
 def _prefill(shape: Shape, engine: Engine, responses: Responses, card: Card) -> float:
     pass_ = flops.forward(
         shape,
-        sequences=responses.prompts,
-        tokens=responses.prompt_tokens,
-        labels=1,
+        tokens=responses.prompts * responses.prompt_tokens,
+        pairs=responses.prompts * flops.causal_pairs(responses.prompt_tokens),
+        labels=responses.prompts,
         images=responses.prompts if responses.image_tokens else 0,
         image_tokens=responses.image_tokens,
     )

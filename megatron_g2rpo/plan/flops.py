@@ -77,7 +77,7 @@ class Flops:
 
     Attributes:
         linear: matrix products of the language layers, which FP8 speeds up.
-        attention: scores and weighted values of the core attention, causal: half of the square.
+        attention: scores and weighted values of the core attention.
         logits: the output layer, at the tokens that predict one of a response.
         vision: the vision tower with its mergers, each image once.
     """
@@ -93,14 +93,24 @@ class Flops:
         return self.linear + self.attention + self.logits + self.vision
 
 
-def forward(shape: Shape, *, sequences: float, tokens: float, labels: float, images: float, image_tokens: int) -> Flops:
-    """Return the operations of a forward pass over sequences of one length.
+def causal_pairs(tokens: float, before: float = 0) -> float:
+    """Return how many pairs of a query and a key the core attention of consecutive tokens has.
+
+    Args:
+        tokens: number of queries, each of which sees the keys up to its own: half of the square.
+        before: number of keys before the first query, which all of them see: those of a prompt that answers share.
+    """
+    return tokens * before + tokens**2 / 2
+
+
+def forward(shape: Shape, *, tokens: float, pairs: float, labels: float, images: float, image_tokens: int) -> Flops:
+    """Return the operations of a forward pass.
 
     Args:
         shape: the model.
-        sequences: number of sequences.
-        tokens: number of tokens of each.
-        labels: number of tokens of each whose logits are computed.
+        tokens: number of tokens that pass through the layers.
+        pairs: number of pairs of a query and a key, see ``causal_pairs``.
+        labels: number of tokens whose logits are computed.
         images: number of images.
         image_tokens: number of tokens of each image, after merging.
     """
@@ -108,8 +118,8 @@ def forward(shape: Shape, *, sequences: float, tokens: float, labels: float, ima
     # Positions see each other only within an image, where all see all.
     tower = 2 * shape.tower * patches + 4 * shape.tower_layers * shape.tower_width * patches**2
     return Flops(
-        linear=2 * shape.layers * shape.linear * sequences * tokens,
-        attention=4 * shape.layers * shape.attention * sequences * tokens**2 / 2,
-        logits=2 * shape.hidden * shape.vocabulary * sequences * labels,
+        linear=2 * shape.layers * shape.linear * tokens,
+        attention=4 * shape.layers * shape.attention * pairs,
+        logits=2 * shape.hidden * shape.vocabulary * labels,
         vision=images * tower,
     )

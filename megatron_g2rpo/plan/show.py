@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -24,14 +24,14 @@ from megatron_g2rpo.plan.wire import OPTIMIZER_STEP, ROLLOUT_STEP, total
 GB = 1e9
 
 
-def tables(plan: Plan, verdict: Verdict, memory: float, time: RenderableType) -> RenderableType:
+def tables(plan: Plan, verdict: Verdict, memory: float, *estimates: RenderableType) -> RenderableType:
     """Return the whole plan as tables and text, for a terminal.
 
     Args:
         plan: the plan.
         verdict: whether it fits, and what to change otherwise.
         memory: bytes of one GPU.
-        time: the estimated time of a step.
+        estimates: tables of what is estimated, the time of a step and what sharing prompts saves.
     """
     return Group(
         Text(_layout(plan)),
@@ -43,23 +43,18 @@ def tables(plan: Plan, verdict: Verdict, memory: float, time: RenderableType) ->
         Text(),
         *_wires(plan),
         Text(),
-        time,
-        Text(),
+        *(part for estimate in estimates for part in (estimate, Text())),
         _verdict(plan, verdict, memory),
     )
 
 
-def as_json(
-    plan: Plan, verdict: Verdict, memory: float, time: dict[str, Any], rehearsal: dict[str, Any] | None = None
-) -> str:
+def as_json(plan: Plan, verdict: Verdict, memory: float, further: Mapping[str, Any]) -> str:
     """Return the whole plan as JSON, in bytes, tokens and seconds; the first arguments are those of ``tables``.
 
     Args:
-        time: the estimated time of a step.
-        rehearsal: what ``rehearsal.show.tree`` returns, as an entry of its own; None for none.
+        further: entries of their own, by name: the estimated time, both ways of sharing, a rehearsal.
     """
-    tree = {**_tree(plan, verdict, memory), "time": time}
-    return json.dumps(tree if rehearsal is None else {**tree, "rehearsal": rehearsal}, indent=2)
+    return json.dumps({**_tree(plan, verdict, memory), **further}, indent=2)
 
 
 def _layout(plan: Plan) -> str:
@@ -239,6 +234,8 @@ def _tree(plan: Plan, verdict: Verdict, memory: float) -> dict[str, Any]:
             "sequence_multiple": plan.multiples[0],
             "row_multiple": plan.multiples[1],
             "images": len(plan.batches.row.images),
+            "computed_tokens": plan.batches.computed,
+            "responses_of_a_prompt": plan.batches.together,
             "per_optimizer_step": plan.batches.count,
             "sequences": plan.batches.sequences,
             "optimizer_steps_per_step": plan.updates,

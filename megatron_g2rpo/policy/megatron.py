@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_g2rpo import models, progress, weights
 from megatron_g2rpo.models.directory import load_config
+from megatron_g2rpo.models.vision_cache import VisionCache
 from megatron_g2rpo.policy import quantized, sharded_state
 from megatron_g2rpo.policy.config import transformer_config
 from megatron_g2rpo.policy.device import Device
@@ -65,6 +66,10 @@ class LossTerms:
 # It is called on the last pipeline stage.
 Loss = Callable[[PackedBatch, TokenStats], LossTerms]
 
+# on_stats(stats): what ``logprobs`` would have returned for the rows before an update, from the update's own forward
+# pass. It is called on every rank.
+OnStats = Callable[[list[TokenStats]], None]
+
 
 class MegatronPolicy:
     """A policy on megatron-core, vision-language or text-only, at any layout.
@@ -76,6 +81,8 @@ class MegatronPolicy:
         max_steps: number of optimizer steps of the whole run; None builds no optimizer (inference only).
         banned_token_ids: ids that the rollout engine never samples: the policy is the distribution over the others.
         on_loaded: callback(num_bytes), called after each parameter that was loaded from a Hugging Face directory.
+        vision_cache: features of images, which the rollout engine of this process may share; it hears of every change
+            of the vision tower's weights. None: images are encoded anew in every pass.
 
     Raises:
         LayoutError: the model cannot be split as the recipe asks.
@@ -93,7 +100,9 @@ class MegatronPolicy:
         max_steps: int | None,
         banned_token_ids: Sequence[int] = (),
         on_loaded: sharded_state.Advance | None = None,
+        vision_cache: VisionCache | None = None,
     ) -> None:
+        self._vision_cache = vision_cache
         self.settings, self.device = settings, device
         check_environment(settings.megatron_cfg.env_vars)
         self.hf_config = load_config(settings.model_name)
@@ -123,6 +132,7 @@ class MegatronPolicy:
                 banned_token_ids=banned_token_ids,
                 chunk_size=settings.logprob_chunk_size,
                 vision_every_row=overlap and max_steps is not None and not megatron_cfg.freeze_vision,
+                vision_cache=vision_cache,
             ).to(device.torch_device)
             if settings.pretrained_checkpoint is None:
                 self.load(self._initial_weights(seed), source=settings.model_name, on_loaded=on_loaded)
@@ -170,6 +180,7 @@ class MegatronPolicy:
             on_loaded=on_loaded,
             assign=_assign,
         )
+        self._vision_changed()
         if self.optimizer is not None:
             with self.device.megatron():
                 self.optimizer.reload_model_params()  # fp32 main copies under bf16
@@ -214,10 +225,20 @@ class MegatronPolicy:
         """Return this rank's current shards of all parameters; writing to them changes the model.
 
         A collective of the data- and context-parallel ranks. The optimizer's own copies are not touched: weights that
-        were written must be put back before the next update.
+        were written must be put back before the next update. Whoever writes says so, ``weights_written``.
         """
         self._wait_for_parameters()
         return list(self.model.parameters())
+
+    def weights_written(self) -> None:
+        """Hear that ``local_weights`` were written to. A vision tower that does not learn is taken to be as before."""
+        if not self.settings.megatron_cfg.freeze_vision:
+            self._vision_changed()
+
+    def _vision_changed(self) -> None:
+        """Let features of images be forgotten; on every stage, because the engine of each rank may have some."""
+        if self._vision_cache is not None:
+            self._vision_cache.weights_changed()
 
     @property
     def _layer_offset(self) -> int:
@@ -241,6 +262,7 @@ class MegatronPolicy:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``dist_checkpointing.load`` returned for ``sharded_state_dict(is_loading=True)``."""
         sharded_state.load_state_dict(self.model, self.optimizer, self.scheduler, state)
+        self._vision_changed()
         if self._ddp is not None and self.config.fp8_param:
             self._ddp.start_param_sync(force_sync=True)
 
@@ -289,6 +311,7 @@ class MegatronPolicy:
         temperature: float = 1.0,
         *,
         skips: Callable[[float, float], bool] | None = None,
+        on_stats: OnStats | None = None,
     ) -> dict[str, float]:
         """Take one optimizer step on the global minibatch. A collective of all ranks.
 
@@ -298,6 +321,9 @@ class MegatronPolicy:
             temperature: temperature of the distribution whose log-probabilities the loss gets.
             skips: says of loss and gradient norm whether this step is not taken, the same on all ranks; weights,
                 optimizer and schedule then stay as they are. None: a norm that is not finite raises.
+            on_stats: function that is called, before the step is taken or skipped, with the rows' log-probabilities and
+                entropies under the weights that the update starts from: whole rows, on the CPU, as ``logprobs`` would
+                return them, without a pass of their own. Every rank passes one, or none does.
 
         Returns:
             ``loss``, ``grad_norm`` (before clipping), ``lr``, ``num_tokens``, and the loss's metrics, each a global sum
@@ -309,7 +335,7 @@ class MegatronPolicy:
         """
         _, optimizer, scheduler = self._training()
         # Before step(), which would clip by a norm that is not finite, and write it into every weight.
-        metrics = self.gradient_norm(batches, loss, temperature)
+        metrics = self.gradient_norm(batches, loss, temperature, on_stats)
         lr = {"lr": float(optimizer.param_groups[0]["lr"])}
         if skips is not None and skips(metrics["loss"], metrics["grad_norm"]):
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
@@ -320,23 +346,36 @@ class MegatronPolicy:
             )
         with self.device.megatron():
             optimizer.step()
+        self.weights_written()
         scheduler.step(increment=1)
         return {**metrics, **lr, **({} if skips is None else {"skipped_updates": 0.0})}
 
-    def gradient_norm(self, batches: Sequence[PackedBatch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:
+    def gradient_norm(
+        self,
+        batches: Sequence[PackedBatch],
+        loss: Loss,
+        temperature: float = 1.0,
+        on_stats: OnStats | None = None,
+    ) -> dict[str, float]:
         """Return what ``update`` would return, except ``lr``, without taking the step.
 
         Gradients are left as ``update`` would use them; the arguments are those of ``update``. What is not finite is
         returned as it is.
         """
         _, optimizer, _ = self._training()
-        sums = self.gradients(batches, loss, temperature)
+        sums = self.gradients(batches, loss, temperature, on_stats)
         with self.device.megatron():
             optimizer.prepare_grads()
             grad_norm = optimizer.get_grad_norm()
         return {**sums, "grad_norm": float(grad_norm)}
 
-    def gradients(self, batches: Sequence[PackedBatch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:
+    def gradients(
+        self,
+        batches: Sequence[PackedBatch],
+        loss: Loss,
+        temperature: float = 1.0,
+        on_stats: OnStats | None = None,
+    ) -> dict[str, float]:
         """Fill ``main_grad`` of every parameter with the gradient of the global minibatch.
 
         With the distributed optimizer a rank has only its share of the gradient; ``optimizer.gather_gradients``
@@ -346,10 +385,13 @@ class MegatronPolicy:
             ``loss``, ``num_tokens`` and the loss's metrics, as ``update`` returns them.
         """
         ddp, optimizer, _ = self._training()
+        shares: list[Tensor] = []
         with self.device.megatron():
             ddp.zero_grad_buffer()
             optimizer.zero_grad()
-            terms = self._run(batches, partial(self._loss, loss), temperature, forward_only=False)
+            terms = self._run(batches, partial(self._loss, loss, shares), temperature, forward_only=False)
+        if on_stats is not None:
+            on_stats(self._whole_rows(batches, [share.cpu() for share in shares]))
         return self._reduce(terms)
 
     def _run(
@@ -382,7 +424,10 @@ class MegatronPolicy:
     def _collect(self, share: PackedBatch, output: Tensor, non_loss_data: bool) -> Tensor:
         return output.cpu()
 
-    def _loss(self, loss: Loss, share: PackedBatch, output: Tensor) -> tuple[Tensor, Tensor, Any]:
+    def _loss(
+        self, loss: Loss, outputs: list[Tensor], share: PackedBatch, output: Tensor
+    ) -> tuple[Tensor, Tensor, Any]:
+        outputs.append(output.detach())  # eight bytes a token, which stay where they are until all rows have run
         terms = loss(share, TokenStats(logprobs=output[0], entropy=output[1]))
         if not terms.loss.requires_grad:
             raise ValueError(

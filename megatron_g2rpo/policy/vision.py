@@ -2,7 +2,8 @@
 """Encodes each distinct image of a row once, on one of the ranks that need it.
 
 Tensor- and context-parallel peers work on the same row. Each runs the (replicated) vision tower on a share of the row's
-images; all of them then gather the features.
+images; all of them then gather the features. Where no gradient is asked for, a rank reads those of its share that it
+knows from its cache (``models.vision_cache``), which changes what it computes and not what its peers wait for.
 
 The gradient: every peer has a gradient for every feature. Over context-parallel peers these are parts of a sum (each
 saw its own tokens); over the T tensor-parallel peers they are equal. The gather's backward, a
@@ -25,6 +26,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 from megatron_g2rpo.models import Vision, VisionGeometry
+from megatron_g2rpo.models.vision_cache import Image, VisionCache, images_of
 from megatron_g2rpo.policy.layouts.image_shares import assign_images
 
 
@@ -45,6 +47,28 @@ class ImageFeatures:
         return self.values.index_select(0, self.places[index])
 
 
+@dataclass
+class VisionWork:
+    """What this rank's tower did, in patches before merging; it adds up.
+
+    Attributes:
+        encoded: patches of forward passes.
+        learnt_from: of those, the patches that a backward pass follows.
+        known: patches of this rank's share that were read from the cache.
+        repeated: patches of images whose content occurs before in the row, the same on all peers.
+    """
+
+    encoded: int = 0
+    learnt_from: int = 0
+    known: int = 0
+    repeated: int = 0
+
+    def count(self, patches: int, *, learns: bool) -> None:
+        """Add the patches of a forward pass."""
+        self.encoded += patches
+        self.learnt_from += patches * learns
+
+
 class VisionEncoder:
     """Runs the vision tower on this rank's share of a row's images. It has no parameters: the tower is the model's.
 
@@ -55,6 +79,8 @@ class VisionEncoder:
         dtype: dtype of pixels and features.
         device: the tower's device.
         group: process group of the peers that share a row (tensor x context parallel).
+        cache: features of images that were encoded before; None: every row's images are encoded anew, and images of
+            equal content are not found.
         every_row: run the tower on a row without images as well (on a small dummy image whose features count 0 times),
             so that each of its parameters has a gradient: megatron-core's overlapped gradient reduction waits for all.
     """
@@ -68,8 +94,10 @@ class VisionEncoder:
         device: torch.device,
         group: dist.ProcessGroup,
         *,
+        cache: VisionCache | None = None,
         every_row: bool,
     ) -> None:
+        self._cache, self.work = cache, VisionWork()
         self._vision, self._tower, self._geometry = vision, tower, geometry
         self._dtype, self._device, self._group, self._every_row = dtype, device, group, every_row
 
@@ -86,29 +114,51 @@ class VisionEncoder:
         if not len(image_grid_thw) and not self._every_row:
             return None
         grids = image_grid_thw.cpu()
-        patches = grids.prod(dim=1).tolist()
-        shares = assign_images(patches, self._group.size())
-        mine = shares[self._group.rank()]
-        features = self._encode(pixel_values, grids, patches, mine)
+        images = self._images(pixel_values, grids)
+        distinct, number = _distinct(images) if self._cache is not None else (images, list(range(len(images))))
+        sizes = [len(image.pixels) // self._geometry.merge**2 for image in distinct]
+        shares = assign_images(sizes, self._group.size())
+        self.work.repeated += sum(len(image.pixels) for image in images) - sum(len(image.pixels) for image in distinct)
+        features = self._encode([distinct[image] for image in shares[self._group.rank()]])
         if self._group.size() == 1:
-            count = sum(patches) // self._geometry.merge**2
-            return ImageFeatures(features, torch.arange(count, device=self._device))
-        sizes = [count // self._geometry.merge**2 for count in patches]
+            return ImageFeatures(features, _places(sizes, shares, 0, number).to(self._device))
         longest = max(1, *(sum(sizes[image] for image in share) for share in shares))
         padded = F.pad(features, (0, 0, 0, 0, 0, longest - len(features)))
         values = gather_from_sequence_parallel_region(
             input_=padded, tensor_parallel_output_grad=True, group=self._group
         )
-        return ImageFeatures(values, _places(sizes, shares, longest).to(self._device))
+        return ImageFeatures(values, _places(sizes, shares, longest, number).to(self._device))
 
-    def _encode(self, pixel_values: Tensor, grids: Tensor, patches: list[int], mine: list[int]) -> Tensor:
+    def _images(self, pixel_values: Tensor, grids: Tensor) -> list[Image]:
+        if self._cache is not None:
+            return images_of(pixel_values, grids)
+        pieces = pixel_values.split(grids.prod(dim=1).tolist())
+        return [Image(pixels=pixels, grid=grid, digest=b"") for pixels, grid in zip(pieces, grids, strict=True)]
+
+    def _encode(self, mine: list[Image]) -> Tensor:
+        """Return the features of this rank's share of a row's images."""
         if not mine:
             return self._nothing()
-        pieces = pixel_values.split(patches)
-        pixels = torch.cat([pieces[image] for image in mine]).to(self._device, self._dtype)
-        return self._run(pixels, grids[mine])
+        learns = self._learns
+        if self._cache is None or learns:
+            pixels = torch.cat([image.pixels for image in mine])
+            self.work.count(len(pixels), learns=learns)
+            return self._run(pixels, torch.stack([image.grid for image in mine]))
+        before = self._cache.patches
+        features = self._cache.features(
+            mine, self._run, version=self._cache.version, dtype=self._dtype, device=self._device
+        )
+        encoded = self._cache.patches - before
+        self.work.count(encoded, learns=False)
+        self.work.known += sum(len(image.pixels) for image in mine) - encoded
+        return features
+
+    @property
+    def _learns(self) -> bool:
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._tower.parameters())
 
     def _run(self, pixels: Tensor, grids: Tensor) -> Tensor:
+        pixels = pixels.to(self._device, self._dtype)
         return self._vision.features(self._tower, pixels, grids.to(self._device)).to(self._dtype)
 
     def _nothing(self) -> Tensor:
@@ -117,18 +167,31 @@ class VisionEncoder:
             side = self._geometry.merge
             dummy = torch.zeros(side * side, self._geometry.patch_values, dtype=self._dtype, device=self._device)
             return self._run(dummy, torch.tensor([[1, side, side]]))[:0]
-        learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._tower.parameters())
         empty = torch.empty(0, 1 + self._geometry.levels, self._geometry.hidden, dtype=self._dtype, device=self._device)
-        return empty.requires_grad_(learns)
+        return empty.requires_grad_(self._learns)
 
 
-def _places(sizes: list[int], shares: list[list[int]], longest: int) -> Tensor:
-    """Return where the gather puts each feature of the row, image by image."""
+def _distinct(images: list[Image]) -> tuple[list[Image], list[int]]:
+    """Return the images of different content, and for each image the number of its content among them."""
+    numbers: dict[bytes, int] = {}
+    number = [numbers.setdefault(image.digest, len(numbers)) for image in images]
+    return [images[number.index(content)] for content in range(len(numbers))], number
+
+
+def _places(sizes: list[int], shares: list[list[int]], longest: int, number: list[int]) -> Tensor:
+    """Return where the gather puts each feature of the row, image by image.
+
+    Args:
+        sizes: features of each distinct image.
+        shares: which distinct images each peer encodes.
+        longest: features that the gather takes of each peer.
+        number: number of the distinct image that each image of the row is.
+    """
     first = {}
     for peer, share in enumerate(shares):
         used = peer * longest
         for image in share:
             first[image] = used
             used += sizes[image]
-    pieces = [torch.arange(size) + first[image] for image, size in enumerate(sizes)]
+    pieces = [torch.arange(sizes[image]) + first[image] for image in number]
     return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64)

@@ -48,6 +48,7 @@ NOT_IDENTITY = (
     "sft.val_at_end",
     "policy.max_total_sequence_length",
     "policy.logprob_chunk_size",
+    "policy.vision_cache_mb",
     "policy.sequence_packing",
     "policy.generation.batch_size",
     "policy.generation.gap_warning",

@@ -217,6 +217,9 @@ class Policy(Section):
     """Data type of weights and activations; the optimizer's copy is float32."""
     logprob_chunk_size: PositiveInt | None
     """Number of tokens whose float32 logits are held at once; null: a whole packed row. Changes memory only."""
+    vision_cache_mb: NonNegativeInt
+    """Megabytes (10^6 bytes) of image features that each rank keeps in host memory, so that an image is encoded once
+    while the vision tower's weights stay the same; 0: every pass encodes it anew."""
     sequence_packing: SequencePacking
     """Size of a micro-batch, and what its sequences share."""
     megatron_cfg: MegatronConfig

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_g2rpo import registry
+from megatron_g2rpo.models.vision_cache import VisionCache
 from megatron_g2rpo.recipe import Policy
 from megatron_g2rpo.recipe.generation_section import Generation
 from megatron_g2rpo.types import Prompt, Rollout
@@ -131,6 +132,8 @@ class Context:
         spatial_merge_size: number of patches along one side that merge into one image token.
         decode: function from token ids to text.
         is_asked_to_stop: whether the run is: an engine that waits for servers then raises ``EngineUnavailable``.
+        vision_cache: features of images, which the engine may share with the policy that gives it its weights if it
+            runs the policy's own vision tower; None: it has none.
     """
 
     policy: Policy
@@ -144,6 +147,7 @@ class Context:
     spatial_merge_size: int
     decode: Callable[[Sequence[int]], str]
     is_asked_to_stop: Callable[[], bool] = lambda: False
+    vision_cache: VisionCache | None = None
 
 
 class Engine(Protocol):

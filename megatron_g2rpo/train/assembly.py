@@ -18,6 +18,7 @@ from megatron_g2rpo.data.mixture import Mixture
 from megatron_g2rpo.data.packing import Packer
 from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.data.stream import PromptStream, number_tasks, validation_prompts
+from megatron_g2rpo.models.vision_cache import VisionCache
 from megatron_g2rpo.objective import History
 from megatron_g2rpo.policy.device import Device, select, set_cpu_threads
 from megatron_g2rpo.policy.layouts.layout import Layout, token_multiples
@@ -131,8 +132,14 @@ def _assembled(recipe: Recipe, workers: RewardWorkers | None) -> Components:
     progress.enter("weights")
     # What no engine samples has no probability in the policy either: both then speak of one distribution.
     banned = processor.banned_token_ids(processor.vocab_size)
+    cache = vision_cache_of(recipe.policy)
     policy = MegatronPolicy(
-        recipe.policy, device, seed=loop.seed, max_steps=loop.max_num_steps * updates, banned_token_ids=banned
+        recipe.policy,
+        device,
+        seed=loop.seed,
+        max_steps=loop.max_num_steps * updates,
+        banned_token_ids=banned,
+        vision_cache=cache,
     )
     progress.enter("data")
     validation, left_out = _validation(recipe, held_out, processor, task_ids)
@@ -143,7 +150,7 @@ def _assembled(recipe: Recipe, workers: RewardWorkers | None) -> Components:
         processor=processor,
         policy=policy,
         packer=packer_for(processor, policy.layout, recipe.policy.sequence_packing),
-        engine=engine_for(recipe.policy, processor, device, banned, lambda: stopping.asked() is not None),
+        engine=engine_for(recipe.policy, processor, device, banned, lambda: stopping.asked() is not None, cache),
         stream=stream,
         validation=validation,
         left_out=left_out,
@@ -234,12 +241,20 @@ def packer_for(processor: ChatProcessor, layout: Layout, packing: SequencePackin
     )
 
 
+def vision_cache_of(policy: Policy) -> VisionCache | None:
+    """Return the cache of image features that policy and engine of this process share; None where it is off."""
+    if not policy.vision_cache_mb:
+        return None
+    return VisionCache(policy.vision_cache_mb * 10**6, frozen=policy.megatron_cfg.freeze_vision)
+
+
 def engine_for(
     policy: Policy,
     processor: ChatProcessor,
     device: Device,
     banned_token_ids: Sequence[int],
     is_asked_to_stop: Callable[[], bool] = lambda: False,
+    vision_cache: VisionCache | None = None,
 ) -> engines.Engine:
     """Build the rollout engine that the recipe names, without weights. A collective of all ranks.
 
@@ -249,6 +264,7 @@ def engine_for(
         device: this rank's device.
         banned_token_ids: tokens that are never sampled.
         is_asked_to_stop: whether this rank is; see ``engines.Context``.
+        vision_cache: that of the policy which gives the engine its weights; None: the engine has none.
     """
     context = engines.Context(
         policy=policy,
@@ -262,5 +278,6 @@ def engine_for(
         spatial_merge_size=processor.spatial_merge_size,
         decode=processor.decode,
         is_asked_to_stop=is_asked_to_stop,
+        vision_cache=vision_cache,
     )
     return engines.get(policy.generation.backend).build(context, **policy.generation.backend_cfg)
