@@ -66,7 +66,7 @@ def recipe_of(size: Size, directory: Path, *, shared: bool, row_tokens: int = RO
         "data.validation": None,
         "data.format_instruction": False,
         "data.response_format": "plain",
-        "env.reward_weights": {"_override_": True, "digits": 1.0},
+        "env.reward_weights": {"_override_": True, "odd_characters": 1.0},
         "env.reward_workers": 0,
         "env.tasks": {workload.TASK: {"entropy": None}},
         "logger.log_dir": directory / "log",

@@ -8,7 +8,7 @@ from megatron_g2rpo.extend import reward_part
 from megatron_g2rpo.types import Response, Sample
 
 
-@reward_part("digits")
-def digits(sample: Sample, response: Response) -> float:
-    """The share of digits among the response's characters."""
+@reward_part("odd_characters")
+def odd_characters(sample: Sample, response: Response) -> float:
+    """The share of the response's characters with an odd code."""
     return reward(response.text)

@@ -24,7 +24,7 @@ from benchmarks.step.sizes import FRAME_TOKENS, Size
 from megatron_g2rpo.data.shard_writer import ShardWriter
 
 SOURCE = Path("examples/quickstart/policy")  # tokenizer, chat template and image processor
-TASK = "digits"
+TASK = "characters"
 LEARNING_RATE = 1e-4
 WEIGHT_DECAY = 0.01
 CLIP_GRAD = 1.0
@@ -118,5 +118,5 @@ def write_shards(size: Size, directory: Path) -> Path:
 
 
 def reward(text: str) -> float:
-    """Return the share of digits among an answer's characters: a reward that differs within groups."""
-    return sum(character.isdigit() for character in text) / max(len(text), 1)
+    """Return the share of characters with an odd code: random answers of one group hardly ever have equal ones."""
+    return sum(ord(character) % 2 for character in text) / max(len(text), 1)
