@@ -61,8 +61,8 @@ class PackedCoreAttention(nn.Module):
         """Let every query attend to its segment's parent, and to its own segment up to itself.
 
         Args:
-            query: ``[S, 1, H, D]``.
-            key, value: ``[S, 1, G, D]``.
+            query: ``[S, 1, H, D]``, not yet rotated by its position where the row has a rotation.
+            key, value: ``[S, 1, G, D]``, the key as the query.
             attention_mask, attention_bias: must be None; the row's layout says which keys a query attends to.
             packed_seq_params: the row's layout, a ``PackedRowParams``.
 
@@ -71,6 +71,8 @@ class PackedCoreAttention(nn.Module):
         """
         row = _checked(packed_seq_params, attention_mask, attention_bias)
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if row.rotation is not None:
+            q, k = row.rotation(q), row.rotation(k)
         k, v = _gathered(k, v, self.context_group)
         if k.shape[1] != q.shape[1]:
             repeats = q.shape[1] // k.shape[1]

@@ -121,7 +121,7 @@ class MegatronPolicy:
         self.groups: ParallelGroups = initialize(device, self.layout, seed)
         self.dtype = DTYPES[settings.precision]
         self.table = models.family(self.hf_config.model_type).weights(self.hf_config)
-        self.config = transformer_config(self.hf_config, self.layout, self.dtype, settings.megatron_cfg)
+        self.config = transformer_config(self.hf_config, self.layout, self.dtype, settings.megatron_cfg, self.kernels)
         self._ddp: DistributedDataParallel | None = None
         self.optimizer: MegatronOptimizer | None = None
         self.scheduler: OptimizerParamScheduler | None = None
