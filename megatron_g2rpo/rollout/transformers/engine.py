@@ -52,7 +52,6 @@ class TransformersEngine:
         decode: function from token ids to text.
         max_new_tokens: number of response tokens after which a response is truncated.
         batch_size: largest number of responses that are decoded together.
-
         vision_cache: features of images under the weights that ``load_weights`` brings; None: there is none.
 
     Attributes:
