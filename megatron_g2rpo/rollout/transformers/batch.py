@@ -11,7 +11,7 @@ Shape letters: ``B`` responses that are now decoded, ``T`` new tokens, ``H`` hid
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from typing import NamedTuple
@@ -35,12 +35,12 @@ class Wanted(NamedTuple):
     Attributes:
         prompt: number of its prompt among the distinct ones of the call.
         name: what the caller tells it apart by.
-        uniform: float64 ``[T]``, its random numbers; None: it is greedy.
+        uniform: function that gives its random numbers, float64 ``[T]``, when it enters; None: it is greedy.
     """
 
     prompt: int
     name: int
-    uniform: Tensor | None
+    uniform: Callable[[], Tensor] | None
 
 
 class Finished(NamedTuple):
@@ -297,7 +297,7 @@ class Batch:
         uniform = torch.zeros(count, columns, dtype=torch.float64)
         for row, numbers in enumerate(each.wanted.uniform for each in entered):
             if numbers is not None:
-                uniform[row, : self._limit] = numbers
+                uniform[row, : self._limit] = numbers()
         return _State(
             hidden=self._after[0][places],
             positions=self._after[1][places],

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from os import PathLike
 
 import torch
@@ -51,7 +52,6 @@ class TransformersEngine:
         decode: function from token ids to text.
         max_new_tokens: number of response tokens after which a response is truncated.
         batch_size: largest number of responses that are decoded together.
-
         vision_cache: features of images under the weights that ``load_weights`` brings; None: there is none.
 
     Attributes:
@@ -236,7 +236,7 @@ class TransformersEngine:
         response = call.responses[number]
         greedy = response.greedy or sampling.temperature == 0
         key = call.prompts[response.prompt].key
-        uniform = None if greedy else uniforms(seed, key, response.sample, self._max_new_tokens)
+        uniform = None if greedy else partial(uniforms, seed, key, response.sample, self._max_new_tokens)
         return Wanted(call.place[response.prompt], number, uniform)
 
     def _rollout(self, finished: Finished, call: Call, sampling: base.Sampling, group_ids: Sequence[int]) -> Rollout:

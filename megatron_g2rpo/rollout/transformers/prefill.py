@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache
 
-from megatron_g2rpo import models
+from megatron_g2rpo import models, progress
 from megatron_g2rpo.models.images import Image
 from megatron_g2rpo.rollout.transformers.dense_step import decoder_of
 from megatron_g2rpo.rollout.transformers.prefix_cache import Prefilled
@@ -107,6 +107,7 @@ class Prefill:
             grids = torch.stack([image.grid for image in some]).to(self._device)
             merged = [image.num_patches // self._model.config.vision_config.spatial_merge_size**2 for image in some]
             features += vision.features(tower, pixels, grids).split(merged)
+            progress.advance()
             self.encoded_patches += len(pixels)
         return features
 
@@ -122,6 +123,7 @@ class Prefill:
         for start, stop in passes([len(prompt.token_ids) for prompt in prompts], PASS_TOKENS, padded=True):
             some = prompts[start:stop]
             yield self._pass(some, features(some))
+            progress.advance()
 
     def _pass(self, prompts: Sequence[PromptTokens], features: Sequence[Tensor]) -> PrefilledPrompts:
         ids = [prompt.token_ids for prompt in prompts]
