@@ -61,8 +61,8 @@ class PackedCoreAttention(nn.Module):
         """Let every query attend to its segment's parent, and to its own segment up to itself.
 
         Args:
-            query: ``[S, 1, H, D]``.
-            key, value: ``[S, 1, G, D]``.
+            query: ``[S, 1, H, D]``, not yet rotated by its position where the row has a rotation.
+            key, value: ``[S, 1, G, D]``, the key as the query.
             attention_mask, attention_bias: must be None; the row's layout says which keys a query attends to.
             packed_seq_params: the row's layout, a ``PackedRowParams``.
 
@@ -71,6 +71,8 @@ class PackedCoreAttention(nn.Module):
         """
         row = _checked(packed_seq_params, attention_mask, attention_bias)
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if row.rotation is not None:
+            q, k = row.rotation(q), row.rotation(k)
         k, v = _gathered(k, v, self.context_group)
         if k.shape[1] != q.shape[1]:
             repeats = q.shape[1] // k.shape[1]
@@ -109,18 +111,18 @@ class TransformerEngineCoreAttention(nn.Module):
     looked up for every branch, and under context parallelism gathered from all ranks before.
     """
 
-    def __init__(self, *, config: Any, pg_collection: Any = None, **arguments: Any) -> None:
+    def __init__(self, *, config: Any, attention_type: str, pg_collection: Any = None, **arguments: Any) -> None:
         super().__init__()
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
-        self.attention = TEDotProductAttention(config=config, pg_collection=pg_collection, **arguments)
-        self.context_group, self.span_attention = None, self.attention
-        if config.context_parallel_size > 1:
-            # The same attention without Transformer Engine's own exchange between the ranks.
-            alone = copy.copy(config)
-            alone.context_parallel_size = 1
-            self.context_group = pg_collection.cp
-            self.span_attention = TEDotProductAttention(config=alone, pg_collection=pg_collection, **arguments)
+        arguments |= {"pg_collection": pg_collection}
+        self.attention = TEDotProductAttention(config=config, attention_type=attention_type, **arguments)
+        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        # Without Transformer Engine's own exchange between ranks. With "self", its unfused attention would take it that
+        # there are as many keys as queries.
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1
+        self.span_attention = TEDotProductAttention(config=alone, attention_type="cross", **arguments)
 
     def forward(
         self,
@@ -171,9 +173,9 @@ class TransformerEngineCoreAttention(nn.Module):
         # Not through megatron-core's wrapper, whose mask types do not include this one.
         out = DotProductAttention.forward(
             self.span_attention,
-            q[spans.queries],
-            k[spans.keys],
-            v[spans.keys],
+            query_layer=q[spans.queries],
+            key_layer=k[spans.keys],
+            value_layer=v[spans.keys],
             qkv_format="thd",
             attn_mask_type="padding_causal_bottom_right",
             cu_seqlens_q=spans.cu_seqlens_q,

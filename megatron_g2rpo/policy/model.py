@@ -26,6 +26,7 @@ from megatron_g2rpo.policy.kernels import Kernels
 from megatron_g2rpo.policy.layer_spec import block_spec
 from megatron_g2rpo.policy.output_layer import LogprobOutputLayer
 from megatron_g2rpo.policy.packed_row import packed_row_params
+from megatron_g2rpo.policy.rotary import Rotation
 from megatron_g2rpo.policy.vision import ImageFeatures, VisionEncoder, VisionWork
 from megatron_g2rpo.types import PackedBatch
 from megatron_g2rpo.weights.rules import padded_rows
@@ -69,6 +70,7 @@ class PolicyModel(MegatronModule):
         self.share_embeddings_and_output_weights = bool(hf_config.tie_word_embeddings)
         self.vocab_size = text.vocab_size
         self._local_attention = kernels.attention == "local"
+        self._rotates_in_attention = self._local_attention and kernels.rope == "torch"
         vision = family.vision if self.pre_process else None
         self.vision_model = None if vision is None else self._prepared(vision.tower(hf_config, config.params_dtype))
         layers = get_num_layers_to_build(config=config, vp_stage=None, pp_rank=stage)
@@ -143,12 +145,16 @@ class PolicyModel(MegatronModule):
         """
         cp = self.pg_collection.cp
         embeddings, context = self._embed(batch) if self.pre_process else (None, None)
+        angles = self.rotary_pos_emb(batch.position_ids[:, None])
+        row = packed_row_params(batch, cp.size(), cp.rank(), buckets=self._local_attention)
+        if self._rotates_in_attention:
+            row.rotation = Rotation.of(angles, self.config.params_dtype)
         hidden = self.language_model.decoder(
             hidden_states=embeddings,
             attention_mask=None,
             context=context,
-            rotary_pos_emb=self.rotary_pos_emb(batch.position_ids[:, None]),
-            packed_seq_params=packed_row_params(batch, cp.size(), cp.rank(), buckets=self._local_attention),
+            rotary_pos_emb=None if self._rotates_in_attention else angles,
+            packed_seq_params=row,
         )
         if not self.post_process:
             return hidden

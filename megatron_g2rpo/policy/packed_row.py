@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_g2rpo.policy.layouts.attention_pieces import Piece, buckets_of, pieces_of_row
 from megatron_g2rpo.policy.layouts.context_parallel import gathered_places
+from megatron_g2rpo.policy.rotary import Rotation
 from megatron_g2rpo.types import PackedBatch
 
 
@@ -80,11 +81,14 @@ class PackedRowParams(PackedSeqParams):
         spans: the row's pieces for Transformer Engine's attention, if a segment of the row has a parent, and this rank
             has a query: offsets alone say all of other rows.
         has_parents: whether a segment of the row has a parent; the same on all ranks.
+        rotation: rotates queries and keys in the local core attention; None for Transformer Engine's, before which
+            megatron-core has rotated them.
     """
 
     buckets: tuple[Bucket, ...] = ()
     spans: Spans | None = None
     has_parents: bool = False
+    rotation: Rotation | None = None
 
 
 def packed_row_params(batch: PackedBatch, size: int = 1, rank: int = 0, *, buckets: bool = True) -> PackedRowParams:

@@ -115,7 +115,8 @@ def rows_of(
             *((a, 1) for a in alone),
         ):
             for batch in packer.pack([sequences[index] for index in members], ROW_TOKENS, bins):
-                packed.append(replace(batch, sequence_ids=torch.tensor(members, dtype=torch.int64)[batch.sequence_ids]))
+                of_all = torch.tensor([*members, -1])  # a trunk, -1, is of no sequence
+                packed.append(replace(batch, sequence_ids=of_all[batch.sequence_ids]))
         return packed
 
     num_rows = max(len(pack(owned)) for owned in by_rank)
