@@ -277,7 +277,9 @@ def test_every_update_of_a_step_is_measured_against_the_policy_that_sampled(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = toy.recipe(tmp_path / "recipe.yaml", policy={"train_global_batch_size": 12})
-    recipe = recipes.load(path, [f"logger.log_dir={tmp_path / 'run'}"], "train")
+    # Several micro-batches: old log-probabilities and entropies are computed before an update.
+    overrides = [f"logger.log_dir={tmp_path / 'run'}", "policy.sequence_packing.train_mb_tokens=128"]
+    recipe = recipes.load(path, overrides, "train")
     components = assemble(recipe)
     update, distances, hinges = components.policy.update, [], []
 
