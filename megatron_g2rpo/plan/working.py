@@ -69,9 +69,12 @@ def _output_working(size: Sizes, chunks: LogitChunks, kept_tokens: int | None) -
     """
     e, copies = size.nbytes, 0 if size.nbytes == FP32 else 2
     logits = chunks.forward * size.columns
-    forward = logits * ((0 if chunks.kept else FP32) + (e if copies else 0)) + min(TILE_BYTES, FP32 * logits)
+    # Of several chunks, the last one's tile is still there when the next one's is made.
+    tiles = min(TILE_BYTES, FP32 * logits) * (2 if chunks.tokens > chunks.forward else 1)
+    forward = logits * ((0 if chunks.kept else FP32) + (e if copies else 0)) + tiles
     logits = chunks.backward * size.columns
-    backward = logits * (FP32 + copies * e) + min(TILE_BYTES, FP32 * logits)
+    tiles = min(TILE_BYTES, FP32 * logits) * (2 if chunks.tokens > chunks.backward else 1)
+    backward = logits * (FP32 + copies * e) + tiles
     backward += chunks.tokens * size.hidden * (FP32 + 2 * e) + e * size.tokens * size.hidden
     mask = 0 if kept_tokens is None else TILE_BYTES // FP32 + 2 * INT64 * kept_tokens * chunks.forward
     return max(forward, backward + e * size.columns * size.hidden) + mask

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
-from megatron_g2rpo.plan.cards import CARDS
 from typer.testing import CliRunner
 
 from megatron_g2rpo import cli
+from megatron_g2rpo.models.cards import CARDS
 from megatron_g2rpo.plan.model import Model, read_config
 from megatron_g2rpo.plan.passes import without_gradient
 from megatron_g2rpo.plan.planner import Plan, load_recipe, make_plan
