@@ -143,6 +143,11 @@ class Rollout:
     truncated: bool
     kept_ids: Tensor | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of prompt and response together."""
+        return len(self.prompt.inputs.token_ids) + len(self.response_ids)
+
 
 def task_ids_of(rollouts: Sequence[Rollout]) -> Tensor:
     """The task id of each rollout, int64 ``[N]``."""

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_g2rpo.models.cards import CARDS
 from megatron_g2rpo.plan import show, show_sharing, show_speed
-from megatron_g2rpo.plan.cards import CARDS
 from megatron_g2rpo.plan.model import Model, config_dir, read_config
 from megatron_g2rpo.plan.planner import Plan, load_recipe, make_plan
 from megatron_g2rpo.plan.rows import assume
@@ -30,7 +30,7 @@ class Machines:
     """What a recipe is planned for.
 
     Attributes:
-        card: name of the GPU, a key of ``plan.cards.CARDS``.
+        card: name of the GPU, a key of ``models.cards.CARDS``.
         gpu_memory_gb: memory of one, 10^9 bytes; None for the card's.
         mean_tokens: mean tokens of a sequence, prompt and response; None for the longest that the recipe allows.
         image_tokens: image tokens of a prompt; None for the most that the recipe allows.

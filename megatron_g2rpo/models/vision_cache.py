@@ -5,66 +5,25 @@ Rollout engine and policy of a process share one: they run the same tower, on we
 Features are kept in host memory, under the content of the image, the version of the weights, and the dtype and device
 that computed them.
 
-Shape letters: I images, V patches of them, D numbers of a patch, F merged features, K deepstack levels, h hidden size.
+Shape letters: F merged features of an image, K deepstack levels, h hidden size.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-# encode(pixels, grids): the features ``[F, 1 + K, h]`` of images, image by image, from their patches ``[V, D]`` and
-# grids int64 ``[I, 3]``.
-Encode = Callable[[Tensor, Tensor], Tensor]
+from megatron_g2rpo.models.images import Image
 
-_digests: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# encode(images): the features ``[F, 1 + K, h]`` of each image, without gradient, in the dtype and on the device that
+# the cache was asked for.
+Encode = Callable[[Sequence[Image]], Sequence[Tensor]]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Image:
-    """One image as the vision tower gets it.
-
-    Attributes:
-        pixels: float32 ``[V, D]``, its patches.
-        grid: int64 ``[3]`` (time, height, width), in patches.
-        digest: SHA-256 of both.
-    """
-
-    pixels: Tensor
-    grid: Tensor
-    digest: bytes
-
-
-def images_of(pixel_values: Tensor, image_grid_thw: Tensor) -> list[Image]:
-    """The images of model inputs, or of a packed row.
-
-    Digests are computed once for as long as the tensor of patches lives; it must not be written to.
-
-    Args:
-        pixel_values: float32 ``[V, D]``, the patches of all images, on the CPU.
-        image_grid_thw: int64 ``[I, 3]``, the patches of each along time, height and width, on the CPU.
-    """
-    pieces = pixel_values.split(image_grid_thw.prod(dim=1).tolist())
-    known: list[bytes] | None = _digests.get(pixel_values)
-    if known is None or len(known) != len(image_grid_thw):
-        known = [_digest(grid, pixels) for grid, pixels in zip(image_grid_thw, pieces, strict=True)]
-        _digests[pixel_values] = known
-    return [
-        Image(pixels=pixels, grid=grid, digest=digest)
-        for pixels, grid, digest in zip(pieces, image_grid_thw, known, strict=True)
-    ]
-
-
-def _digest(grid: Tensor, pixels: Tensor) -> bytes:
-    digest = hashlib.sha256(grid.contiguous().numpy().data)
-    digest.update(pixels.contiguous().numpy().data)
-    return digest.digest()
+# Name of an image, dtype of its features, device that computed them.
+_Key = tuple[str, torch.dtype, str]
 
 
 class VisionCache:
@@ -85,7 +44,7 @@ class VisionCache:
 
     def __init__(self, max_bytes: int, *, frozen: bool) -> None:
         self._max_bytes, self._frozen = max_bytes, frozen
-        self._kept: OrderedDict[tuple[bytes, torch.dtype, str], Tensor] = OrderedDict()
+        self._kept: OrderedDict[_Key, Tensor] = OrderedDict()
         self.version = 0
         self.num_bytes = 0
         self.patches = self.saved_patches = 0
@@ -95,6 +54,16 @@ class VisionCache:
         self._kept.clear()
         self.version, self.num_bytes = self.version + 1, 0
 
+    def begin_step(self) -> None:
+        """Forget, at the begin of a step, what a run that resumes there would not know.
+
+        Features of a tower that learns may have been computed in a validation's company; to the last bit they depend on
+        it. Those of a frozen tower do not.
+        """
+        if not self._frozen:
+            self._kept.clear()
+            self.num_bytes = 0
+
     def features(
         self,
         images: Sequence[Image],
@@ -103,57 +72,49 @@ class VisionCache:
         version: int,
         dtype: torch.dtype,
         device: torch.device,
-    ) -> Tensor:
+    ) -> list[Tensor]:
         """Return the features of images, of which only those are encoded that are not known, and each content once.
 
         Args:
-            images: at least one image.
-            encode: runs the tower, without gradient, on patches and grids that are still on the CPU.
+            images: images.
+            encode: runs the tower.
             version: number of the tower's weights that ``encode`` runs with, ``version`` as it was when they came.
             dtype: dtype of the tower and of the features.
-            device: device of the tower and of the result.
+            device: device of the tower and of the features.
 
         Returns:
-            ``[F, 1 + K, h]``, image by image.
+            ``[F, 1 + K, h]`` of each image; they must not be written to.
         """
         current = version == self.version  # else these are former weights: their features are nobody else's
-        found: dict[bytes, Tensor] = {}
-        missing: dict[bytes, Image] = {}
+        found: dict[str, Tensor] = {}
+        missing: dict[str, Image] = {}
         for image in images:
-            kept = self._read((image.digest, dtype, str(device))) if current else None
+            kept = self._read((image.name, dtype, str(device))) if current else None
             if kept is not None:
-                found[image.digest] = kept.to(device)
-            elif image.digest not in found:
-                missing[image.digest] = image
-        for digest, features in self._encoded(list(missing.values()), encode):
-            found[digest] = features
+                found[image.name] = kept.to(device)
+            else:
+                missing[image.name] = image
+        for name, features in zip(missing, self._encoded(list(missing.values()), encode), strict=True):
+            found[name] = features
             if current:
-                self._keep((digest, dtype, str(device)), features)
-        encoded = sum(len(image.pixels) for image in missing.values())
+                self._keep((name, dtype, str(device)), features)
+        encoded = sum(image.num_patches for image in missing.values())
         self.patches += encoded
-        self.saved_patches += sum(len(image.pixels) for image in images) - encoded
-        return torch.cat([found[image.digest] for image in images])
+        self.saved_patches += sum(image.num_patches for image in images) - encoded
+        return [found[image.name] for image in images]
 
-    def _encoded(self, images: Sequence[Image], encode: Encode) -> list[tuple[bytes, Tensor]]:
-        if not images:
-            return []
+    def _encoded(self, images: Sequence[Image], encode: Encode) -> Sequence[Tensor]:
         if self._frozen:
-            return [(image.digest, encode(image.pixels, image.grid[None])) for image in images]
-        patches = [len(image.pixels) for image in images]
-        everything = encode(
-            torch.cat([image.pixels for image in images]), torch.stack([image.grid for image in images])
-        )
-        merged = sum(patches) // len(everything)  # patches of a feature
-        pieces = everything.split([count // merged for count in patches])
-        return [(image.digest, piece) for image, piece in zip(images, pieces, strict=True)]
+            return [features for image in images for features in encode([image])]
+        return encode(images) if images else []
 
-    def _read(self, key: tuple[bytes, torch.dtype, str]) -> Tensor | None:
+    def _read(self, key: _Key) -> Tensor | None:
         if key not in self._kept:
             return None
         self._kept.move_to_end(key)
         return self._kept[key]
 
-    def _keep(self, key: tuple[bytes, torch.dtype, str], features: Tensor) -> None:
+    def _keep(self, key: _Key, features: Tensor) -> None:
         # A copy, also on the CPU: a view of what was encoded together would keep all of it.
         kept = features.detach().to("cpu", copy=True)
         if kept.nbytes > self._max_bytes:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_g2rpo.models.cards import Card
 from megatron_g2rpo.plan import flops
-from megatron_g2rpo.plan.cards import Card
 from megatron_g2rpo.plan.flops import Shape
 
 BANDWIDTH = 0.7  # share of the memory's bandwidth that decoding reaches

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from megatron_g2rpo.plan.cards import NETWORK, Card
+from megatron_g2rpo.models.cards import NETWORK, Card
 from megatron_g2rpo.plan.wire import KEYS_AND_VALUES, Traffic
 from megatron_g2rpo.policy.layouts.layout import Layout
 from megatron_g2rpo.recipe import Recipe

@@ -12,6 +12,7 @@ from megatron_g2rpo.plan.memory import StageMemory, stage_memory
 from megatron_g2rpo.plan.model import Model
 from megatron_g2rpo.plan.passes import updates_of, without_gradient
 from megatron_g2rpo.plan.rows import Assumptions, MicroBatches, assume, micro_batches
+from megatron_g2rpo.plan.vision_cache import CachedImages, cached_images
 from megatron_g2rpo.plan.wire import Traffic, stage_traffic
 from megatron_g2rpo.policy.layouts.layout import Layout, check_model, layout_of, token_multiples
 from megatron_g2rpo.recipe import Recipe
@@ -70,6 +71,11 @@ class Plan:
     def passes(self) -> int:
         """Number of passes without gradient, each over the micro-batches of an optimizer step, in a rollout step."""
         return without_gradient(self.recipe, self.batches.count)
+
+    @property
+    def vision_cache(self) -> CachedImages:
+        """The image features that a rank keeps in host memory, at most."""
+        return cached_images(self.recipe, self.model.config, self.assumptions.image_tokens)
 
     def fits(self, memory: float) -> bool:
         """Return whether every rank's peak is within ``memory`` bytes."""

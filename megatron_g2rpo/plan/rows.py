@@ -191,7 +191,7 @@ def _full_row(
     trunk and all of its responses in what is left, because the core attention may keep the trunk's keys and values for
     each of them.
     """
-    row = _Filling(multiple, assumptions, recipe.policy.generation.max_new_tokens)
+    row = _Filling(assumptions, recipe.policy.generation.max_new_tokens)
     if not shares_trunk([cost] * samples):
         while row.tokens + cost.whole <= budget:
             row.add_sequence(cost.whole)
@@ -214,13 +214,12 @@ class _Filling:
     """A row that segments are added to, in tokens with padding.
 
     Args:
-        multiple: number that the tokens of every segment are a multiple of.
         assumptions: what stands for the data.
         most: most tokens of a response.
     """
 
-    def __init__(self, multiple: int, assumptions: Assumptions, most: int) -> None:
-        self._multiple, self._assumptions, self._most = multiple, assumptions, most
+    def __init__(self, assumptions: Assumptions, most: int) -> None:
+        self._assumptions, self._most = assumptions, most
         self._lengths: list[int] = []
         self._padded: list[int] = []
         self._parents: list[int] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_g2rpo.plan.cards import Card
+from megatron_g2rpo.models.cards import Card
 from megatron_g2rpo.plan.planner import Plan
 from megatron_g2rpo.plan.rows import shares_prompts
 from megatron_g2rpo.plan.speed import estimate, forward_flops

@@ -37,7 +37,7 @@ def tables(plan: Plan, verdict: Verdict, memory: float, *estimates: RenderableTy
         Text(_layout(plan)),
         Text(),
         _memory(plan),
-        Text(_phases(plan)),
+        Text("\n".join([_phases(plan), *_host(plan)])),
         Text(),
         _micro_batches(plan),
         Text(),
@@ -65,7 +65,8 @@ def _layout(plan: Plan) -> str:
         f"{recipe.world_size} processes = tensor {layout.tensor} x pipeline {layout.pipeline} x context "
         f"{layout.context} x data {recipe.data_parallel_size}{sequence}; the model and the recipe divide so\n"
         f"layers of {_modules(plan)}\n"
-        f"assumed: sequences of {plan.assumptions.sequence_tokens:,} tokens{_image(plan)}"
+        f"assumed: sequences of {plan.assumptions.sequence_tokens:,} tokens, {plan.assumptions.response_tokens:,} of "
+        f"them the response{_image(plan)}"
     )
 
 
@@ -79,8 +80,9 @@ def _modules(plan: Plan) -> str:
 
 def _image(plan: Plan) -> str:
     if not sees(plan.model.config):
-        return " (--mean-tokens); a text-only model"
-    return f", one image of {plan.assumptions.image_tokens:,} tokens a prompt (--mean-tokens, --image-tokens)"
+        return " (--mean-tokens, --response-tokens); a text-only model"
+    image = f"{plan.assumptions.image_tokens:,} tokens"
+    return f", one image of {image} a prompt (--mean-tokens, --response-tokens, --image-tokens)"
 
 
 _MEMORY_LINES: tuple[tuple[str, str], ...] = (
@@ -151,6 +153,19 @@ def _phases(plan: Plan) -> str:
     worst = plan.worst
     phases = ", ".join(f"{name} {_gb(size)}" for name, size in worst.phases.items())
     return f"Stage {worst.stage} holds {_gb(worst.persistent)} throughout; a phase adds its own: {phases}."
+
+
+def _host(plan: Plan) -> Iterator[str]:
+    """Iterate over what is said of the hosts' memory: nothing where no image features are kept."""
+    cached = plan.vision_cache
+    if cached.most:
+        room = (
+            f", room for {cached.images:,} images of {plan.assumptions.image_tokens:,} tokens" if cached.image else ""
+        )
+        yield (
+            f"On the host a rank keeps up to {_gb(cached.most)} GB of image features (policy.vision_cache_mb{room}), "
+            f"the {plan.recipe.cluster.gpus_per_node} of a node {_gb(cached.node)} GB."
+        )
 
 
 def _micro_batches(plan: Plan) -> Table:
@@ -243,6 +258,7 @@ def _tree(plan: Plan, verdict: Verdict, memory: float) -> dict[str, Any]:
         },
         "stages": [_stage_tree(plan, stage) for stage in plan.stages],
         "worst_stage": plan.worst.stage,
+        "host": {"vision_cache": plan.vision_cache.most, "vision_cache_of_a_node": plan.vision_cache.node},
         "allowance": {"fixed": memory_of.FIXED_ALLOWANCE, "fragmentation": memory_of.FRAGMENTATION},
         "verdict": {
             "gpu_memory": round(memory),

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_g2rpo.models.cards import NETWORK, Card
 from megatron_g2rpo.plan import decoding, flops, links
-from megatron_g2rpo.plan.cards import NETWORK, Card
 from megatron_g2rpo.plan.decoding import BANDWIDTH, Engine, Responses
 from megatron_g2rpo.plan.flops import Flops, Shape
 from megatron_g2rpo.plan.kept import element_bytes

@@ -111,18 +111,18 @@ class TransformerEngineCoreAttention(nn.Module):
     looked up for every branch, and under context parallelism gathered from all ranks before.
     """
 
-    def __init__(self, *, config: Any, pg_collection: Any = None, **arguments: Any) -> None:
+    def __init__(self, *, config: Any, attention_type: str, pg_collection: Any = None, **arguments: Any) -> None:
         super().__init__()
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
-        self.attention = TEDotProductAttention(config=config, pg_collection=pg_collection, **arguments)
-        self.context_group, self.span_attention = None, self.attention
-        if config.context_parallel_size > 1:
-            # The same attention without Transformer Engine's own exchange between the ranks.
-            alone = copy.copy(config)
-            alone.context_parallel_size = 1
-            self.context_group = pg_collection.cp
-            self.span_attention = TEDotProductAttention(config=alone, pg_collection=pg_collection, **arguments)
+        arguments |= {"pg_collection": pg_collection}
+        self.attention = TEDotProductAttention(config=config, attention_type=attention_type, **arguments)
+        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        # Without Transformer Engine's own exchange between ranks. With "self", its unfused attention would take it that
+        # there are as many keys as queries.
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1
+        self.span_attention = TEDotProductAttention(config=alone, attention_type="cross", **arguments)
 
     def forward(
         self,

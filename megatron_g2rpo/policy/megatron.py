@@ -40,6 +40,7 @@ from megatron_g2rpo.policy.optimizer import (
     wrap_ddp,
 )
 from megatron_g2rpo.policy.process_groups import ParallelGroups, initialize
+from megatron_g2rpo.policy.work import RowWork, Work, row_work
 from megatron_g2rpo.recipe import MegatronConfig, Policy
 from megatron_g2rpo.types import DTYPES, PackedBatch, TokenStats
 from megatron_g2rpo.weights.hf_model import model_class
@@ -84,6 +85,10 @@ class MegatronPolicy:
         vision_cache: features of images, which the rollout engine of this process may share; it hears of every change
             of the vision tower's weights. None: images are encoded anew in every pass.
 
+    Attributes:
+        vision_cache: as given.
+        work: what its passes have computed so far, the same on every rank of a replica.
+
     Raises:
         LayoutError: the model cannot be split as the recipe asks.
         KernelError: the machine lacks kernels that the recipe asks for.
@@ -102,7 +107,7 @@ class MegatronPolicy:
         on_loaded: sharded_state.Advance | None = None,
         vision_cache: VisionCache | None = None,
     ) -> None:
-        self._vision_cache = vision_cache
+        self.vision_cache, self.work = vision_cache, Work.none()
         self.settings, self.device = settings, device
         check_environment(settings.megatron_cfg.env_vars)
         self.hf_config = load_config(settings.model_name)
@@ -237,8 +242,8 @@ class MegatronPolicy:
 
     def _vision_changed(self) -> None:
         """Let features of images be forgotten; on every stage, because the engine of each rank may have some."""
-        if self._vision_cache is not None:
-            self._vision_cache.weights_changed()
+        if self.vision_cache is not None:
+            self.vision_cache.weights_changed()
 
     @property
     def _layer_offset(self) -> int:
@@ -403,6 +408,11 @@ class MegatronPolicy:
         other stages.
         """
         size, rank = self.groups.context_size, self.groups.context_rank
+        done = sum(map(row_work, batches), RowWork())
+        if forward_only:
+            self.work.forward += done
+        else:
+            self.work.trained += done
 
         def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             progress.advance()

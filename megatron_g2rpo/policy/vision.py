@@ -17,6 +17,7 @@ Shape letters: I images, V patches of them, D numbers of a patch, F merged featu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 from megatron_g2rpo.models import Vision, VisionGeometry
-from megatron_g2rpo.models.vision_cache import Image, VisionCache, images_of
+from megatron_g2rpo.models.images import Image, images_of
+from megatron_g2rpo.models.vision_cache import VisionCache
 from megatron_g2rpo.policy.layouts.image_shares import assign_images
 
 
@@ -53,20 +55,27 @@ class VisionWork:
 
     Attributes:
         encoded: patches of forward passes.
-        learnt_from: of those, the patches that a backward pass follows.
+        encoded_pairs: pairs of patches that saw each other in them: those of an image.
+        learnt: of the patches, those that a backward pass follows.
+        learnt_pairs: of the pairs, those that a backward pass follows.
         known: patches of this rank's share that were read from the cache.
-        repeated: patches of images whose content occurs before in the row, the same on all peers.
+        repeated: patches of images whose content occurs before in the row; the first of the peers counts them.
     """
 
     encoded: int = 0
-    learnt_from: int = 0
+    encoded_pairs: int = 0
+    learnt: int = 0
+    learnt_pairs: int = 0
     known: int = 0
     repeated: int = 0
 
-    def count(self, patches: int, *, learns: bool) -> None:
-        """Add the patches of a forward pass."""
+    def count(self, sizes: Sequence[int], *, learns: bool) -> None:
+        """Add a forward pass over images of these sizes in patches."""
+        patches, pairs = sum(sizes), sum(size**2 for size in sizes)
         self.encoded += patches
-        self.learnt_from += patches * learns
+        self.encoded_pairs += pairs
+        self.learnt += patches * learns
+        self.learnt_pairs += pairs * learns
 
 
 class VisionEncoder:
@@ -113,12 +122,12 @@ class VisionEncoder:
         """
         if not len(image_grid_thw) and not self._every_row:
             return None
-        grids = image_grid_thw.cpu()
-        images = self._images(pixel_values, grids)
+        images = self._images(pixel_values, image_grid_thw.cpu())
         distinct, number = _distinct(images) if self._cache is not None else (images, list(range(len(images))))
-        sizes = [len(image.pixels) // self._geometry.merge**2 for image in distinct]
+        sizes = [image.num_patches // self._geometry.merge**2 for image in distinct]
         shares = assign_images(sizes, self._group.size())
-        self.work.repeated += sum(len(image.pixels) for image in images) - sum(len(image.pixels) for image in distinct)
+        if self._group.rank() == 0:  # the peers would count it again
+            self.work.repeated += _patches(images) - _patches(distinct)
         features = self._encode([distinct[image] for image in shares[self._group.rank()]])
         if self._group.size() == 1:
             return ImageFeatures(features, _places(sizes, shares, 0, number).to(self._device))
@@ -133,49 +142,53 @@ class VisionEncoder:
         if self._cache is not None:
             return images_of(pixel_values, grids)
         pieces = pixel_values.split(grids.prod(dim=1).tolist())
-        return [Image(pixels=pixels, grid=grid, digest=b"") for pixels, grid in zip(pieces, grids, strict=True)]
+        return [Image(name="", pixels=pixels, grid=grid) for pixels, grid in zip(pieces, grids, strict=True)]
 
     def _encode(self, mine: list[Image]) -> Tensor:
         """Return the features of this rank's share of a row's images."""
         if not mine:
             return self._nothing()
-        learns = self._learns
-        if self._cache is None or learns:
-            pixels = torch.cat([image.pixels for image in mine])
-            self.work.count(len(pixels), learns=learns)
-            return self._run(pixels, torch.stack([image.grid for image in mine]))
-        before = self._cache.patches
+        if self._cache is None or self._learns:
+            return self._run(mine)
+        before = self.work.encoded
         features = self._cache.features(
-            mine, self._run, version=self._cache.version, dtype=self._dtype, device=self._device
+            mine, self._run_each, version=self._cache.version, dtype=self._dtype, device=self._device
         )
-        encoded = self._cache.patches - before
-        self.work.count(encoded, learns=False)
-        self.work.known += sum(len(image.pixels) for image in mine) - encoded
-        return features
+        self.work.known += _patches(mine) - (self.work.encoded - before)
+        return torch.cat(features)
 
     @property
     def _learns(self) -> bool:
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._tower.parameters())
 
-    def _run(self, pixels: Tensor, grids: Tensor) -> Tensor:
-        pixels = pixels.to(self._device, self._dtype)
-        return self._vision.features(self._tower, pixels, grids.to(self._device)).to(self._dtype)
+    def _run(self, images: Sequence[Image]) -> Tensor:
+        pixels = torch.cat([image.pixels for image in images]).to(self._device, self._dtype)
+        grids = torch.stack([image.grid for image in images]).to(self._device)
+        self.work.count([image.num_patches for image in images], learns=self._learns)
+        return self._vision.features(self._tower, pixels, grids).to(self._dtype)
+
+    def _run_each(self, images: Sequence[Image]) -> Sequence[Tensor]:
+        return self._run(images).split([image.num_patches // self._geometry.merge**2 for image in images])
 
     def _nothing(self) -> Tensor:
         """Return zero features that are in the graph if the tower learns: its peers wait in the gather's backward."""
         if self._every_row:
             side = self._geometry.merge
-            dummy = torch.zeros(side * side, self._geometry.patch_values, dtype=self._dtype, device=self._device)
-            return self._run(dummy, torch.tensor([[1, side, side]]))[:0]
+            pixels = torch.zeros(side * side, self._geometry.patch_values)
+            return self._run([Image(name="", pixels=pixels, grid=torch.tensor([1, side, side]))])[:0]
         empty = torch.empty(0, 1 + self._geometry.levels, self._geometry.hidden, dtype=self._dtype, device=self._device)
         return empty.requires_grad_(self._learns)
 
 
-def _distinct(images: list[Image]) -> tuple[list[Image], list[int]]:
+def _distinct(images: Sequence[Image]) -> tuple[list[Image], list[int]]:
     """Return the images of different content, and for each image the number of its content among them."""
-    numbers: dict[bytes, int] = {}
-    number = [numbers.setdefault(image.digest, len(numbers)) for image in images]
-    return [images[number.index(content)] for content in range(len(numbers))], number
+    distinct = {image.name: image for image in reversed(images)}
+    order = list(dict.fromkeys(image.name for image in images))
+    return [distinct[name] for name in order], [order.index(image.name) for image in images]
+
+
+def _patches(images: Sequence[Image]) -> int:
+    return sum(image.num_patches for image in images)
 
 
 def _places(sizes: list[int], shares: list[list[int]], longest: int, number: list[int]) -> Tensor:

@@ -46,6 +46,7 @@ from megatron_g2rpo.train.step.sampling import collect
 from megatron_g2rpo.train.step.timers import Timers
 from megatron_g2rpo.train.step.update_metrics import task_gradient_metrics, update_metrics
 from megatron_g2rpo.train.step.warnings import SignalWatch, answer_warnings, gap_warnings
+from megatron_g2rpo.train.step.work import WorkMeter, work_metrics
 from megatron_g2rpo.types import TokenStats
 
 COLUMNS = (
@@ -109,6 +110,9 @@ def g2rpo_step(
     """
     policy, reference, timers = components.policy, components.reference, Timers(components.device)
     loss_fn, data_parallel, skipped = recipe.loss_fn, policy.groups.data, components.stream.skipped.copy()
+    meter = WorkMeter(policy)
+    if policy.vision_cache is not None:
+        policy.vision_cache.begin_step()
 
     collected = collect(recipe, components, step, timers)
     rollouts, rewards = collected.rollouts, collected.rewards
@@ -146,6 +150,7 @@ def g2rpo_step(
     metrics["train/skipped_updates"] = sum(update["train/skipped_updates"] for update in updates)
     metrics |= collected.metrics | collected.failed.metrics("train/failed_rewards")
     metrics |= skipped_metrics(components.stream.skipped - skipped)
+    metrics |= work_metrics(meter, policy, timers.seconds, sum(rollout.num_tokens for rollout in rollouts))
     return {**metrics, **timers.metrics()}
 
 

@@ -104,6 +104,47 @@ def test_rollouts_say_what_each_token_was_sampled_from(engine, models, prompts):
     assert len(counts) > 1, "top_p should leave different numbers of tokens"
 
 
+def test_an_image_is_encoded_once_for_a_group_and_for_both_ways_of_answering(engine, models, prompts):
+    encoded: list[int] = []
+
+    def watch(model):
+        def note(module, arguments, keywords):
+            encoded.append(len(keywords["grid_thw"] if "grid_thw" in keywords else arguments[1]))
+
+        return model.visual.register_forward_pre_hook(note, with_kwargs=True)
+
+    (hook,) = engine._llm.apply_model(watch)
+    try:
+        generate(engine, prompts, 4)
+        generate(engine, prompts, 1, temperature=0.0)
+        images = sum(len(prompt.inputs.image_grid_thw) for prompt in prompts)
+        assert sum(encoded) == images
+        engine.load_weights(named(models[0]))
+        generate(engine, prompts, 4)
+        assert sum(encoded) == 2 * images, "other weights, other features"
+    finally:
+        hook.remove()
+
+
+def test_the_samples_of_a_group_share_the_prefill_of_their_prompt(engine, prompts, monkeypatch):
+    """In whole blocks of the cache; the second call, as validation makes it, finds all of them."""
+    block = engine._llm.llm_engine.vllm_config.cache_config.block_size
+    text = prompts[0].inputs
+    long = replace(prompts[0], inputs=replace(text, token_ids=text.token_ids.repeat(40)[: 2 * block + 5]))
+    cached: list[int] = []
+    wait = engine._llm.wait_for_completion
+
+    def noted(**keywords):
+        outputs = wait(**keywords)
+        cached.extend(output.num_cached_tokens for output in outputs)
+        return outputs
+
+    monkeypatch.setattr(engine._llm, "wait_for_completion", noted)
+    generate(engine, [long], 4)
+    generate(engine, [long], 1, temperature=0.0)
+    assert cached[-1] == 2 * block
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(engine, prompts, temperature):
     """By the embedded engine's rule: what is decoded is searched after each token."""

@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_g2rpo.models import vision_cache
-from megatron_g2rpo.models.vision_cache import Image, VisionCache, images_of
+from megatron_g2rpo.models import images as image_names
+from megatron_g2rpo.models.images import Image, images_of
+from megatron_g2rpo.models.vision_cache import VisionCache
 
 CPU = torch.device("cpu")
 LEVELS, HIDDEN, MERGE = 2, 3, 4
@@ -31,11 +32,13 @@ class Tower:
     weight: float = 1.0
     calls: list[int] = field(default_factory=list)
 
-    def __call__(self, pixels: Tensor, grids: Tensor) -> Tensor:
-        assert int(grids.prod(dim=1).sum()) == len(pixels)
-        self.calls.append(len(pixels))
+    def __call__(self, images: Sequence[Image]) -> Sequence[Tensor]:
+        assert all(int(image.grid.prod()) == image.num_patches for image in images)
+        self.calls.append(sum(image.num_patches for image in images))
+        pixels = torch.cat([image.pixels for image in images])
         merged = pixels.unflatten(0, (-1, MERGE)).sum(dim=(1, 2))
-        return self.weight * merged[:, None, None].expand(-1, LEVELS, HIDDEN)
+        features = self.weight * merged[:, None, None].expand(-1, LEVELS, HIDDEN)
+        return features.clone().split([image.num_patches // MERGE for image in images])
 
 
 def images(*grids: tuple[int, int], seed: int = 0) -> list[Image]:
@@ -46,11 +49,11 @@ def images(*grids: tuple[int, int], seed: int = 0) -> list[Image]:
 
 def ask(cache: VisionCache, tower: Tower, of: Sequence[Image], **changes: Any) -> Tensor:
     given = {"version": cache.version, "dtype": torch.float32, "device": CPU, **changes}
-    return cache.features(of, tower, **given)
+    return torch.cat(cache.features(of, tower, **given))
 
 
 def expected(tower: Tower, of: Sequence[Image]) -> Tensor:
-    return torch.cat([Tower(tower.weight)(image.pixels, image.grid[None]) for image in of])
+    return torch.cat([features for image in of for features in Tower(tower.weight)([image])])
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -89,7 +92,7 @@ def test_the_same_patches_in_another_grid_are_another_image() -> None:
     """Rotary and position embeddings differ."""
     pixels = torch.arange(40.0).reshape(8, 5)
     wide, tall = images_of(pixels, torch.tensor([[1, 2, 4]])), images_of(pixels.clone(), torch.tensor([[1, 4, 2]]))
-    assert wide[0].digest != tall[0].digest
+    assert wide[0].name != tall[0].name
 
 
 def test_other_weights_encode_anew() -> None:
@@ -114,6 +117,17 @@ def test_who_has_former_weights_neither_reads_nor_writes() -> None:
     assert torch.allclose(ask(cache, new, [one]), expected(new, [one]))
     assert torch.allclose(ask(cache, old, [one], version=version), expected(old, [one]))
     assert (old.calls, new.calls) == ([8, 8], [8])
+
+
+@pytest.mark.parametrize(("frozen", "calls"), [(False, [8, 8]), (True, [8])])
+def test_a_step_begins_with_what_a_resumed_run_would_compute_too(frozen: bool, calls: list[int]) -> None:
+    cache, tower = VisionCache(10_000, frozen=frozen), Tower()
+    (one,) = images((2, 4))
+    ask(cache, tower, [one])
+    cache.begin_step()
+    ask(cache, tower, [one])
+    assert tower.calls == calls
+    assert cache.version == 0, "the weights are the same: whoever has them may ask"
 
 
 def test_another_dtype_is_another_feature() -> None:
@@ -149,13 +163,12 @@ def test_an_image_above_the_bound_is_encoded_and_not_kept() -> None:
 def test_what_is_kept_is_a_copy() -> None:
     """A view would keep all that was encoded with it, and change with what it is a view of."""
     cache, tower = VisionCache(10_000, frozen=False), Tower()
-    (one,) = images((2, 4))
-    first = ask(cache, tower, [one])
-    first.zero_()
-    second = ask(cache, tower, [one])
-    assert torch.allclose(second, expected(tower, [one]))
-    second.zero_()
-    assert torch.allclose(ask(cache, tower, [one]), expected(tower, [one]))
+    one, two = images((2, 4), (2, 4))
+    encoded = cache.features([one, two], tower, version=0, dtype=torch.float32, device=CPU)
+    encoded[0].zero_()
+    (kept,) = cache.features([one], tower, version=0, dtype=torch.float32, device=CPU)
+    assert torch.allclose(kept, expected(tower, [one]))
+    assert kept.untyped_storage().nbytes() == 2 * FEATURE_BYTES
 
 
 def test_an_image_is_digested_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,12 +178,12 @@ def test_an_image_is_digested_once(monkeypatch: pytest.MonkeyPatch) -> None:
         digested.append(None)
         return hashlib.sha256(*arguments)
 
-    monkeypatch.setattr(vision_cache, "hashlib", type("H", (), {"sha256": staticmethod(sha256)}))
+    monkeypatch.setattr(image_names, "hashlib", type("H", (), {"sha256": staticmethod(sha256)}))
     pixels, grids = torch.randn(16, 5), torch.tensor([[1, 2, 4], [1, 4, 2]])
     first, second = images_of(pixels, grids), images_of(pixels, grids)
-    assert [image.digest for image in first] == [image.digest for image in second]
+    assert [image.name for image in first] == [image.name for image in second]
     assert len(digested) == 2
-    known = len(vision_cache._digests)
+    known = len(image_names._names)
     del pixels, first, second
     gc.collect()
-    assert len(vision_cache._digests) == known - 1, "they are forgotten with the image"
+    assert len(image_names._names) == known - 1, "they are forgotten with the image"

@@ -101,6 +101,7 @@ def batch_of(
     """One row: a prompt for each entry of ``grids``, which names the sizes of its images in patches.
 
     With several samples of a prompt these share it; each has seven tokens less than the one before, but one at least.
+    Of several prompts the last has only one then, which shares nothing.
     """
     tokens = special_tokens(config.text_config.vocab_size)
     sequence_multiple, row_multiple = token_multiples(layout)
@@ -119,8 +120,8 @@ def batch_of(
             response_ids=torch.randint(tokens.num_text, (max(response_tokens - 7 * sample, 1),), generator=generator),
             advantage=1.0,
         )
-        for inputs in random_inputs(config, grids=grids, text_tokens=text_tokens)
-        for sample in range(samples)
+        for index, inputs in enumerate(random_inputs(config, grids=grids, text_tokens=text_tokens))
+        for sample in range(samples if index == 0 or index < len(grids) - 1 else 1)
     ]
     [batch] = packer.pack(sequences, budget=100_000)
     return batch

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from megatron_g2rpo.models.cards import CARDS
 from megatron_g2rpo.plan import decoding, flops, speed
-from megatron_g2rpo.plan.cards import CARDS
 from megatron_g2rpo.plan.decoding import Engine, Responses
 from megatron_g2rpo.plan.flops import Shape
 from megatron_g2rpo.plan.model import Model, read_config

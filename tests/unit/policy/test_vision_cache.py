@@ -71,7 +71,7 @@ def test_a_frozen_tower_is_run_once_over_two_steps(directory: Path) -> None:
     assert sum(cached.passes) == sum(distinct.values())
     assert sum(plain.passes) >= 4 * sum(distinct.values())
     work = cached.policy.model.vision_work
-    assert (work.encoded, work.learnt_from) == (sum(distinct.values()), 0)
+    assert (work.encoded, work.learnt) == (sum(distinct.values()), 0)
     assert work.known == sum(plain.passes) - sum(distinct.values())
     weights = [dict(watched.policy.stream()) for watched in (cached, plain)]
     # Adam divides a gradient by its own size: where that is nothing but rounding, so is the step.
