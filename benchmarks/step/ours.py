@@ -15,7 +15,6 @@ import torch
 from benchmarks.step import workload
 from benchmarks.step.meter import Meter, Step, Work
 from benchmarks.step.sizes import Size
-from megatron_g2rpo import progress
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.recipe import TrainRecipe
@@ -84,9 +83,7 @@ class ProcessorTimers(Timers):
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Measure a phase of the step, see ``Timers``."""
-        progress.enter(phase)
-        self.seconds.setdefault(phase, 0.0)
-        with self.meter(PHASES.get(phase, "rest")):
+        with self.meter(PHASES.get(phase, "rest")), super().__call__(phase):
             yield
 
 
