@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_g2rpo.models.images import Image
+from megatron_g2rpo.models.vision_graphs import VisionGraphs
 
 # encode(images): the features ``[F, 1 + K, h]`` of each image, without gradient, in the dtype and on the device that
 # the cache was asked for.
@@ -34,16 +35,19 @@ class VisionCache:
         frozen: whether the tower never learns. Its features then outlive steps and checkpoints, so that images are
             encoded one by one: an image's features, to the last bit, do not depend on which others are encoded with
             it, and a resumed run, which begins with an empty cache, computes what the whole run read.
+        graphs: what keeps the graphs of a learning tower's passes from the begin of a step to its first update; None:
+            the update runs the tower again.
 
     Attributes:
+        graphs: as given.
         version: number of the weights; it changes with them.
         num_bytes: bytes that are kept now.
         patches: patches that were encoded through the cache.
         saved_patches: patches that were asked for and needed no encoding.
     """
 
-    def __init__(self, max_bytes: int, *, frozen: bool) -> None:
-        self._max_bytes, self._frozen = max_bytes, frozen
+    def __init__(self, max_bytes: int, *, frozen: bool, graphs: VisionGraphs | None = None) -> None:
+        self._max_bytes, self._frozen, self.graphs = max_bytes, frozen, graphs
         self._kept: OrderedDict[_Key, Tensor] = OrderedDict()
         self.version = 0
         self.num_bytes = 0
@@ -53,6 +57,8 @@ class VisionCache:
         """Forget everything: the tower has other weights now. Whoever holds the former ones may no longer ask."""
         self._kept.clear()
         self.version, self.num_bytes = self.version + 1, 0
+        if self.graphs is not None:
+            self.graphs.drop()
 
     def begin_step(self) -> None:
         """Forget, at the begin of a step, what a run that resumes there would not know.
@@ -63,6 +69,8 @@ class VisionCache:
         if not self._frozen:
             self._kept.clear()
             self.num_bytes = 0
+        if self.graphs is not None:
+            self.graphs.begin()
 
     def features(
         self,
@@ -72,6 +80,7 @@ class VisionCache:
         version: int,
         dtype: torch.dtype,
         device: torch.device,
+        keep_graphs: bool = False,
     ) -> list[Tensor]:
         """Return the features of images, of which only those are encoded that are not known, and each content once.
 
@@ -81,6 +90,8 @@ class VisionCache:
             version: number of the tower's weights that ``encode`` runs with, ``version`` as it was when they came.
             dtype: dtype of the tower and of the features.
             device: device of the tower and of the features.
+            keep_graphs: whether an update may learn from the images that are encoded: where ``graphs`` has room, their
+                features come from the policy's own tower, with a graph.
 
         Returns:
             ``[F, 1 + K, h]`` of each image; they must not be written to.
@@ -94,16 +105,22 @@ class VisionCache:
                 found[image.name] = kept.to(device)
             else:
                 missing[image.name] = image
-        for name, features in zip(missing, self._encoded(list(missing.values()), encode), strict=True):
+        graphs = self.graphs if current and self.graphs is not None and self.graphs.serves(dtype, device) else None
+        encoded = self._encoded(list(missing.values()), encode, graphs, keep_graphs)
+        for name, features in zip(missing, encoded, strict=True):
             found[name] = features
             if current:
                 self._keep((name, dtype, str(device)), features)
-        encoded = sum(image.num_patches for image in missing.values())
-        self.patches += encoded
-        self.saved_patches += sum(image.num_patches for image in images) - encoded
+        patches = sum(image.num_patches for image in missing.values())
+        self.patches += patches
+        self.saved_patches += sum(image.num_patches for image in images) - patches
         return [found[image.name] for image in images]
 
-    def _encoded(self, images: Sequence[Image], encode: Encode) -> Sequence[Tensor]:
+    def _encoded(
+        self, images: Sequence[Image], encode: Encode, graphs: VisionGraphs | None, keep_graphs: bool
+    ) -> Sequence[Tensor]:
+        if graphs is not None:
+            return graphs.features(images, encode, keep=keep_graphs)
         if self._frozen:
             return [features for image in images for features in encode([image])]
         return encode(images) if images else []

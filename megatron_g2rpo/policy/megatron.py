@@ -151,7 +151,9 @@ class MegatronPolicy:
     def _prepare_training(self, megatron_cfg: MegatronConfig, max_steps: int) -> None:
         ddp = wrap_ddp(self.model, self.config, megatron_cfg.distributed_data_parallel_config, self.groups.collection)
         optimizer = build_optimizer(ddp, self.dtype, megatron_cfg.optimizer)
-        schedule_functions(self.config, ddp, optimizer)
+        keeps_graphs = self.vision_cache is not None and self.vision_cache.graphs is not None
+        complete = self.model.finish_vision_backward if keeps_graphs else None
+        schedule_functions(self.config, ddp, optimizer, after_backward=complete)
         check_normalisation(self.config, ddp)
         self._ddp, self.optimizer = ddp, optimizer
         self.scheduler = build_scheduler(optimizer, megatron_cfg.optimizer, megatron_cfg.scheduler, max_steps)
@@ -341,6 +343,8 @@ class MegatronPolicy:
         _, optimizer, scheduler = self._training()
         # Before step(), which would clip by a norm that is not finite, and write it into every weight.
         metrics = self.gradient_norm(batches, loss, temperature, on_stats)
+        if self.vision_cache is not None and self.vision_cache.graphs is not None:
+            self.vision_cache.graphs.drop()  # also of a step that is not taken; before the optimizer takes its memory
         lr = {"lr": float(optimizer.param_groups[0]["lr"])}
         if skips is not None and skips(metrics["loss"], metrics["grad_norm"]):
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}

@@ -9,6 +9,7 @@ context-parallel share, and sequence parallelism scatters what has been merged.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,6 +109,12 @@ class PolicyModel(MegatronModule):
                 pg_collection.tp_cp,
                 cache=vision_cache,
                 every_row=vision_every_row,
+                graph_bytes=partial(
+                    vision.tower_bytes,
+                    hf_config,
+                    nbytes=config.params_dtype.itemsize,
+                    recompute=config.recompute_granularity == "full",
+                ),
             )
 
     def _prepared(self, tower: Any) -> nn.Module:
@@ -123,6 +130,11 @@ class PolicyModel(MegatronModule):
     def vision_work(self) -> VisionWork:
         """What this rank's vision tower did so far; nothing where this stage has none."""
         return VisionWork() if self._encode_images is None else self._encode_images.work
+
+    def finish_vision_backward(self) -> None:
+        """Take the gradients of kept image features through the tower, after the backward passes of all rows."""
+        if self._encode_images is not None:
+            self._encode_images.finish_backward()
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """Return the tied weight, which megatron-core keeps equal on all pipeline stages that hold it."""

@@ -7,6 +7,8 @@ and ``finalize_model_grads`` divides by the global token count.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,16 +50,26 @@ def wrap_ddp(
     return DistributedDataParallel(config=config, ddp_config=ddp_config, module=model, pg_collection=pg_collection)
 
 
-def schedule_functions(config: TransformerConfig, ddp: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
+def schedule_functions(
+    config: TransformerConfig,
+    ddp: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    *,
+    after_backward: Callable[[], None] | None = None,
+) -> None:
     """Set the functions by which megatron-core's schedules reduce gradients, as its own training does.
 
     Args:
         config: the model's configuration, which the schedules read; it is changed.
         ddp: the wrapped model.
         optimizer: the optimizer, whose loss scale is used.
+        after_backward: function that completes this rank's gradients once all micro-batches have run their backward
+            pass, before they are reduced and divided by tokens; None: they are complete then.
     """
     overlap = ddp.ddp_config.overlap_grad_reduce
     config.finalize_model_grads_func = finalize_model_grads
+    if after_backward is not None:
+        config.finalize_model_grads_func = partial(_complete_and_finalize, after_backward)
     config.grad_scale_func = optimizer.scale_loss
     # Only the last micro-batch's backward pass may start a reduction.
     config.no_sync_func = ddp.no_sync if overlap else None
@@ -65,6 +77,11 @@ def schedule_functions(config: TransformerConfig, ddp: DistributedDataParallel, 
     config.grad_sync_func = ddp.start_grad_sync if overlap else None
     # Gathers of updated weights start in hooks before each module's forward; only the interleaved schedule calls this.
     config.param_sync_func = None
+
+
+def _complete_and_finalize(complete: Callable[[], None], *arguments: Any, **keywords: Any) -> None:
+    complete()
+    finalize_model_grads(*arguments, **keywords)
 
 
 def check_normalisation(config: TransformerConfig, ddp: DistributedDataParallel) -> None:

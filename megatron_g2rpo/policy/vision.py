@@ -17,7 +17,7 @@ Shape letters: I images, V patches of them, D numbers of a patch, F merged featu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from megatron_g2rpo.models import Vision, VisionGeometry
 from megatron_g2rpo.models.images import Image, images_of
 from megatron_g2rpo.models.vision_cache import VisionCache
+from megatron_g2rpo.models.vision_graphs import VisionGraphs
 from megatron_g2rpo.policy.layouts.image_shares import assign_images
 
 
@@ -92,6 +93,7 @@ class VisionEncoder:
             equal content are not found.
         every_row: run the tower on a row without images as well (on a small dummy image whose features count 0 times),
             so that each of its parameters has a gradient: megatron-core's overlapped gradient reduction waits for all.
+        graph_bytes: bytes that the graph of a forward pass keeps, by its number of patches.
     """
 
     def __init__(
@@ -105,10 +107,29 @@ class VisionEncoder:
         *,
         cache: VisionCache | None = None,
         every_row: bool,
+        graph_bytes: Callable[[int], int],
     ) -> None:
         self._cache, self.work = cache, VisionWork()
         self._vision, self._tower, self._geometry = vision, tower, geometry
-        self._dtype, self._device, self._group, self._every_row = dtype, device, group, every_row
+        self.dtype, self.device, self._group, self._every_row = dtype, device, group, every_row
+        self.graph_bytes = graph_bytes
+        self._graphs = None if cache is None else cache.graphs
+        if self._graphs is not None:
+            if group.size() > 1 or every_row:
+                raise ValueError(
+                    "graphs of image features are kept by a rank that has its rows to itself, without overlapped "
+                    "gradient reduction; see recipe.vision_graphs"
+                )
+            if self._has_known_size():
+                self._graphs.connect(self)
+
+    def _has_known_size(self) -> bool:
+        """Return whether the family says what a graph keeps: one that does not keeps none, because of the bound."""
+        try:
+            self.graph_bytes(self._geometry.merge**2)
+        except ValueError:
+            return False
+        return True
 
     def __call__(self, pixel_values: Tensor, image_grid_thw: Tensor) -> ImageFeatures | None:
         """Encode all images of the row. A collective of the peers.
@@ -130,13 +151,13 @@ class VisionEncoder:
             self.work.repeated += _patches(images) - _patches(distinct)
         features = self._encode([distinct[image] for image in shares[self._group.rank()]])
         if self._group.size() == 1:
-            return ImageFeatures(features, _places(sizes, shares, 0, number).to(self._device))
+            return ImageFeatures(features, _places(sizes, shares, 0, number).to(self.device))
         longest = max(1, *(sum(sizes[image] for image in share) for share in shares))
         padded = F.pad(features, (0, 0, 0, 0, 0, longest - len(features)))
         values = gather_from_sequence_parallel_region(
             input_=padded, tensor_parallel_output_grad=True, group=self._group
         )
-        return ImageFeatures(values, _places(sizes, shares, longest, number).to(self._device))
+        return ImageFeatures(values, _places(sizes, shares, longest, number).to(self.device))
 
     def _images(self, pixel_values: Tensor, grids: Tensor) -> list[Image]:
         if self._cache is not None:
@@ -148,27 +169,59 @@ class VisionEncoder:
         """Return the features of this rank's share of a row's images."""
         if not mine:
             return self._nothing()
+        if self._learns and self._graphs is not None:
+            return self._from_leaves(mine, self._graphs)
         if self._cache is None or self._learns:
             return self._run(mine)
         before = self.work.encoded
         features = self._cache.features(
-            mine, self._run_each, version=self._cache.version, dtype=self._dtype, device=self._device
+            mine, self._run_each, version=self._cache.version, dtype=self.dtype, device=self.device
         )
         self.work.known += _patches(mine) - (self.work.encoded - before)
         return torch.cat(features)
+
+    def _from_leaves(self, images: list[Image], graphs: VisionGraphs) -> Tensor:
+        """Return features for an update's row: leaves of kept graphs, and of other images a pass with its graph."""
+        leaves = [graphs.leaf(image) for image in images]
+        rest = [image for image, leaf in zip(images, leaves, strict=True) if leaf is None]
+        if len(rest) == len(images):
+            return self._run(images)
+        self.work.known += _patches(images) - _patches(rest)
+        anew = iter(self._run_each(rest) if rest else ())
+        return torch.cat([next(anew) if leaf is None else leaf for leaf in leaves])
+
+    def encode(self, images: Sequence[Image]) -> Sequence[Tensor]:
+        """Return the features of each image for a graph that is kept; see ``vision_graphs.Tower``.
+
+        The forward pass is work of generation, which counts it; the backward pass is counted by ``finish_backward``.
+        """
+        return self._split(self._features(images), images)
+
+    def finish_backward(self) -> None:
+        """Take the gradients of kept features through the tower, after the backward passes of all rows."""
+        if self._graphs is not None:
+            learnt = self._graphs.backward()
+            self.work.learnt += _patches(learnt)
+            self.work.learnt_pairs += sum(image.num_patches**2 for image in learnt)
 
     @property
     def _learns(self) -> bool:
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._tower.parameters())
 
     def _run(self, images: Sequence[Image]) -> Tensor:
-        pixels = torch.cat([image.pixels for image in images]).to(self._device, self._dtype)
-        grids = torch.stack([image.grid for image in images]).to(self._device)
         self.work.count([image.num_patches for image in images], learns=self._learns)
-        return self._vision.features(self._tower, pixels, grids).to(self._dtype)
+        return self._features(images)
+
+    def _features(self, images: Sequence[Image]) -> Tensor:
+        pixels = torch.cat([image.pixels for image in images]).to(self.device, self.dtype)
+        grids = torch.stack([image.grid for image in images]).to(self.device)
+        return self._vision.features(self._tower, pixels, grids).to(self.dtype)
 
     def _run_each(self, images: Sequence[Image]) -> Sequence[Tensor]:
-        return self._run(images).split([image.num_patches // self._geometry.merge**2 for image in images])
+        return self._split(self._run(images), images)
+
+    def _split(self, features: Tensor, images: Sequence[Image]) -> Sequence[Tensor]:
+        return features.split([image.num_patches // self._geometry.merge**2 for image in images])
 
     def _nothing(self) -> Tensor:
         """Return zero features that are in the graph if the tower learns: its peers wait in the gather's backward."""
@@ -176,7 +229,7 @@ class VisionEncoder:
             side = self._geometry.merge
             pixels = torch.zeros(side * side, self._geometry.patch_values)
             return self._run([Image(name="", pixels=pixels, grid=torch.tensor([1, side, side]))])[:0]
-        empty = torch.empty(0, 1 + self._geometry.levels, self._geometry.hidden, dtype=self._dtype, device=self._device)
+        empty = torch.empty(0, 1 + self._geometry.levels, self._geometry.hidden, dtype=self.dtype, device=self.device)
         return empty.requires_grad_(self._learns)
 
 

@@ -49,6 +49,7 @@ NOT_IDENTITY = (
     "policy.max_total_sequence_length",
     "policy.logprob_chunk_size",
     "policy.vision_cache_mb",
+    "policy.vision_graph_mb",
     "policy.sequence_packing",
     "policy.generation.batch_size",
     "policy.generation.gap_warning",

@@ -220,6 +220,9 @@ class Policy(Section):
     vision_cache_mb: NonNegativeInt
     """Megabytes (10^6 bytes) of image features that each rank keeps in host memory, so that an image is encoded once
     while the vision tower's weights stay the same; 0: every pass encodes it anew."""
+    vision_graph_mb: NonNegativeInt
+    """Megabytes (10^6 bytes) of a learning vision tower's activations that a rank keeps from generation to the step's
+    first update, which then runs no forward pass of the tower (``recipe.vision_graphs`` says where); 0: it does."""
     sequence_packing: SequencePacking
     """Size of a micro-batch, and what its sequences share."""
     megatron_cfg: MegatronConfig

@@ -19,6 +19,7 @@ from megatron_g2rpo.data.packing import Packer
 from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.data.stream import PromptStream, number_tasks, validation_prompts
 from megatron_g2rpo.models.vision_cache import VisionCache
+from megatron_g2rpo.models.vision_graphs import VisionGraphs
 from megatron_g2rpo.objective import History
 from megatron_g2rpo.policy.device import Device, select, set_cpu_threads
 from megatron_g2rpo.policy.layouts.layout import Layout, token_multiples
@@ -27,6 +28,7 @@ from megatron_g2rpo.policy.reference_policy import ReferencePolicy
 from megatron_g2rpo.recipe import Policy, Recipe, TrainRecipe
 from megatron_g2rpo.recipe.policy_section import SequencePacking
 from megatron_g2rpo.recipe.validation_metrics import unmeasured
+from megatron_g2rpo.recipe.vision_graphs import why_no_graphs
 from megatron_g2rpo.rollout import base as engines
 from megatron_g2rpo.tasks import response_formats
 from megatron_g2rpo.tasks.workers import RewardWorkers
@@ -132,7 +134,7 @@ def _assembled(recipe: Recipe, workers: RewardWorkers | None) -> Components:
     progress.enter("weights")
     # What no engine samples has no probability in the policy either: both then speak of one distribution.
     banned = processor.banned_token_ids(processor.vocab_size)
-    cache = vision_cache_of(recipe.policy)
+    cache = vision_cache_of(recipe)
     policy = MegatronPolicy(
         recipe.policy,
         device,
@@ -241,11 +243,13 @@ def packer_for(processor: ChatProcessor, layout: Layout, packing: SequencePackin
     )
 
 
-def vision_cache_of(policy: Policy) -> VisionCache | None:
+def vision_cache_of(recipe: Recipe) -> VisionCache | None:
     """Return the cache of image features that policy and engine of this process share; None where it is off."""
+    policy = recipe.policy
+    graphs = VisionGraphs(policy.vision_graph_mb * 10**6) if why_no_graphs(recipe) is None else None
     if not policy.vision_cache_mb:
         return None
-    return VisionCache(policy.vision_cache_mb * 10**6, frozen=policy.megatron_cfg.freeze_vision)
+    return VisionCache(policy.vision_cache_mb * 10**6, frozen=policy.megatron_cfg.freeze_vision, graphs=graphs)
 
 
 def engine_for(

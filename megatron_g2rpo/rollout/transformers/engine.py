@@ -99,6 +99,7 @@ class TransformersEngine:
         axes = 1 if self._vision is None else 3
         self._step = DenseStep(self._model) if DenseStep.suits(self._model) else ModelStep(self._model, axes)
         self._vision_cache, self._tower_version = vision_cache, -1
+        self._encoded_patches = 0  # by the model's tower, or the policy's
         self.work = base.GenerationWork()
 
     @classmethod
@@ -184,7 +185,7 @@ class TransformersEngine:
         for prompt in prompts:
             self._check_prompt(prompt)
         call = Call(prompts, n, and_greedily=and_greedily)
-        patches = self._prefill.encoded_patches
+        self._encoded_patches = 0
         batch = Batch(
             call.distinct,
             [self._wanted(call, number, sampling, seed) for number in call.order],
@@ -202,20 +203,26 @@ class TransformersEngine:
             if on_finished is not None:
                 on_finished(list(together.values()))
         decoded = sum(len(rollout.response_ids) for rollout in rollouts.values())
-        self.work = call.work(batch.prefilled_tokens, self._prefill.encoded_patches - patches, decoded)
+        self.work = call.work(batch.prefilled_tokens, self._encoded_patches, decoded)
         return [rollouts[response] for response in call.responses]
 
     def _encode(self, images: Sequence[Image]) -> list[Tensor]:
         """Return the features of distinct images, ``[F, L, H]`` each, from the cache where it has them."""
-        if self._vision_cache is None:
+        cache = self._vision_cache
+        if cache is None:
+            self._encoded_patches += sum(image.num_patches for image in images)
             return self._prefill.encode(images)
-        return self._vision_cache.features(
+        before = cache.patches
+        features = cache.features(
             images,
             self._prefill.encode,
             version=self._tower_version,
             dtype=self._model.dtype,
             device=self._device,
+            keep_graphs=True,
         )
+        self._encoded_patches += cache.patches - before
+        return features
 
     def _check_prompt(self, prompt: Prompt) -> None:
         inputs = prompt.inputs

@@ -77,16 +77,12 @@ class Prefill:
         model: a transformers model.
         device: its device.
         pad_token_id: token of the padding; nothing attends to it.
-
-    Attributes:
-        encoded_patches: number of patches that the vision tower has encoded, before merging.
     """
 
     def __init__(self, model: Any, device: torch.device, pad_token_id: int) -> None:
         self._model = model
         self._device = device
         self._pad = pad_token_id
-        self.encoded_patches = 0
         self._sees = getattr(model.config, "vision_config", None) is not None
         self._family = models.family(model.config.model_type) if self._sees else None
 
@@ -108,7 +104,6 @@ class Prefill:
             merged = [image.num_patches // self._model.config.vision_config.spatial_merge_size**2 for image in some]
             features += vision.features(tower, pixels, grids).split(merged)
             progress.advance()
-            self.encoded_patches += len(pixels)
         return features
 
     def __call__(
