@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_g2rpo.plan import engine, fp8
+from megatron_g2rpo.plan import engine, fp8, vision
 from megatron_g2rpo.plan.buffers import ModelState, model_state
 from megatron_g2rpo.plan.kept import data_parallelism, element_bytes, kept_of_row, sizes_of
 from megatron_g2rpo.plan.model import Model
@@ -14,6 +14,7 @@ from megatron_g2rpo.plan.sizes import Sizes
 from megatron_g2rpo.plan.working import optimizer_working, update_working
 from megatron_g2rpo.policy.layouts.layout import Layout
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
+from megatron_g2rpo.recipe.vision_graphs import why_no_graphs
 
 # Assumed, not derived: the CUDA context, its libraries' workspaces and the buffers of NCCL's communicators; and what a
 # caching allocator loses to fragmentation, as a share of what a phase allocates and frees.
@@ -42,6 +43,7 @@ class StageMemory:
             awake.
         generation_working: bytes that prefill or decoding holds beside the cache.
         stream_working: bytes of the weights on their way to the rollout engine.
+        vision_graphs: bytes of the vision tower's activations that are kept from generation to the update, at most.
     """
 
     stage: int
@@ -58,6 +60,7 @@ class StageMemory:
     cache: int
     generation_working: int
     stream_working: int
+    vision_graphs: int
 
     @property
     def persistent(self) -> int:
@@ -74,9 +77,10 @@ class StageMemory:
     def phases(self) -> dict[str, int]:
         """Bytes that each phase of a step adds to the persistent ones, by name; phases follow each other."""
         return {
-            "generation": self.cache + self.generation_working,
+            "generation": self.cache + self.generation_working + self.vision_graphs,
             "weight stream": self.stream_working,
-            "update": self.activations + self.update_working,
+            # With the tower's activations of a row, which are those of images that no graph is kept of.
+            "update": self.activations + self.update_working + self.vision_graphs,
             "optimizer step": self.optimizer_working,
         }
 
@@ -145,6 +149,7 @@ def _stage(
         generation_working=engines.working,
         # A parameter's shards, and the tensors that they are joined to.
         stream_working=engines.streamed + 2 * nbytes * max(tensor.numel() for tensor in model.tensors.values()),
+        vision_graphs=_vision_graphs(recipe, model, assumptions),
     )
 
 
@@ -163,6 +168,20 @@ def _engine(recipe: Recipe, model: Model, assumptions: Assumptions) -> engine.En
         working=engine.working(model.config, batch, nbytes),
         streamed=0,
     )
+
+
+def _vision_graphs(recipe: Recipe, model: Model, assumptions: Assumptions) -> int:
+    """Return the bytes of the graphs of a step's images, one a prompt, within the bound (``models.vision_graphs``)."""
+    if not isinstance(recipe, TrainRecipe) or why_no_graphs(recipe) is not None or not assumptions.image_tokens:
+        return 0
+    prompts = -(-recipe.grpo.num_prompts_per_step // recipe.data_parallel_size)
+    one = vision.vision_of(model.config).tower_bytes(
+        model.config,
+        assumptions.image_tokens * vision.geometry_of(model.config).merge ** 2,
+        element_bytes(recipe),
+        recompute=recipe.policy.megatron_cfg.recompute_granularity == "full",
+    )
+    return min(prompts, recipe.policy.vision_graph_mb * 10**6 // one) * one
 
 
 def _boundary(size: Sizes, *, last: bool) -> int:

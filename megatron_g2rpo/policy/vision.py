@@ -93,7 +93,7 @@ class VisionEncoder:
             equal content are not found.
         every_row: run the tower on a row without images as well (on a small dummy image whose features count 0 times),
             so that each of its parameters has a gradient: megatron-core's overlapped gradient reduction waits for all.
-        graph_bytes: bytes that the graph of a forward pass keeps, by its number of patches.
+        graph_bytes: bytes that the graph of a forward pass keeps, by its number of patches; None: graphs are not kept.
     """
 
     def __init__(
@@ -107,12 +107,12 @@ class VisionEncoder:
         *,
         cache: VisionCache | None = None,
         every_row: bool,
-        graph_bytes: Callable[[int], int],
+        graph_bytes: Callable[[int], int] | None = None,
     ) -> None:
         self._cache, self.work = cache, VisionWork()
         self._vision, self._tower, self._geometry = vision, tower, geometry
         self.dtype, self.device, self._group, self._every_row = dtype, device, group, every_row
-        self.graph_bytes = graph_bytes
+        self._graph_bytes = graph_bytes
         self._graphs = None if cache is None else cache.graphs
         if self._graphs is not None:
             if group.size() > 1 or every_row:
@@ -124,7 +124,9 @@ class VisionEncoder:
                 self._graphs.connect(self)
 
     def _has_known_size(self) -> bool:
-        """Return whether the family says what a graph keeps: one that does not keeps none, because of the bound."""
+        """Return whether the family says what a graph keeps: without, none are kept, because of the bound."""
+        if self._graph_bytes is None:
+            return False
         try:
             self.graph_bytes(self._geometry.merge**2)
         except ValueError:
@@ -189,6 +191,11 @@ class VisionEncoder:
         self.work.known += _patches(images) - _patches(rest)
         anew = iter(self._run_each(rest) if rest else ())
         return torch.cat([next(anew) if leaf is None else leaf for leaf in leaves])
+
+    def graph_bytes(self, patches: int) -> int:
+        """Return the bytes that the graph of a forward pass keeps; see ``vision_graphs.Tower``."""
+        assert self._graph_bytes is not None, "graphs are not kept"
+        return self._graph_bytes(patches)
 
     def encode(self, images: Sequence[Image]) -> Sequence[Tensor]:
         """Return the features of each image for a graph that is kept; see ``vision_graphs.Tower``.
