@@ -136,10 +136,12 @@ class Side:
     def __init__(self, size: Size, directory: Path) -> None:
         self._size, self._number = size, 0
         model_directory = workload.build(directory)
-        self.model: Any = Qwen3VLForConditionalGeneration.from_pretrained(model_directory, dtype=torch.float32)
+        self.model: Any = Qwen3VLForConditionalGeneration.from_pretrained(
+            model_directory, dtype=torch.float32, trust_remote_code=False
+        )
         self.model.model.language_model.config._attn_implementation = ATTENTION
-        self._tokenizer = AutoTokenizer.from_pretrained(model_directory)
-        self._images: Any = Qwen2VLImageProcessorPil.from_pretrained(model_directory)
+        self._tokenizer = AutoTokenizer.from_pretrained(model_directory, trust_remote_code=False)
+        self._images: Any = Qwen2VLImageProcessorPil.from_pretrained(model_directory, trust_remote_code=False)
         banned = torch.tensor(workload.never_sampled(model_directory))
         self._banned = banned
         decay = [p for p in self.model.parameters() if p.ndim > 1]

@@ -127,11 +127,13 @@ def serve(size: Size, directory: Path, *, micro_batches: bool, hand_over: Callab
     )
     turns = _Turns(size, hand_over)
     trainer = MeasuredTrainer(
-        model=Qwen3VLForConditionalGeneration.from_pretrained(model_directory, dtype=torch.float32),  # pyright: ignore
+        model=Qwen3VLForConditionalGeneration.from_pretrained(
+            model_directory, dtype=torch.float32, trust_remote_code=False
+        ),  # pyright: ignore
         reward_funcs=_rewards,
         args=config,
         train_dataset=_dataset(size),
-        processing_class=AutoProcessor.from_pretrained(model_directory),
+        processing_class=AutoProcessor.from_pretrained(model_directory, trust_remote_code=False),
         callbacks=[turns],
     )
     turns.trainer = trainer

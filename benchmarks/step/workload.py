@@ -60,7 +60,7 @@ def build(directory: Path) -> Path:
 
 def never_sampled(directory: Path) -> list[int]:
     """Return the ids that no answer may contain: special tokens, which end an answer or stand for an image."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     return sorted(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 

@@ -88,12 +88,10 @@ class PackedCoreAttention(nn.Module):
         return context.flatten(1).unsqueeze(1)
 
     def _attend(self, bucket: Bucket, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        padded_q = q[bucket.queries].transpose(1, 2)
-        padded_k, padded_v = (x[bucket.keys].transpose(1, 2) for x in (k, v))
         out = F.scaled_dot_product_attention(
-            padded_q,
-            padded_k,
-            padded_v,
+            _taken(q, bucket.queries),
+            _taken(k, bucket.keys),
+            _taken(v, bucket.keys),
             attn_mask=bucket.mask,
             is_causal=bucket.mask is None,
             scale=self.softmax_scale,
@@ -184,6 +182,11 @@ class TransformerEngineCoreAttention(nn.Module):
             max_seqlen_kv=spans.max_seqlen_kv,
         )
         return context.flatten(1).index_copy(0, spans.queries, out.reshape(len(spans.queries), -1)).unsqueeze(1)
+
+
+def _taken(x: Tensor, index: Tensor) -> Tensor:
+    """Return tokens of ``[S, H, D]`` at ``[N, Q]`` as ``[N, H, Q, D]``; indexing takes longer, forth and back."""
+    return x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
 
 
 def _gathered(k: Tensor, v: Tensor, group: Any) -> tuple[Tensor, Tensor]:

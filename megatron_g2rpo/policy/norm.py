@@ -50,8 +50,7 @@ class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
         x32 = x.float()
-        mean_square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_() / x.shape[-1]
-        reciprocal = mean_square.add_(eps).rsqrt_()
+        reciprocal = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, reciprocal)
         return (x32 * reciprocal).to(x.dtype) * weight
 

@@ -60,6 +60,7 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     (first, second), (first_sin, second_sin) = heads.chunk(2, dim=-1), sin.chunk(2, dim=-1)
     result = heads * cos
     first_result, second_result = result.chunk(2, dim=-1)
-    first_result.addcmul_(second, first_sin, value=-direction)
-    second_result.addcmul_(first, second_sin, value=direction)
+    # Each product is rounded before it is added, as transformers does: ``addcmul_`` gives other bits in bf16.
+    first_result.sub_(second * first_sin, alpha=direction)
+    second_result.add_(first * second_sin, alpha=direction)
     return result

@@ -12,18 +12,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(MegatronModule):
     """``silu(gate) * up`` of ``[..., 2F]``, gate first; the result is ``[..., F]``.
 
-    The constructor takes what megatron-core passes to the activation of an MLP.
+    The constructor takes what megatron-core passes to the activation of an MLP, which also asks it for its part of a
+    checkpoint: it has none.
     """
 
-    def __init__(self, config: Any = None) -> None:
-        super().__init__()
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config=config)
 
     def forward(self, projection: Tensor) -> Tensor:
         """Activate a joint projection."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+from megatron.core.transformer import TransformerConfig
 
 from megatron_g2rpo.policy.swiglu import SwiGLU
 
@@ -45,7 +46,7 @@ def test_the_local_layers_activation_is_swiglu(dtype: torch.dtype, tolerance: fl
     exact, mine = x.double().requires_grad_(), x.clone().requires_grad_()
     gate, up = exact.chunk(2, dim=-1)
     expected = F.silu(gate) * up
-    ours = SwiGLU()(mine)
+    ours = SwiGLU(TransformerConfig(num_layers=1, hidden_size=96, num_attention_heads=1))(mine)
     expected.backward(upstream.double())
     ours.backward(upstream)
     assert ours.dtype is dtype
