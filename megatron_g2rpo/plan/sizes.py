@@ -32,7 +32,6 @@ class Modules:
         attention: core attention, named alike.
         fp8: the recipe's ``fp8_recipe`` where linears compute in FP8; None otherwise.
         fused_rope: whether one kernel rotates queries and keys.
-        fused_activation: whether one kernel computes the gated activation.
         head_norms: whether queries and keys are normalised.
     """
 
@@ -40,7 +39,6 @@ class Modules:
     attention: str = LOCAL
     fp8: str | None = None
     fused_rope: bool = False
-    fused_activation: bool = False
     head_norms: bool = True
 
 
@@ -56,7 +54,6 @@ def modules_of(recipe: Recipe, hf_config: Any) -> Modules:
         attention=attention,
         fp8=options.fp8_cfg.fp8_recipe if options.fp8_cfg.enabled and layers == TRANSFORMER_ENGINE else None,
         fused_rope=options.apply_rope_fusion,
-        fused_activation=options.bias_activation_fusion,
         head_norms=bool(models.family(hf_config.model_type).config(hf_config).get("qk_layernorm")),
     )
 

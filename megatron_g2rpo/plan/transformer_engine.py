@@ -68,9 +68,7 @@ def core_attention(size: Sizes, slots: Slots, *, selective: bool) -> int:
 def mlp(size: Sizes) -> int:
     """Return the bytes kept of the norm, both projections and the gated activation.
 
-    Gate and up projection; where the activation is not fused, the activated gate and the sum ``up + 0``; the operand of
-    the second projection.
+    Gate and up projection, and the operand of the second projection: the activation, compiled or not, keeps its input.
     """
     wide = size.tokens * size.features
-    activation = (2 if size.modules.fused_activation else 4) * size.nbytes * wide
-    return normalised_input(size) + activation + operand(size, wide)
+    return normalised_input(size) + 2 * size.nbytes * wide + operand(size, wide)

@@ -64,8 +64,8 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",
         apply_rope_fusion=megatron_cfg.apply_rope_fusion,
         bias_activation_fusion=megatron_cfg.bias_activation_fusion,
-        # Not Transformer Engine's: that of the layer spec, which only the local layers' has.
-        use_te_activation_func=kernels.layers == "local" and kernels.activation == "torch",
+        # Not Transformer Engine's: that of the layer spec.
+        use_te_activation_func=kernels.activation == "torch",
         gradient_accumulation_fusion=megatron_cfg.gradient_accumulation_fusion,
         # There is no dropout, and no softmax outside of the core attention.
         bias_dropout_fusion=False,

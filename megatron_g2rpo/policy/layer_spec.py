@@ -71,9 +71,7 @@ def block_spec(num_layers: int, kernels: Kernels, *, qk_norm: bool) -> Transform
             pre_mlp_layernorm=modules.separate_norm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=modules.column, linear_fc2=modules.row, activation_func=modules.activation
-                ),
+                submodules=MLPSubmodules(linear_fc1=modules.column, linear_fc2=modules.row, activation_func=SwiGLU),
             ),
             mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
             sharded_state_dict_keys_map=modules.checkpoint_names,
@@ -93,7 +91,6 @@ class _Modules:
         norm: normalisation of heads and of the last hidden state.
         separate_norm: normalisation before a column-parallel linear, where that does not do it itself.
         column, row: column- and row-parallel linear.
-        activation: the gated activation of the MLP; megatron-core looks at it where ``use_te_activation_func`` is set.
         checkpoint_names: start of a tensor's name -> start of its name in a checkpoint.
     """
 
@@ -101,11 +98,10 @@ class _Modules:
     separate_norm: Any
     column: Any
     row: Any
-    activation: Any
     checkpoint_names: dict[str, str]
 
 
-_LOCAL = _Modules(RMSNorm, RMSNorm, ColumnParallelLinear, RowParallelLinear, SwiGLU, CHECKPOINT_NAMES)
+_LOCAL = _Modules(RMSNorm, RMSNorm, ColumnParallelLinear, RowParallelLinear, CHECKPOINT_NAMES)
 
 
 def _transformer_engine() -> _Modules:
@@ -116,4 +112,4 @@ def _transformer_engine() -> _Modules:
         TERowParallelLinear,
     )
 
-    return _Modules(TENorm, IdentityOp, TELayerNormColumnParallelLinear, TERowParallelLinear, None, {})
+    return _Modules(TENorm, IdentityOp, TELayerNormColumnParallelLinear, TERowParallelLinear, {})

@@ -47,12 +47,12 @@ def test_a_layer_of_transformer_engine_keeps_what_its_modules_save() -> None:
     angles = 4 * 2 * 10 * 2  # cosines and sines, for queries and for keys
     core = 2 * 10 * (4 + 2 + 2) * 2 + 4 * 10 * 4  # queries, keys, values; a float32 log-sum-exp a query and head
     outputs = 2 * 10 * 4 * 2  # one tensor with the output projection's operand
-    mlp = norm_and_projection + 4 * 2 * 10 * 6 + 2 * 10 * 6  # gate, up, activated gate, up + 0; operand
+    mlp = norm_and_projection + 2 * 2 * 10 * 6 + 2 * 10 * 6  # gate, up; operand
     assert layer(SIZE, SLOTS, selective=False) == (norm_and_projection + head_norms + angles + core + outputs + mlp)
     # Recomputing the core attention saves its log-sum-exps and nothing else: inputs and outputs are kept anyway.
     assert layer(SIZE, SLOTS, selective=False) - layer(SIZE, SLOTS, selective=True) == 4 * 10 * 4
-    fused = replace(SIZE, modules=replace(SIZE.modules, fused_rope=True, fused_activation=True))
-    assert layer(SIZE, SLOTS, selective=False) - layer(fused, SLOTS, selective=False) == angles + 2 * 2 * 10 * 6
+    fused = replace(SIZE, modules=replace(SIZE.modules, fused_rope=True))
+    assert layer(SIZE, SLOTS, selective=False) - layer(fused, SLOTS, selective=False) == angles
 
 
 def test_branches_keep_the_keys_of_their_trunk_once_each_unless_attention_is_recomputed() -> None:
@@ -84,7 +84,7 @@ def test_a_plan_takes_what_the_machine_would(text_model: Model) -> None:
 
 def test_transformer_engine_keeps_less_than_the_local_modules(text_model: Model) -> None:
     engine, local = plan(text_model).worst, plan(text_model, *LOCAL).worst
-    assert engine.layer_activations < 0.75 * local.layer_activations
+    assert engine.layer_activations < local.layer_activations
     assert engine.state == local.state
 
 
