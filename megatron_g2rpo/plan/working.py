@@ -39,8 +39,11 @@ def update_working(recipe: Recipe, hf_config: Any, layout: Layout, row: Row, sta
         moments.append(_output_working(size, logit_chunks(recipe, layout, row), recipe.policy.generation.top_k))
     if stage == 0:
         moments.append(_vision_working(recipe, hf_config, layout, row))
-    # The deepstack features travel through the first stage's forward pass, kept or not.
-    return max(moments) + workspace(size) + context_levels(hf_config, row, stage) * nbytes * size.shared * size.hidden
+    # The deepstack features travel through the first stage's forward pass, kept or not. Layers that are recomputed whole
+    # return a gradient of all of them each, which is added to that of the layers behind.
+    times = 3 if recipe.policy.megatron_cfg.recompute_granularity == "full" else 1
+    levels = context_levels(hf_config, row, stage) * nbytes * size.shared * size.hidden
+    return max(moments) + workspace(size) + times * levels
 
 
 def workspace(size: Sizes) -> int:
@@ -52,11 +55,13 @@ def _layer_working(size: Sizes, slots: Slots) -> int:
     """Return the most bytes that a layer's backward pass holds (norm, MLP or attention), and a weight's gradient."""
     e, heads = size.nbytes, size.heads * size.head_dim
     norm = size.shared * size.hidden * (3 * FP32 if e == FP32 else 4 * FP32)
-    mlp = 2 * e * size.tokens * size.features + e * size.shared * size.hidden
+    # The gradient of the activation, and of both projections, beside the activated gate.
+    mlp = 4 * e * size.tokens * size.features + e * size.shared * size.hidden
     if size.modules.fp8 is not None:
         mlp += 2 * 2 * size.tokens * size.features  # the gradient of both projections, quantised along both directions
-    # Gradients of queries, keys and values as the core attention lays them out.
+    # Gradients of queries, keys and values as the core attention lays them out; of its output, and of the residual.
     attention = FP32 * heads * (max(size.tokens, slots.queries) + 2 * max(size.tokens, slots.keys))
+    attention += 2 * e * size.shared * size.hidden
     return max(norm, mlp, attention) + 2 * e * size.features * size.hidden
 
 
