@@ -14,7 +14,9 @@ from megatron_g2rpo.recipe.schema import TrainRecipe
 def shapes_entropy(recipe: TrainRecipe) -> bool:
     """Whether the loss has an entropy term: it is enabled, weighs something, and some task has bounds."""
     shaping = recipe.loss_fn.entropy_shaping
-    return shaping.enabled and shaping.weight > 0 and any(task.entropy is not None for task in recipe.env.tasks.values())
+    return (
+        shaping.enabled and shaping.weight > 0 and any(task.entropy is not None for task in recipe.env.tasks.values())
+    )
 
 
 def needs_entropies_first(recipe: TrainRecipe, *, micro_batches: int) -> bool:

@@ -55,7 +55,13 @@ def read_step(run: Path, step: int) -> tuple[pa.Table, Header]:
     return table, Header.of(table.schema, str(path))
 
 
-def read_steps(run: Path, names: Sequence[str] | None = None, steps: Collection[int] | None = None) -> pa.Table:
+def read_steps(
+    run: Path,
+    names: Sequence[str] | None = None,
+    steps: Collection[int] | None = None,
+    *,
+    with_unfinished: bool = False,
+) -> pa.Table:
     """Return the rollouts of several steps as one table; a part that a step does not have is null there.
 
     A file that is damaged is an error; one that vanishes meanwhile (the run goes on) is left out.
@@ -64,6 +70,7 @@ def read_steps(run: Path, names: Sequence[str] | None = None, steps: Collection[
         run: the run directory.
         names: columns to read; None for all. One that no file has is left out.
         steps: steps to read; None for all that are recorded.
+        with_unfinished: whether to read steps, too, that failed or are under way, see ``Header.is_finished``.
 
     Raises:
         RecordError: a file is damaged, or there is none.
@@ -74,7 +81,8 @@ def read_steps(run: Path, names: Sequence[str] | None = None, steps: Collection[
             continue
         try:
             schema = pq.read_schema(path)
-            Header.of(schema, str(path))
+            if not (Header.of(schema, str(path)).is_finished or with_unfinished):
+                continue
             wanted = None if names is None else [name for name in names if name in schema.names]
             tables.append(pq.read_table(path, columns=wanted).replace_schema_metadata())
         except FileNotFoundError:

@@ -52,12 +52,6 @@ _AFTER_PARTS = (
     ("engine", pa.string()),
     ("seconds", pa.float32()),
 )
-# Never absent in any row; what else is null is said in docs/records.md.
-REQUIRED = frozenset(
-    name for name, _ in (*_BEFORE_PARTS, *_AFTER_PARTS)
-) - {"answer", "old_logprobs", "entropies", "kept_ids", "reward", "masked"}  # fmt: skip
-# Written when the step's updates were taken.
-AFTER_UPDATE = ("old_logprobs", "entropies", "masked")
 
 
 class RecordError(ValueError):
@@ -87,7 +81,8 @@ class Header:
         data_ranks: number of data-parallel ranks that shared them.
         parts: names of the reward's parts, in the order in which they are added up.
         is_whole: whether all of them are in the file; else the budget cut it.
-        is_finished: whether the step's updates were taken; else the step failed, or goes on right now.
+        is_finished: whether the step's updates were taken; else the step failed, or goes on right now, and ``UNFINISHED``
+            are null.
     """
 
     schema_version: int = VERSION

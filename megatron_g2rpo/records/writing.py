@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the files of a run's rollouts: one a step, whole or not at all, and all together within a budget.
 
-A step is written twice. Before its updates with all that is known then, whole: whatever ends the process in an update,
-the file is there to be replayed. After them with the rest, cut to what the budget leaves, or removed if it is not the
-step's turn. What fails is said once, and never ends the run.
+A step is written twice. As soon as it is sampled with all that is known then, whole: whatever ends the process in an
+update, the file is there to be replayed. After its updates with the rest, cut to what the budget leaves, or removed if
+it is not the step's turn. What fails is said once, and never ends the run.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_g2rpo.records.reading import file_of, files_in
-from megatron_g2rpo.records.schema import AFTER_UPDATE, Header, columns
+from megatron_g2rpo.records.schema import Header, columns
 
 _PARTIAL = ".partial"
 _MEGABYTE = 1_000_000
@@ -32,22 +32,22 @@ _DICTIONARY = [
 ]  # fmt: skip
 
 
-def table_of(rows: Sequence[Mapping[str, Any]], parts: Sequence[str]) -> pa.Table:
-    """Return rows as a table with every column of the schema; what a row lacks is null.
+def table_of(rows: Sequence[Mapping[str, Any]], parts: Sequence[str], names: Collection[str] | None = None) -> pa.Table:
+    """Return rows as a table with the columns of the schema; what a row lacks is null.
 
     Args:
         rows: column -> value, each; no other names.
         parts: names of the reward's parts.
+        names: the columns that the table has; None for all.
 
     Raises:
-        KeyError: a row has a column that the schema lacks.
+        KeyError: a row has a column that the table lacks.
     """
-    types = columns(parts)
+    types = {name: each for name, each in columns(parts).items() if names is None or name in names}
     for row in rows:
         if foreign := row.keys() - types.keys():
             raise KeyError(f"no column of a record: {', '.join(sorted(foreign))}")
-    arrays = {name: pa.array([row.get(name) for row in rows], type=each) for name, each in types.items()}
-    return pa.table(arrays)
+    return pa.table({name: pa.array([row.get(name) for row in rows], type=each) for name, each in types.items()})
 
 
 class RolloutWriter:
@@ -72,7 +72,7 @@ class RolloutWriter:
         self._pending: tuple[pa.Table, Header] | None = None
 
     def begin(self, table: pa.Table, header: Header) -> None:
-        """Write a step whose updates are about to be taken, whole.
+        """Write a step that was sampled, whole.
 
         Args:
             table: all rollouts of the step, in the order of group and sample.
@@ -81,21 +81,21 @@ class RolloutWriter:
         self._pending = table, header
         self._safely(lambda: self._write(table, header))
 
-    def finish(self, known: pa.Table) -> None:
+    def finish(self, known: pa.Table, parts: Sequence[str]) -> None:
         """Write the step that was begun anew, with what its updates made known; keep what the budget allows.
 
         Args:
-            known: the columns ``AFTER_UPDATE``, a row for each of the table's.
+            known: columns that take the place of those of ``begin``, a row for each of theirs.
+            parts: names of the reward's parts, those of ``begin`` and perhaps more.
         """
         assert self._pending is not None
         (table, header), self._pending = self._pending, None
         if header.step % self._period:
-            self._safely(file_of(self._run, header.step).unlink)
+            self._safely(lambda: file_of(self._run, header.step).unlink(missing_ok=True))
             return
-        for name in AFTER_UPDATE:
-            place = table.schema.get_field_index(name)
-            table = table.set_column(place, table.schema.field(place), known.column(name))
-        self._safely(lambda: self._keep(table, replace(header, is_finished=True)))
+        both = {name: (known if name in known.column_names else table).column(name) for name in columns(parts)}
+        whole = replace(header, parts=tuple(parts), is_finished=True)
+        self._safely(lambda: self._keep(pa.table(both), whole))
 
     def _keep(self, table: pa.Table, header: Header) -> None:
         """Write a step within what the budget leaves it: the rest, shared out evenly over the steps to come."""
@@ -126,14 +126,16 @@ class RolloutWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + _PARTIAL)
         try:
-            pq.write_table(
-                table.replace_schema_metadata(header.metadata()),
+            with pq.ParquetWriter(
                 partial,
+                table.schema,
                 compression="zstd",
                 use_dictionary=_DICTIONARY,
                 write_statistics=["step", "task", "reward", "advantage"],
-                store_schema=False,
-            )
+                store_schema=False,  # two kilobytes a file; Parquet's own types say the same
+            ) as writer:
+                writer.add_key_value_metadata(header.metadata())
+                writer.write_table(table)
             partial.replace(path)
         except OSError:
             partial.unlink(missing_ok=True)

@@ -42,7 +42,8 @@ from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies, entropy_b
 from megatron_g2rpo.train.step.metrics import skipped_metrics, step_metrics
 from megatron_g2rpo.train.step.minibatches import Minibatch, pack_minibatches
 from megatron_g2rpo.train.step.old_logprobs import add_logprobs, entropies_of, reference_kl, with_old_logprobs
-from megatron_g2rpo.train.step.sampling import collect
+from megatron_g2rpo.train.step.recording import REFERENCE_KL, Recording, recording_of
+from megatron_g2rpo.train.step.sampling import Collected, collect
 from megatron_g2rpo.train.step.timers import Timers
 from megatron_g2rpo.train.step.update_metrics import task_gradient_metrics, update_metrics
 from megatron_g2rpo.train.step.warnings import SignalWatch, answer_warnings, gap_warnings
@@ -79,10 +80,11 @@ def train(recipe: TrainRecipe) -> Path | None:
             MetricsLog(recipe.logger, COLUMNS, run.last_step, run.logged_step, enabled=enabled) as log,
             run.naming_checkpoints(log),
         ):
+            recording = recording_of(recipe, components, run.first_step, log.note)
             run.begin(log)
             for step in run.steps:
                 with run.sampling(step):
-                    metrics = g2rpo_step(recipe, components, step, log.note)
+                    metrics = g2rpo_step(recipe, components, step, log.note, recording=recording)
                 gaps = gap_warnings(recipe.policy.generation.gap_warning, tuple(recipe.env.tasks), metrics)
                 for warning in (*gaps, *without_signal(metrics)):
                     log.note(warning)
@@ -94,7 +96,13 @@ def train(recipe: TrainRecipe) -> Path | None:
 
 
 def g2rpo_step(
-    recipe: TrainRecipe, components: Components, step: int, note: Callable[[str], None] = print
+    recipe: TrainRecipe,
+    components: Components,
+    step: int,
+    note: Callable[[str], None] = print,
+    *,
+    sample: Callable[[TrainRecipe, Components, int, Timers], Collected] = collect,
+    recording: Recording | None = None,
 ) -> dict[str, float]:
     """Take one step: sample, score, and update the policy on the advantages. A collective of all ranks.
 
@@ -103,6 +111,8 @@ def g2rpo_step(
         components: what the loop works with.
         step: number of the step, from 1.
         note: shows the user a line.
+        sample: gives the step's rollouts and their rewards; a replay takes them from a record.
+        recording: keeps the rollouts on disk; None: nothing does.
 
     Returns:
         The metrics of the step.
@@ -110,8 +120,11 @@ def g2rpo_step(
     policy, reference, timers = components.policy, components.reference, Timers(components.device)
     loss_fn, data_parallel, skipped = recipe.loss_fn, policy.groups.data, components.stream.skipped.copy()
 
-    collected = collect(recipe, components, step, timers)
+    collected = sample(recipe, components, step, timers)
     rollouts, rewards = collected.rollouts, collected.rewards
+    if recording is not None:
+        with timers("record"):
+            recording.begin(step, rollouts, rewards, timers.seconds["generation"])
     for warning in answer_warnings(rollouts, recipe.env, recipe.data.response_format, data_parallel):
         note(warning)
     for line in collected.failed.lines("their rollouts are left out of loss and group"):
@@ -122,14 +135,12 @@ def g2rpo_step(
             recipe.grpo, recipe.policy, components.packer, rollouts, rewards.failed,
             token_level_loss=loss_fn.token_level_loss, process_group=data_parallel,
         )  # fmt: skip
-        minibatches, entropies = add_logprobs(
-            recipe, policy, reference, minibatches, num_tasks=len(components.tasks)
-        )
+        minibatches, entropies = add_logprobs(recipe, policy, reference, minibatches, num_tasks=len(components.tasks))
 
     with timers("rewards"):
         divergence = loss_fn.reference_policy_kl
         if reference is not None and divergence.where == "reward":
-            rewards = rewards.plus("reference_kl_sum", reference_kl(loss_fn, minibatches), -divergence.penalty)
+            rewards = rewards.plus(REFERENCE_KL, reference_kl(loss_fn, minibatches), -divergence.penalty)
         advantages = advantages_of(
             recipe.grpo.adv_estimator, rollouts, rewards, history=components.history, process_group=data_parallel
         )
@@ -141,6 +152,9 @@ def g2rpo_step(
         updates.append(metrics)
         batch = partial(rollout_records, rollouts, rewards, minibatch.rollouts.tolist())
         components.guard.settle(step, number, batch, group=data_parallel, note=note)
+    if recording is not None:
+        with timers("record"):
+            recording.finish(rewards, advantages.values, minibatches)
     metrics = step_metrics(
         components.tasks, rollouts, rewards, advantages, minibatches, updates,
         env=recipe.env, truncated_ratio=loss_fn.importance_sampling.truncated_ratio, process_group=data_parallel,
