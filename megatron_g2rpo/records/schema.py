@@ -81,8 +81,8 @@ class Header:
         data_ranks: number of data-parallel ranks that shared them.
         parts: names of the reward's parts, in the order in which they are added up.
         is_whole: whether all of them are in the file; else the budget cut it.
-        is_finished: whether the step's updates were taken; else the step failed, or goes on right now, and ``UNFINISHED``
-            are null.
+        is_finished: whether the step's updates were taken; else the step failed, or goes on right now, and the columns
+            ``UNFINISHED`` are null.
     """
 
     schema_version: int = VERSION

@@ -26,9 +26,10 @@ _PARTIAL = ".partial"
 _MEGABYTE = 1_000_000
 # Text repeats within a group, numbers hardly ever: a dictionary of them would cost more than it saves.
 _DICTIONARY = [
-    *("task", "prompt_key", "prompt_text", "question", "reference", "answer_format", "images.list.element"),
-    *("image_widths.list.element", "image_heights.list.element", "answer", "masked", "engine"),
-    *("step", "update", "weights_version", "data_rank", "group_id", "sample_index", "seconds", "response_ids.list.element"),
+    *("step", "update", "weights_version", "data_rank", "task", "prompt_key", "group_id", "sample_index"),
+    *("prompt_text", "question", "reference", "answer_format", "images.list.element"),
+    *("image_widths.list.element", "image_heights.list.element"),
+    *("answer", "response_ids.list.element", "masked", "engine", "seconds"),
 ]  # fmt: skip
 
 
