@@ -13,7 +13,6 @@ import typer
 from megatron_g2rpo.cli.arguments import DryRun, Fresh, Nproc, Overrides, RecipePath
 from megatron_g2rpo.cli.running import cluster_overrides, is_first, prepare_processes, with_errors, with_local_model
 
-
 Replay = Annotated[
     Path | None,
     typer.Option("--replay", help="Take one step of this run again, on its recorded rollouts.", show_default=False),

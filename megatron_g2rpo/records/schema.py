@@ -54,6 +54,10 @@ _AFTER_PARTS = (
 )
 
 
+# Null in a step whose updates were not taken.
+UNFINISHED = ("advantage", "old_logprobs", "entropies")
+
+
 class RecordError(ValueError):
     """A record that cannot be read, or is not there; the message names the file, and what to do."""
 

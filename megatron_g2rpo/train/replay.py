@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step of a run again: its updates on its recorded rollouts, from its checkpoint, by the loop's own ``g2rpo_step``.
+"""A step of a run again: its updates on its recorded rollouts, from its checkpoint, by the loop's ``g2rpo_step``.
 
-Nothing is sampled and nothing scored: rollouts, their log-probabilities and the parts of their rewards are the record's.
-The parts are weighed anew, so that the recipe may weigh them otherwise. With the recipe and the layout of the run, the
-step is the same bit for bit on a CPU.
+Nothing is sampled and nothing scored: rollouts, their log-probabilities and the parts of their rewards are those of the
+record. The parts are weighed anew, so that the recipe may weigh them otherwise. With the recipe and the layout of the
+run, the step is the same bit for bit on a CPU.
 """
 
 from __future__ import annotations
