@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pyarrow as pa
@@ -65,6 +66,13 @@ def step_table(step: int, **changes: Any) -> pa.Table:
     """The rollouts of a step, as they are sampled; ``changes`` are those of every row."""
     rows = [row(step, group, sample, **changes) for group in range(len(TASKS)) for sample in range(SAMPLES)]
     return table_of(rows, PARTS)
+
+
+def long_table(step: int) -> pa.Table:
+    """The same with answers of two thousand letters, which no compression makes shorter than half."""
+    table, letters = step_table(step), random.Random(step)
+    texts = [letters.randbytes(1000).hex() for _ in range(table.num_rows)]
+    return table.set_column(table.schema.get_field_index("response_text"), "response_text", pa.array(texts))
 
 
 def known_table() -> pa.Table:
