@@ -11,7 +11,7 @@ import pytest
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.commands.replay import changed, overrides_for, report
 from megatron_g2rpo.recipe import TrainRecipe
-from megatron_g2rpo.train.replay import ReplayError
+from megatron_g2rpo.records.schema import RecordError
 from tests.common.recipes import G2RPO
 
 RECORDED = {"step": 3, "train/loss": 0.5, "train/kl": math.nan, "time/step": 1.0, "val/mean_reward": 0.5}
@@ -65,5 +65,5 @@ def test_a_changed_key_is_said() -> None:
     ],
 )
 def test_a_key_that_a_replay_cannot_heed_is_refused(override: str) -> None:
-    with pytest.raises(ReplayError, match=override.partition("=")[0]):
+    with pytest.raises(RecordError, match=override.partition("=")[0]):
         changed(recipe(override), recipes.settings(recipe()))
