@@ -37,7 +37,6 @@ _NOT_DONE = (
 )
 # What is not computed again: a change of these would change nothing, and look as if it had no effect.
 _RECORDED = (
-    "data.train",
     "data.task_weights",
     "data.system_prompt",
     "data.response_format",
@@ -154,18 +153,16 @@ def run(recipe: TrainRecipe, source: Source, note: Callable[[str], None]) -> Non
     """Replay a step, and say which metrics change. A collective of all ranks.
 
     Args:
-        recipe: the recipe, with ``overrides_for``.
+        recipe: the recipe, with ``overrides_for``, whose model is a local directory.
         source: what is replayed.
         note: shows the user a line; does nothing on ranks but the first.
 
     Raises:
-        Exception: see ``changed`` and ``train.replay.replay``.
+        Exception: see ``train.replay.replay``.
     """
     from megatron_g2rpo.train.replay import replay  # after the environment of the policy was set
 
     header = source.header
-    for line in changed(recipe, source.settings):
-        note(f"changed: {line}")
     start = "the initial policy" if source.checkpoint is None else str(source.checkpoint)
     note(f"replaying step {header.step}: {header.rollouts} recorded rollouts, from {start}")
     metrics = replay(recipe, source.record, header, source.checkpoint, note)
