@@ -55,7 +55,7 @@ _RECORDED = (
 _RECORDED_OF_TASKS = ("answer_format", "response_format", "length")
 # Metrics of what a replay does not do, and of how long it takes.
 _NOT_MEASURED = (
-    *("time/", "val/", "speed/", "memory/", "work/rollout", "train/sampling/"),
+    *("time/", "val/", "speed/", "memory/", "work/", "train/sampling/"),
     *("train/skipped_samples", "train/skipped/", "train/failed_rewards"),
 )
 
