@@ -3,7 +3,7 @@
 
     python benchmarks/records.py [RUN]
 
-Of a run (default: runs/quickstart): the median of ``time/record``, its share of ``time/step``, and the sizes of its files.
+Of a run (default: runs/quickstart): medians of ``time/record`` and its share of ``time/step``, sizes of the files.
 Of a made step, 128 prompts x 8 answers of 512 tokens: processor's time of both writings, whole, and the bytes.
 """
 

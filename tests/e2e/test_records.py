@@ -22,7 +22,7 @@ KEPT = {"save_period": 1, "keep_top_k": None, "export_hf": False}
 def recipe_of(toy: Toy, tmp_path: Path, **changes: Any) -> Path:
     """Two steps with a checkpoint after each, and whatever else the toy's recipe has: dynamic sampling, a reference.
 
-    Without the cache of image features: the toy's tower learns, and old log-probabilities have a pass of their own, whose
+    Without the cache of image features: the tower learns, and old log-probabilities have a pass of their own, whose
     features would be the engine's, to the last bit a matter of the images that it encoded beside them.
     """
     loop = {"max_num_steps": 2, "val_at_start": False, "val_at_end": False, **changes}
