@@ -134,7 +134,8 @@ def changed(recipe: TrainRecipe, settings: Mapping[str, Any]) -> list[str]:
     """
     mine = recipes.settings(recipe)
     ours = {override.partition("=")[0] for override in _NOT_DONE}
-    skipped = (*ours, "logger", "checkpointing", "cluster", "imports")
+    # An engine's directory for weights lies in the run directory by default.
+    skipped = (*ours, "logger", "checkpointing", "cluster", "imports", "policy.generation.vllm_server_cfg")
     keys = [
         key
         for key in sorted(mine.keys() | settings.keys())
