@@ -11,7 +11,7 @@ import base64
 import gzip
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,9 @@ class Samples:
     """What a page carries of a run's rollouts.
 
     Attributes:
-        index: column -> a value for each rollout; see ``_Index``.
+        index: column -> a value for each rollout. ``task`` counts ``tasks``; ``chunk``, ``group`` and ``place`` say where
+            the rollout is; ``change`` is that of its prompt since it was drawn last.
+        tasks: names of the tasks.
         chunks: base64 text of each chunk.
         pictures: thumbnails as ``data:`` addresses.
         vocabulary: token id, as text -> its text.
@@ -46,6 +48,7 @@ class Samples:
     """
 
     index: Mapping[str, Sequence[Any]]
+    tasks: Sequence[str]
     chunks: Sequence[str]
     pictures: Sequence[str]
     vocabulary: Mapping[str, str]
@@ -56,8 +59,8 @@ class Samples:
     @property
     def size(self) -> int:
         """About how many bytes of the page they take."""
-        texts = json.dumps(self.vocabulary)
-        return sum(map(len, self.chunks)) + sum(map(len, self.pictures)) + len(json.dumps(self.index)) + len(texts)
+        parts = (packed(self.index), *self.chunks, *self.pictures, json.dumps(self.vocabulary))
+        return sum(map(len, parts))
 
 
 def samples_of(run: RunDirectory, overview: Overview, budget: float) -> Samples:
@@ -110,19 +113,20 @@ class _Encoder:
         index: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
         chunks: list[str] = []
         pending: list[dict[str, Any]] = []
-        held, count = iter(_by_group(overview, groups)), 0
-        for members, records in held:
+        count = 0
+        for members, records in _by_group(overview, groups):
             for place, row in enumerate(members):
                 self._add(index, row, len(chunks), len(pending), place)
             pending.append(self._group(records))
             count += len(members)
             if count >= CHUNK_ROLLOUTS:
-                chunks.append(_packed(pending))
+                chunks.append(packed(pending))
                 pending, count = [], 0
         if pending:
-            chunks.append(_packed(pending))
+            chunks.append(packed(pending))
         return Samples(
             index=index,
+            tasks=list(self.run.tasks),
             chunks=chunks,
             pictures=self._picture_uris,
             vocabulary={str(token): text for token, text in vocabulary.texts(self._used_ids).items()},
@@ -146,7 +150,7 @@ class _Encoder:
         overview = self.overview
         values = {
             "step": int(overview.step[row]),
-            "task": overview.task[row],
+            "task": self.run.tasks.index(overview.task[row]),
             "reward": _rounded(overview.reward[row]),
             "tokens": int(overview.tokens[row]),
             "truncated": int(overview.truncated[row]),
@@ -228,7 +232,9 @@ class _Encoder:
 _COLUMNS = ("step", "task", "reward", "tokens", "truncated", "advantage", "change", "chunk", "group", "place")
 
 
-def _by_group(overview: Overview, groups: Sequence[np.ndarray]) -> Any:
+def _by_group(
+    overview: Overview, groups: Sequence[np.ndarray]
+) -> Iterator[tuple[list[int], list[Mapping[str, Any]]]]:
     """Yield the rows of each group with their records; of the rows that lie in one file, the file is read once."""
     if not groups:
         return
@@ -243,8 +249,9 @@ def _by_group(overview: Overview, groups: Sequence[np.ndarray]) -> Any:
             done += 1
 
 
-def _packed(groups: Sequence[Mapping[str, Any]]) -> str:
-    text = json.dumps(groups, separators=(",", ":"), allow_nan=False)
+def packed(value: Any) -> str:
+    """Return the base64 text of the gzip of a value's JSON, which is ASCII whatever characters the value has."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
 
