@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,11 +14,31 @@ from megatron_g2rpo.cli.arguments import DryRun, Fresh, Nproc, Overrides, Recipe
 from megatron_g2rpo.cli.running import cluster_overrides, is_first, prepare_processes, with_errors, with_local_model
 
 
+Replay = Annotated[
+    Path | None,
+    typer.Option("--replay", help="Take one step of this run again, on its recorded rollouts.", show_default=False),
+]
+Step = Annotated[int | None, typer.Option("--step", min=1, help="With --replay: which step.", show_default=False)]
+
+
 def train(
-    recipe: RecipePath, overrides: Overrides = None, nproc: Nproc = None, dry_run: DryRun = False, fresh: Fresh = False
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    replay: Replay = None,
+    step: Step = None,
 ) -> None:
     """Train a policy with G2RPO."""
-    _loop("train", recipe, overrides or [], nproc, dry_run, fresh)
+    if (replay is None) != (step is None):
+        raise typer.BadParameter("--replay RUN and --step N go together")
+    if replay is not None and step is not None:
+        if dry_run or fresh:
+            raise typer.BadParameter("--replay trains nothing: it takes neither --dry-run nor --fresh")
+        _replay(recipe, overrides or [], nproc, replay, step)
+    else:
+        _loop("train", recipe, overrides or [], nproc, dry_run, fresh)
 
 
 def sft(
@@ -73,6 +93,32 @@ def _loop(
 
     with signals.watched():  # before torch is imported, which takes seconds
         with_errors(run)
+
+
+def _replay(path: Path, overrides: list[str], nproc: int | None, source: Path, step: int) -> None:
+    def run() -> None:
+        from megatron_g2rpo import recipe as recipes
+        from megatron_g2rpo.commands import launch, out_of_memory, replay
+        from megatron_g2rpo.train.run.watchdog import watching
+
+        asked = [*overrides, *cluster_overrides(nproc), *replay.overrides_for(source)]
+        found = replay.find(source, step)
+        if launch.is_rank():
+            recipe = recipes.load(path, asked, "train")
+        else:  # before any process is started
+            from megatron_g2rpo.commands.preflight import checked
+
+            recipe = checked(path, asked, "train", download=True)
+            replay.changed(recipe, found.settings)
+        local, on_many = with_local_model(recipe), prepare_processes(recipe)
+        if on_many:
+            again = [str(path), *overrides, "--replay", str(source), "--step", str(step)]
+            launch.launch(recipe.cluster.gpus_per_node, ["train", *again])
+            return
+        with watching(recipe, launch.end), out_of_memory.explained(recipe):
+            replay.run(local, found, note=typer.echo if is_first() else lambda line: None)
+
+    with_errors(run)
 
 
 def _entry(kind: str) -> Callable[..., Path | None]:

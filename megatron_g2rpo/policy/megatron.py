@@ -65,6 +65,10 @@ class LossTerms:
 # It is called on the last pipeline stage.
 Loss = Callable[[PackedBatch, TokenStats], LossTerms]
 
+# on_stats(stats): what ``logprobs`` would have returned for the rows before an update, from the update's own forward
+# pass. It is called on every rank.
+OnStats = Callable[[list[TokenStats]], None]
+
 
 class MegatronPolicy:
     """A policy on megatron-core, vision-language or text-only, at any layout.
@@ -289,6 +293,7 @@ class MegatronPolicy:
         temperature: float = 1.0,
         *,
         skips: Callable[[float, float], bool] | None = None,
+        on_stats: OnStats | None = None,
     ) -> dict[str, float]:
         """Take one optimizer step on the global minibatch. A collective of all ranks.
 
@@ -298,6 +303,9 @@ class MegatronPolicy:
             temperature: temperature of the distribution whose log-probabilities the loss gets.
             skips: says of loss and gradient norm whether this step is not taken, the same on all ranks; weights,
                 optimizer and schedule then stay as they are. None: a norm that is not finite raises.
+            on_stats: function that is called, before the step is taken or skipped, with the rows' log-probabilities and
+                entropies under the weights that the update starts from: whole rows, on the CPU, as ``logprobs`` would
+                return them, without a pass of their own. Every rank passes one, or none does.
 
         Returns:
             ``loss``, ``grad_norm`` (before clipping), ``lr``, ``num_tokens``, and the loss's metrics, each a global sum
@@ -309,7 +317,7 @@ class MegatronPolicy:
         """
         _, optimizer, scheduler = self._training()
         # Before step(), which would clip by a norm that is not finite, and write it into every weight.
-        metrics = self.gradient_norm(batches, loss, temperature)
+        metrics = self.gradient_norm(batches, loss, temperature, on_stats)
         lr = {"lr": float(optimizer.param_groups[0]["lr"])}
         if skips is not None and skips(metrics["loss"], metrics["grad_norm"]):
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
@@ -323,20 +331,32 @@ class MegatronPolicy:
         scheduler.step(increment=1)
         return {**metrics, **lr, **({} if skips is None else {"skipped_updates": 0.0})}
 
-    def gradient_norm(self, batches: Sequence[PackedBatch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:
+    def gradient_norm(
+        self,
+        batches: Sequence[PackedBatch],
+        loss: Loss,
+        temperature: float = 1.0,
+        on_stats: OnStats | None = None,
+    ) -> dict[str, float]:
         """Return what ``update`` would return, except ``lr``, without taking the step.
 
         Gradients are left as ``update`` would use them; the arguments are those of ``update``. What is not finite is
         returned as it is.
         """
         _, optimizer, _ = self._training()
-        sums = self.gradients(batches, loss, temperature)
+        sums = self.gradients(batches, loss, temperature, on_stats)
         with self.device.megatron():
             optimizer.prepare_grads()
             grad_norm = optimizer.get_grad_norm()
         return {**sums, "grad_norm": float(grad_norm)}
 
-    def gradients(self, batches: Sequence[PackedBatch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:
+    def gradients(
+        self,
+        batches: Sequence[PackedBatch],
+        loss: Loss,
+        temperature: float = 1.0,
+        on_stats: OnStats | None = None,
+    ) -> dict[str, float]:
         """Fill ``main_grad`` of every parameter with the gradient of the global minibatch.
 
         With the distributed optimizer a rank has only its share of the gradient; ``optimizer.gather_gradients``
@@ -346,10 +366,13 @@ class MegatronPolicy:
             ``loss``, ``num_tokens`` and the loss's metrics, as ``update`` returns them.
         """
         ddp, optimizer, _ = self._training()
+        shares: list[Tensor] = []
         with self.device.megatron():
             ddp.zero_grad_buffer()
             optimizer.zero_grad()
-            terms = self._run(batches, partial(self._loss, loss), temperature, forward_only=False)
+            terms = self._run(batches, partial(self._loss, loss, shares), temperature, forward_only=False)
+        if on_stats is not None:
+            on_stats(self._whole_rows(batches, [share.cpu() for share in shares]))
         return self._reduce(terms)
 
     def _run(
@@ -382,7 +405,10 @@ class MegatronPolicy:
     def _collect(self, share: PackedBatch, output: Tensor, non_loss_data: bool) -> Tensor:
         return output.cpu()
 
-    def _loss(self, loss: Loss, share: PackedBatch, output: Tensor) -> tuple[Tensor, Tensor, Any]:
+    def _loss(
+        self, loss: Loss, outputs: list[Tensor], share: PackedBatch, output: Tensor
+    ) -> tuple[Tensor, Tensor, Any]:
+        outputs.append(output.detach())  # eight bytes a token, which stay where they are until all rows have run
         terms = loss(share, TokenStats(logprobs=output[0], entropy=output[1]))
         if not terms.loss.requires_grad:
             raise ValueError(

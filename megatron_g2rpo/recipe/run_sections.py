@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from megatron_g2rpo.recipe.base import Section, Text
 
@@ -69,6 +69,24 @@ class Logger(Section):
     """Whether to write TensorBoard events as well."""
     num_val_samples_to_print: NonNegativeInt
     """Number of responses that are printed at each validation."""
+
+
+class Rollouts(Section):
+    """``logger.rollouts``: what a run keeps of its rollouts, see ``records``."""
+
+    enabled: bool
+    """Whether ``train`` records the rollouts of its steps, in ``<logger.log_dir>/rollouts``."""
+    period: PositiveInt
+    """Number of steps between two that are kept."""
+    budget_mb: PositiveFloat
+    """Megabytes that the records of the run take together; where they would take more, whole groups are left out."""
+
+
+class TrainLogger(Logger):
+    """``logger`` of ``train``, which samples."""
+
+    rollouts: Rollouts
+    """What the run keeps of its rollouts."""
 
 
 class Cluster(Section):

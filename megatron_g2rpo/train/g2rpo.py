@@ -7,8 +7,8 @@ A step, and where each part of it is:
 
 1. give the engine the policy's weights, draw prompts, sample a group of responses to each and score them
    (``step/sampling.py``, which asks ``rollout/`` and ``tasks/``);
-2. pack the rollouts into minibatches of micro-batches (``step/minibatches.py``), and recompute their log-probabilities
-   with the trainer before it moves (``step/old_logprobs.py``);
+2. pack the rollouts into minibatches of micro-batches (``step/minibatches.py``), and recompute with the trainer, before
+   it moves, the log-probabilities that its first update does not compute anyway (``step/old_logprobs.py``);
 3. turn rewards into advantages, within groups and tasks (``step/advantages.py``; the mathematics is ``objective/``);
 4. take one optimizer step per minibatch on surrogate, KL term and entropy shaping (``step/losses.py``; ``policy/``).
 
@@ -32,6 +32,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_g2rpo.recipe import TrainRecipe
+from megatron_g2rpo.recipe.old_logprobs import needs_entropies_first, takes_fresh_sides
 from megatron_g2rpo.train.assembly import Components, assemble
 from megatron_g2rpo.train.run.logs import Column, MetricsLog, StepMetrics
 from megatron_g2rpo.train.run.loop import Run
@@ -40,11 +41,13 @@ from megatron_g2rpo.train.step.bad_updates import rollout_records
 from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies, entropy_bounds
 from megatron_g2rpo.train.step.metrics import skipped_metrics, step_metrics
 from megatron_g2rpo.train.step.minibatches import Minibatch, pack_minibatches
-from megatron_g2rpo.train.step.old_logprobs import add_logprobs, entropies_of, reference_kl
-from megatron_g2rpo.train.step.sampling import collect
+from megatron_g2rpo.train.step.old_logprobs import add_logprobs, entropies_of, reference_kl, with_old_logprobs
+from megatron_g2rpo.train.step.recording import REFERENCE_KL, Recording, recording_of
+from megatron_g2rpo.train.step.sampling import Collected, collect
 from megatron_g2rpo.train.step.timers import Timers
 from megatron_g2rpo.train.step.update_metrics import task_gradient_metrics, update_metrics
 from megatron_g2rpo.train.step.warnings import SignalWatch, answer_warnings, gap_warnings
+from megatron_g2rpo.types import TokenStats
 
 COLUMNS = (
     Column("reward", "train/reward"),
@@ -77,10 +80,11 @@ def train(recipe: TrainRecipe) -> Path | None:
             MetricsLog(recipe.logger, COLUMNS, run.last_step, run.logged_step, enabled=enabled) as log,
             run.naming_checkpoints(log),
         ):
+            recording = recording_of(recipe, components, run.first_step, log.note)
             run.begin(log)
             for step in run.steps:
                 with run.sampling(step):
-                    metrics = g2rpo_step(recipe, components, step, log.note)
+                    metrics = g2rpo_step(recipe, components, step, log.note, recording=recording)
                 gaps = gap_warnings(recipe.policy.generation.gap_warning, tuple(recipe.env.tasks), metrics)
                 for warning in (*gaps, *without_signal(metrics)):
                     log.note(warning)
@@ -92,7 +96,13 @@ def train(recipe: TrainRecipe) -> Path | None:
 
 
 def g2rpo_step(
-    recipe: TrainRecipe, components: Components, step: int, note: Callable[[str], None] = print
+    recipe: TrainRecipe,
+    components: Components,
+    step: int,
+    note: Callable[[str], None] = print,
+    *,
+    sample: Callable[[TrainRecipe, Components, int, Timers], Collected] = collect,
+    recording: Recording | None = None,
 ) -> dict[str, float]:
     """Take one step: sample, score, and update the policy on the advantages. A collective of all ranks.
 
@@ -101,6 +111,8 @@ def g2rpo_step(
         components: what the loop works with.
         step: number of the step, from 1.
         note: shows the user a line.
+        sample: gives the step's rollouts and their rewards; a replay takes them from a record.
+        recording: keeps the rollouts on disk; None: nothing does.
 
     Returns:
         The metrics of the step.
@@ -108,27 +120,27 @@ def g2rpo_step(
     policy, reference, timers = components.policy, components.reference, Timers(components.device)
     loss_fn, data_parallel, skipped = recipe.loss_fn, policy.groups.data, components.stream.skipped.copy()
 
-    collected = collect(recipe, components, step, timers)
+    collected = sample(recipe, components, step, timers)
     rollouts, rewards = collected.rollouts, collected.rewards
+    if recording is not None:
+        with timers("record"):
+            recording.begin(step, rollouts, rewards, timers.seconds["generation"])
     for warning in answer_warnings(rollouts, recipe.env, recipe.data.response_format, data_parallel):
         note(warning)
     for line in collected.failed.lines("their rollouts are left out of loss and group"):
         note(line)
 
-    with timers("logprobs"):  # of every minibatch before the first update: the policy that sampled
+    with timers("logprobs"):  # before the first update: of the policy that sampled
         minibatches = pack_minibatches(
             recipe.grpo, recipe.policy, components.packer, rollouts, rewards.failed,
             token_level_loss=loss_fn.token_level_loss, process_group=data_parallel,
         )  # fmt: skip
-        minibatches, entropies = add_logprobs(
-            policy, reference, minibatches, loss_fn.importance_sampling,
-            temperature=recipe.policy.generation.temperature, num_tasks=len(components.tasks),
-        )  # fmt: skip
+        minibatches, entropies = add_logprobs(recipe, policy, reference, minibatches, num_tasks=len(components.tasks))
 
     with timers("rewards"):
         divergence = loss_fn.reference_policy_kl
         if reference is not None and divergence.where == "reward":
-            rewards = rewards.plus("reference_kl_sum", reference_kl(loss_fn, minibatches), -divergence.penalty)
+            rewards = rewards.plus(REFERENCE_KL, reference_kl(loss_fn, minibatches), -divergence.penalty)
         advantages = advantages_of(
             recipe.grpo.adv_estimator, rollouts, rewards, history=components.history, process_group=data_parallel
         )
@@ -136,9 +148,13 @@ def g2rpo_step(
 
     updates: list[dict[str, float]] = []
     for number, minibatch in enumerate(minibatches):
-        updates.append(update(recipe, components, step, number, minibatch, entropies[number], timers))
+        metrics, minibatches[number] = update(recipe, components, step, number, minibatch, entropies[number], timers)
+        updates.append(metrics)
         batch = partial(rollout_records, rollouts, rewards, minibatch.rollouts.tolist())
         components.guard.settle(step, number, batch, group=data_parallel, note=note)
+    if recording is not None:
+        with timers("record"):
+            recording.finish(rewards, advantages.values, minibatches)
     metrics = step_metrics(
         components.tasks, rollouts, rewards, advantages, minibatches, updates,
         env=recipe.env, truncated_ratio=loss_fn.importance_sampling.truncated_ratio, process_group=data_parallel,
@@ -155,9 +171,9 @@ def update(
     step: int,
     number: int,
     minibatch: Minibatch,
-    entropies: TaskEntropies,
+    entropies: TaskEntropies | None,
     timers: Timers,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], Minibatch]:
     """Take one optimizer step. A collective of all ranks.
 
     Args:
@@ -166,23 +182,34 @@ def update(
         step: number of the step, from 1.
         number: number of the update in the step, from 0.
         minibatch: the rollouts of the update, with advantages.
-        entropies: task entropies of the minibatch under the policy that sampled it.
+        entropies: task entropies of the minibatch under the policy that sampled it; None where its old log-probabilities
+            are the update's own.
         timers: the step's stopwatch.
 
     Returns:
-        The metrics of the update.
+        The metrics of the update, and the minibatch with old log-probabilities.
     """
-    policy, tasks, temperature = components.policy, components.tasks, recipe.policy.generation.temperature
-    shaping, period, gradients = recipe.loss_fn.entropy_shaping, recipe.grpo.task_gradient_period, {}
-    with timers("logprobs"):
-        if number > 0 and shaping.enabled and shaping.sides == "fresh":
-            entropies = entropies_of(policy, minibatch, temperature=temperature, num_tasks=len(tasks))
-    loss = G2RPOLoss(recipe.loss_fn, entropy_bounds(recipe.env, tasks), tasks, entropies, policy.groups.context)
+    policy, tasks, groups = components.policy, components.tasks, components.policy.groups
+    batches, temperature = minibatch.micro_batches, recipe.policy.generation.temperature
+    period, gradients = recipe.grpo.task_gradient_period, {}
+    if takes_fresh_sides(recipe, update=number):
+        entropies = None
+        if needs_entropies_first(recipe, micro_batches=len(batches)):
+            with timers("logprobs"):
+                entropies = entropies_of(policy, minibatch, temperature=temperature, num_tasks=len(tasks))
+    loss = G2RPOLoss(
+        recipe.loss_fn, entropy_bounds(recipe.env, tasks), tasks, entropies, groups.context, groups.data_context
+    )
     if number == 0 and period > 0 and step % period == 0:
         with timers("task_gradients"):
-            gradients = task_gradient_metrics(
-                policy, tasks, minibatch.micro_batches, loss, entropies, temperature=temperature
-            )
+            gradients = task_gradient_metrics(policy, tasks, batches, loss, temperature=temperature)
+    stats: list[TokenStats] = []
+    own = stats.extend if entropies is None else None
     with timers("update"):
-        means = policy.update(minibatch.micro_batches, loss, temperature, skips=components.guard.skips)
-    return {**update_metrics(tasks, means, entropies, loss), **gradients}
+        means = policy.update(batches, loss, temperature, skips=components.guard.skips, on_stats=own)
+    if entropies is None:
+        entropies = TaskEntropies.of(batches, stats, len(tasks), groups.data)
+        loss = loss.with_entropies(entropies)
+    if any(batch.old_logprobs is None for batch in batches):
+        minibatch = with_old_logprobs(recipe, minibatch, stats)
+    return {**update_metrics(tasks, means, entropies, loss), **gradients}, minibatch

@@ -25,8 +25,8 @@ from megatron_g2rpo.data.packing import PackSequence
 from megatron_g2rpo.policy import optimizer as policy_optimizer
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.recipe import TrainRecipe
+from megatron_g2rpo.train.step.importance import importance_weights
 from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies, entropy_bounds
-from megatron_g2rpo.train.step.old_logprobs import importance_weights
 from megatron_g2rpo.types import PackedBatch
 from tests.common.parity import TASKS, TEMPERATURE, hf_logits
 from tests.common.recipes import G2RPO

@@ -250,7 +250,7 @@ def test_every_update_of_a_step_is_measured_against_the_policy_that_sampled(
         entropies = TaskEntropies.of(batches, now, len(components.tasks), components.policy.groups.data)
         bounds = entropy_bounds(recipe.env, components.tasks)
         fresh = G2RPOLoss(recipe.loss_fn, bounds, components.tasks, entropies, components.policy.groups.context)
-        hinges.append((loss.hinge, fresh.hinge))
+        hinges.append((loss.known_term.hinge, fresh.known_term.hinge))
         for batch, stats in zip(batches, now, strict=True):
             assert batch.old_logprobs is not None
             response = batch.task_ids >= 0

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies
+from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies, task_tokens
 from megatron_g2rpo.types import PackedBatch
 
 
@@ -20,7 +20,7 @@ def update_metrics(
         tasks: task names in the order of their ids.
         means: what ``policy.update`` returned.
         entropies: task entropies of the minibatch before the update.
-        loss: the loss that the update took.
+        loss: the loss that the update took, with these entropies.
     """
     return {
         **{f"train/{name}": value for name, value in loss.metrics(means).items()},
@@ -30,8 +30,8 @@ def update_metrics(
 
 def entropy_metrics(tasks: Sequence[str], entropies: TaskEntropies, loss: G2RPOLoss) -> dict[str, float]:
     """Mean entropy of each task before the update, in nats; its side of its bounds; the value of the entropy term."""
-    metrics = {"train/entropy_loss": loss.hinge}
-    sides = loss.sides.tolist()
+    metrics = {"train/entropy_loss": loss.known_term.hinge}
+    sides = loss.known_term.sides.tolist()
     for task, mean, count, side in zip(tasks, entropies.mean, entropies.counts, sides, strict=True):
         if count > 0:
             metrics[f"train/{task}/entropy"] = float(mean)
@@ -44,7 +44,6 @@ def task_gradient_metrics(
     tasks: Sequence[str],
     batches: Sequence[PackedBatch],
     loss: G2RPOLoss,
-    entropies: TaskEntropies,
     *,
     temperature: float,
 ) -> dict[str, float]:
@@ -52,11 +51,19 @@ def task_gradient_metrics(
 
     ``train/<task>/gradient_norm``, and ``.../gradient_share``, its share of the sum of the tasks' norms; nothing of a
     norm that is not finite.
+
+    Args:
+        policy: the policy, before the update.
+        tasks: task names in the order of their ids.
+        batches: this rank's micro-batches of the update.
+        loss: the loss of the update.
+        temperature: temperature at which the rollouts were sampled.
     """
+    counts = task_tokens(batches, len(tasks), policy.groups.data)
     norms = {
         task: policy.gradient_norm(batches, loss.of_task(index), temperature)["grad_norm"]
         for index, task in enumerate(tasks)
-        if entropies.counts[index] > 0
+        if counts[index] > 0
     }
     norms = {task: norm for task, norm in norms.items() if math.isfinite(norm)}
     total = sum(norms.values())

@@ -131,7 +131,7 @@ def test_an_absent_task_is_silent(scene: Scene) -> None:
     _, fixed = oracle(load_model(scene.directory), scene.sequences, recipe)
     present = [row for row in scene.rows(recipe, fixed, alone=True) if not bool((row.task_ids == 1).any())]
     loss = loss_on(scene.policy, present, recipe)
-    assert loss.sides.tolist() == [1, 0]
+    assert loss.known_term.sides.tolist() == [1, 0]
     metrics = loss.metrics(scene.policy.gradient_norm(present, loss, TEMPERATURE))
     assert "b/clipped" not in metrics
     assert all(value == value for value in metrics.values())

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from megatron_g2rpo.data.packing import Packer, PackSequence
 from megatron_g2rpo.recipe import TrainRecipe
+from megatron_g2rpo.train.step.importance import importance_weights
 from megatron_g2rpo.train.step.minibatches import Minibatch
-from megatron_g2rpo.train.step.old_logprobs import importance_weights, reference_kl
+from megatron_g2rpo.train.step.old_logprobs import reference_kl
 from megatron_g2rpo.types import ModelInputs, PackedBatch
 
 MakeRecipe = Callable[..., TrainRecipe]
