@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from megatron_g2rpo.records.reading import files_in, read_header
+from megatron_g2rpo.records.schema import REWARD_PREFIX, RecordError
 from megatron_g2rpo.report.metrics import ReportError
-from megatron_g2rpo.report.run_directory import ROLLOUTS_DIR
 
 _PLAIN = ("step", "group_id", "sample_index", "reward", "advantage", "truncated")
 _NAMED = ("task", "prompt_key")
-PART = "reward_"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,22 +74,30 @@ class Overview:
 
 
 def read_overview(run: Path) -> Overview | None:
-    """Read the overview of a run's ``rollouts/*.parquet``; None where none were recorded.
+    """Read the overview of the steps that a run has recorded; None where there are none.
 
-    A file that is being written has another name until it is whole.
+    A step that failed or is under way is left out, and so is a file that vanishes meanwhile: the run goes on.
 
     Raises:
-        ReportError: a file is no Parquet file, or lacks a column; names it.
+        ReportError: a file is damaged, or is of a later release; names it.
     """
-    files = sorted((run / ROLLOUTS_DIR).glob("*.parquet"))
-    tables = [_overview_of(path, number) for number, path in enumerate(files)]
+    files, tables = [], []
+    for path in files_in(run).values():
+        try:
+            if read_header(path).is_finished:
+                tables.append(_overview_of(path, len(files)))
+                files.append(path)
+        except FileNotFoundError:
+            continue
+        except RecordError as error:
+            raise ReportError(str(error)) from error
     if not tables:
         return None
-    names = {name for table in tables for name in table if name.startswith(PART)}
+    names = {name for table in tables for name in table if name.startswith(REWARD_PREFIX)}
     for table in tables:  # a part that came or went with a resumed run
         table.update({name: np.full(len(table["step"]), np.nan) for name in names - table.keys()})
     whole = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
-    parts = {name.removeprefix(PART): whole.pop(name) for name in sorted(names)}
+    parts = {name.removeprefix(REWARD_PREFIX): whole.pop(name) for name in sorted(names)}
     return Overview(files=files, parts=parts, **whole)
 
 
@@ -112,14 +120,14 @@ def read_rows(overview: Overview, rows: np.ndarray) -> Iterator[tuple[int, dict[
 def _overview_of(path: Path, number: int) -> dict[str, np.ndarray]:
     try:
         held = pq.read_schema(path).names
-        parts = [name for name in held if name.startswith(PART)]
+        parts = [name for name in held if name.startswith(REWARD_PREFIX)]
         table = pq.read_table(path, columns=[*_PLAIN, *_NAMED, *parts, "response_ids", "response_text"])
         columns = {name: table.column(name) for name in [*_PLAIN, *parts]}
         named = {name: table.column(name).to_pylist() for name in _NAMED}
         tokens = pc.list_value_length(table.column("response_ids"))  # pyright: ignore[reportAttributeAccessIssue]
         characters = pc.binary_length(table.column("response_text"))  # pyright: ignore[reportAttributeAccessIssue]
-    except (OSError, KeyError, pa.ArrowException) as error:
-        raise ReportError(f"{path} is no file of recorded rollouts ({error}); remove it") from error
+    except (KeyError, pa.ArrowException) as error:
+        raise ReportError(f"{path} is no record of rollouts ({error}); remove it") from error
     found = {name: np.asarray(column.to_numpy()) for name, column in columns.items()}
     floats = ("reward", "advantage", *parts)
     found.update({name: found[name].astype(np.float64) for name in floats})

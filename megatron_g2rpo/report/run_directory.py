@@ -14,7 +14,6 @@ from megatron_g2rpo.report.metrics import Metrics, ReportError, metrics_of, read
 
 RECIPE_FILE = "recipe.yaml"
 REPORT_DIR = "report"
-ROLLOUTS_DIR = "rollouts"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_g2rpo.records.schema import REWARD_PREFIX
 from megatron_g2rpo.report import selection
 from megatron_g2rpo.report.pictures import Pictures, boxes_in
-from megatron_g2rpo.report.rollouts import PART, Overview, read_rows
+from megatron_g2rpo.report.rollouts import Overview, read_rows
 from megatron_g2rpo.report.run_directory import RunDirectory
 from megatron_g2rpo.report.statistics import changes_since_last_time
 from megatron_g2rpo.report.vocabulary import Vocabulary
@@ -192,9 +193,9 @@ class _Encoder:
         ids = list(record["response_ids"] or ())[:MOST_TOKENS]
         self._used_ids.update(ids)
         parts = {
-            name.removeprefix(PART): _rounded(value)
+            name.removeprefix(REWARD_PREFIX): _rounded(value)
             for name, value in record.items()
-            if name.startswith(PART) and value is not None
+            if name.startswith(REWARD_PREFIX) and value is not None
         }
         return {
             "sample": record["sample_index"],
