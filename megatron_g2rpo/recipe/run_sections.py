@@ -67,6 +67,8 @@ class Logger(Section):
     """The run directory, which holds metrics.jsonl, recipe.yaml, tensorboard/, checkpoints/ and hf/."""
     tensorboard_enabled: bool
     """Whether to write TensorBoard events as well."""
+    report_enabled: bool
+    """Whether to write the page of ``report`` after each validation, and at the end: ``<log_dir>/report/report.html``."""
     num_val_samples_to_print: NonNegativeInt
     """Number of responses that are printed at each validation."""
 

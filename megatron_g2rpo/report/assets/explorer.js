@@ -44,10 +44,12 @@
 
   // Served by `report --serve --watch`: a newer page is offered, never forced, for a reader may be in the middle of it.
   if (report.page.version_url) {
+    let mine = null;
     setInterval(async () => {
       try {
         const version = await (await fetch(report.page.version_url)).text();
-        document.getElementById("newer").hidden = version === report.page.version;
+        mine ??= version;
+        document.getElementById("newer").hidden = version === mine;
       } catch { /* the server has been stopped; the page goes on as it is */ }
     }, 3000);
     document.getElementById("newer").addEventListener("click", () => location.reload());

@@ -22,6 +22,7 @@ from megatron_g2rpo.train.run.checkpoints import Checkpoints, Found
 from megatron_g2rpo.train.run.logs import MetricsLog, StepMetrics
 from megatron_g2rpo.train.run.metrics_file import METRICS_FILE
 from megatron_g2rpo.train.run.owners import run_id
+from megatron_g2rpo.train.run.report_page import ReportPage
 from megatron_g2rpo.train.run.retention import Retention
 from megatron_g2rpo.train.run.saved_record import record_saved
 from megatron_g2rpo.train.run.signals import STARTED
@@ -74,6 +75,10 @@ class Run:
         self._got_on = False  # whether this process did what was left of the first step
         self._metrics: Mapping[str, float] = {}  # of the last validation
         self._validated = False
+        self._page = ReportPage(
+            Path(recipe.logger.log_dir), enabled=recipe.logger.report_enabled and dist.get_rank() == 0, note=self._note
+        )
+        self._page_due = False  # whether the step that is being taken was validated
         grpo = recipe.grpo if isinstance(recipe, TrainRecipe) else None
         size = recipe.policy.train_global_batch_size if grpo is None else grpo.num_prompts_per_step
         self._notes += components.stream.shortages(size)
@@ -178,7 +183,9 @@ class Run:
         if not due:
             return {}
         try:
-            return self._validate(log)
+            found = self._validate(log)
+            self._page_due = True
+            return found
         except SamplingStopped as stopped:
             raise self._stopped(step, self._state_without_validation(metrics), str(stopped)) from None
         except EngineUnavailable as error:
@@ -204,6 +211,9 @@ class Run:
             if step == self.last_step or step % options.save_period == 0:
                 self._write(step, self._state())
             self._stopping.saved_in(self._checkpoints.longest_s)  # in the background, too
+        if self._page_due or step == self.last_step:
+            self._page.begin()
+            self._page_due = False
         self._stopping.step_ended()
 
     @contextmanager
@@ -338,6 +348,7 @@ class Run:
         """
         self._checkpoints.finish()
         self._stopping.end()
+        self._page.finish()
         if not self._recipe.checkpointing.export_hf:
             return None
         progress.enter("export")
