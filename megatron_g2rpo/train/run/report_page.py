@@ -51,14 +51,13 @@ class ReportPage:
     def finish(self) -> None:
         """Wait for the page, and say where it is.
 
-        One that was being written when the last step had ended may lack it, so it is written once more.
+        One that was begun before the last step was logged lacks it, and is written once more.
         """
         if not self._enabled or self._warned:
             return
         if self._process is not None:
-            is_late = self._process.poll() is None and self._stale()
             self._wait()
-            if is_late and not self._warned:
+            if self._stale() and not self._warned:
                 self._start()
                 self._wait()
         page = self._run / "report" / "report.html"
