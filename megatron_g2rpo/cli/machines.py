@@ -103,7 +103,9 @@ def serve(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN_B]", help="Run directory; two are laid over another.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN [RUN_B]", help="Run directory; two are laid over another.")
+    ],
     serve: Annotated[bool, typer.Option("--serve", help="Serve the page on this machine until Ctrl-C.")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --serve; 0: a free one.")] = 0,
     watch: Annotated[bool, typer.Option("--watch", help="Write the page anew when the run goes on.")] = False,
@@ -127,7 +129,9 @@ def report(
         elif watch:
             with contextlib.suppress(KeyboardInterrupt):
                 serving.watch(
-                    runs, lambda path: typer.echo(f"wrote {path}"), lambda error: typer.echo(f"warning: {error}", err=True)
+                    runs,
+                    lambda path: typer.echo(f"wrote {path}"),
+                    lambda error: typer.echo(f"warning: {error}", err=True),
                 )
         else:
             typer.echo(f"wrote {write_page(runs)}")

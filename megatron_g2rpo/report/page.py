@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page: one HTML file that needs neither a network nor a server.
 
-What a model wrote is data. It lies in JSON blocks in which no ``<`` occurs, the page's script sets it as text alone, and
-the Content-Security-Policy lets nothing run but the two scripts whose SHA-256 it names: plotly and the page's own.
+What a model wrote is data. It lies in JSON blocks in which no ``<`` occurs, the page's script sets it as text alone,
+and the Content-Security-Policy lets nothing run but the two scripts whose SHA-256 it names: plotly and the page's own.
 """
 
 from __future__ import annotations
@@ -100,10 +100,7 @@ def _page_data(measured: Sequence[Measured]) -> dict[str, Any]:
         listed = [{field: getattr(chart, field) for field in fields} for chart in shown]
         sections.append({"title": title, "charts": listed, "missing": missing})
     every = [
-        {
-            name: {"steps": series.steps, "values": rounded(series.values)}
-            for name, series in run.metrics.series.items()
-        }
+        {name: {"steps": series.steps, "values": rounded(series.values)} for name, series in run.metrics.series.items()}
         for run in runs
     ]
     return {
@@ -127,7 +124,10 @@ def _sample_blocks(number: int, samples: Samples) -> dict[str, Any]:
 def _summary(run: RunDirectory) -> str:
     """What a reader must know first, as HTML: the run, how far it is, and its validations before and after."""
     metrics = run.metrics
-    facts = [f"{run.path.resolve()}: {metrics.last_step} steps", f"model {run.setting('policy.model_name', 'not named')}"]
+    facts = [
+        f"{run.path.resolve()}: {metrics.last_step} steps",
+        f"model {run.setting('policy.model_name', 'not named')}",
+    ]
     if estimator := run.setting("grpo.adv_estimator.name"):
         facts.append(f"estimator {estimator}")
     if metrics.bin_size > 1:

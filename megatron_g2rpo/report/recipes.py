@@ -15,7 +15,9 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tup
     mine, theirs = flatten(dict(first)), flatten(dict(second))
     keys = [*mine, *(key for key in theirs if key not in mine)]
     return [
-        (key, _text(mine, key), _text(theirs, key)) for key in keys if mine.get(key, _ABSENT) != theirs.get(key, _ABSENT)
+        (key, _text(mine, key), _text(theirs, key))
+        for key in keys
+        if mine.get(key, _ABSENT) != theirs.get(key, _ABSENT)
     ]
 
 

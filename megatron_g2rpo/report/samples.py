@@ -37,8 +37,8 @@ class Samples:
     """What a page carries of a run's rollouts.
 
     Attributes:
-        index: column -> a value for each rollout. ``task`` counts ``tasks``; ``chunk``, ``group`` and ``place`` say where
-            the rollout is; ``change`` is that of its prompt since it was drawn last.
+        index: column -> a value for each rollout. ``task`` counts ``tasks``; ``chunk``, ``group`` and ``place`` tell
+            where the rollout is; ``change`` is that of its prompt since it was drawn last.
         tasks: names of the tasks.
         chunks: base64 text of each chunk.
         pictures: thumbnails as ``data:`` addresses.
@@ -233,9 +233,7 @@ class _Encoder:
 _COLUMNS = ("step", "task", "reward", "tokens", "truncated", "advantage", "change", "chunk", "group", "place")
 
 
-def _by_group(
-    overview: Overview, groups: Sequence[np.ndarray]
-) -> Iterator[tuple[list[int], list[Mapping[str, Any]]]]:
+def _by_group(overview: Overview, groups: Sequence[np.ndarray]) -> Iterator[tuple[list[int], list[Mapping[str, Any]]]]:
     """Yield the rows of each group with their records; of the rows that lie in one file, the file is read once."""
     if not groups:
         return

@@ -41,7 +41,9 @@ def spread(count: int) -> list[int]:
     return [order[0], count - 1, *order[1:]]
 
 
-def estimated_bytes(overview: Overview, groups: Sequence[np.ndarray], longest_text: int, most_tokens: int) -> np.ndarray:
+def estimated_bytes(
+    overview: Overview, groups: Sequence[np.ndarray], longest_text: int, most_tokens: int
+) -> np.ndarray:
     """Estimate how many bytes of the page each group takes, pictures aside.
 
     Args:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``report --serve`` and ``--watch``: the page over HTTP on this machine alone, and written anew when the run goes on."""
+"""``report --serve`` and ``--watch``: the page over HTTP on this machine alone, and anew when the run goes on."""
 
 from __future__ import annotations
 

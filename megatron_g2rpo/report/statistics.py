@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import NormalDist
 
 import numpy as np
@@ -53,9 +54,7 @@ def reward_band(overview: Overview, task: str | None) -> Band | None:
     enough = groups > 1
     if not enough.any():
         return None
-    return Band(
-        steps=steps[enough], low=(middle - error)[enough], middle=middle[enough], high=(middle + error)[enough]
-    )
+    return Band(steps=steps[enough], low=(middle - error)[enough], middle=middle[enough], high=(middle + error)[enough])
 
 
 def length_band(overview: Overview, task: str) -> Band | None:
@@ -106,7 +105,7 @@ def advantage_quantiles(overview: Overview, task: str, parts: int = 3) -> list[Q
     edges = np.linspace(step.min(), step.max() + 1, parts + 1)
     normal = np.array([NormalDist().inv_cdf(float(p)) for p in PROBABILITIES])
     found = []
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in pairwise(edges.tolist()):
         here = (step >= start) & (step < end)
         if here.sum() >= 2:
             found.append(

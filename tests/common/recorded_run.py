@@ -108,7 +108,9 @@ def _groups_of(
         group_id = TASKS.index(task) * groups + number
         for index in range(answers):
             tokens = int(rng.integers(4, 10))
-            rows.append(_row(task, step, prompt, group_id, index, parts[index], rewards[index], advantages[index], tokens, rng))
+            rows.append(
+                _row(task, step, prompt, group_id, index, parts[index], rewards[index], advantages[index], tokens, rng)
+            )
     return rows
 
 

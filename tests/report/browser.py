@@ -42,7 +42,9 @@ class Browser:
     def __enter__(self) -> Browser:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.driver.quit()
 
     def open(self, address: str, size: tuple[int, int] = DESKTOP, *, dark: bool = False) -> None:

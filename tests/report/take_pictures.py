@@ -32,7 +32,8 @@ def take(run: Path, out: Path) -> list[Path]:
             ("phone", PHONE, False, "#section-1"),
         ):
             browser.open(address, size, dark=dark)
-            browser.do("const field = document.getElementById('f-colour'); if (field) { field.value = 'logprob'; field.dispatchEvent(new Event('input', {bubbles: true})); }")
+            browser.do("const field = document.getElementById('f-colour'); if (field) field.value = 'logprob'")
+            browser.do("document.getElementById('f-colour')?.dispatchEvent(new Event('input', {bubbles: true}))")
             browser.do(f"report.drawAll(); document.querySelector('{top}').scrollIntoView()")
             time.sleep(SETTLE_S)
             browser.do(f"document.querySelector('{top}').scrollIntoView()")

@@ -23,13 +23,18 @@ def opened(browser: Browser, page: Path) -> Browser:
     return browser
 
 
-def choose(browser: Browser, field: str, value: str) -> None:
-    """Give a field of the filter a value, as a user does, and wait for the result."""
-    before = browser.value(SHOWN)
+def put(browser: Browser, field: str, value: str) -> None:
+    """Give a field a value, as a user does."""
     browser.do(
         f"const field = document.getElementById('{field}'); field.value = '{value}';"
-        "field.dispatchEvent(new Event('input', {bubbles: true}));"
+        "for (const kind of ['input', 'change']) field.dispatchEvent(new Event(kind, {bubbles: true}))"
     )
+
+
+def choose(browser: Browser, field: str, value: str) -> None:
+    """Give a field of the filter a value, and wait for the result."""
+    before = browser.value(SHOWN)
+    put(browser, field, value)
     browser.until(f"{SHOWN} !== {before!r}")
 
 
@@ -42,12 +47,18 @@ def found(browser: Browser) -> tuple[int, int]:
 def test_the_console_is_silent_and_nothing_was_loaded(opened: Browser) -> None:
     opened.do("report.drawAll()")
     assert opened.console() == []
-    assert opened.value("performance.getEntriesByType('resource').filter((each) => !each.name.startsWith('data:')).length") == 0
+    assert (
+        opened.value("performance.getEntriesByType('resource').filter((each) => !each.name.startsWith('data:')).length")
+        == 0
+    )
 
 
 def test_what_a_policy_forbids_is_noticed(opened: Browser) -> None:
     """The console does show a violation, so that its silence means something; and the policy does forbid."""
-    opened.do("const made = document.createElement('script'); made.textContent = 'window.hacked = 1'; document.body.append(made)")
+    opened.do(
+        "const made = document.createElement('script'); made.textContent = 'window.hacked = 1';"
+        "document.body.append(made)"
+    )
     assert opened.value("window.hacked") is None
     assert any("Content Security Policy" in line for line in opened.console())
 
@@ -64,7 +75,8 @@ def test_each_chart_has_data_and_a_sentence(opened: Browser) -> None:
     for name, traces, paths, sentence in charts:
         assert traces > 0, name
         assert paths > 0, name
-        assert sentence.endswith(".") and len(sentence) > 30, name
+        assert sentence.endswith("."), name
+        assert len(sentence) > 30, name
     assert opened.console() == []
 
 
@@ -101,19 +113,23 @@ def test_sorting_and_pages(opened: Browser) -> None:
     opened.do("document.getElementById('f-next').click()")
     opened.until(f"{title} !== {before!r}")
     assert not opened.value("document.getElementById('f-previous').disabled")
-    opened.do("const field = document.getElementById('f-sort'); field.value = '-reward'; field.dispatchEvent(new Event('input', {bubbles: true}))")
+    put(opened, "f-sort", "-reward")
     opened.until("document.querySelector('#f-results .response h4').textContent.includes('reward 1.00')")
 
 
 def test_the_answers_of_a_group_stand_side_by_side_in_colour(opened: Browser) -> None:
     assert opened.value("document.querySelectorAll('#f-results article').length") == 5
-    assert opened.value("document.querySelector('#f-results article').querySelectorAll('.response').length") == 4
-    tops = opened.value("[...document.querySelector('#f-results article').querySelectorAll('.response')].map((each) => each.getBoundingClientRect().top)")
+    answers = "[...document.querySelector('#f-results article').querySelectorAll('.response')]"
+    tops = opened.value(f"{answers}.map((each) => each.getBoundingClientRect().top)")
+    assert len(tops) == 4
     assert tops[0] == tops[1]
     for colour in ("logprob", "gap", "entropy", "advantage"):
-        opened.do(f"const field = document.getElementById('f-colour'); field.value = '{colour}'; field.dispatchEvent(new Event('input', {{bubbles: true}}))")
-        opened.until("document.getElementById('f-legend').textContent !== '' && document.querySelectorAll('.tokens span[title]').length > 20")
-        painted = "[...document.querySelectorAll('.tokens span[title]')].filter((each) => each.style.backgroundColor).length"
+        put(opened, "f-colour", colour)
+        opened.until("document.getElementById('f-legend').textContent !== ''")
+        opened.until("document.querySelectorAll('.tokens span[title]').length > 20")
+        painted = (
+            "[...document.querySelectorAll('.tokens span[title]')].filter((each) => each.style.backgroundColor).length"
+        )
         opened.until(f"{painted} > 10")
 
 
@@ -121,7 +137,11 @@ def test_boxes_are_drawn_in_the_picture(opened: Browser) -> None:
     choose(opened, "f-task", "grounding")
     opened.until("document.querySelector('.picture img')?.complete")
     assert opened.value("document.querySelector('.picture img').naturalWidth") == 64
-    reference = opened.value("(() => { const box = document.querySelector('rect.reference').getBoundingClientRect(), image = document.querySelector('.picture img').getBoundingClientRect(); return [(box.left - image.left) / image.width, box.width / image.width]; })()")
+    box, image = (
+        opened.value(f"document.querySelector('{each}').getBoundingClientRect().toJSON()")
+        for each in ("rect.reference", ".picture img")
+    )
+    reference = [(box["left"] - image["left"]) / image["width"], box["width"] / image["width"]]
     assert reference == pytest.approx([8 / 64, 32 / 64], abs=0.04)  # the stroke is 3 pixels wide
     assert opened.value("document.querySelectorAll('rect.answer').length") > 0
 
@@ -150,7 +170,8 @@ def test_what_changed_names_the_task_and_the_part(opened: Browser) -> None:
     def spans(*steps: int) -> list[str]:
         for field, step in zip("abcd", steps, strict=True):
             opened.do(f"document.getElementById('change-{field}').value = {step}")
-        opened.do("document.getElementById('change-a').dispatchEvent(new Event('input', {bubbles: true})); window.was = document.querySelector('#changes table')")
+        opened.do("window.was = document.querySelector('#changes table')")
+        put(opened, "change-d", str(steps[-1]))
         opened.until("document.querySelector('#changes table') !== window.was")
         return opened.value(row)
 
@@ -164,12 +185,14 @@ def test_what_changed_names_the_task_and_the_part(opened: Browser) -> None:
     assert abs(right) < formed
     spans(WORSE_STEP - 19, WORSE_STEP, WORSE_STEP + 1, 80)
     opened.do("document.querySelector('#changes tbody button').click()")
-    opened.until("document.getElementById('f-task').value === 'grounding' && document.querySelector('#f-results h3').textContent.startsWith('grounding')")
+    opened.until("document.getElementById('f-task').value === 'grounding'")
+    opened.until(f"{SHOWN}.startsWith('160 ')")
+    opened.until("document.querySelector('#f-results h3').textContent.startsWith('grounding')")
     assert "since last time −" in opened.value("document.querySelector('#f-results .response').textContent")
 
 
 def test_any_metric_can_be_seen(opened: Browser) -> None:
-    opened.do("const pick = document.getElementById('explorer'); pick.value = 'train/kl'; pick.dispatchEvent(new Event('change'))")
+    put(opened, "explorer", "train/kl")
     opened.until("document.querySelector('[data-chart=explorer]').data?.[0].y.length === 80")
 
 
@@ -192,7 +215,8 @@ def test_the_keyboard_reaches_everything(opened: Browser) -> None:
     opened.do("document.getElementById('f-reward-min').focus()")
     opened.type("j")  # of a field, a letter is no command
     assert opened.value("document.activeElement.id") == "f-reward-min"
-    unreachable = opened.value("[...document.querySelectorAll('button, select, input, summary, a')].filter((each) => each.tabIndex < 0).length")
+    controls = "[...document.querySelectorAll('button, select, input, summary, a')]"
+    unreachable = opened.value(f"{controls}.filter((each) => each.tabIndex < 0).length")
     assert unreachable == 0
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The charts of the page, as plotly's traces and layouts: each function gives the charts of one section.
 
-``charts_of`` is what the page asks for. A chart that a run has no data for is left out, and the page says what it needs.
+``charts_of`` is what the page asks for. The page leaves a chart without data out, and says what it needs.
 """
 
 from collections.abc import Sequence

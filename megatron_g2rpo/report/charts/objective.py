@@ -106,8 +106,7 @@ def gradients(runs: Sequence[Measured]) -> Iterator[Chart]:
         title="Gradient share of each task",
         about=(
             "Which task moves the policy: the norm of each task's gradient, as a share of their sum, in the steps that "
-            "measured it. Equal heights are balanced tasks."
-            + (" Of the first run." if len(runs) > 1 else "")
+            "measured it. Equal heights are balanced tasks." + (" Of the first run." if len(runs) > 1 else "")
         ),
         traces=traces,
         layout={"barmode": "stack", "yaxis": {"title": {"text": "share"}}},
@@ -146,7 +145,7 @@ def clipping(runs: Sequence[Measured]) -> Iterator[Chart]:
     yield Chart(
         name="kl",
         title="KL divergence from the old policy",
-        about="How far an update moved from the policy that sampled, per token; far above 0.1 updates may be too large.",
+        about="How far an update moved from the policy that sampled, per token; far above 0.1 it may be too large.",
         traces=of_names(runs, {"train/kl": "KL"}),
         layout=axes("nats"),
     )

@@ -24,8 +24,8 @@ def gaps(runs: Sequence[Measured]) -> Iterator[Chart]:
         name="gap-largest",
         title="Largest gap, and KL divergence",
         about=(
-            "The largest difference of a single token, and KL(engine || trainer): one outlier is a rare token, many are "
-            "a bug in the weights or the template."
+            "The largest difference of a single token, and KL(engine || trainer): one outlier is a rare token, many "
+            "are a bug in the weights or the template."
         ),
         traces=of_names(runs, {"train/rollout_gap_max": "largest gap", "train/rollout_gap_kl": "KL divergence"}),
         layout=axes("nats", yaxis={"title": {"text": "nats"}, "exponentformat": "power"}),

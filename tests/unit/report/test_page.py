@@ -75,7 +75,9 @@ def rows_of(parsed: Parsed, number: int = 0) -> list[dict[str, Any]]:
     for place in range(len(index["step"])):
         values = {name: column[place] for name, column in index.items()}
         group = groups[values["chunk"]][values["group"]]
-        found.append({**values, "task": held["tasks"][values["task"]], "of": group, "said": group["rows"][values["place"]]})
+        found.append(
+            {**values, "task": held["tasks"][values["task"]], "of": group, "said": group["rows"][values["place"]]}
+        )
     return found
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
 
@@ -132,7 +133,7 @@ def test_every_beginning_of_an_order_is_spread_evenly() -> None:
         assert sorted(spread(count)) == list(range(count))
     assert spread(100)[:2] == [0, 99]
     eight = sorted(spread(100)[:9])
-    assert max(b - a for a, b in zip(eight, eight[1:], strict=False)) <= 20
+    assert max(b - a for a, b in pairwise(eight)) <= 20
 
 
 def test_tasks_take_turns_however_many_groups_they_have() -> None:
@@ -151,7 +152,10 @@ def test_a_budget_is_kept_but_for_the_first_group() -> None:
 
 def test_a_long_run_s_curve_is_averaged_and_keeps_its_mean() -> None:
     steps = 5 * MOST_POINTS
-    lines = [{"step": step, "train/x": float(step % 7), **({"val/y": 1.0} if step % 500 == 0 else {})} for step in range(steps)]
+    lines = [
+        {"step": step, "train/x": float(step % 7), **({"val/y": 1.0} if step % 500 == 0 else {})}
+        for step in range(steps)
+    ]
     metrics = metrics_of(lines)
     assert metrics.bin_size == 5
     assert len(metrics["train/x"].steps) == MOST_POINTS
