@@ -68,7 +68,7 @@ class Logger(Section):
     tensorboard_enabled: bool
     """Whether to write TensorBoard events as well."""
     report_enabled: bool
-    """Whether to write the page of ``report``, ``<log_dir>/report/report.html``, after each validation and at the end."""
+    """Whether to write the page of ``report``, ``<log_dir>/report/report.html``: at each validation, and at the end."""
     num_val_samples_to_print: NonNegativeInt
     """Number of responses that are printed at each validation."""
 
