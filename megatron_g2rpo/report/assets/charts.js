@@ -4,6 +4,7 @@
 
 (() => {
   const ROWS = 400; // of a table of numbers
+  const OPTIONS = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
   const drawn = new Set();
   const waiting = new Map(); // plot -> chart
 
@@ -33,9 +34,7 @@
     const chart = waiting.get(plot);
     if (!chart || drawn.has(plot)) return;
     drawn.add(plot);
-    Plotly.newPlot(plot, chart.traces, merged(shared(), chart.layout), {
-      displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"],
-    });
+    Plotly.newPlot(plot, chart.traces, merged(shared(), chart.layout), OPTIONS);
   };
 
   report.redraw = (plot, chart) => {
@@ -44,7 +43,10 @@
     draw(plot);
   };
   report.drawAll = () => waiting.forEach((_, plot) => draw(plot));
-  report.recolour = () => drawn.forEach((plot) => Plotly.relayout(plot, merged(shared(), waiting.get(plot).layout)));
+  report.recolour = () => drawn.forEach((plot) => {
+    const chart = waiting.get(plot);
+    Plotly.react(plot, chart.traces, merged(shared(), chart.layout), OPTIONS);
+  });
 
   const numbers = (chart) => {
     const named = chart.traces.filter((trace) => trace.hoverinfo !== "skip");

@@ -80,6 +80,7 @@ def make_run(directory: Path, policy: MegatronPolicy, stopping: Stopping, *overr
     """A run around a policy that saves every step, and its guard, which skips no update: the first ends the run."""
     keys = [
         f"logger.log_dir={directory}",
+        "logger.report_enabled=false",
         "checkpointing.save_period=1",
         "policy.megatron_cfg.optimizer.max_skipped_updates=0",
     ]
