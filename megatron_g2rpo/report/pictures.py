@@ -49,8 +49,8 @@ class Pictures:
     """Reads the images of a run's prompts.
 
     Args:
-        run: the run, whose recipe names the data. A relative path is looked for from the working directory, and then
-            from each folder above the run directory.
+        run: the run, whose recipe names the data. A relative path is tried from the working directory, and then from
+            each folder above the run directory.
     """
 
     def __init__(self, run: RunDirectory) -> None:
@@ -128,15 +128,19 @@ def _datasets(run: RunDirectory) -> list[ShardIndex]:
     path = run.setting("data.train.path")
     if path is None:
         raise ValueError("the run directory has no recipe that names it")
-    return [open_dataset(str(_found(each.path, run.path)), None) for each in DataSource(path=path).parts]
+    return [_dataset(each.path, run.path) for each in DataSource(path=path).parts]
 
 
-def _found(path: str, run: Path) -> Path:
-    """The path, from the folder that it is there from; a glob is there where its folder is."""
-    given = Path(path)
-    bases = [Path(), *run.resolve().parents]
-    there = (base / given for base in bases if (base / given).exists() or any(base.glob(path) if path else ()))
-    return given if given.is_absolute() else next(there, given)
+def _dataset(path: str, run: Path) -> ShardIndex:
+    """Open a dataset from the first folder that has it; the error is that of the working directory."""
+    first: DataError | None = None
+    for base in [Path(), *run.resolve().parents]:
+        try:
+            return open_dataset(str(base / path), None)
+        except DataError as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
 def _thumbnail(image: Image.Image) -> str:

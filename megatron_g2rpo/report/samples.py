@@ -144,7 +144,7 @@ class _Encoder:
                 "over tasks and steps. All of them are in the run's rollouts/*.parquet."
             )
         if self._cut:
-            notes.append(f"{self._cut:,} texts were longer than the page shows; they are cut, and say so.")
+            notes.append(f"Texts of more than {LONGEST_TEXT:,} characters are cut, and say so: {self._cut:,} of them.")
         return [*notes, *([vocabulary.fault] if vocabulary.fault else [])]
 
     def _add(self, index: dict[str, list[Any]], row: int, chunk: int, group: int, place: int) -> None:

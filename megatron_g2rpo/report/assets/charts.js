@@ -4,7 +4,12 @@
 
 (() => {
   const ROWS = 400; // of a table of numbers
-  const OPTIONS = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
+  // Dragging zooms where there is a pointer; a finger scrolls the page.
+  const POINTER = matchMedia("(hover: hover) and (pointer: fine)").matches;
+  const OPTIONS = {
+    displaylogo: false, responsive: true, displayModeBar: POINTER ? "hover" : false,
+    modeBarButtonsToRemove: ["lasso2d", "select2d"],
+  };
   const drawn = new Set();
   const waiting = new Map(); // plot -> chart
 
@@ -15,7 +20,7 @@
     const axis = { gridcolor: style("--grid"), zerolinecolor: style("--edge"), linecolor: style("--edge"), automargin: true };
     return {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: style("--text"), size: 12 },
-      margin: { l: 50, r: 10, t: 10, b: 40 }, hovermode: "x unified", dragmode: false,
+      margin: { l: 50, r: 10, t: 10, b: 40 }, hovermode: "x unified", dragmode: POINTER ? "zoom" : false,
       hoverlabel: { bgcolor: style("--panel"), font: { color: style("--text") } },
       legend: { orientation: "h", y: -0.25, x: 0, font: { size: 11 } }, xaxis: axis, yaxis: axis,
     };

@@ -141,7 +141,7 @@ def test_a_long_text_is_cut_and_says_so(parsed: Parsed) -> None:
     assert len(texts) == 1
     assert len(texts[0]) < samples.LONGEST_TEXT + 100
     assert texts[0].endswith("[... 80,000 more characters are in the run's records]")
-    assert any("longer than the page shows" in note for note in parsed.block("samples-0")["notes"])
+    assert any("are cut, and say so: 1 of them" in note for note in parsed.block("samples-0")["notes"])
 
 
 def test_every_rollout_is_there_with_its_values(run: Path, parsed: Parsed) -> None:
