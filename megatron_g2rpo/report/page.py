@@ -21,7 +21,7 @@ from megatron_g2rpo.report.charts import Measured, charts_of
 from megatron_g2rpo.report.charts.base import rounded
 from megatron_g2rpo.report.metrics import ReportError, read_metrics
 from megatron_g2rpo.report.recipes import differences
-from megatron_g2rpo.report.rewards import changes, text_only_accuracy
+from megatron_g2rpo.report.rewards import Change, changes, text_only_accuracy
 from megatron_g2rpo.report.rollouts import read_overview
 from megatron_g2rpo.report.run_directory import REPORT_DIR, RunDirectory, read_run
 from megatron_g2rpo.report.samples import Samples, packed, samples_of
@@ -51,11 +51,12 @@ def write_page(paths: Sequence[Path], *, version_url: str | None = None) -> Path
         raise ReportError(f"a report shows one run, or two beside each other, not {len(paths)}")
     if len({path.resolve() for path in paths}) < len(paths):
         raise ReportError(f"{paths[0]} is named twice: name another run to compare it with")
+    text = page_of([read_run(path) for path in paths], version_url=version_url)
     target = paths[0] / REPORT_DIR / PAGE
     target.parent.mkdir(exist_ok=True)
     partial = target.with_name(f".{PAGE}.{os.getpid()}")
     try:
-        partial.write_text(page_of([read_run(path) for path in paths], version_url=version_url), "utf-8")
+        partial.write_text(text, "utf-8")
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -136,18 +137,14 @@ def _summary(run: RunDirectory) -> str:
     names = ("reward", "greedy_reward", "accuracy", "greedy_accuracy")
     try:
         lines_of_file = read_metrics(run.path)
-        found = {name: changes(lines_of_file, name) for name in names}
+        found = [{each.task: each for each in changes(lines_of_file, name)} for name in names]
     except (ReportError, KeyError):  # fewer than two validations, or other tasks in the last one: no table
         return "\n".join(lines)
     head = "".join(f'<th scope="col">held out, {name.replace("_", " ")}</th>' for name in names)
     rows = []
-    for of_task in zip(*found.values(), strict=True):
-        cells = "".join(
-            f'<td class="number">{each.before:.3f} → {each.after:.3f} '
-            f'<span class="{"bad" if each.after < each.before else "good"}">{each.after - each.before:+.3f}</span></td>'
-            for each in of_task
-        )
-        rows.append(f'<tr><th scope="row">{html.escape(of_task[0].task)}</th>{cells}</tr>')
+    for task in (task for task in found[0] if all(task in each for each in found)):
+        cells = "".join(_before_and_after(each[task]) for each in found)
+        rows.append(f'<tr><th scope="row">{html.escape(task)}</th>{cells}</tr>')
     lines.append(
         '<div class="scroll" tabindex="0" role="region" aria-label="Validation, first and last">'
         f'<table><thead><tr><th scope="col">task</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
@@ -158,6 +155,12 @@ def _summary(run: RunDirectory) -> str:
         for task, value in blind.items()
     ]
     return "\n".join(lines)
+
+
+def _before_and_after(change: Change) -> str:
+    kind = "bad" if change.after < change.before else "good"
+    gain = f'<span class="{kind}">{change.after - change.before:+.3f}</span>'
+    return f'<td class="number">{change.before:.3f} → {change.after:.3f} {gain}</td>'
 
 
 def _policy(scripts: Sequence[str], *, served: bool) -> str:

@@ -51,8 +51,10 @@ def text_only_accuracy(run: Path) -> dict[str, float]:
 
     The card is ``card.json`` in the folder above the validation shards: ``{"text_only_accuracy": {task: number}}``.
     """
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    path = (recipe["data"]["validation"] or {}).get("path")
+    recipe = run / "recipe.yaml"
+    if not recipe.exists():
+        return {}
+    path = (yaml.safe_load(recipe.read_text())["data"]["validation"] or {}).get("path")
     if not isinstance(path, str):  # none, or several datasets, of which each has a card of its own
         return {}
     card = Path(path).parent / "card.json"

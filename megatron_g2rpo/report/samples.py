@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -127,7 +128,7 @@ class _Encoder:
             chunks.append(packed(pending))
         return Samples(
             index=index,
-            tasks=list(self.run.tasks),
+            tasks=self._tasks,
             chunks=chunks,
             pictures=self._picture_uris,
             vocabulary={str(token): text for token, text in vocabulary.texts(self._used_ids).items()},
@@ -135,6 +136,10 @@ class _Encoder:
             recorded=len(overview),
             notes=self._notes(len(rows), vocabulary),
         )
+
+    @cached_property
+    def _tasks(self) -> list[str]:
+        return list(dict.fromkeys([*self.run.tasks, *sorted(set(self.overview.task))]))
 
     def _notes(self, shown: int, vocabulary: Vocabulary) -> list[str]:
         notes = []
@@ -151,7 +156,7 @@ class _Encoder:
         overview = self.overview
         values = {
             "step": int(overview.step[row]),
-            "task": self.run.tasks.index(overview.task[row]),
+            "task": self._tasks.index(overview.task[row]),
             "reward": _rounded(overview.reward[row]),
             "tokens": int(overview.tokens[row]),
             "truncated": int(overview.truncated[row]),

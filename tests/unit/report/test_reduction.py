@@ -104,9 +104,9 @@ def test_gaussian_advantages_lie_on_the_diagonal_and_others_do_not() -> None:
     steps, groups = [1 + i % 9 for i in range(count)], [i // 9 for i in range(count)]
     found = advantage_quantiles(overview_of(step=steps, group_id=groups, advantage=normal), "a")
     assert [(each.first, each.last) for each in found] == [(1, 3), (4, 6), (7, 9)]
-    # 1,333 advantages a third: a quantile is between two of them, which are at most 0.03 apart at 1 %.
+    # A third has three of nine neighbours, and at 1 % nine neighbours are 0.085 apart.
     for each in found:
-        np.testing.assert_allclose(each.found, each.normal, atol=0.03)
+        np.testing.assert_allclose(each.found, each.normal, atol=0.09)
     flat = advantage_quantiles(overview_of(step=steps, group_id=groups, advantage=[0.5 * x for x in normal]), "a")
     assert np.abs(flat[0].found - flat[0].normal).max() > 1.0
     assert len(found[0].normal) == len(PROBABILITIES)
