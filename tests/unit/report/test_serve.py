@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claim: a served page is this machine's alone, and a watched one is written anew when the run goes on, and only then."""
+"""Claim: a served page is this machine's alone, and a watched one is written anew when the run goes on, not before."""
 
 from __future__ import annotations
 
