@@ -12,6 +12,7 @@
 #                   Debian's chromium and chromium-driver, as root
 #   make test-nemo-run  the nemo-run example, in an environment of its own (0.6 GB)
 #   make lmms-eval  the harness for the paper's benchmarks, in an environment of its own (2.5 GB), see docs/evaluation.md
+#   make bench-step [ARGS=--quick]  the whole step beside TRL's, in an environment of its own (1.8 GB); 50 minutes
 #   make quickstart-vllm [ARGS="key=value ..."]         the quickstart, its rollouts from vLLM in that environment
 #   make lint       style, types, import rules          make clean        what was built; runs/ and data/ stay
 #
@@ -52,6 +53,8 @@ REPORT_VENV := .venv-report
 REPORT_BIN := $(REPORT_VENV)/bin
 NEMO_RUN_VENV := .venv-nemo-run
 NEMO_RUN_BIN := $(NEMO_RUN_VENV)/bin
+BENCH_VENV := .venv-bench
+BENCH_BIN := $(BENCH_VENV)/bin
 
 # What an installation depends on; the package itself is installed in place, so its Python files are not among them.
 SOURCES := pyproject.toml setup.py constraints/cpu.txt $(wildcard csrc/*)
@@ -60,7 +63,7 @@ SOURCES := pyproject.toml setup.py constraints/cpu.txt $(wildcard csrc/*)
 INSTALL = MEGATRON_G2RPO_BUILD_EXT=1 $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/cpu.txt torch==2.13.0 -e
 
 .PHONY: quickstart quickstart-vllm setup data policy test test-unit test-full test-vllm test-vllm-full test-gpu \
-	test-gpu-full test-nemo-run test-report chromium test-slurm slurm lmms-eval lint clean
+	test-gpu-full test-nemo-run test-report chromium test-slurm slurm lmms-eval bench-step lint clean
 
 quickstart: $(VENV)/.quickstart data
 	$(BIN)/megatron-g2rpo train $(RECIPE) --fresh --nproc $(NPROC) \
@@ -152,6 +155,9 @@ slurm:
 
 lmms-eval: $(LMMS_VENV)/.ready
 
+bench-step: $(BENCH_VENV)/.ready
+	$(BENCH_BIN)/python -m benchmarks.step.run $(ARGS)
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -215,6 +221,17 @@ $(REPORT_VENV)/.test: $(SOURCES) constraints/report.txt | $(REPORT_BIN)/python
 		-c constraints/report.txt torch==2.13.0 -e ".[report,test-report]"
 	@touch $@
 
+# The sides share a process's packages, so that they share torch and transformers. torchvision as for lmms-eval: TRL's
+# processor of Qwen3-VL asks for it.
+$(BENCH_VENV)/.ready: $(SOURCES) constraints/bench.txt tests/vllm/torchvision_ops.py | $(BENCH_BIN)/python
+	@echo "Installing TRL and what the benchmark needs into $(BENCH_VENV), 1.8 GB; this takes some minutes ..."
+	MEGATRON_G2RPO_BUILD_EXT=1 $(BENCH_BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/bench.txt \
+		torch==2.13.0 trl==1.16.0 torchvision==0.28.0 -e .
+	$(BENCH_BIN)/python -c "import torchvision" 2>/dev/null || { \
+		site=$$($(BENCH_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		&& cp tests/vllm/torchvision_ops.py "$$site" && echo "import torchvision_ops" > "$$site/torchvision_ops.pth"; }
+	@touch $@
+
 # Without this package: the example needs it on the nodes only.
 $(NEMO_RUN_VENV)/.test: constraints/nemo-run.txt | $(NEMO_RUN_BIN)/python
 	@echo "Installing nemo-run into $(NEMO_RUN_VENV), 0.6 GB; this takes a minute or two ..."
@@ -222,12 +239,13 @@ $(NEMO_RUN_VENV)/.test: constraints/nemo-run.txt | $(NEMO_RUN_BIN)/python
 		nemo-run==0.11.1 hypothesis pytest pytest-timeout
 	@touch $@
 
-$(BIN)/python $(VLLM_BIN)/python $(GPU_BIN)/python $(LMMS_BIN)/python $(NEMO_RUN_BIN)/python $(REPORT_BIN)/python:
+$(BIN)/python $(VLLM_BIN)/python $(GPU_BIN)/python $(LMMS_BIN)/python $(NEMO_RUN_BIN)/python \
+		$(REPORT_BIN)/python $(BENCH_BIN)/python:
 	@test -n "$(PYTHON)" && $(PYTHON) $(IS_3_11) \
 		|| { echo "Python 3.11 is needed$(PYTHON:%=, and % is not it): make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(@D:/bin=)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) $(LMMS_VENV) $(NEMO_RUN_VENV) $(REPORT_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) $(LMMS_VENV) $(NEMO_RUN_VENV) $(REPORT_VENV) $(BENCH_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find megatron_g2rpo -name '*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

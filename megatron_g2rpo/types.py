@@ -16,7 +16,7 @@ A step passes the data on in this order (types without a module are defined here
 10. ``objective.surrogates.base.PolicyLoss``: the loss of each token of a micro-batch.
 
 All are frozen: code that needs a changed one makes a new one. Shape letters: ``P`` prompt tokens, ``R`` response
-tokens, ``S`` tokens of a packed row, ``N`` sequences of a packed row (in ``Rewards``: rollouts), ``I`` images, ``V``
+tokens, ``S`` tokens of a packed row, ``N`` segments of a packed row (in ``Rewards``: rollouts), ``I`` images, ``V``
 vision patches, ``D`` values per vision patch.
 
 This module is in the lowest layer of the package: it imports torch and the standard library only.
@@ -143,6 +143,11 @@ class Rollout:
     truncated: bool
     kept_ids: Tensor | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of prompt and response together."""
+        return len(self.prompt.inputs.token_ids) + len(self.response_ids)
+
 
 def task_ids_of(rollouts: Sequence[Rollout]) -> Tensor:
     """The task id of each rollout, int64 ``[N]``."""
@@ -265,22 +270,28 @@ class PackedBatch:
 
     Position ``t`` predicts ``labels[t]``, the next token *of the same sequence*, where that is a response token; every
     other position has label ``NO_LABEL``. All per-token fields are aligned with the predicting position.
-    A sequence may be followed by padding: tokens that nothing attends to and nothing is learned from. A row is packed
-    whole, and each context-parallel rank cuts its share out of every per-token field
+    The row consists of segments: a segment is a whole sequence, or a *trunk*, the prompt that several sequences share
+    without its last token, or a *branch*, what one of them has of its own: the prompt's last token and the response
+    without its last. A token attends to its own segment up to itself, and to all of the segment's parent: nothing else
+    says who sees whom. A segment may be followed by padding: tokens that nothing attends to and nothing is learned
+    from. A row is packed whole, and each context-parallel rank cuts its share out of every per-token field
     (``policy.layouts.context_parallel``).
 
     Attributes:
         tokens: int64 ``[S]``, ids of all tokens of the row.
         labels: int64 ``[S]``, the response token to predict; ``NO_LABEL`` where there is none.
-        position_ids: int64 ``[3, S]``, mRoPE (time, height, width); restarts with every sequence.
-        segment_ids: int64 ``[S]``, index of the sequence a token belongs to (0..N-1); -1 on padding.
-        cu_seqlens: int32 ``[N + 1]``, running sum of the sequences' real lengths.
-        cu_seqlens_padded: int32 ``[N + 1]``, where each sequence begins in the (whole) row, padding counted.
+        position_ids: int64 ``[3, S]``, mRoPE (time, height, width); restarts with every sequence, and goes on in every
+            branch where its trunk ends.
+        segment_ids: int64 ``[S]``, index of the segment a token belongs to (0..N-1); -1 on padding.
+        cu_seqlens: int32 ``[N + 1]``, running sum of the segments' real lengths.
+        cu_seqlens_padded: int32 ``[N + 1]``, where each segment begins in the (whole) row, padding counted.
+        parents: int64 ``[N]``, index of the trunk that each segment continues; -1 for none.
         loss_mask: float32 ``[S]``, 1 where ``labels[t]`` is a response token that the loss counts.
         pixel_values: float32 ``[V, D]`` of the distinct images of the row: the samples of a group share one copy.
         image_grid_thw: int64 ``[I, 3]``, of the distinct images.
         vision_index: int64 ``[S]``, which merged feature of these images belongs at a token; -1 where none does.
-        sequence_ids: int64 ``[N]``, index of each sequence in the list that was packed.
+        sequence_ids: int64 ``[N]``, index of each segment's sequence in the list that was packed; -1 for a trunk. Empty
+            in a row of padding.
         task_ids: int64 ``[S]``, index of the task of each response token; -1 elsewhere.
         advantages: float32 ``[S]``, advantage of each response token; 0 outside the loss mask.
         behaviour_logprobs: float32 ``[S]``, what the rollout engine reported; 0 outside the response.
@@ -300,6 +311,7 @@ class PackedBatch:
     segment_ids: Tensor
     cu_seqlens: Tensor
     cu_seqlens_padded: Tensor
+    parents: Tensor
     loss_mask: Tensor
     pixel_values: Tensor
     image_grid_thw: Tensor

@@ -13,7 +13,6 @@ import typer
 from megatron_g2rpo.cli.arguments import DryRun, Fresh, Nproc, Overrides, RecipePath
 from megatron_g2rpo.cli.running import cluster_overrides, is_first, prepare_processes, with_errors, with_local_model
 
-
 Replay = Annotated[
     Path | None,
     typer.Option("--replay", help="Take one step of this run again, on its recorded rollouts.", show_default=False),
@@ -109,16 +108,23 @@ def _replay(path: Path, overrides: list[str], nproc: int | None, source: Path, s
             from megatron_g2rpo.commands.preflight import checked
 
             recipe = checked(path, asked, "train", download=True)
-            replay.changed(recipe, found.settings)
+        note = typer.echo if is_first() else _silent
+        changed = replay.changed(recipe, found.settings)
         local, on_many = with_local_model(recipe), prepare_processes(recipe)
         if on_many:
             again = [str(path), *overrides, "--replay", str(source), "--step", str(step)]
             launch.launch(recipe.cluster.gpus_per_node, ["train", *again])
             return
+        for line in changed:
+            note(f"changed: {line}")
         with watching(recipe, launch.end), out_of_memory.explained(recipe):
-            replay.run(local, found, note=typer.echo if is_first() else lambda line: None)
+            replay.run(local, found, note)
 
     with_errors(run)
+
+
+def _silent(line: str) -> None:
+    """Say nothing, on ranks but the first."""
 
 
 def _entry(kind: str) -> Callable[..., Path | None]:

@@ -75,10 +75,10 @@ def _chunk(
     sequences = [_sequence(processor, records[index], base, budget) for index in own]
     results: dict[int, dict[str, Any]] = {}
     if sequences:
-        batches = packer_for(processor, policy.layout).pack(sequences, budget)
+        batches = packer_for(processor, policy.layout, settings.sequence_packing).pack(sequences, budget)
         for batch, stats in zip(batches, policy.logprobs(batches, settings.generation.temperature), strict=True):
             logprob, entropy = response_values(batch, stats.logprobs), response_values(batch, stats.entropy)
-            for number in batch.sequence_ids.tolist():
+            for number in logprob:
                 results[own[number]] = {
                     "token_ids": sequences[number].response_ids.tolist(),
                     "logprobs": logprob[number].tolist(),

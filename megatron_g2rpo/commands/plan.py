@@ -10,14 +10,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_g2rpo.plan import show, show_speed
-from megatron_g2rpo.plan.cards import CARDS
+from megatron_g2rpo.models.cards import CARDS
+from megatron_g2rpo.plan import show, show_sharing, show_speed
 from megatron_g2rpo.plan.model import Model, config_dir, read_config
 from megatron_g2rpo.plan.planner import Plan, load_recipe, make_plan
 from megatron_g2rpo.plan.rows import assume
+from megatron_g2rpo.plan.sharing import both_ways, other_way
 from megatron_g2rpo.plan.speed import estimate
 from megatron_g2rpo.plan.sweep import sweep
 from megatron_g2rpo.plan.verdict import judge
+from megatron_g2rpo.recipe import TrainRecipe
 
 # What a rehearsal runs on, in the place of what a GPU would take.
 LOCAL_MODULES = tuple(f"policy.megatron_cfg.{key}=local" for key in ("transformer_impl", "core_attention"))
@@ -28,7 +30,7 @@ class Machines:
     """What a recipe is planned for.
 
     Attributes:
-        card: name of the GPU, a key of ``plan.cards.CARDS``.
+        card: name of the GPU, a key of ``models.cards.CARDS``.
         gpu_memory_gb: memory of one, 10^9 bytes; None for the card's.
         mean_tokens: mean tokens of a sequence, prompt and response; None for the longest that the recipe allows.
         image_tokens: image tokens of a prompt; None for the most that the recipe allows.
@@ -107,20 +109,26 @@ def run(path: Path, overrides: Sequence[str], machines: Machines, *, as_json: bo
     """
     memory, again = machines.memory, _Planner(path, overrides, machines)
     plan = again()
-    speed, verdict = estimate(plan, CARDS[machines.card]), judge(plan, memory, again)
-    rehearsal, tables = None, []
+    card = CARDS[machines.card]
+    speed, verdict = estimate(plan, card), judge(plan, memory, again)
+    further, estimates = {"time": show_speed.tree(speed, machines.card)}, [show_speed.table(speed, machines.card)]
+    if isinstance(again.recipe, TrainRecipe):
+        ways = both_ways(plan, again((other_way(plan),)), card)
+        further["sharing"] = show_sharing.tree(ways)
+        estimates.append(show_sharing.table(ways))
+    tables = []
     if rehearse:
         from megatron_g2rpo.commands.rehearsal import show as rehearsed
         from megatron_g2rpo.commands.rehearsal.stage import rehearse as rehearse_recipe
 
         stages = rehearse_recipe(again.recipe, str(config_dir(again.recipe.policy.model_name)), plan.batches)
         local = again(LOCAL_MODULES)  # a rehearsal runs on the CPU
-        rehearsal, tables = rehearsed.tree(plan.recipe, local, stages), [rehearsed.tables(plan.recipe, local, stages)]
+        further["rehearsal"] = rehearsed.tree(plan.recipe, local, stages)
+        tables = [rehearsed.tables(plan.recipe, local, stages)]
     if as_json:
-        print(show.as_json(plan, verdict, memory, show_speed.tree(speed, machines.card), rehearsal))
+        print(show.as_json(plan, verdict, memory, further))
     else:
-        time = show_speed.table(speed, machines.card)
-        Console(highlight=False, soft_wrap=True).print(show.tables(plan, verdict, memory, time), *tables)
+        Console(highlight=False, soft_wrap=True).print(show.tables(plan, verdict, memory, *estimates), *tables)
     return verdict.fits
 
 

@@ -16,8 +16,7 @@ import yaml
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.records.reading import file_of, files_in, ranges, read_header, read_step
-from megatron_g2rpo.records.schema import Header
-from megatron_g2rpo.train.replay import ReplayError, replay
+from megatron_g2rpo.records.schema import Header, RecordError
 from megatron_g2rpo.train.run.directory import RECIPE_FILE
 from megatron_g2rpo.train.run.metrics_file import METRICS_FILE
 from megatron_g2rpo.train.run.owners import CHECKPOINT_DIR, LOG_DIR, steps_in
@@ -38,7 +37,6 @@ _NOT_DONE = (
 )
 # What is not computed again: a change of these would change nothing, and look as if it had no effect.
 _RECORDED = (
-    "data.train",
     "data.task_weights",
     "data.system_prompt",
     "data.response_format",
@@ -57,7 +55,7 @@ _RECORDED = (
 _RECORDED_OF_TASKS = ("answer_format", "response_format", "length")
 # Metrics of what a replay does not do, and of how long it takes.
 _NOT_MEASURED = (
-    *("time/", "val/", "speed/", "memory/", "work/rollout", "train/sampling/"),
+    *("time/", "val/", "speed/", "memory/", "work/", "train/sampling/"),
     *("train/skipped_samples", "train/skipped/", "train/failed_rewards"),
 )
 
@@ -94,15 +92,14 @@ def find(run: Path, step: int) -> Source:
         step: number of the step, from 1.
 
     Raises:
-        ReplayError: the run lacks the checkpoint before it, or the budget cut its record; says which steps it has both
-            of.
-        RecordError: the step was not recorded, or its record is damaged.
+        RecordError: the step was not recorded, its record is damaged or the budget cut it, or the run lacks the
+            checkpoint before it; says which steps can be replayed.
     """
     settings = _settings(run)
     checkpoints = _checkpoints(run, settings)
     record, header = read_step(run, step)
     if not header.is_whole:
-        raise ReplayError(
+        raise RecordError(
             f"{file_of(run, step)} holds {record.num_rows} of the step's {header.rollouts} rollouts, which is what "
             f"logger.rollouts.budget_mb left of them: only whole steps can be replayed; {_possible(run, checkpoints)}"
         )
@@ -110,13 +107,13 @@ def find(run: Path, step: int) -> Source:
     if step > 1:
         if checkpoint is None:
             have = f"the run has those of {ranges(sorted(checkpoints))}" if checkpoints else "the run has none"
-            raise ReplayError(
+            raise RecordError(
                 f"step {step} starts from the checkpoint of step {step - 1}, and {have} (checkpointing.save_period, "
                 f"keep_top_k); {_possible(run, checkpoints)}"
             )
         manifest = read_manifest(checkpoint)
         if manifest is not None and manifest.run_id != header.run_id:
-            raise ReplayError(
+            raise RecordError(
                 f"{checkpoint} belongs to run {manifest.run_id or 'none'}, the record of step {step} to "
                 f"{header.run_id or 'none'}"
             )
@@ -133,7 +130,7 @@ def changed(recipe: TrainRecipe, settings: Mapping[str, Any]) -> list[str]:
     """Return a line for each key of a recipe that differs from the run's, of those that a replay reads.
 
     Raises:
-        ReplayError: a key differs that says what was sampled, or how a part of a reward is computed.
+        RecordError: a key differs that says what was sampled, or how a part of a reward is computed.
     """
     mine = recipes.settings(recipe)
     ours = {override.partition("=")[0] for override in _NOT_DONE}
@@ -145,7 +142,7 @@ def changed(recipe: TrainRecipe, settings: Mapping[str, Any]) -> list[str]:
     ]
     if refused := [key for key in keys if _is_recorded(key)]:
         shown = "; ".join(f"{key}: {settings.get(key)} in the run, {mine.get(key)} here" for key in refused)
-        raise ReplayError(
+        raise RecordError(
             f"a replay samples and scores nothing, and these keys would have no effect: {shown}. Leave them as the run "
             f"has them ({RECIPE_FILE} in its directory is its recipe)"
         )
@@ -156,16 +153,16 @@ def run(recipe: TrainRecipe, source: Source, note: Callable[[str], None]) -> Non
     """Replay a step, and say which metrics change. A collective of all ranks.
 
     Args:
-        recipe: the recipe, with ``overrides_for``.
+        recipe: the recipe, with ``overrides_for``, whose model is a local directory.
         source: what is replayed.
         note: shows the user a line; does nothing on ranks but the first.
 
     Raises:
-        Exception: see ``changed`` and ``train.replay.replay``.
+        Exception: see ``train.replay.replay``.
     """
+    from megatron_g2rpo.train.replay import replay  # after the environment of the policy was set
+
     header = source.header
-    for line in changed(recipe, source.settings):
-        note(f"changed: {line}")
     start = "the initial policy" if source.checkpoint is None else str(source.checkpoint)
     note(f"replaying step {header.step}: {header.rollouts} recorded rollouts, from {start}")
     metrics = replay(recipe, source.record, header, source.checkpoint, note)
@@ -207,9 +204,9 @@ def _settings(run: Path) -> dict[str, Any]:
     try:
         return recipes.flatten(dict(yaml.safe_load(path.read_text())))
     except FileNotFoundError as error:
-        raise ReplayError(f"{run} is no run directory: it holds no {RECIPE_FILE}") from error
+        raise RecordError(f"{run} is no run directory: it holds no {RECIPE_FILE}") from error
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise ReplayError(f"{path} is damaged ({str(error).splitlines()[0]})") from error
+        raise RecordError(f"{path} is damaged ({str(error).splitlines()[0]})") from error
 
 
 def _checkpoints(run: Path, settings: Mapping[str, Any]) -> dict[int, Path]:
@@ -217,7 +214,7 @@ def _checkpoints(run: Path, settings: Mapping[str, Any]) -> dict[int, Path]:
     place, before = Path(str(settings[CHECKPOINT_DIR])), Path(str(settings[LOG_DIR]))
     if place.is_relative_to(before):
         place = run / place.relative_to(before)
-    return steps_in(place)
+    return {step: path for step, path in steps_in(place).items() if path.name == f"step_{step}"}
 
 
 def _possible(run: Path, checkpoints: Mapping[int, Path]) -> str:

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packing of sequences of different lengths into rows (micro-batches) under a token budget."""
+"""Packing of sequences of different lengths into rows (micro-batches) under a token budget.
+
+``data.bins`` says which sequences share a row, and when those of a group share a copy of their prompt in it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -11,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_g2rpo.data.bins import Cost, assign_bins, round_up, shares_trunk
 from megatron_g2rpo.models import Positions
 from megatron_g2rpo.models.positions import mrope_positions
 from megatron_g2rpo.types import NO_LABEL, ModelInputs, PackedBatch
@@ -48,56 +52,6 @@ class PackSequence:
         return len(self.inputs.token_ids) + len(self.response_ids)
 
 
-def assign_bins(lengths: Sequence[int], budget: int, groups: Sequence[Hashable] | None = None) -> list[list[int]]:
-    """Assign sequences to bins by first-fit-decreasing bin packing that keeps groups together.
-
-    A group stays in one bin if it fits, else in as few as first-fit-decreasing finds for it, because the images that
-    its members share are processed once per bin. Bins are slightly emptier as a result, which costs nothing where they
-    are not padded up to the budget.
-
-    Args:
-        lengths: number of tokens of each sequence.
-        budget: largest number of tokens in a bin.
-        groups: the group of each sequence; None: each sequence is a group of its own.
-
-    Returns:
-        Indices of the sequences of each bin, in ascending order.
-
-    Raises:
-        ValueError: a sequence does not fit into an empty bin.
-    """
-    longest = max(lengths, default=0)
-    if longest > budget:
-        raise ValueError(
-            f"a sequence of {longest} tokens exceeds the {budget} tokens of a micro-batch; raise "
-            "policy.sequence_packing.train_mb_tokens or lower policy.max_total_sequence_length"
-        )
-    members: dict[Hashable, list[int]] = {}
-    for index, group in enumerate(range(len(lengths)) if groups is None else groups):
-        members.setdefault(group, []).append(index)
-    items = [
-        [group[i] for i in part]
-        for group in members.values()
-        for part in _first_fit_decreasing([lengths[i] for i in group], budget)
-    ]
-    bins = _first_fit_decreasing([sum(lengths[i] for i in item) for item in items], budget)
-    return [sorted(index for item in chosen for index in items[item]) for chosen in bins]
-
-
-def _first_fit_decreasing(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    bins: list[list[int]] = []
-    free: list[int] = []
-    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        fit = next((b for b, left in enumerate(free) if left >= sizes[index]), None)
-        if fit is None:
-            bins.append([])
-            free.append(budget)
-            fit = len(bins) - 1
-        bins[fit].append(index)
-        free[fit] -= sizes[index]
-    return bins
-
-
 @dataclass(frozen=True)
 class Packer:
     """Packs sequences into micro-batches.
@@ -106,10 +60,12 @@ class Packer:
         image_token_id: placeholder whose embedding an image feature replaces.
         spatial_merge_size: number of vision patches along one side that merge into one feature.
         pad_token_id: token of the padding.
-        sequence_multiple: every sequence is padded to a multiple of this, so that context parallelism can cut it.
+        sequence_multiple: every segment of a row is padded to a multiple of this, so that context parallelism can cut
+            it.
         row_multiple: every row is padded to a multiple of this (``layouts.layout.token_multiples`` gives both).
         positions: the model family's function for positions, see ``models.base.Family.positions``. The default is that
             of the Qwen-VL family, which counts tokens on text, as every family does.
+        shared_prefix: whether sequences with one prompt share a copy of it in a row, see ``data.bins``.
     """
 
     image_token_id: int
@@ -118,6 +74,7 @@ class Packer:
     sequence_multiple: int = 1
     row_multiple: int = 1
     positions: Positions = mrope_positions
+    shared_prefix: bool = False
 
     def __post_init__(self) -> None:
         if self.row_multiple % self.sequence_multiple:
@@ -133,7 +90,8 @@ class Packer:
                 number of micro-batches; None for no padding.
 
         Raises:
-            ValueError: a sequence exceeds the budget, or more than ``num_bins`` rows are needed.
+            ValueError: a sequence exceeds the budget, more than ``num_bins`` rows are needed, or a response has an
+                image placeholder.
         """
         bins = self._bins(sequences, budget)
         if num_bins is not None:
@@ -147,46 +105,82 @@ class Packer:
         return len(self._bins(sequences, budget))
 
     def _bins(self, sequences: Sequence[PackSequence], budget: int) -> list[list[int]]:
-        lengths = [round_up(sequence.length, self.sequence_multiple) for sequence in sequences]
-        # Samples that share images belong together; those without share nothing that a row would pay for twice.
+        # Samples that share a prompt or images belong together; others share nothing that a row would pay for twice.
         groups = [
-            ("prompt", id(sequence.inputs)) if len(sequence.inputs.image_grid_thw) else ("sequence", index)
+            ("prompt", id(sequence.inputs))
+            if self.shared_prefix or len(sequence.inputs.image_grid_thw)
+            else ("sequence", index)
             for index, sequence in enumerate(sequences)
         ]
-        return assign_bins(lengths, round_up(budget, self.row_multiple), groups)
+        return assign_bins([self._cost(each) for each in sequences], round_up(budget, self.row_multiple), groups)
+
+    def _cost(self, sequence: PackSequence) -> Cost:
+        prompt, response = len(sequence.inputs.token_ids), len(sequence.response_ids)
+        return Cost.of(prompt, response, self.sequence_multiple, shares=self.shared_prefix)
 
     def _row(self, sequences: Sequence[PackSequence], members: list[int]) -> PackedBatch:
-        parts = [sequences[index] for index in members]
-        distinct = {id(part.inputs): part.inputs for part in parts}
-        first_feature: dict[int, int] = {}
-        total = 0
-        for key, inputs in distinct.items():
-            first_feature[key] = total
-            total += self._features(inputs)
-        lengths = [part.length for part in parts]
+        kept = sum(sequences[index].kept_ids is not None for index in members)
+        if kept not in (0, len(members)):
+            raise ValueError(f"of {len(members)} sequences, {kept} say what their tokens were sampled from: all must")
+        groups: dict[int, list[int]] = {}
+        for index in members:
+            groups.setdefault(id(sequences[index].inputs), []).append(index)
+        segments: list[_Segment] = []
+        features = 0
+        for group in groups.values():
+            segments += self._segments(sequences, group, first=len(segments), first_feature=features)
+            features += self._features(sequences[group[0]].inputs)
+        lengths = [segment.length for segment in segments]
         padded = [round_up(length, self.sequence_multiple) for length in lengths]
-        padded[-1] += -sum(padded) % self.row_multiple  # the row's own padding follows its last sequence
-        fields = [
-            self._fields(part, segment, size, first_feature[id(part.inputs)])
-            for segment, (part, size) in enumerate(zip(parts, padded, strict=True))
-        ]
+        padded[-1] += -sum(padded) % self.row_multiple  # the row's own padding follows its last segment
+        distinct = [sequences[group[0]].inputs for group in groups.values()]
         return PackedBatch(
-            **{name: torch.cat([field[name] for field in fields], dim=-1) for name in fields[0]},
+            **self._joined([segment.fields for segment in segments], padded),
+            segment_ids=torch.cat([_padded(torch.full((n,), i), size, -1) for i, (n, size) in _pairs(lengths, padded)]),
             cu_seqlens=_offsets(lengths),
             cu_seqlens_padded=_offsets(padded),
-            pixel_values=torch.cat([inputs.pixel_values for inputs in distinct.values()]),
-            image_grid_thw=torch.cat([inputs.image_grid_thw for inputs in distinct.values()]),
-            sequence_ids=torch.tensor(members),
-            kept_ids=_kept_ids(parts, padded),
+            parents=torch.tensor([segment.parent for segment in segments]),
+            pixel_values=torch.cat([inputs.pixel_values for inputs in distinct]),
+            image_grid_thw=torch.cat([inputs.image_grid_thw for inputs in distinct]),
+            sequence_ids=torch.tensor([segment.sequence for segment in segments]),
         )
 
     def _features(self, inputs: ModelInputs) -> int:
         return int(inputs.image_grid_thw.prod(dim=1).sum()) // self.spatial_merge_size**2
 
-    def _fields(self, part: PackSequence, segment: int, size: int, first_feature: int) -> dict[str, Tensor]:
-        """Return the per-token fields of one sequence, aligned with the predicting position and padded to ``size``."""
+    def _segments(
+        self, sequences: Sequence[PackSequence], group: list[int], *, first: int, first_feature: int
+    ) -> list[_Segment]:
+        """Return the segments of one prompt's sequences in a row, of which the first has the number ``first``."""
+        parts = [sequences[index] for index in group]
+        inputs, longest = parts[0].inputs, max(parts, key=lambda part: len(part.response_ids))
+        # Positions of a sequence are the beginning of those of a longer one with the same prompt.
+        positions = self.positions(
+            torch.cat([inputs.token_ids, longest.response_ids]),
+            inputs.image_grid_thw,
+            image_token_id=self.image_token_id,
+            spatial_merge_size=self.spatial_merge_size,
+        )
+        placeholders = inputs.token_ids == self.image_token_id
+        vision_index = torch.where(placeholders, placeholders.cumsum(0) - 1 + first_feature, -1)
+        whole = [self._fields(part, positions, vision_index) for part in parts]
+        if not shares_trunk([self._cost(part) for part in parts]):
+            return [_Segment(fields, index, -1) for fields, index in zip(whole, group, strict=True)]
+        shared = len(inputs.token_ids) - 1
+        trunk = _Segment(_cut(whole[0], 0, shared), -1, -1)
+        # Without the last token, which predicts nothing.
+        branches = [
+            _Segment(_cut(fields, shared, shared + len(part.response_ids)), index, first)
+            for fields, part, index in zip(whole, parts, group, strict=True)
+        ]
+        return [trunk, *branches]
+
+    def _fields(self, part: PackSequence, positions: Tensor, vision_index: Tensor) -> dict[str, Tensor]:
+        """Return the per-token fields of one sequence, aligned with the predicting position."""
         prompt, response = part.inputs.token_ids, part.response_ids
-        tokens = torch.cat([prompt, response])
+        if bool((response == self.image_token_id).any()):
+            raise ValueError("a response has an image placeholder: the rollout engine must never sample one")
+        size = part.length
         first = len(prompt) - 1  # the position that predicts the first response token
         span = slice(first, first + len(response))
 
@@ -201,27 +195,36 @@ class Packer:
         labels[span] = response
         task_ids = torch.full((size,), -1)
         task_ids[span] = part.task_id
-        positions = self.positions(
-            tokens,
-            part.inputs.image_grid_thw,
-            image_token_id=self.image_token_id,
-            spatial_merge_size=self.spatial_merge_size,
-        )
-        placeholders = tokens == self.image_token_id
-        vision_index = torch.where(placeholders, placeholders.cumsum(0) - 1 + first_feature, -1)
-        padding = size - part.length
-        return {
-            "tokens": F.pad(tokens, (0, padding), value=self.pad_token_id),
+        fields = {
+            "tokens": torch.cat([prompt, response]),
             "labels": labels,
-            "position_ids": F.pad(positions, (0, padding)),
-            "segment_ids": F.pad(torch.full((part.length,), segment), (0, padding), value=-1),
+            "position_ids": positions[:, :size],
             "loss_mask": spread(float(part.in_loss)),
             "task_ids": task_ids,
             "advantages": spread(part.advantage),
             "behaviour_logprobs": spread(0.0 if part.behaviour_logprobs is None else part.behaviour_logprobs),
             "token_weights": spread(part.token_weight * part.in_loss),
-            "vision_index": F.pad(vision_index, (0, padding), value=-1),
+            "vision_index": F.pad(vision_index, (0, len(response)), value=-1),
         }
+        if part.kept_ids is not None:
+            kept = torch.full((part.kept_ids.shape[1], size), -1)
+            kept[:, span] = part.kept_ids.t()
+            fields["kept_ids"] = kept
+        return fields
+
+    def _joined(self, segments: Sequence[dict[str, Tensor]], padded: Sequence[int]) -> dict[str, Tensor]:
+        """Return the fields of the row, each segment padded to its size."""
+        fills = {"tokens": self.pad_token_id, "labels": NO_LABEL, "task_ids": -1, "vision_index": -1, "kept_ids": -1}
+        most = max((len(fields["kept_ids"]) for fields in segments if "kept_ids" in fields), default=0)
+        row = {}
+        for name in segments[0]:
+            values = [
+                _padded(fields[name], size, fills.get(name, 0)) for fields, size in zip(segments, padded, strict=True)
+            ]
+            if name == "kept_ids":
+                values = [F.pad(value, (0, 0, 0, most - len(value)), value=-1) for value in values]
+            row[name] = torch.cat(values, dim=-1)
+        return row
 
     def _empty_row(self, sequences: Sequence[PackSequence]) -> PackedBatch:
         """Return the shortest possible row: one sequence of padding, from which nothing is learned."""
@@ -235,6 +238,7 @@ class Packer:
             segment_ids=none,
             cu_seqlens=_offsets([size]),
             cu_seqlens_padded=_offsets([size]),
+            parents=torch.tensor([-1]),
             loss_mask=zero,
             pixel_values=torch.zeros(0, patch_dim),
             image_grid_thw=torch.zeros(0, 3, dtype=torch.int64),
@@ -247,25 +251,36 @@ class Packer:
         )
 
 
-def round_up(value: int, multiple: int) -> int:
-    """Return the smallest multiple that is not below a value."""
-    return -(-value // multiple) * multiple
+@dataclass(frozen=True)
+class _Segment:
+    """Consecutive tokens of a row that attend to one another.
+
+    Attributes:
+        fields: their per-token fields, without padding.
+        sequence: index of the packed sequence whose response they hold; -1 for a trunk.
+        parent: number of the segment that they continue, in the row; -1 for none.
+    """
+
+    fields: dict[str, Tensor]
+    sequence: int
+    parent: int
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return len(self.fields["tokens"])
 
 
-def _kept_ids(parts: Sequence[PackSequence], padded: Sequence[int]) -> Tensor | None:
-    """Return the ids that each label of a row was sampled from, int64 ``[K, S]``; None where all could be sampled."""
-    known = [part.kept_ids for part in parts if part.kept_ids is not None]
-    if not known:
-        return None
-    if len(known) != len(parts):
-        raise ValueError(f"of {len(parts)} sequences, {len(known)} say what their tokens were sampled from: all must")
-    row = torch.full((max(kept.shape[1] for kept in known), sum(padded)), -1)
-    start = 0
-    for part, kept, size in zip(parts, known, padded, strict=True):
-        first = start + len(part.inputs.token_ids) - 1  # as in Packer._fields
-        row[: kept.shape[1], first : first + len(kept)] = kept.t()
-        start += size
-    return row
+def _cut(fields: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    return {name: value[..., start:stop] for name, value in fields.items()}
+
+
+def _padded(value: Tensor, size: int, fill: int) -> Tensor:
+    return F.pad(value, (0, size - value.shape[-1]), value=fill)
+
+
+def _pairs(lengths: Sequence[int], padded: Sequence[int]) -> Iterable[tuple[int, tuple[int, int]]]:
+    return enumerate(zip(lengths, padded, strict=True))
 
 
 def _offsets(lengths: Sequence[int]) -> Tensor:
@@ -280,7 +295,8 @@ def with_advantages(batch: PackedBatch, advantages: Tensor) -> PackedBatch:
         advantages: advantage of each sequence that was packed, those of other rows included;
             ``PackedBatch.sequence_ids`` says which of them are in this row.
     """
-    of_segment = torch.cat([advantages[batch.sequence_ids].float(), torch.zeros(1)])  # the last for segment -1, padding
+    of_sequence = torch.cat([advantages.float(), torch.zeros(1)])  # the last for sequence -1, of a trunk
+    of_segment = torch.cat([of_sequence[batch.sequence_ids], torch.zeros(1)])  # the last for segment -1, padding
     return replace(batch, advantages=torch.where(batch.task_ids >= 0, of_segment[batch.segment_ids], 0.0))
 
 
@@ -298,4 +314,5 @@ def response_values(batch: PackedBatch, values: Tensor) -> dict[int, Tensor]:
     return {
         int(row): values[response & (batch.segment_ids == segment)]
         for segment, row in enumerate(batch.sequence_ids.tolist())
+        if row >= 0
     }

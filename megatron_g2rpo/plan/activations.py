@@ -13,18 +13,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_g2rpo.plan import transformer_engine
-from megatron_g2rpo.plan.rows import Slots
 from megatron_g2rpo.plan.sizes import FP32, INT64, LOCAL, Sizes
+from megatron_g2rpo.plan.slots import Slots
 from megatron_g2rpo.policy.layouts.logit_chunks import LogitChunks
 
 
 def norm(rows: int, width: int, nbytes: int) -> int:
     """Return the bytes that ``policy.norm.RMSNorm`` keeps of a ``[rows, width]`` matrix.
 
-    It keeps its input in float32, the reciprocal root of each matrix row, and the normalised rows. In float32 the first
-    is the layer's own input, kept alive for this; in bfloat16 it is a copy.
+    It keeps its input, which nothing else may keep alive, and the reciprocal root of each matrix row.
     """
-    return rows * (width * (FP32 + nbytes) + FP32)
+    return rows * (width * nbytes + FP32)
 
 
 def layer(size: Sizes, slots: Slots, *, selective: bool) -> int:
@@ -40,7 +39,7 @@ def layer(size: Sizes, slots: Slots, *, selective: bool) -> int:
     if size.modules.attention == LOCAL and not selective:
         core = core_attention(size, slots)
     else:
-        core = transformer_engine.core_attention(size, selective=selective)
+        core = transformer_engine.core_attention(size, slots, selective=selective)
     return transformer_engine.attention(size, core) + transformer_engine.mlp(size)
 
 
@@ -51,19 +50,20 @@ def attention(size: Sizes, slots: Slots, *, selective: bool) -> int:
     kept += e * size.shared * size.hidden  # input of the query/key/value projection
     if size.modules.head_norms:
         kept += norm(size.tokens * size.heads, head, e) + norm(size.tokens * size.groups, head, e)
-    kept += 4 * e * size.tokens * head  # cosines and sines, made once for queries and once for keys
     if size.modules.attention != LOCAL:
-        core = transformer_engine.core_attention(size, selective=selective)
+        kept += 4 * e * size.tokens * head  # cosines and sines, made once for queries and once for keys
+        core = transformer_engine.core_attention(size, slots, selective=selective)
         return kept + core + e * size.tokens * size.heads * head  # its output is the output projection's input
     projection = e * size.tokens * size.projected * head
-    if e == FP32 and size.modules.head_norms:
-        # Key norms keep a view, and with it the whole projection; query norms too, where no copy regroups the heads.
-        kept += projection - FP32 * size.tokens * head * size.groups
-        if size.heads == size.groups or size.groups == 1:
-            kept -= FP32 * size.tokens * head * size.heads
+    queries = e * size.tokens * head * size.heads
+    is_view = size.heads == size.groups or size.groups == 1  # no copy regroups the heads of the queries
+    if size.modules.head_norms:
+        # Key norms keep a view, and with it the whole projection; query norms too, if theirs is one.
+        kept += projection - e * size.tokens * head * size.groups - (queries if is_view else 0)
     if selective:
-        kept += e * size.tokens * (size.heads + size.groups) * head  # rotated queries and keys
-        kept += 0 if e == FP32 and size.modules.head_norms else projection  # the values are a view of it
+        # Queries and keys; the values, and without norms keys and perhaps queries, are views of the projection.
+        normalised = e * size.tokens * (size.heads + size.groups) * head
+        kept += normalised if size.modules.head_norms else projection + (0 if is_view else queries)
     else:
         kept += core_attention(size, slots)
     return kept + e * size.tokens * size.heads * head  # input of the output projection
@@ -83,11 +83,10 @@ def core_attention(size: Sizes, slots: Slots) -> int:
 def mlp(size: Sizes) -> int:
     """Return the bytes kept of the MLP and the norm before it.
 
-    The gated MLP keeps gate and up projection, activated gate, the sum ``up + 0``, and their product; one compiled
-    kernel in the activation's place keeps neither of the middle two.
+    The gated MLP keeps gate and up projection, and the product (``policy.swiglu``, or the compiled kernel).
     """
     kept = norm(size.shared, size.hidden, size.nbytes) + size.nbytes * size.shared * size.hidden
-    return kept + size.nbytes * size.tokens * (3 if size.modules.fused_activation else 5) * size.features
+    return kept + size.nbytes * size.tokens * 3 * size.features
 
 
 @dataclass(frozen=True)
@@ -119,12 +118,13 @@ class Recompute:
 
 
 def indices(slots: Slots, recompute: Recompute) -> int:
-    """Return the bytes of the packed row's index tensors, which all layers share.
+    """Return the bytes of the packed row's index tensors and masks, which all layers share.
 
-    What is recomputed needs each token's place a second time.
+    What is recomputed needs each token's place a second time, and the masks, of one byte an element, of which attention
+    keeps copies of its own otherwise.
     """
-    places = 1 if recompute.granularity is None else 2
-    return INT64 * (slots.queries + slots.keys + places * slots.tokens)
+    places = INT64 * (slots.queries + slots.keys + slots.tokens)
+    return places if recompute.granularity is None else places + INT64 * slots.tokens + slots.mask
 
 
 def stage_layers(
@@ -147,22 +147,22 @@ def stage_layers(
     hidden = size.nbytes * size.shared * size.hidden
     if chunks:
         kept += (len(chunks) + context_levels) * hidden  # inputs
-        kept += FP32 * size.tokens * size.head_dim  # rotary angles
-    elif first and keeps_input(size):
+        if size.modules.attention != LOCAL:
+            kept += FP32 * size.tokens * size.head_dim  # rotary angles
+    elif first:
         kept += size.nbytes * (size.tokens - size.shared) * size.hidden
-    return kept + (indices(slots, recompute) if size.modules.attention == LOCAL else 0)
-
-
-def keeps_input(size: Sizes) -> bool:
-    """Return whether a layer's first norm keeps the layer's input itself, not a float32 copy of it."""
-    return size.nbytes == FP32 or size.modules.layers != LOCAL
+    if size.modules.attention == LOCAL:
+        kept += 2 * size.nbytes * size.tokens * size.head_dim  # cosines and sines, which all layers share
+    return kept + (indices(slots, recompute) if slots.copied else 0)
 
 
 def recomputed(size: Sizes, slots: Slots, recompute: Recompute, layers: int) -> int:
     """Return the bytes of the largest part that the backward pass recomputes and holds at once."""
     if recompute.granularity == "selective":
         local = size.modules.attention == LOCAL
-        return core_attention(size, slots) if local else transformer_engine.core_attention(size, selective=False)
+        if local:
+            return core_attention(size, slots)
+        return transformer_engine.core_attention(size, slots, selective=False)
     chunks, _ = recompute.chunks(layers)
     return max(chunks, default=0) * layer(size, slots, selective=False)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_g2rpo.data.packing import round_up
+from megatron_g2rpo.data.bins import round_up
 from megatron_g2rpo.plan.model import Parameter
 
 _PARAMETER_ALIGNMENT = 64  # elements

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_g2rpo.models.cards import Card
 from megatron_g2rpo.plan import flops
-from megatron_g2rpo.plan.cards import Card
 from megatron_g2rpo.plan.flops import Shape
 
 BANDWIDTH = 0.7  # share of the memory's bandwidth that decoding reaches
@@ -69,9 +69,9 @@ def seconds(shape: Shape, engine: Engine, responses: Responses, card: Card) -> f
 def _prefill(shape: Shape, engine: Engine, responses: Responses, card: Card) -> float:
     pass_ = flops.forward(
         shape,
-        sequences=responses.prompts,
-        tokens=responses.prompt_tokens,
-        labels=1,
+        tokens=responses.prompts * responses.prompt_tokens,
+        pairs=responses.prompts * flops.causal_pairs(responses.prompt_tokens),
+        labels=responses.prompts,
         images=responses.prompts if responses.image_tokens else 0,
         image_tokens=responses.image_tokens,
     )

@@ -9,8 +9,9 @@ from typing import Any
 from megatron_g2rpo.plan import activations, vision
 from megatron_g2rpo.plan.activations import Recompute
 from megatron_g2rpo.plan.buffers import DataParallelism
-from megatron_g2rpo.plan.rows import Row, Slots, widest_slots
+from megatron_g2rpo.plan.rows import Row
 from megatron_g2rpo.plan.sizes import FP32, INT64, LOCAL, Sizes, modules_of, sizes
+from megatron_g2rpo.plan.slots import Slots, widest_slots
 from megatron_g2rpo.policy.layouts.image_shares import largest_share
 from megatron_g2rpo.policy.layouts.layout import Layout
 from megatron_g2rpo.policy.layouts.logit_chunks import LogitChunks
@@ -47,10 +48,8 @@ def sizes_of(recipe: Recipe, hf_config: Any, layout: Layout, row: Row) -> Sizes:
 
 
 def slots_of(size: Sizes, row: Row, layout: Layout) -> Slots:
-    """Return the sizes of the core attention's batches; Transformer Engine's attention pads nothing."""
-    if size.modules.attention == LOCAL:
-        return widest_slots(row, layout.context)
-    return Slots(size.tokens, size.tokens, size.tokens, 0)
+    """Return the sizes of what the core attention makes of a row, on the rank that has the most."""
+    return widest_slots(row, layout.context, local=size.modules.attention == LOCAL)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from megatron_g2rpo.plan.cards import NETWORK, Card
-from megatron_g2rpo.plan.wire import Traffic
+from megatron_g2rpo.models.cards import NETWORK, Card
+from megatron_g2rpo.plan.wire import KEYS_AND_VALUES, Traffic
 from megatron_g2rpo.policy.layouts.layout import Layout
 from megatron_g2rpo.recipe import Recipe
 
@@ -60,4 +60,4 @@ def _overlaps(recipe: Recipe, line: Traffic) -> bool:
     if line.what == "gradients":
         return reduction.overlap_grad_reduce
     # Transformer Engine's ring sends the next keys and values while it computes with these.
-    return line.what == "keys and values" and options.cp_comm_type == "p2p" and options.core_attention != "local"
+    return line.what == KEYS_AND_VALUES and options.cp_comm_type == "p2p"

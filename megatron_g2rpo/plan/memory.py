@@ -6,9 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_g2rpo.plan import engine, fp8
-from megatron_g2rpo.plan.activations import Recompute, keeps_input
 from megatron_g2rpo.plan.buffers import ModelState, model_state
-from megatron_g2rpo.plan.kept import data_parallelism, element_bytes, kept_of_row, recompute_of, sizes_of
+from megatron_g2rpo.plan.kept import data_parallelism, element_bytes, kept_of_row, sizes_of
 from megatron_g2rpo.plan.model import Model
 from megatron_g2rpo.plan.rows import Assumptions, MicroBatches
 from megatron_g2rpo.plan.sizes import Sizes
@@ -127,7 +126,7 @@ def _stage(
         nbytes=nbytes,
         fp8=fp8.weights(parameters, text.num_hidden_layers, megatron, size.modules),
     )
-    first, last = stage == 0, stage == layout.pipeline - 1
+    last = stage == layout.pipeline - 1
     kept = kept_of_row(recipe, model.config, layout, batches.row, stage)
     engines = _engine(recipe, model, assumptions)
     return StageMemory(
@@ -139,7 +138,7 @@ def _stage(
         layer_activations=kept.layers,
         vision_activations=kept.vision,
         output_activations=kept.output,
-        boundary=_boundary(size, recompute_of(recipe), first=first, last=last),
+        boundary=_boundary(size, last=last),
         update_working=update_working(recipe, model.config, layout, batches.row, stage),
         optimizer_working=optimizer_working(parameters, state, parallelism, layout),
         cache=engines.cache,
@@ -157,30 +156,18 @@ def _engine(recipe: Recipe, model: Model, assumptions: Assumptions) -> engine.En
     if generation.backend != "transformers":
         return engine.NONE
     samples = recipe.grpo.num_generations_per_prompt if isinstance(recipe, TrainRecipe) else 1
-    prompt_tokens = policy.max_total_sequence_length - generation.max_new_tokens
+    batch = engine.Decoding.of(policy, samples, assumptions.image_tokens)
     return engine.EngineMemory(
         weights=nbytes * model.numel,
-        cache=engine.cache(
-            model.config.get_text_config(), generation.batch_size, policy.max_total_sequence_length, nbytes
-        ),
-        working=engine.working(
-            model.config,
-            -(-generation.batch_size // samples),
-            prompt_tokens,
-            min(assumptions.image_tokens, prompt_tokens),
-            generation.batch_size,
-            nbytes,
-        ),
+        cache=engine.cache(model.config.get_text_config(), batch, nbytes),
+        working=engine.working(model.config, batch, nbytes),
         streamed=0,
     )
 
 
-def _boundary(size: Sizes, recompute: Recompute, *, first: bool, last: bool) -> int:
+def _boundary(size: Sizes, *, last: bool) -> int:
     """Return the bytes of hidden states that the schedule holds for a micro-batch's backward pass.
 
-    It always holds the output. It holds the input where no layer keeps that very tensor (a checkpointed layer does, and
-    so does a norm that makes no float32 copy).
+    It holds the output; the input is kept by the first layer's norm, or by the checkpointed layer.
     """
-    hidden = size.nbytes * size.shared * size.hidden
-    received = 0 if first or recompute.granularity == "full" or keeps_input(size) else hidden
-    return received + (0 if last else hidden)
+    return 0 if last else size.nbytes * size.shared * size.hidden

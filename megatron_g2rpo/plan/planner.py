@@ -10,10 +10,12 @@ from pathlib import Path
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.plan.memory import StageMemory, stage_memory
 from megatron_g2rpo.plan.model import Model
+from megatron_g2rpo.plan.passes import updates_of, without_gradient
 from megatron_g2rpo.plan.rows import Assumptions, MicroBatches, assume, micro_batches
+from megatron_g2rpo.plan.vision_cache import CachedImages, cached_images
 from megatron_g2rpo.plan.wire import Traffic, stage_traffic
 from megatron_g2rpo.policy.layouts.layout import Layout, check_model, layout_of, token_multiples
-from megatron_g2rpo.recipe import Recipe, TrainRecipe
+from megatron_g2rpo.recipe import Recipe
 from megatron_g2rpo.recipe.layers import load_layers
 
 
@@ -63,7 +65,17 @@ class Plan:
     @property
     def updates(self) -> int:
         """Number of optimizer steps of a rollout step."""
-        return self.recipe.num_updates_per_step if isinstance(self.recipe, TrainRecipe) else 1
+        return updates_of(self.recipe)
+
+    @property
+    def passes(self) -> int:
+        """Number of passes without gradient, each over the micro-batches of an optimizer step, in a rollout step."""
+        return without_gradient(self.recipe, self.batches.count)
+
+    @property
+    def vision_cache(self) -> CachedImages:
+        """The image features that a rank keeps in host memory, at most."""
+        return cached_images(self.recipe, self.model.config, self.assumptions.image_tokens)
 
     def fits(self, memory: float) -> bool:
         """Return whether every rank's peak is within ``memory`` bytes."""
@@ -108,6 +120,7 @@ def make_plan(
     check_model(model.config, recipe.policy.megatron_cfg)
     assumptions = assume(recipe, model.config, mean_tokens, image_tokens, gpu_memory, response_tokens)
     batches = micro_batches(recipe, layout, assumptions)
+    passes = without_gradient(recipe, batches.count) / updates_of(recipe)
     return Plan(
         recipe=recipe,
         layout=layout,
@@ -115,5 +128,8 @@ def make_plan(
         assumptions=assumptions,
         batches=batches,
         stages=tuple(stage_memory(recipe, model, layout, assumptions, batches)),
-        traffic=tuple(tuple(stage_traffic(recipe, model, layout, batches, stage)) for stage in range(layout.pipeline)),
+        traffic=tuple(
+            tuple(stage_traffic(recipe, model, layout, batches, stage, passes=passes))
+            for stage in range(layout.pipeline)
+        ),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -24,42 +24,37 @@ from megatron_g2rpo.plan.wire import OPTIMIZER_STEP, ROLLOUT_STEP, total
 GB = 1e9
 
 
-def tables(plan: Plan, verdict: Verdict, memory: float, time: RenderableType) -> RenderableType:
+def tables(plan: Plan, verdict: Verdict, memory: float, *estimates: RenderableType) -> RenderableType:
     """Return the whole plan as tables and text, for a terminal.
 
     Args:
         plan: the plan.
         verdict: whether it fits, and what to change otherwise.
         memory: bytes of one GPU.
-        time: the estimated time of a step.
+        estimates: tables of what is estimated, the time of a step and what sharing prompts saves.
     """
     return Group(
         Text(_layout(plan)),
         Text(),
         _memory(plan),
-        Text(_phases(plan)),
+        Text("\n".join([_phases(plan), *_host(plan)])),
         Text(),
         _micro_batches(plan),
         Text(),
         *_wires(plan),
         Text(),
-        time,
-        Text(),
+        *(part for estimate in estimates for part in (estimate, Text())),
         _verdict(plan, verdict, memory),
     )
 
 
-def as_json(
-    plan: Plan, verdict: Verdict, memory: float, time: dict[str, Any], rehearsal: dict[str, Any] | None = None
-) -> str:
+def as_json(plan: Plan, verdict: Verdict, memory: float, further: Mapping[str, Any]) -> str:
     """Return the whole plan as JSON, in bytes, tokens and seconds; the first arguments are those of ``tables``.
 
     Args:
-        time: the estimated time of a step.
-        rehearsal: what ``rehearsal.show.tree`` returns, as an entry of its own; None for none.
+        further: entries of their own, by name: the estimated time, both ways of sharing, a rehearsal.
     """
-    tree = {**_tree(plan, verdict, memory), "time": time}
-    return json.dumps(tree if rehearsal is None else {**tree, "rehearsal": rehearsal}, indent=2)
+    return json.dumps({**_tree(plan, verdict, memory), **further}, indent=2)
 
 
 def _layout(plan: Plan) -> str:
@@ -70,7 +65,8 @@ def _layout(plan: Plan) -> str:
         f"{recipe.world_size} processes = tensor {layout.tensor} x pipeline {layout.pipeline} x context "
         f"{layout.context} x data {recipe.data_parallel_size}{sequence}; the model and the recipe divide so\n"
         f"layers of {_modules(plan)}\n"
-        f"assumed: sequences of {plan.assumptions.sequence_tokens:,} tokens{_image(plan)}"
+        f"assumed: sequences of {plan.assumptions.sequence_tokens:,} tokens, {plan.assumptions.response_tokens:,} of "
+        f"them the response{_image(plan)}"
     )
 
 
@@ -84,8 +80,9 @@ def _modules(plan: Plan) -> str:
 
 def _image(plan: Plan) -> str:
     if not sees(plan.model.config):
-        return " (--mean-tokens); a text-only model"
-    return f", one image of {plan.assumptions.image_tokens:,} tokens a prompt (--mean-tokens, --image-tokens)"
+        return " (--mean-tokens, --response-tokens); a text-only model"
+    image = f"{plan.assumptions.image_tokens:,} tokens"
+    return f", one image of {image} a prompt (--mean-tokens, --response-tokens, --image-tokens)"
 
 
 _MEMORY_LINES: tuple[tuple[str, str], ...] = (
@@ -156,6 +153,19 @@ def _phases(plan: Plan) -> str:
     worst = plan.worst
     phases = ", ".join(f"{name} {_gb(size)}" for name, size in worst.phases.items())
     return f"Stage {worst.stage} holds {_gb(worst.persistent)} throughout; a phase adds its own: {phases}."
+
+
+def _host(plan: Plan) -> Iterator[str]:
+    """Iterate over what is said of the hosts' memory: nothing where no image features are kept."""
+    cached = plan.vision_cache
+    if cached.most:
+        room = (
+            f", room for {cached.images:,} images of {plan.assumptions.image_tokens:,} tokens" if cached.image else ""
+        )
+        yield (
+            f"On the host a rank keeps up to {_gb(cached.most)} GB of image features (policy.vision_cache_mb{room}), "
+            f"the {plan.recipe.cluster.gpus_per_node} of a node {_gb(cached.node)} GB."
+        )
 
 
 def _micro_batches(plan: Plan) -> Table:
@@ -239,6 +249,8 @@ def _tree(plan: Plan, verdict: Verdict, memory: float) -> dict[str, Any]:
             "sequence_multiple": plan.multiples[0],
             "row_multiple": plan.multiples[1],
             "images": len(plan.batches.row.images),
+            "computed_tokens": plan.batches.computed,
+            "responses_of_a_prompt": plan.batches.together,
             "per_optimizer_step": plan.batches.count,
             "sequences": plan.batches.sequences,
             "optimizer_steps_per_step": plan.updates,
@@ -246,6 +258,7 @@ def _tree(plan: Plan, verdict: Verdict, memory: float) -> dict[str, Any]:
         },
         "stages": [_stage_tree(plan, stage) for stage in plan.stages],
         "worst_stage": plan.worst.stage,
+        "host": {"vision_cache": plan.vision_cache.most, "vision_cache_of_a_node": plan.vision_cache.node},
         "allowance": {"fixed": memory_of.FIXED_ALLOWANCE, "fragmentation": memory_of.FRAGMENTATION},
         "verdict": {
             "gpu_memory": round(memory),

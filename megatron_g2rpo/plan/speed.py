@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_g2rpo.models.cards import NETWORK, Card
 from megatron_g2rpo.plan import decoding, flops, links
-from megatron_g2rpo.plan.cards import NETWORK, Card
 from megatron_g2rpo.plan.decoding import BANDWIDTH, Engine, Responses
 from megatron_g2rpo.plan.flops import Flops, Shape
 from megatron_g2rpo.plan.kept import element_bytes
@@ -97,7 +97,7 @@ def estimate(plan: Plan, card: Card) -> Speed:
     recipe, updates = plan.recipe, plan.updates
     shape = flops.shape_of(plan.model)
     rollouts = isinstance(recipe, TrainRecipe)
-    whole = _whole(plan, shape)
+    whole = forward_flops(plan)
     sent = [
         updates * links.seconds(recipe, plan.layout, [t for t in lines if t.per == OPTIMIZER_STEP], card)
         for lines in plan.traffic
@@ -109,7 +109,7 @@ def estimate(plan: Plan, card: Card) -> Speed:
     return Speed(
         generation=_generation(plan, recipe, shape, card) if rollouts else 0.0,
         weights=_weights(plan, card) if rollouts else 0.0,
-        logprobs=updates * _passes_without_gradient(plan) * _bottleneck(plan, whole, card, _FORWARD),
+        logprobs=plan.passes * _bottleneck(plan, whole, card, _FORWARD),
         update=updates * _bottleneck(plan, whole, card, _update_factors(plan)),
         optimizer=updates * moved / (BANDWIDTH * card.bandwidth),
         messages=max(sent),
@@ -147,14 +147,14 @@ def _update_factors(plan: Plan) -> _Factors:
     )
 
 
-def _whole(plan: Plan, shape: Shape) -> Flops:
-    """Return the operations of a forward pass over a data-parallel rank's sequences of one optimizer step."""
+def forward_flops(plan: Plan) -> Flops:
+    """Return the operations of a forward pass over a data-parallel rank's rows of one optimizer step."""
     assumed = plan.assumptions
     return flops.forward(
-        shape,
-        sequences=plan.batches.sequences,
-        tokens=assumed.sequence_tokens,
-        labels=assumed.response_tokens,
+        flops.shape_of(plan.model),
+        tokens=plan.batches.computed,
+        pairs=plan.batches.pairs,
+        labels=plan.batches.sequences * assumed.response_tokens,
         images=plan.batches.images,
         image_tokens=assumed.image_tokens,
     )
@@ -180,13 +180,6 @@ def _bottleneck(plan: Plan, whole: Flops, card: Card, factors: _Factors) -> floa
         )
         times.append(passes(part, card, arithmetic=arithmetic))
     return max(times) / (1 - plan.bubble)
-
-
-def _passes_without_gradient(plan: Plan) -> int:
-    recipe = plan.recipe
-    if not isinstance(recipe, TrainRecipe):
-        return 0
-    return 1 + (recipe.loss_fn.reference_policy_kl.penalty > 0)
 
 
 def _server_gpus(plan: Plan) -> int:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_g2rpo.plan.cards import Card
+from megatron_g2rpo.models.cards import Card
 from megatron_g2rpo.plan.planner import Plan
 from megatron_g2rpo.plan.speed import Speed, estimate
 from megatron_g2rpo.recipe import Recipe, TrainRecipe

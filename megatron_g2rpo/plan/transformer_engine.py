@@ -9,6 +9,7 @@ GPU. The letters are those of ``plan.sizes``.
 from __future__ import annotations
 
 from megatron_g2rpo.plan.sizes import FP32, LOCAL, Sizes
+from megatron_g2rpo.plan.slots import Slots
 
 # Bytes of an FP8 operand's element, its share of a scale included: one float32 for 128 values, or one byte for 32.
 _OPERAND = {"tensorwise": 1.0, "delayed": 1.0, "blockwise": 1 + FP32 / 128, "mxfp8": 1 + 1 / 32}
@@ -43,21 +44,25 @@ def attention(size: Sizes, core: int) -> int:
         kept += 4 * e * size.tokens * head  # cosines and sines, made once for queries and once for keys
     outputs = size.tokens * size.heads * head
     if size.modules.fp8 is None and size.modules.attention != LOCAL:
-        return kept + e * outputs  # the output projection keeps the very tensor that the core attention does
+        return kept + e * outputs  # the output projection keeps the very tensor that the core attention does, if it can
     return kept + operand(size, outputs)
 
 
-def core_attention(size: Sizes, *, selective: bool) -> int:
+def core_attention(size: Sizes, slots: Slots, *, selective: bool) -> int:
     """Return the bytes kept of Transformer Engine's attention on packed rows, without its outputs.
 
-    It keeps queries, keys, values and a float32 log-sum-exp of each query and head; recomputed, only the former. The
-    outputs are the next projection's input, in whose dtype ``attention`` counts them; in FP8 they are kept beside it.
+    It keeps queries, keys, values and a float32 log-sum-exp of each query and head; recomputed, only the row's own
+    queries, keys and values. The outputs are the next projection's input, in whose dtype ``attention`` counts them; in
+    FP8, and where a row has branches, they are kept beside it: the branches' queries are looked up, with the keys of
+    their trunk for each of them, and the outputs copied to their places.
     """
-    inputs = size.nbytes * size.tokens * (size.heads + 2 * size.groups) * size.head_dim
+    row = size.nbytes * size.tokens * (size.heads + 2 * size.groups) * size.head_dim
     if selective:
-        return inputs
-    outputs = 0 if size.modules.fp8 is None else size.nbytes * size.tokens * size.heads * size.head_dim
-    return inputs + outputs + FP32 * size.tokens * size.heads
+        return row
+    heads, keys = size.heads * size.head_dim, 2 * size.groups * size.head_dim
+    inputs = size.nbytes * (slots.queries * heads + slots.keys * keys)
+    outputs = size.nbytes * slots.queries * heads if slots.copied or size.modules.fp8 is not None else 0
+    return inputs + outputs + FP32 * slots.queries * size.heads
 
 
 def mlp(size: Sizes) -> int:

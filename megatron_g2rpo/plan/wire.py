@@ -17,13 +17,14 @@ from megatron_g2rpo.plan.buffers import ddp_buffer
 from megatron_g2rpo.plan.kept import data_parallelism, element_bytes, recompute_of
 from megatron_g2rpo.plan.model import Model
 from megatron_g2rpo.plan.rows import MicroBatches
-from megatron_g2rpo.plan.sizes import Sizes, modules_of, sizes
+from megatron_g2rpo.plan.sizes import LOCAL, Sizes, modules_of, sizes
 from megatron_g2rpo.policy.layouts.image_shares import largest_share
 from megatron_g2rpo.policy.layouts.layout import Layout
 from megatron_g2rpo.recipe import Recipe, TrainRecipe
 
 OPTIMIZER_STEP = "optimizer step"
 ROLLOUT_STEP = "rollout step"
+KEYS_AND_VALUES = "keys and values"  # what is sent while attention computes, where the recipe says so
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,28 @@ def ring_reduce(ranks: int, whole: float) -> float:
     return 2 * ring_gather(ranks, whole)
 
 
-def stage_traffic(recipe: Recipe, model: Model, layout: Layout, batches: MicroBatches, stage: int) -> list[Traffic]:
-    """Return what a rank of a pipeline stage sends; entries that send nothing are left out."""
-    account = _Account(recipe, model, layout, batches, stage)
+def stage_traffic(
+    recipe: Recipe, model: Model, layout: Layout, batches: MicroBatches, stage: int, *, passes: float
+) -> list[Traffic]:
+    """Return what a rank of a pipeline stage sends; entries that send nothing are left out.
+
+    Args:
+        recipe: the recipe.
+        model: the model's parameters.
+        layout: the parallel sizes.
+        batches: the micro-batches of an optimizer step.
+        stage: number of the pipeline stage.
+        passes: number of forward passes without gradient over these micro-batches, see ``plan.passes``.
+    """
+    account = _Account(recipe, model, layout, batches, stage, passes)
     lines = [*account.tensor(), *account.context(), *account.pipeline(), *account.vision(), *account.gradients()]
     return [line for line in [*lines, *account.weights()] if line.sent]
 
 
 class _Account:
-    def __init__(self, recipe: Recipe, model: Model, layout: Layout, batches: MicroBatches, stage: int) -> None:
+    def __init__(
+        self, recipe: Recipe, model: Model, layout: Layout, batches: MicroBatches, stage: int, passes: float
+    ) -> None:
         self.recipe, self.model, self.layout, self.batches, self.stage = recipe, model, layout, batches, stage
         self.nbytes = element_bytes(recipe)
         self.first, self.last = stage == 0, stage == layout.pipeline - 1
@@ -71,8 +85,7 @@ class _Account:
         self.layers = layout.stage_layers(text.num_hidden_layers)[stage]
         # All micro-batches of an optimizer step as one long row: volumes are linear in tokens.
         self.size: Sizes = sizes(text, layout, batches.tokens, self.nbytes, modules_of(recipe, model.config))
-        # G2RPO computes the old policy's log-probabilities in a forward pass of their own.
-        self.forwards = 2 if isinstance(recipe, TrainRecipe) else 1
+        self.forwards = 1 + passes
         self.parameters = model.stage_parameters(layout, stage, freeze_vision=recipe.policy.megatron_cfg.freeze_vision)
         self.parallelism = data_parallelism(recipe, layout)
 
@@ -120,17 +133,23 @@ class _Account:
         yield self._line("gradients of replicated weights", "all-reduce", group, sent)
 
     def context(self) -> Iterator[Traffic]:
-        """Iterate over what context parallelism sends: keys and values, which the local core attention gathers."""
+        """Iterate over what context parallelism sends: keys and values.
+
+        The local core attention gathers them, and so does Transformer Engine's where rows have branches; in other rows
+        it passes them on as ``cp_comm_type`` says.
+        """
         ranks, size = self.layout.context, self.size
         if ranks == 1:
             return
-        group = f"context ({ranks})"
+        group, what = f"context ({ranks})", KEYS_AND_VALUES
+        if self.size.modules.attention == LOCAL or max(self.batches.row.parents) >= 0:
+            what = f"{KEYS_AND_VALUES}, gathered first"
         whole = self.nbytes * size.tokens * ranks * 2 * size.groups * size.head_dim
         selective = self.recipe.policy.megatron_cfg.recompute_granularity == "selective"
         again = self.layers if selective else self._recomputed_layers()
         gathers = self.layers * self.forwards + again
-        yield self._line("keys and values", "all-gather", group, gathers * ring_gather(ranks, whole))
-        yield self._line("keys and values", "reduce-scatter", group, self.layers * ring_gather(ranks, whole))
+        yield self._line(what, "all-gather", group, gathers * ring_gather(ranks, whole))
+        yield self._line(what, "reduce-scatter", group, self.layers * ring_gather(ranks, whole))
 
     def pipeline(self) -> Iterator[Traffic]:
         """Iterate over what pipeline parallelism sends: hidden states forward, their gradients backward."""

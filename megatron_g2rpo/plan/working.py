@@ -17,8 +17,9 @@ from megatron_g2rpo.plan.kept import (
     slots_of,
 )
 from megatron_g2rpo.plan.model import Parameter
-from megatron_g2rpo.plan.rows import Row, Slots
+from megatron_g2rpo.plan.rows import Row
 from megatron_g2rpo.plan.sizes import FP32, INT64, LOCAL, Sizes
+from megatron_g2rpo.plan.slots import Slots
 from megatron_g2rpo.policy.layouts.layout import Layout
 from megatron_g2rpo.policy.layouts.logit_chunks import TILE_BYTES, LogitChunks
 from megatron_g2rpo.recipe import Recipe
@@ -54,7 +55,8 @@ def _layer_working(size: Sizes, slots: Slots) -> int:
     mlp = 2 * e * size.tokens * size.features + e * size.shared * size.hidden
     if size.modules.fp8 is not None:
         mlp += 2 * 2 * size.tokens * size.features  # the gradient of both projections, quantised along both directions
-    attention = 12 * heads * max(size.tokens, slots.queries)
+    # Gradients of queries, keys and values as the core attention lays them out.
+    attention = FP32 * heads * (max(size.tokens, slots.queries) + 2 * max(size.tokens, slots.keys))
     return max(norm, mlp, attention) + 2 * e * size.features * size.hidden
 
 

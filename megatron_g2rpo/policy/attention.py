@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The core attention seam, for packed rows: every sequence of the row attends causally to itself only.
+"""The core attention seam, for packed rows: who attends to whom derives from segments and their parents alone.
 
 megatron-core's local ``DotProductAttention`` refuses packed sequences and context parallelism, so the local layers have
-one of their own: sequences of similar length are laid out as one padded batch and go through torch's
-``scaled_dot_product_attention``, so that work grows with the sum of squared lengths, not with the square of the row.
-Under context parallelism a rank's queries are chunks of sequences (``layouts.context_parallel``), and keys and values
-are gathered from all ranks; the gradient is scattered back by the gather's own backward.
+one of their own: pieces of similar length are laid out as one padded batch (``policy.packed_row``) and go through
+torch's ``scaled_dot_product_attention``, so that work grows with the sum of squared lengths, not with the square of the
+row. A branch's keys are its trunk's and its own: the trunk's are computed once and looked up by every branch, and the
+gradient of the look-up adds up over the branches. Under context parallelism keys and values are gathered from all
+ranks; the gradient is scattered back by the gather's own backward.
 
 On a GPU Transformer Engine's attention takes the same place.
 
-Shape letters: S this rank's tokens of the row, C context-parallel ranks, N pieces of a bucket, Q / K the largest number
-of queries / keys of its pieces, T real queries of a bucket, H query heads, G key/value heads, D head dimension (H and G
-count this tensor-parallel rank's heads).
+Shape letters: S this rank's tokens of the row, C context-parallel ranks, H query heads, G key/value heads, D head
+dimension (H and G count this tensor-parallel rank's heads).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
+import copy
 from typing import Any
 
 import torch
@@ -26,103 +25,11 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
-from megatron_g2rpo.policy.layouts.attention_pieces import Piece, buckets_of, pieces_of_row
-from megatron_g2rpo.policy.layouts.context_parallel import gathered_places
-from megatron_g2rpo.types import PackedBatch
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Pieces of sequences, similar in length, as a padded batch.
-
-    A piece is consecutive queries of a sequence, with all keys up to the last of them.
-
-    Attributes:
-        queries: int64 ``[N, Q]``, index of this rank's token in every query slot; padding repeats the piece's last one.
-        keys: int64 ``[N, K]``, index into the gathered keys; padding repeats the piece's last one.
-        mask: bool ``[N, 1, Q, K]``, True where query q may attend to key k; None when every piece is a whole sequence
-            and ``is_causal`` suffices (padded keys then follow every real query).
-        slots: int64 ``[T]``, index of the real queries among the flattened query slots.
-        tokens: int64 ``[T]``, index of this rank's token in each of these slots.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    mask: Tensor | None
-    slots: Tensor
-    tokens: Tensor
-
-
-@dataclass
-class PackedRowParams(PackedSeqParams):
-    """The layout of one packed row, which megatron-core passes through to the core attention.
-
-    ``qkv_format`` stays ``sbhd``: rotary angles come per token (from three position axes), and the ``thd`` path of
-    megatron-core's RoPE would slice them by sequence.
-
-    Attributes:
-        buckets: the row's pieces for the local core attention; empty for Transformer Engine's.
-    """
-
-    buckets: tuple[Bucket, ...] = ()
-
-
-def packed_row_params(batch: PackedBatch, size: int = 1, rank: int = 0, *, buckets: bool = True) -> PackedRowParams:
-    """Lay a packed row's sequences out for the core attention, once per micro-batch.
-
-    Args:
-        batch: the row, or a rank's share of it: only ``cu_seqlens*`` are read.
-        size: C, the number of context-parallel ranks.
-        rank: the context-parallel rank, from 0 to ``size - 1``.
-        buckets: whether to make the buckets of the local core attention; Transformer Engine needs offsets only.
-    """
-    device = batch.tokens.device
-    # One wait for the GPU here; every size below would be one more.
-    real, padded = torch.stack((batch.cu_seqlens, batch.cu_seqlens_padded)).tolist()
-    lengths = [end - start for start, end in pairwise(real)]
-    longest = max(end - start for start, end in pairwise(padded))
-    # Transformer Engine takes the very same tensor as its sign that nothing is padded, and then allows more kernels.
-    cu_seqlens_padded = batch.cu_seqlens if real == padded else batch.cu_seqlens_padded
-    return PackedRowParams(
-        qkv_format="sbhd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        cu_seqlens_q_padded=cu_seqlens_padded,
-        cu_seqlens_kv_padded=cu_seqlens_padded,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        buckets=_buckets(pieces_of_row(lengths, padded, size, rank), padded, size, device) if buckets else (),
-    )
-
-
-def _buckets(pieces: list[Piece], padded: list[int], size: int, device: torch.device) -> tuple[Bucket, ...]:
-    places = None if size == 1 else gathered_places(torch.tensor(padded, dtype=torch.int32), size)
-    return tuple(_bucket(members, places, device) for members in buckets_of(pieces))
-
-
-def _bucket(pieces: list[Piece], places: Tensor | None, device: torch.device) -> Bucket:
-    token, first, length, start = torch.tensor([[p.token, p.first, p.length, p.start] for p in pieces]).T[..., None]
-    query, key = torch.arange(int(length.max())), torch.arange(int((first + length).max()))
-    queries = token + torch.minimum(query, length - 1)
-    keys = start + torch.minimum(key, first + length - 1)
-    real = query < length
-    slots = real.flatten().nonzero().squeeze(1)
-    mask = None
-    if places is not None:
-        keys = places[keys]
-        # Padding repeats the last key, which every position of the mask beyond it hides.
-        mask = (key <= (first + torch.minimum(query, length - 1))[..., None])[:, None].to(device)
-    return Bucket(
-        queries=queries.to(device),
-        keys=keys.to(device),
-        mask=mask,
-        slots=slots.to(device),
-        tokens=queries[real].to(device),
-    )
+from megatron_g2rpo.policy.packed_row import Bucket, PackedRowParams
 
 
 class PackedCoreAttention(nn.Module):
-    """Causal attention within each sequence of a packed row. Head counts are read from tensor shapes.
+    """Causal attention within each segment of a packed row, after its parent. Head counts are read from tensor shapes.
 
     The constructor takes what megatron-core passes to a core attention and keeps what it needs.
     """
@@ -151,11 +58,11 @@ class PackedCoreAttention(nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Let every query attend to the keys of its own sequence up to its own position.
+        """Let every query attend to its segment's parent, and to its own segment up to itself.
 
         Args:
-            query: ``[S, 1, H, D]``.
-            key, value: ``[S, 1, G, D]``.
+            query: ``[S, 1, H, D]``, not yet rotated by its position where the row has a rotation.
+            key, value: ``[S, 1, G, D]``, the key as the query.
             attention_mask, attention_bias: must be None; the row's layout says which keys a query attends to.
             packed_seq_params: the row's layout, a ``PackedRowParams``.
 
@@ -164,11 +71,9 @@ class PackedCoreAttention(nn.Module):
         """
         row = _checked(packed_seq_params, attention_mask, attention_bias)
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        if self.context_group is not None:
-            both = gather_from_sequence_parallel_region(
-                input_=torch.stack((k, v), dim=1), tensor_parallel_output_grad=True, group=self.context_group
-            )
-            k, v = both.unbind(dim=1)
+        if row.rotation is not None:
+            q, k = row.rotation(q), row.rotation(k)
+        k, v = _gathered(k, v, self.context_group)
         if k.shape[1] != q.shape[1]:
             repeats = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
@@ -197,18 +102,27 @@ class PackedCoreAttention(nn.Module):
 
 
 class TransformerEngineCoreAttention(nn.Module):
-    """Causal attention within each sequence of a packed row, computed by Transformer Engine on GPUs.
+    """Causal attention within each segment of a packed row, after its parent, by Transformer Engine on GPUs.
 
     It calls megatron-core's wrapper and is thin on purpose: it cannot run on a CPU, and a contract test holds what it
-    passes against megatron-core's signatures. Context-parallel communication is Transformer Engine's own
-    (``cp_comm_type``).
+    passes against megatron-core's signatures. Rows without parents are Transformer Engine's own case, as is their
+    context-parallel communication (``cp_comm_type``). In a row with parents the queries of a branch see more keys than
+    there are queries: its pieces go through attention that is causal from the bottom right, with the keys of the trunk
+    looked up for every branch, and under context parallelism gathered from all ranks before.
     """
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, *, config: Any, attention_type: str, pg_collection: Any = None, **arguments: Any) -> None:
         super().__init__()
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
-        self.attention = TEDotProductAttention(**arguments)
+        arguments |= {"pg_collection": pg_collection}
+        self.attention = TEDotProductAttention(config=config, attention_type=attention_type, **arguments)
+        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        # Without Transformer Engine's own exchange between ranks. With "self", its unfused attention would take it that
+        # there are as many keys as queries.
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1
+        self.span_attention = TEDotProductAttention(config=alone, attention_type="cross", **arguments)
 
     def forward(
         self,
@@ -222,6 +136,8 @@ class TransformerEngineCoreAttention(nn.Module):
     ) -> Tensor:
         """Let every query attend within its own sequence; shapes are those of ``PackedCoreAttention.forward``."""
         row = _checked(packed_seq_params, attention_mask, attention_bias)
+        if row.has_parents:
+            return self._by_spans(row, query.squeeze(1), key.squeeze(1), value.squeeze(1))
         # Transformer Engine looks at strides and offsets. Of a row of one token, the share of an idle rank, a slice of
         # the projection's output is contiguous for torch, which does not look at the strides of dimensions of size 1.
         q, k, v = (
@@ -245,6 +161,39 @@ class TransformerEngineCoreAttention(nn.Module):
             ),
         )
         return context.reshape(len(query), 1, -1)
+
+    def _by_spans(self, row: PackedRowParams, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from transformer_engine.pytorch import DotProductAttention  # pyright: ignore[reportMissingImports]
+
+        context = torch.zeros_like(q)
+        k, v = _gathered(k, v, self.context_group)
+        spans = row.spans
+        if spans is None:  # see PackedCoreAttention.forward
+            return (context + 0 * (q.sum() + k.sum() + v.sum())).flatten(1).unsqueeze(1)
+        # Not through megatron-core's wrapper, whose mask types do not include this one.
+        out = DotProductAttention.forward(
+            self.span_attention,
+            query_layer=q[spans.queries],
+            key_layer=k[spans.keys],
+            value_layer=v[spans.keys],
+            qkv_format="thd",
+            attn_mask_type="padding_causal_bottom_right",
+            cu_seqlens_q=spans.cu_seqlens_q,
+            cu_seqlens_kv=spans.cu_seqlens_kv,
+            max_seqlen_q=spans.max_seqlen_q,
+            max_seqlen_kv=spans.max_seqlen_kv,
+        )
+        return context.flatten(1).index_copy(0, spans.queries, out.reshape(len(spans.queries), -1)).unsqueeze(1)
+
+
+def _gathered(k: Tensor, v: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """Return keys and values of all context-parallel ranks, in the order of ``context_parallel.gathered_places``."""
+    if group is None:
+        return k, v
+    both = gather_from_sequence_parallel_region(
+        input_=torch.stack((k, v), dim=1), tensor_parallel_output_grad=True, group=group
+    )
+    return both.unbind(dim=1)
 
 
 def _checked(params: PackedSeqParams | None, mask: Tensor | None, bias: Tensor | None) -> PackedRowParams:

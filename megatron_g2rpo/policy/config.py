@@ -10,12 +10,13 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_g2rpo import models
 from megatron_g2rpo.policy.fp8 import fp8_fields
+from megatron_g2rpo.policy.kernels import Kernels
 from megatron_g2rpo.policy.layouts.layout import Layout, check_recompute
 from megatron_g2rpo.recipe import MegatronConfig
 
 
 def transformer_config(
-    hf_config: Any, layout: Layout, dtype: torch.dtype, megatron_cfg: MegatronConfig
+    hf_config: Any, layout: Layout, dtype: torch.dtype, megatron_cfg: MegatronConfig, kernels: Kernels
 ) -> TransformerConfig:
     """Return the language model's TransformerConfig.
 
@@ -24,6 +25,7 @@ def transformer_config(
         layout: the parallel sizes.
         dtype: dtype of parameters and activations, float32 or bfloat16.
         megatron_cfg: the recipe's ``policy.megatron_cfg``; its recomputation and attention keys are read here.
+        kernels: the policy's kernels, see ``kernels.choose``.
 
     Raises:
         LayoutError: the layers cannot be distributed over the stages, or a stage's layers over chunks to recompute.
@@ -62,6 +64,8 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",
         apply_rope_fusion=megatron_cfg.apply_rope_fusion,
         bias_activation_fusion=megatron_cfg.bias_activation_fusion,
+        # Not Transformer Engine's: that of the layer spec, which only the local layers' has.
+        use_te_activation_func=kernels.layers == "local" and kernels.activation == "torch",
         gradient_accumulation_fusion=megatron_cfg.gradient_accumulation_fusion,
         # There is no dropout, and no softmax outside of the core attention.
         bias_dropout_fusion=False,

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layer spec seam: which modules the transformer layers are made of.
 
-The local layers are megatron-core's own parallel linears with this package's norm, and run on CPUs and GPUs alike.
-Those of Transformer Engine normalise inside of the linears, and need a GPU. Either has one of two core attentions.
+The local layers are megatron-core's own parallel linears with this package's norm and activation, and run on CPUs and
+GPUs alike. Those of Transformer Engine normalise inside of the linears, and need a GPU. Either has one of two core
+attentions.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from megatron_g2rpo.policy.attention import PackedCoreAttention, TransformerEngi
 from megatron_g2rpo.policy.deepstack import DeepstackLayer
 from megatron_g2rpo.policy.kernels import Kernels
 from megatron_g2rpo.policy.norm import RMSNorm
+from megatron_g2rpo.policy.swiglu import SwiGLU
 
 # Tensors of the local layers that Transformer Engine's linears hold, under the names of the latter: checkpoints have
 # one naming. megatron-core's own specs say it the same way.
@@ -69,7 +71,9 @@ def block_spec(num_layers: int, kernels: Kernels, *, qk_norm: bool) -> Transform
             pre_mlp_layernorm=modules.separate_norm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=modules.column, linear_fc2=modules.row),
+                submodules=MLPSubmodules(
+                    linear_fc1=modules.column, linear_fc2=modules.row, activation_func=modules.activation
+                ),
             ),
             mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
             sharded_state_dict_keys_map=modules.checkpoint_names,
@@ -89,6 +93,7 @@ class _Modules:
         norm: normalisation of heads and of the last hidden state.
         separate_norm: normalisation before a column-parallel linear, where that does not do it itself.
         column, row: column- and row-parallel linear.
+        activation: the gated activation of the MLP; megatron-core looks at it where ``use_te_activation_func`` is set.
         checkpoint_names: start of a tensor's name -> start of its name in a checkpoint.
     """
 
@@ -96,10 +101,11 @@ class _Modules:
     separate_norm: Any
     column: Any
     row: Any
+    activation: Any
     checkpoint_names: dict[str, str]
 
 
-_LOCAL = _Modules(RMSNorm, RMSNorm, ColumnParallelLinear, RowParallelLinear, CHECKPOINT_NAMES)
+_LOCAL = _Modules(RMSNorm, RMSNorm, ColumnParallelLinear, RowParallelLinear, SwiGLU, CHECKPOINT_NAMES)
 
 
 def _transformer_engine() -> _Modules:
@@ -110,4 +116,4 @@ def _transformer_engine() -> _Modules:
         TERowParallelLinear,
     )
 
-    return _Modules(TENorm, IdentityOp, TELayerNormColumnParallelLinear, TERowParallelLinear, {})
+    return _Modules(TENorm, IdentityOp, TELayerNormColumnParallelLinear, TERowParallelLinear, None, {})

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_g2rpo import models, progress, weights
 from megatron_g2rpo.models.directory import load_config
+from megatron_g2rpo.models.vision_cache import VisionCache
 from megatron_g2rpo.policy import quantized, sharded_state
 from megatron_g2rpo.policy.config import transformer_config
 from megatron_g2rpo.policy.device import Device
@@ -39,6 +40,7 @@ from megatron_g2rpo.policy.optimizer import (
     wrap_ddp,
 )
 from megatron_g2rpo.policy.process_groups import ParallelGroups, initialize
+from megatron_g2rpo.policy.work import RowWork, Work, row_work
 from megatron_g2rpo.recipe import MegatronConfig, Policy
 from megatron_g2rpo.types import DTYPES, PackedBatch, TokenStats
 from megatron_g2rpo.weights.hf_model import model_class
@@ -80,6 +82,12 @@ class MegatronPolicy:
         max_steps: number of optimizer steps of the whole run; None builds no optimizer (inference only).
         banned_token_ids: ids that the rollout engine never samples: the policy is the distribution over the others.
         on_loaded: callback(num_bytes), called after each parameter that was loaded from a Hugging Face directory.
+        vision_cache: features of images, which the rollout engine of this process may share; it hears of every change
+            of the vision tower's weights. None: images are encoded anew in every pass.
+
+    Attributes:
+        vision_cache: as given.
+        work: what its passes have computed so far, the same on every rank of a replica.
 
     Raises:
         LayoutError: the model cannot be split as the recipe asks.
@@ -97,7 +105,9 @@ class MegatronPolicy:
         max_steps: int | None,
         banned_token_ids: Sequence[int] = (),
         on_loaded: sharded_state.Advance | None = None,
+        vision_cache: VisionCache | None = None,
     ) -> None:
+        self.vision_cache, self.work = vision_cache, Work.none()
         self.settings, self.device = settings, device
         check_environment(settings.megatron_cfg.env_vars)
         self.hf_config = load_config(settings.model_name)
@@ -111,7 +121,7 @@ class MegatronPolicy:
         self.groups: ParallelGroups = initialize(device, self.layout, seed)
         self.dtype = DTYPES[settings.precision]
         self.table = models.family(self.hf_config.model_type).weights(self.hf_config)
-        self.config = transformer_config(self.hf_config, self.layout, self.dtype, settings.megatron_cfg)
+        self.config = transformer_config(self.hf_config, self.layout, self.dtype, settings.megatron_cfg, self.kernels)
         self._ddp: DistributedDataParallel | None = None
         self.optimizer: MegatronOptimizer | None = None
         self.scheduler: OptimizerParamScheduler | None = None
@@ -127,6 +137,7 @@ class MegatronPolicy:
                 banned_token_ids=banned_token_ids,
                 chunk_size=settings.logprob_chunk_size,
                 vision_every_row=overlap and max_steps is not None and not megatron_cfg.freeze_vision,
+                vision_cache=vision_cache,
             ).to(device.torch_device)
             if settings.pretrained_checkpoint is None:
                 self.load(self._initial_weights(seed), source=settings.model_name, on_loaded=on_loaded)
@@ -174,6 +185,7 @@ class MegatronPolicy:
             on_loaded=on_loaded,
             assign=_assign,
         )
+        self._vision_changed()
         if self.optimizer is not None:
             with self.device.megatron():
                 self.optimizer.reload_model_params()  # fp32 main copies under bf16
@@ -218,10 +230,20 @@ class MegatronPolicy:
         """Return this rank's current shards of all parameters; writing to them changes the model.
 
         A collective of the data- and context-parallel ranks. The optimizer's own copies are not touched: weights that
-        were written must be put back before the next update.
+        were written must be put back before the next update. Whoever writes says so, ``weights_written``.
         """
         self._wait_for_parameters()
         return list(self.model.parameters())
+
+    def weights_written(self) -> None:
+        """Hear that ``local_weights`` were written to. A vision tower that does not learn is taken to be as before."""
+        if not self.settings.megatron_cfg.freeze_vision:
+            self._vision_changed()
+
+    def _vision_changed(self) -> None:
+        """Let features of images be forgotten; on every stage, because the engine of each rank may have some."""
+        if self.vision_cache is not None:
+            self.vision_cache.weights_changed()
 
     @property
     def _layer_offset(self) -> int:
@@ -245,6 +267,7 @@ class MegatronPolicy:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``dist_checkpointing.load`` returned for ``sharded_state_dict(is_loading=True)``."""
         sharded_state.load_state_dict(self.model, self.optimizer, self.scheduler, state)
+        self._vision_changed()
         if self._ddp is not None and self.config.fp8_param:
             self._ddp.start_param_sync(force_sync=True)
 
@@ -328,6 +351,7 @@ class MegatronPolicy:
             )
         with self.device.megatron():
             optimizer.step()
+        self.weights_written()
         scheduler.step(increment=1)
         return {**metrics, **lr, **({} if skips is None else {"skipped_updates": 0.0})}
 
@@ -384,6 +408,11 @@ class MegatronPolicy:
         other stages.
         """
         size, rank = self.groups.context_size, self.groups.context_rank
+        done = sum(map(row_work, batches), RowWork())
+        if forward_only:
+            self.work.forward += done
+        else:
+            self.work.trained += done
 
         def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             progress.advance()

@@ -21,11 +21,13 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from torch import Tensor, nn
 
 from megatron_g2rpo import models
-from megatron_g2rpo.policy.attention import packed_row_params
+from megatron_g2rpo.models.vision_cache import VisionCache
 from megatron_g2rpo.policy.kernels import Kernels
 from megatron_g2rpo.policy.layer_spec import block_spec
 from megatron_g2rpo.policy.output_layer import LogprobOutputLayer
-from megatron_g2rpo.policy.vision import ImageFeatures, VisionEncoder
+from megatron_g2rpo.policy.packed_row import packed_row_params
+from megatron_g2rpo.policy.rotary import Rotation
+from megatron_g2rpo.policy.vision import ImageFeatures, VisionEncoder, VisionWork
 from megatron_g2rpo.types import PackedBatch
 from megatron_g2rpo.weights.rules import padded_rows
 
@@ -42,6 +44,7 @@ class PolicyModel(MegatronModule):
         banned_token_ids: ids that the policy never samples; they take no probability.
         chunk_size: number of tokens whose float32 logits are held at once; None for all.
         vision_every_row: run the vision tower on rows without images too; see ``VisionEncoder``.
+        vision_cache: features of images that were encoded before; see ``VisionEncoder``.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class PolicyModel(MegatronModule):
         banned_token_ids: Sequence[int] = (),
         chunk_size: int | None = None,
         vision_every_row: bool = False,
+        vision_cache: VisionCache | None = None,
     ) -> None:
         super().__init__(config=config)
         text = hf_config.get_text_config()
@@ -66,6 +70,7 @@ class PolicyModel(MegatronModule):
         self.share_embeddings_and_output_weights = bool(hf_config.tie_word_embeddings)
         self.vocab_size = text.vocab_size
         self._local_attention = kernels.attention == "local"
+        self._rotates_in_attention = self._local_attention and kernels.rope == "torch"
         vision = family.vision if self.pre_process else None
         self.vision_model = None if vision is None else self._prepared(vision.tower(hf_config, config.params_dtype))
         layers = get_num_layers_to_build(config=config, vp_stage=None, pp_rank=stage)
@@ -101,6 +106,7 @@ class PolicyModel(MegatronModule):
                 config.params_dtype,
                 device,
                 pg_collection.tp_cp,
+                cache=vision_cache,
                 every_row=vision_every_row,
             )
 
@@ -112,6 +118,11 @@ class PolicyModel(MegatronModule):
             # See policy.vision for why the average is the whole gradient.
             parameter.average_gradients_across_tp_domain = True
         return tower
+
+    @property
+    def vision_work(self) -> VisionWork:
+        """What this rank's vision tower did so far; nothing where this stage has none."""
+        return VisionWork() if self._encode_images is None else self._encode_images.work
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """Return the tied weight, which megatron-core keeps equal on all pipeline stages that hold it."""
@@ -134,12 +145,16 @@ class PolicyModel(MegatronModule):
         """
         cp = self.pg_collection.cp
         embeddings, context = self._embed(batch) if self.pre_process else (None, None)
+        angles = self.rotary_pos_emb(batch.position_ids[:, None])
+        row = packed_row_params(batch, cp.size(), cp.rank(), buckets=self._local_attention)
+        if self._rotates_in_attention:
+            row.rotation = Rotation.of(angles, self.config.params_dtype)
         hidden = self.language_model.decoder(
             hidden_states=embeddings,
             attention_mask=None,
             context=context,
-            rotary_pos_emb=self.rotary_pos_emb(batch.position_ids[:, None]),
-            packed_seq_params=packed_row_params(batch, cp.size(), cp.rank(), buckets=self._local_attention),
+            rotary_pos_emb=None if self._rotates_in_attention else angles,
+            packed_seq_params=row,
         )
         if not self.post_process:
             return hidden

@@ -40,10 +40,12 @@ class ReferencePolicy:
         weights = self._policy.local_weights()
         current = [weight.detach().to("cpu", copy=True) for weight in weights]
         _copy(self._weights, weights)
+        self._policy.weights_written()
         try:
             yield
         finally:
             _copy(current, weights)
+            self._policy.weights_written()
 
 
 @torch.no_grad()

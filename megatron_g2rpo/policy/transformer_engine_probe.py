@@ -38,6 +38,8 @@ class AttentionShape:
         padded: whether padding follows sequences.
         context: number of context-parallel ranks.
         cp_comm_type: how they exchange keys and values.
+        shared_prefix: whether responses share their prompt: rows then have sequences with more keys than queries, for
+            which ``policy.attention`` leaves out padding, and gathers keys and values itself.
     """
 
     dtype: str
@@ -50,6 +52,7 @@ class AttentionShape:
     padded: bool
     context: int
     cp_comm_type: str
+    shared_prefix: bool
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Answer:
         fp8: FP8 recipe, in Megatron's names -> why it is not available; empty text: it is.
         attention: the attention backend that it would take; empty text for none; None where it was not asked.
         excluded: what it said about the backends that it would not take.
+        shared_attention, shared_excluded: the same of rows in which responses share their prompt.
     """
 
     core_error: str | None = None
@@ -71,6 +75,8 @@ class Answer:
     fp8: Mapping[str, str] = field(default_factory=dict)
     attention: str | None = None
     excluded: tuple[str, ...] = ()
+    shared_attention: str | None = None
+    shared_excluded: tuple[str, ...] = ()
 
 
 def ask(shape: AttentionShape | None) -> Answer:
@@ -88,7 +94,7 @@ def ask(shape: AttentionShape | None) -> Answer:
         reason = last_line(done.stderr) or "nothing was said"
         return Answer(core_error=f"importing it ended the process with status {done.returncode}: {reason}")
     answer = json.loads(done.stdout.splitlines()[-1])
-    return Answer(**{**answer, "excluded": tuple(answer["excluded"])})
+    return Answer(**{**answer, **{name: tuple(answer[name]) for name in ("excluded", "shared_excluded")}})
 
 
 def _answer(shape: AttentionShape | None) -> Answer:
@@ -98,7 +104,18 @@ def _answer(shape: AttentionShape | None) -> Answer:
     if error := _error(lambda: __import__("transformer_engine.pytorch")):
         return Answer(torch_error=error)
     attention, excluded = (None, ()) if shape is None else _attention(shape)
-    return Answer(cudnn=_cudnn(), fp8=_fp8(), attention=attention, excluded=excluded)
+    shared, shared_excluded = (None, ())
+    if shape is not None and shape.shared_prefix:
+        alone = dataclasses.replace(shape, padded=False, context=1)
+        shared, shared_excluded = _attention(alone, bottom_right=True)
+    return Answer(
+        cudnn=_cudnn(),
+        fp8=_fp8(),
+        attention=attention,
+        excluded=excluded,
+        shared_attention=shared,
+        shared_excluded=shared_excluded,
+    )
 
 
 def _error(action: Callable[[], Any]) -> str | None:
@@ -146,8 +163,13 @@ class _Messages(logging.Handler):
         self.texts.append(record.getMessage())
 
 
-def _attention(shape: AttentionShape) -> tuple[str, tuple[str, ...]]:
-    """Return the backend that Transformer Engine selects, and what it says of those that it does not."""
+def _attention(shape: AttentionShape, *, bottom_right: bool = False) -> tuple[str, tuple[str, ...]]:
+    """Return the backend that Transformer Engine selects, and what it says of those that it does not.
+
+    Args:
+        shape: the attention.
+        bottom_right: whether the last query of a sequence, not the first, is beside the key of the same number.
+    """
     import torch
     from transformer_engine.pytorch.attention.dot_product_attention import utils
 
@@ -164,15 +186,15 @@ def _attention(shape: AttentionShape) -> tuple[str, tuple[str, ...]]:
             batch_size=shape.sequences,
             num_heads=shape.heads,
             num_gqa_groups=shape.groups,
-            max_seqlen_q=shape.longest,
+            max_seqlen_q=shape.longest // 2 if bottom_right else shape.longest,
             max_seqlen_kv=shape.longest,
             num_tokens_q=shape.tokens,
             num_tokens_kv=shape.tokens,
             head_dim_qk=shape.head_dim,
             head_dim_v=shape.head_dim,
-            attn_mask_type="padding_causal",
+            attn_mask_type="padding_causal_bottom_right" if bottom_right else "padding_causal",
             window_size=(-1, 0),
-            bottom_right_diagonal=False,
+            bottom_right_diagonal=bottom_right,
             core_attention_bias_requires_grad=False,
             pad_between_seqs=shape.padded,
             context_parallel=shape.context > 1,

@@ -2,7 +2,8 @@
 """Encodes each distinct image of a row once, on one of the ranks that need it.
 
 Tensor- and context-parallel peers work on the same row. Each runs the (replicated) vision tower on a share of the row's
-images; all of them then gather the features.
+images; all of them then gather the features. Where no gradient is asked for, a rank reads those of its share that it
+knows from its cache (``models.vision_cache``), which changes what it computes and not what its peers wait for.
 
 The gradient: every peer has a gradient for every feature. Over context-parallel peers these are parts of a sum (each
 saw its own tokens); over the T tensor-parallel peers they are equal. The gather's backward, a
@@ -16,6 +17,7 @@ Shape letters: I images, V patches of them, D numbers of a patch, F merged featu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +27,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 from megatron_g2rpo.models import Vision, VisionGeometry
+from megatron_g2rpo.models.images import Image, images_of
+from megatron_g2rpo.models.vision_cache import VisionCache
 from megatron_g2rpo.policy.layouts.image_shares import assign_images
 
 
@@ -45,6 +49,35 @@ class ImageFeatures:
         return self.values.index_select(0, self.places[index])
 
 
+@dataclass
+class VisionWork:
+    """What this rank's tower did, in patches before merging; it adds up.
+
+    Attributes:
+        encoded: patches of forward passes.
+        encoded_pairs: pairs of patches that saw each other in them: those of an image.
+        learnt: of the patches, those that a backward pass follows.
+        learnt_pairs: of the pairs, those that a backward pass follows.
+        known: patches of this rank's share that were read from the cache.
+        repeated: patches of images whose content occurs before in the row; the first of the peers counts them.
+    """
+
+    encoded: int = 0
+    encoded_pairs: int = 0
+    learnt: int = 0
+    learnt_pairs: int = 0
+    known: int = 0
+    repeated: int = 0
+
+    def count(self, sizes: Sequence[int], *, learns: bool) -> None:
+        """Add a forward pass over images of these sizes in patches."""
+        patches, pairs = sum(sizes), sum(size**2 for size in sizes)
+        self.encoded += patches
+        self.encoded_pairs += pairs
+        self.learnt += patches * learns
+        self.learnt_pairs += pairs * learns
+
+
 class VisionEncoder:
     """Runs the vision tower on this rank's share of a row's images. It has no parameters: the tower is the model's.
 
@@ -55,6 +88,8 @@ class VisionEncoder:
         dtype: dtype of pixels and features.
         device: the tower's device.
         group: process group of the peers that share a row (tensor x context parallel).
+        cache: features of images that were encoded before; None: every row's images are encoded anew, and images of
+            equal content are not found.
         every_row: run the tower on a row without images as well (on a small dummy image whose features count 0 times),
             so that each of its parameters has a gradient: megatron-core's overlapped gradient reduction waits for all.
     """
@@ -68,8 +103,10 @@ class VisionEncoder:
         device: torch.device,
         group: dist.ProcessGroup,
         *,
+        cache: VisionCache | None = None,
         every_row: bool,
     ) -> None:
+        self._cache, self.work = cache, VisionWork()
         self._vision, self._tower, self._geometry = vision, tower, geometry
         self._dtype, self._device, self._group, self._every_row = dtype, device, group, every_row
 
@@ -85,50 +122,89 @@ class VisionEncoder:
         """
         if not len(image_grid_thw) and not self._every_row:
             return None
-        grids = image_grid_thw.cpu()
-        patches = grids.prod(dim=1).tolist()
-        shares = assign_images(patches, self._group.size())
-        mine = shares[self._group.rank()]
-        features = self._encode(pixel_values, grids, patches, mine)
+        images = self._images(pixel_values, image_grid_thw.cpu())
+        distinct, number = _distinct(images) if self._cache is not None else (images, list(range(len(images))))
+        sizes = [image.num_patches // self._geometry.merge**2 for image in distinct]
+        shares = assign_images(sizes, self._group.size())
+        if self._group.rank() == 0:  # the peers would count it again
+            self.work.repeated += _patches(images) - _patches(distinct)
+        features = self._encode([distinct[image] for image in shares[self._group.rank()]])
         if self._group.size() == 1:
-            count = sum(patches) // self._geometry.merge**2
-            return ImageFeatures(features, torch.arange(count, device=self._device))
-        sizes = [count // self._geometry.merge**2 for count in patches]
+            return ImageFeatures(features, _places(sizes, shares, 0, number).to(self._device))
         longest = max(1, *(sum(sizes[image] for image in share) for share in shares))
         padded = F.pad(features, (0, 0, 0, 0, 0, longest - len(features)))
         values = gather_from_sequence_parallel_region(
             input_=padded, tensor_parallel_output_grad=True, group=self._group
         )
-        return ImageFeatures(values, _places(sizes, shares, longest).to(self._device))
+        return ImageFeatures(values, _places(sizes, shares, longest, number).to(self._device))
 
-    def _encode(self, pixel_values: Tensor, grids: Tensor, patches: list[int], mine: list[int]) -> Tensor:
+    def _images(self, pixel_values: Tensor, grids: Tensor) -> list[Image]:
+        if self._cache is not None:
+            return images_of(pixel_values, grids)
+        pieces = pixel_values.split(grids.prod(dim=1).tolist())
+        return [Image(name="", pixels=pixels, grid=grid) for pixels, grid in zip(pieces, grids, strict=True)]
+
+    def _encode(self, mine: list[Image]) -> Tensor:
+        """Return the features of this rank's share of a row's images."""
         if not mine:
             return self._nothing()
-        pieces = pixel_values.split(patches)
-        pixels = torch.cat([pieces[image] for image in mine]).to(self._device, self._dtype)
-        return self._run(pixels, grids[mine])
+        if self._cache is None or self._learns:
+            return self._run(mine)
+        before = self.work.encoded
+        features = self._cache.features(
+            mine, self._run_each, version=self._cache.version, dtype=self._dtype, device=self._device
+        )
+        self.work.known += _patches(mine) - (self.work.encoded - before)
+        return torch.cat(features)
 
-    def _run(self, pixels: Tensor, grids: Tensor) -> Tensor:
-        return self._vision.features(self._tower, pixels, grids.to(self._device)).to(self._dtype)
+    @property
+    def _learns(self) -> bool:
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._tower.parameters())
+
+    def _run(self, images: Sequence[Image]) -> Tensor:
+        pixels = torch.cat([image.pixels for image in images]).to(self._device, self._dtype)
+        grids = torch.stack([image.grid for image in images]).to(self._device)
+        self.work.count([image.num_patches for image in images], learns=self._learns)
+        return self._vision.features(self._tower, pixels, grids).to(self._dtype)
+
+    def _run_each(self, images: Sequence[Image]) -> Sequence[Tensor]:
+        return self._run(images).split([image.num_patches // self._geometry.merge**2 for image in images])
 
     def _nothing(self) -> Tensor:
         """Return zero features that are in the graph if the tower learns: its peers wait in the gather's backward."""
         if self._every_row:
             side = self._geometry.merge
-            dummy = torch.zeros(side * side, self._geometry.patch_values, dtype=self._dtype, device=self._device)
-            return self._run(dummy, torch.tensor([[1, side, side]]))[:0]
-        learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._tower.parameters())
+            pixels = torch.zeros(side * side, self._geometry.patch_values)
+            return self._run([Image(name="", pixels=pixels, grid=torch.tensor([1, side, side]))])[:0]
         empty = torch.empty(0, 1 + self._geometry.levels, self._geometry.hidden, dtype=self._dtype, device=self._device)
-        return empty.requires_grad_(learns)
+        return empty.requires_grad_(self._learns)
 
 
-def _places(sizes: list[int], shares: list[list[int]], longest: int) -> Tensor:
-    """Return where the gather puts each feature of the row, image by image."""
+def _distinct(images: Sequence[Image]) -> tuple[list[Image], list[int]]:
+    """Return the images of different content, and for each image the number of its content among them."""
+    distinct = {image.name: image for image in reversed(images)}
+    order = list(dict.fromkeys(image.name for image in images))
+    return [distinct[name] for name in order], [order.index(image.name) for image in images]
+
+
+def _patches(images: Sequence[Image]) -> int:
+    return sum(image.num_patches for image in images)
+
+
+def _places(sizes: list[int], shares: list[list[int]], longest: int, number: list[int]) -> Tensor:
+    """Return where the gather puts each feature of the row, image by image.
+
+    Args:
+        sizes: features of each distinct image.
+        shares: which distinct images each peer encodes.
+        longest: features that the gather takes of each peer.
+        number: number of the distinct image that each image of the row is.
+    """
     first = {}
     for peer, share in enumerate(shares):
         used = peer * longest
         for image in share:
             first[image] = used
             used += sizes[image]
-    pieces = [torch.arange(size) + first[image] for image, size in enumerate(sizes)]
+    pieces = [torch.arange(sizes[image]) + first[image] for image in number]
     return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64)

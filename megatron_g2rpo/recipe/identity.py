@@ -48,6 +48,7 @@ NOT_IDENTITY = (
     "sft.val_at_end",
     "policy.max_total_sequence_length",
     "policy.logprob_chunk_size",
+    "policy.vision_cache_mb",
     "policy.sequence_packing",
     "policy.generation.batch_size",
     "policy.generation.gap_warning",
@@ -135,7 +136,7 @@ def fingerprint(recipe: Recipe) -> str:
 
 def describe_layout(recipe: Recipe) -> str:
     """Describe how the run is laid out over processes, one fact per line."""
-    cluster, megatron = recipe.cluster, recipe.policy.megatron_cfg
+    cluster, megatron, packing = recipe.cluster, recipe.policy.megatron_cfg, recipe.policy.sequence_packing
     batch = recipe.policy.train_global_batch_size
     lines = [
         f"processes: {recipe.world_size} = {cluster.num_nodes} node(s) x {cluster.gpus_per_node}",
@@ -147,7 +148,8 @@ def describe_layout(recipe: Recipe) -> str:
         _attention(megatron),
         _recompute(megatron),
         _optimizer(megatron.distributed_data_parallel_config),
-        f"micro-batch row: {recipe.policy.sequence_packing.train_mb_tokens} tokens",
+        f"micro-batch row: {packing.train_mb_tokens} tokens"
+        + (", responses share their prompt" if packing.shared_prefix else ""),
     ]
     if isinstance(recipe, TrainRecipe):
         lines += [

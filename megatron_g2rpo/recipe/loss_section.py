@@ -22,8 +22,8 @@ class EntropyShaping(Section):
     """Weight of the entropy term (a sum over tasks), loss per nat."""
     sides: Literal["fresh", "sampled"]
     """Which entropies decide whether a task is above, below or between its bounds: ``fresh`` takes those of the weights
-    that an update starts from (one more forward pass for every update of a step but the first), ``sampled`` those of
-    the weights that sampled the step."""
+    that an update starts from (of several micro-batches one more forward pass for every update of a step), ``sampled``
+    those of the weights that sampled the step."""
 
 
 class ReferencePolicyKl(Section):

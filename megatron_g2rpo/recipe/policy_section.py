@@ -191,10 +191,12 @@ class MegatronConfig(Section):
 
 
 class SequencePacking(Section):
-    """``policy.sequence_packing``: the size of a micro-batch, which is one packed row of tokens."""
+    """``policy.sequence_packing``: the micro-batch, which is one packed row of tokens."""
 
     train_mb_tokens: PositiveInt
     """Largest number of tokens of a packed row."""
+    shared_prefix: bool
+    """Whether the responses to one prompt share one copy of it, and of its images, in a row. Changes cost only."""
 
 
 class Policy(Section):
@@ -215,8 +217,11 @@ class Policy(Section):
     """Data type of weights and activations; the optimizer's copy is float32."""
     logprob_chunk_size: PositiveInt | None
     """Number of tokens whose float32 logits are held at once; null: a whole packed row. Changes memory only."""
+    vision_cache_mb: NonNegativeInt
+    """Megabytes (10^6 bytes) of image features that each rank keeps in host memory, so that an image is encoded once
+    while the vision tower's weights stay the same; 0: every pass encodes it anew."""
     sequence_packing: SequencePacking
-    """Size of a micro-batch."""
+    """Size of a micro-batch, and what its sequences share."""
     megatron_cfg: MegatronConfig
     """Parallel layout, optimizer and gradient reduction."""
     generation: Generation

@@ -54,8 +54,12 @@ _AFTER_PARTS = (
 )
 
 
+# Null in a step whose updates were not taken.
+UNFINISHED = ("advantage", "old_logprobs", "entropies")
+
+
 class RecordError(ValueError):
-    """A record that cannot be read, or is not there; the message names the file, and what to do."""
+    """A record that is not there, cannot be read, or cannot be replayed; the message says why, and what to do."""
 
 
 def columns(parts: Sequence[str] = ()) -> dict[str, pa.DataType]:

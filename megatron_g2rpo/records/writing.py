@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_g2rpo.records.reading import file_of, files_in
@@ -24,13 +23,16 @@ from megatron_g2rpo.records.schema import Header, columns
 
 _PARTIAL = ".partial"
 _MEGABYTE = 1_000_000
-# Text repeats within a group, numbers hardly ever: a dictionary of them would cost more than it saves.
-_DICTIONARY = [
-    *("step", "update", "weights_version", "data_rank", "task", "prompt_key", "group_id", "sample_index"),
-    *("prompt_text", "question", "reference", "answer_format", "images.list.element"),
-    *("image_widths.list.element", "image_heights.list.element"),
-    *("answer", "response_ids.list.element", "masked", "engine", "seconds"),
-]  # fmt: skip
+# Prompts repeat within a group, and token ids in every answer; a dictionary of floats would cost more than it saves.
+_ENCODING: dict[str, Any] = {
+    "use_dictionary": [
+        *("step", "update", "weights_version", "data_rank", "task", "prompt_key", "group_id", "sample_index"),
+        *("prompt_text", "question", "reference", "answer_format", "images.list.element"),
+        *("image_widths.list.element", "image_heights.list.element"),
+        *("answer", "response_ids.list.element", "masked", "engine", "seconds"),
+    ],
+    "write_statistics": ["step", "task", "reward", "advantage"],
+}
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], parts: Sequence[str], names: Collection[str] | None = None) -> pa.Table:
@@ -131,8 +133,7 @@ class RolloutWriter:
                 partial,
                 table.schema,
                 compression="zstd",
-                use_dictionary=_DICTIONARY,
-                write_statistics=["step", "task", "reward", "advantage"],
+                **_ENCODING,
                 store_schema=False,  # two kilobytes a file; Parquet's own types say the same
             ) as writer:
                 writer.add_key_value_metadata(header.metadata())
@@ -173,9 +174,9 @@ def cut(table: pa.Table, share: float, *, seed: int) -> pa.Table:
         task_of[group] = task
         rows[group].append(row)
     # Bytes follow tokens and characters; a row has some for itself.
-    lengths = pc.list_value_length(table.column("response_ids")).to_pylist()
-    characters = pc.utf8_length(table.column("response_text")).to_pylist()
-    cost = {group: sum(64 + 12 * lengths[i] + characters[i] for i in mine) for group, mine in rows.items()}
+    texts = table.column("response_text").to_pylist()
+    lengths = [len(ids) for ids in table.column("response_ids").to_pylist()]
+    cost = {group: sum(64 + 12 * lengths[i] + len(texts[i]) for i in mine) for group, mine in rows.items()}
     queues: defaultdict[str, list[int]] = defaultdict(list)
     for group in sorted(task_of, key=lambda group: (zlib.crc32(f"{seed}/{group}".encode()), group)):
         queues[task_of[group]].append(group)

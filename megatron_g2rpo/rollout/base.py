@@ -12,13 +12,14 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from megatron_g2rpo import registry
+from megatron_g2rpo.models.vision_cache import VisionCache
 from megatron_g2rpo.recipe import Policy
 from megatron_g2rpo.recipe.generation_section import Generation
 from megatron_g2rpo.types import Prompt, Rollout
@@ -115,6 +116,30 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GenerationWork:
+    """What a call of ``Engine.generate`` computed on this rank, and what it did not compute more than once.
+
+    Attributes:
+        prompt_tokens: number of prompt tokens that were prefilled.
+        prompt_tokens_saved: number that would have been prefilled beside, had each response had its prompt for itself.
+        decoded_tokens: number of tokens of the responses.
+        patches: number of image patches that the vision tower encoded, before merging.
+        patches_saved: number that would have been encoded beside, had each response had its images for itself.
+    """
+
+    prompt_tokens: int = 0
+    prompt_tokens_saved: int = 0
+    decoded_tokens: int = 0
+    patches: int = 0
+    patches_saved: int = 0
+
+    def __add__(self, other: GenerationWork) -> GenerationWork:
+        return GenerationWork(
+            **{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)}
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Context:
     """Everything that an engine is built from.
 
@@ -131,6 +156,8 @@ class Context:
         spatial_merge_size: number of patches along one side that merge into one image token.
         decode: function from token ids to text.
         is_asked_to_stop: whether the run is: an engine that waits for servers then raises ``EngineUnavailable``.
+        vision_cache: features of images, which the engine may share with the policy that gives it its weights if it
+            runs the policy's own vision tower; None: it has none.
     """
 
     policy: Policy
@@ -144,6 +171,7 @@ class Context:
     spatial_merge_size: int
     decode: Callable[[Sequence[int]], str]
     is_asked_to_stop: Callable[[], bool] = lambda: False
+    vision_cache: VisionCache | None = None
 
 
 class Engine(Protocol):
@@ -181,6 +209,11 @@ class Engine(Protocol):
         ``on_finished``: a function of a list of rollouts, or None. It calls it with every rollout that it returns,
         once, as soon as it has it; their rewards are then computed while it goes on.
 
+        One that can answer a prompt in two ways for less than twice the work may take ``and_greedily``, a bool. Where
+        it is true, the list goes on with one greedy response to each prompt, in the order of the prompts.
+
+        One that counts its work has an attribute ``work``, the ``GenerationWork`` of the last call.
+
         Args:
             prompts: this rank's prompts; none gives an empty list.
             n: responses per prompt.
@@ -204,6 +237,16 @@ OnFinished = Callable[[Sequence[Rollout]], None]
 def takes_on_finished(engine: Engine) -> bool:
     """Return whether an engine's ``generate`` hands over rollouts as soon as it has them."""
     return "on_finished" in inspect.signature(engine.generate).parameters
+
+
+def takes_and_greedily(engine: Engine) -> bool:
+    """Return whether an engine's ``generate`` samples and answers greedily in one call."""
+    return "and_greedily" in inspect.signature(engine.generate).parameters
+
+
+def work_of(engine: Engine) -> GenerationWork | None:
+    """Return what the last call of an engine's ``generate`` computed; None for an engine that does not count it."""
+    return getattr(engine, "work", None)
 
 
 def check_request(prompts: Sequence[Prompt], n: int, group_ids: Sequence[int]) -> None:

@@ -18,12 +18,14 @@ from megatron_g2rpo.data.mixture import Mixture
 from megatron_g2rpo.data.packing import Packer
 from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.data.stream import PromptStream, number_tasks, validation_prompts
+from megatron_g2rpo.models.vision_cache import VisionCache
 from megatron_g2rpo.objective import History
 from megatron_g2rpo.policy.device import Device, select, set_cpu_threads
 from megatron_g2rpo.policy.layouts.layout import Layout, token_multiples
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.policy.reference_policy import ReferencePolicy
 from megatron_g2rpo.recipe import Policy, Recipe, TrainRecipe
+from megatron_g2rpo.recipe.policy_section import SequencePacking
 from megatron_g2rpo.recipe.validation_metrics import unmeasured
 from megatron_g2rpo.rollout import base as engines
 from megatron_g2rpo.tasks import response_formats
@@ -136,8 +138,14 @@ def _assembled(
     progress.enter("weights")
     # What no engine samples has no probability in the policy either: both then speak of one distribution.
     banned = processor.banned_token_ids(processor.vocab_size)
+    cache = vision_cache_of(recipe.policy)
     policy = MegatronPolicy(
-        recipe.policy, device, seed=loop.seed, max_steps=loop.max_num_steps * updates, banned_token_ids=banned
+        recipe.policy,
+        device,
+        seed=loop.seed,
+        max_steps=loop.max_num_steps * updates,
+        banned_token_ids=banned,
+        vision_cache=cache,
     )
     progress.enter("data")
     validation, left_out = _validation(recipe, held_out, processor, task_ids)
@@ -147,8 +155,8 @@ def _assembled(
         device=device,
         processor=processor,
         policy=policy,
-        packer=packer_for(processor, policy.layout),
-        engine=build_engine(recipe.policy, processor, device, banned, lambda: stopping.asked() is not None),
+        packer=packer_for(processor, policy.layout, recipe.policy.sequence_packing),
+        engine=build_engine(recipe.policy, processor, device, banned, lambda: stopping.asked() is not None, cache),
         stream=stream,
         validation=validation,
         left_out=left_out,
@@ -219,8 +227,14 @@ def _needs_reference(recipe: Recipe) -> bool:
     return isinstance(recipe, TrainRecipe) and recipe.loss_fn.reference_policy_kl.penalty > 0.0
 
 
-def packer_for(processor: ChatProcessor, layout: Layout) -> Packer:
-    """Build a packer with the processor's tokens, whose micro-batches the layout can split."""
+def packer_for(processor: ChatProcessor, layout: Layout, packing: SequencePacking) -> Packer:
+    """Build a packer with the processor's tokens, whose micro-batches the layout can split.
+
+    Args:
+        processor: whose tokens and positions the model knows.
+        layout: the parallel sizes.
+        packing: the recipe's ``policy.sequence_packing``.
+    """
     sequence_multiple, row_multiple = token_multiples(layout)
     return Packer(
         image_token_id=processor.image_token_id,
@@ -229,7 +243,15 @@ def packer_for(processor: ChatProcessor, layout: Layout) -> Packer:
         sequence_multiple=sequence_multiple,
         row_multiple=row_multiple,
         positions=processor.family.positions,
+        shared_prefix=packing.shared_prefix,
     )
+
+
+def vision_cache_of(policy: Policy) -> VisionCache | None:
+    """Return the cache of image features that policy and engine of this process share; None where it is off."""
+    if not policy.vision_cache_mb:
+        return None
+    return VisionCache(policy.vision_cache_mb * 10**6, frozen=policy.megatron_cfg.freeze_vision)
 
 
 def engine_for(
@@ -238,6 +260,7 @@ def engine_for(
     device: Device,
     banned_token_ids: Sequence[int],
     is_asked_to_stop: Callable[[], bool] = lambda: False,
+    vision_cache: VisionCache | None = None,
 ) -> engines.Engine:
     """Build the rollout engine that the recipe names, without weights. A collective of all ranks.
 
@@ -247,6 +270,7 @@ def engine_for(
         device: this rank's device.
         banned_token_ids: tokens that are never sampled.
         is_asked_to_stop: whether this rank is; see ``engines.Context``.
+        vision_cache: that of the policy which gives the engine its weights; None: the engine has none.
     """
     context = engines.Context(
         policy=policy,
@@ -260,5 +284,6 @@ def engine_for(
         spatial_merge_size=processor.spatial_merge_size,
         decode=processor.decode,
         is_asked_to_stop=is_asked_to_stop,
+        vision_cache=vision_cache,
     )
     return engines.get(policy.generation.backend).build(context, **policy.generation.backend_cfg)

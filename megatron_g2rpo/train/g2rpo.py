@@ -47,6 +47,7 @@ from megatron_g2rpo.train.step.sampling import Collected, collect
 from megatron_g2rpo.train.step.timers import Timers
 from megatron_g2rpo.train.step.update_metrics import task_gradient_metrics, update_metrics
 from megatron_g2rpo.train.step.warnings import SignalWatch, answer_warnings, gap_warnings
+from megatron_g2rpo.train.step.work import WorkMeter, work_metrics
 from megatron_g2rpo.types import TokenStats
 
 COLUMNS = (
@@ -119,6 +120,9 @@ def g2rpo_step(
     """
     policy, reference, timers = components.policy, components.reference, Timers(components.device)
     loss_fn, data_parallel, skipped = recipe.loss_fn, policy.groups.data, components.stream.skipped.copy()
+    meter = WorkMeter(policy)
+    if policy.vision_cache is not None:
+        policy.vision_cache.begin_step()
 
     collected = sample(recipe, components, step, timers)
     rollouts, rewards = collected.rollouts, collected.rewards
@@ -162,6 +166,7 @@ def g2rpo_step(
     metrics["train/skipped_updates"] = sum(update["train/skipped_updates"] for update in updates)
     metrics |= collected.metrics | collected.failed.metrics("train/failed_rewards")
     metrics |= skipped_metrics(components.stream.skipped - skipped)
+    metrics |= work_metrics(meter, policy, timers.seconds, sum(rollout.num_tokens for rollout in rollouts))
     return {**metrics, **timers.metrics()}
 
 
@@ -182,8 +187,8 @@ def update(
         step: number of the step, from 1.
         number: number of the update in the step, from 0.
         minibatch: the rollouts of the update, with advantages.
-        entropies: task entropies of the minibatch under the policy that sampled it; None where its old log-probabilities
-            are the update's own.
+        entropies: task entropies of the minibatch under the policy that sampled it; None where its old
+            log-probabilities are the update's own.
         timers: the step's stopwatch.
 
     Returns:

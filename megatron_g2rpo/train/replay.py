@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step of a run again: its updates on its recorded rollouts, from its checkpoint, by the loop's own ``g2rpo_step``.
+"""A step of a run again: its updates on its recorded rollouts, from its checkpoint, by the loop's ``g2rpo_step``.
 
-Nothing is sampled and nothing scored: rollouts, their log-probabilities and the parts of their rewards are the record's.
-The parts are weighed anew, so that the recipe may weigh them otherwise. With the recipe and the layout of the run, the
-step is the same bit for bit on a CPU.
+Nothing is sampled and nothing scored: rollouts, their log-probabilities and the parts of their rewards are those of the
+record. The parts are weighed anew, so that the recipe may weigh them otherwise. With the recipe and the layout of the
+run, the step is the same bit for bit on a CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 
 from megatron_g2rpo.data.errors import DataError
 from megatron_g2rpo.recipe import TrainRecipe
-from megatron_g2rpo.records.schema import REWARD_PREFIX, Header
+from megatron_g2rpo.records.schema import REWARD_PREFIX, Header, RecordError, storable
+from megatron_g2rpo.tasks.scoring import Scoring
 from megatron_g2rpo.train.assembly import Components, assemble
 from megatron_g2rpo.train.g2rpo import g2rpo_step
 from megatron_g2rpo.train.run.checkpoints import Checkpoints
@@ -30,10 +31,6 @@ from megatron_g2rpo.train.step.sampling import Collected
 from megatron_g2rpo.train.step.timers import Timers
 from megatron_g2rpo.types import FailedReward, Prompt, Rewards, Rollout
 from megatron_g2rpo.weights.soundness import check_whole
-
-
-class ReplayError(ValueError):
-    """A step cannot be replayed; the message says why, and which can be."""
 
 
 def replay(
@@ -52,11 +49,12 @@ def replay(
         The metrics of the step.
 
     Raises:
-        ReplayError: the recipe weighs a part of the reward that was not recorded.
+        RecordError: the recipe weighs a part of the reward that was not recorded.
         DataError: a sample is no longer what it was.
         CheckpointError: the checkpoint is damaged.
         FloatingPointError: the step is one that ends a run, see ``UpdateGuard``.
     """
+    _check_parts(recipe, header)
     with assemble(recipe, _NoEngine) as components:
         if checkpoint is not None:
             for line in _restore(components, checkpoint):
@@ -122,7 +120,6 @@ def recorded(
         header: what their file says of itself.
 
     Raises:
-        ReplayError: the recipe weighs a part of the reward that was not recorded.
         DataError: a sample is no longer what it was, or not there.
     """
     groups = components.policy.groups
@@ -133,7 +130,7 @@ def recorded(
     with timers("rewards"):
         prompt_of = dict(zip(mine.prompts, prompts, strict=True))
         rollouts = [_rollout(row, prompt_of[row["group_id"]]) for row in mine.rows]
-        rewards = _rewards(recipe, mine.rows, header)
+        rewards = _rewards(recipe, mine.rows)
     return Collected(rollouts, rewards, FailedRewards(), {})
 
 
@@ -142,7 +139,7 @@ def _decoded(components: Components, first: Sequence[Mapping[str, Any]], numbers
     rows = [first[number] for number in numbers]
     prompts = components.stream.named([row["prompt_key"] for row in rows])
     for row, prompt in zip(rows, prompts, strict=True):
-        text = components.processor.prompt_text(prompt.inputs)
+        text = storable(components.processor.prompt_text(prompt.inputs))
         widths = [width for width, _ in prompt.sample.resized_sizes]
         if (text, widths, prompt.task) != (row["prompt_text"], row["image_widths"], row["task"]):
             raise DataError(
@@ -166,21 +163,27 @@ def _rollout(row: Mapping[str, Any], prompt: Prompt) -> Rollout:
     )
 
 
-def _rewards(recipe: TrainRecipe, rows: Sequence[Mapping[str, Any]], header: Header) -> Rewards:
-    """The recorded parts, weighed as the recipe says."""
+def _scoring(recipe: TrainRecipe) -> Scoring:
     penalty = recipe.grpo.overlong_penalty.weight if recipe.grpo.overlong == "penalise" else None
-    scoring = scoring_of(recipe, None, overlong_weight=penalty)
-    if missing := [name for name in scoring.names if name not in header.parts]:
-        raise ReplayError(
+    return scoring_of(recipe, None, overlong_weight=penalty)
+
+
+def _check_parts(recipe: TrainRecipe, header: Header) -> None:
+    if missing := [name for name in _scoring(recipe).names if name not in header.parts]:
+        raise RecordError(
             f"the recipe weighs {', '.join(missing)}, and step {header.step} was recorded with the parts "
             f"{', '.join(header.parts)}: a replay weighs recorded parts, and computes none"
         )
+
+
+def _rewards(recipe: TrainRecipe, rows: Sequence[Mapping[str, Any]]) -> Rewards:
+    """The recorded parts, weighed as the recipe says."""
     failures = {
         index: FailedReward(part=NO_REWARD, message="it had no reward in the run")
         for index, row in enumerate(rows)
         if row["masked"] == NO_REWARD
     }
-    return scoring.weighed([row["task"] for row in rows], [dict(_parts(row)) for row in rows], failures)
+    return _scoring(recipe).weighed([row["task"] for row in rows], [dict(_parts(row)) for row in rows], failures)
 
 
 def _parts(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -24,6 +24,7 @@ from megatron_g2rpo.train.step.metrics import skipped_metrics
 from megatron_g2rpo.train.step.minibatches import owned_prompts, pack_evenly
 from megatron_g2rpo.train.step.prompts import draw
 from megatron_g2rpo.train.step.timers import Timers
+from megatron_g2rpo.train.step.work import WorkMeter, work_metrics
 from megatron_g2rpo.types import Prompt
 
 COLUMNS = (
@@ -85,7 +86,7 @@ def sft_step(
         FloatingPointError: too many updates in a row were to be skipped, see ``UpdateGuard``.
     """
     policy, stream, groups = components.policy, components.stream, components.policy.groups
-    timers, skipped = Timers(components.device), stream.skipped.copy()
+    timers, skipped, meter = Timers(components.device), stream.skipped.copy(), WorkMeter(policy)
     size = recipe.policy.train_global_batch_size
     with timers("data"):
         prompts = draw(stream, size, owned_prompts(size, groups.data_rank, groups.data_size), groups)
@@ -100,7 +101,9 @@ def sft_step(
     ]
     components.guard.settle(step, 0, lambda: batch, group=groups.data, note=note)
     named = {f"train/{name}": value for name, value in metrics.items()}
-    return {**named, **skipped_metrics(stream.skipped - skipped), **timers.metrics()}
+    named |= skipped_metrics(stream.skipped - skipped)
+    named |= work_metrics(meter, policy, timers.seconds, sum(sequence.length for sequence in sequences))
+    return {**named, **timers.metrics()}
 
 
 def _sequence(processor: ChatProcessor, prompt: Prompt) -> PackSequence:

@@ -70,9 +70,11 @@ TOLERANCES: dict[str, dict[str, float]] = {
     # transformers: "share" is the ratio of the two distances, for a tensor and for the whole gradient, for all
     # log-probabilities and for all entropies; the later ones are compared with fp32 computations of the same training.
     # The ratio is itself a draw: over two models, two seeds and both devices, 8 ranks in TP 2 x PP 2 x CP 2 had 0.72 to
-    # 1.28 for entropies, 0.86 to 1.19 for log-probabilities. The absolute ones are bounds that a mistake would break by
-    # far: the largest seen were 5.2e-2 of an entropy and 1.4e-2 of a task's (8 ranks, shares below 1), and 2.2e-1 of a
-    # log-probability after the training of eight layers (share 1.3).
+    # 1.28 for entropies, 0.86 to 1.19 for log-probabilities. The absolute ones are bounds that a mistake would break
+    # by far: the largest seen were 5.2e-2 of an entropy and 1.4e-2 of a task's (8 ranks, shares below 1), and 2.2e-1 of
+    # a log-probability after the training of eight layers (share 1.3). Of one tensor's gradient the largest share was
+    # 2.51 (a bias of 32 numbers), in rows with shared prompts: there the gradients of a prompt's keys and values, one
+    # for each response, add up in bfloat16.
     "bfloat16": {
         "logprob": 5e-2,
         "logprob_share": 1.5,
@@ -82,7 +84,7 @@ TOLERANCES: dict[str, dict[str, float]] = {
         "task_entropy": 2e-2,
         "grad_norm": 1e-2,
         "gradient": 1e-1,
-        "gradient_share": 2.5,
+        "gradient_share": 3.0,
         "whole_gradient": 4e-2,
         "whole_share": 1.25,
         "later_logprob": 3e-1,
@@ -296,16 +298,22 @@ def check_layout_parity(directory: Path, device: Device, case: Case) -> Report:
     with patch.object(optimizer, "DistributedDataParallelConfig", partial(DistributedDataParallelConfig, **buckets)):
         policy = MegatronPolicy(case.section(directory), device, seed=0, max_steps=STEPS)
     sequences = parity_sequences(policy.hf_config)
-    packer, groups = packer_for(policy.hf_config, policy.layout), policy.groups
+    groups = policy.groups
     splits = [sequences_by_rank(len(sequences), groups.data_size, idle=idle) for idle in (False, True)]
-    uneven, idle = [rows_of(packer, sequences, split, groups.data_rank) for split in splits]
+    # Every sequence with its own prompt, and with the prompt that those of a group share.
+    (uneven, idle), (shared, shared_idle) = (
+        [rows_of(packer, sequences, split, groups.data_rank) for split in splits]
+        for packer in (packer_for(policy.hf_config, policy.layout, shared_prefix=on) for on in (False, True))
+    )
+    assert groups.data_rank < groups.data_size - 1 or max(int(row.parents.max()) for row in shared_idle) >= 0
     mine = splits[0][groups.data_rank]
 
     report = Report(case.tolerances)
-    _compare_logprobs(report, policy, uneven, mine, expected)
-    policy.gradients(uneven, toy_loss, TEMPERATURE)
-    _compare_gradients(report, policy, expected)
-    for step, batches in enumerate((idle, uneven, uneven)):
+    for rows in (uneven, shared):
+        _compare_logprobs(report, policy, rows, mine, expected)
+        policy.gradients(rows, toy_loss, TEMPERATURE)
+        _compare_gradients(report, policy, expected)
+    for step, batches in enumerate((idle if case.freeze_vision else shared_idle, uneven, shared)):
         metrics = policy.update(batches, toy_loss, TEMPERATURE)
         if step == 0:
             _compare_metrics(report, metrics, _nearest(policy, expected))

@@ -171,6 +171,8 @@ def with_fixed(batch: PackedBatch, fixed: Sequence[Fixed], recipe: TrainRecipe) 
     """
     fields = {name: torch.zeros(len(batch.tokens)) for name in ("behaviour", "rollout", "reference")}
     for segment, row in enumerate(batch.sequence_ids.tolist()):
+        if row < 0:  # a trunk has no responses
+            continue
         where = (batch.task_ids >= 0) & (batch.segment_ids == segment)
         for name, values in fields.items():
             values[where] = getattr(fixed[row], name)

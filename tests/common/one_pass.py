@@ -86,7 +86,7 @@ def take_step(options: Policy, recipe: TrainRecipe, row_tokens: int, *, beforeha
     )
     timers, metrics = Timers(policy.device), {}
     reference = ReferencePolicy(policy) if recipe.loss_fn.reference_policy_kl.penalty else None
-    always = mock.patch.object(old_logprobs, "needs_old_logprobs", lambda *_, **__: True)
+    always = mock.patch.object(old_logprobs, "needs_old_logprobs", return_value=True)
     with mock.patch.object(policy, "logprobs", side_effect=policy.logprobs) as passes:
         with always if beforehand else nullcontext():
             minibatches, entropies = old_logprobs.add_logprobs(

@@ -76,7 +76,7 @@ ROWS_OF_THEIR_OWN = 2
 ROW_TOKENS = 96
 
 
-def packer_for(config: Any, layout: Layout | None = None) -> Packer:
+def packer_for(config: Any, layout: Layout | None = None, *, shared_prefix: bool = False) -> Packer:
     """Return a packer with the tiny model's tokens and the multiples that the layout needs."""
     tokens = special_tokens(config.text_config.vocab_size)
     sequence_multiple, row_multiple = token_multiples(layout or Layout())
@@ -86,6 +86,7 @@ def packer_for(config: Any, layout: Layout | None = None) -> Packer:
         pad_token_id=tokens.pad,
         sequence_multiple=sequence_multiple,
         row_multiple=row_multiple,
+        shared_prefix=shared_prefix,
     )
 
 
@@ -114,7 +115,8 @@ def rows_of(
             *((a, 1) for a in alone),
         ):
             for batch in packer.pack([sequences[index] for index in members], ROW_TOKENS, bins):
-                packed.append(replace(batch, sequence_ids=torch.tensor(members, dtype=torch.int64)[batch.sequence_ids]))
+                of_all = torch.tensor([*members, -1])  # a trunk, -1, is of no sequence
+                packed.append(replace(batch, sequence_ids=of_all[batch.sequence_ids]))
         return packed
 
     num_rows = max(len(pack(owned)) for owned in by_rank)

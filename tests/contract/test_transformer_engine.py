@@ -9,6 +9,8 @@ newest release of megatron-core, of which only the source is read.
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import sys
 from itertools import pairwise
@@ -25,7 +27,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
 from megatron_g2rpo.data.packing import Packer, PackSequence
-from megatron_g2rpo.policy.attention import PackedCoreAttention, TransformerEngineCoreAttention, packed_row_params
+from megatron_g2rpo.policy.attention import PackedCoreAttention, TransformerEngineCoreAttention
+from megatron_g2rpo.policy.packed_row import packed_row_params
 from megatron_g2rpo.types import ModelInputs, PackedBatch
 from tests.contract.signatures import (
     ANY,
@@ -94,6 +97,19 @@ def test_every_field_of_a_packed_row_arrives(version: str) -> None:
     arriving = signatures(version)[f"{PACKED} > {TE_ATTENTION}"].keys()
     assert our_calls()[PACKED].keywords <= arriving
     assert arriving <= transformer_engine()[f"{DOT_PRODUCT_ATTENTION}.forward"].keys()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_attention_of_a_row_with_shared_prompts_is_transformer_engines_own(version: str) -> None:
+    """It goes past the wrapper, a subclass of the class whose ``forward`` it is."""
+    tree = ast.parse(Path(inspect.getfile(TransformerEngineCoreAttention)).read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    (call,) = (node for node in calls if ast.unparse(node.func) == "DotProductAttention.forward")
+    passed = {keyword.arg for keyword in call.keywords}
+    assert len(call.args) == 1, "self"
+    assert len(passed) == 9
+    assert passed <= transformer_engine()[f"{DOT_PRODUCT_ATTENTION}.forward"].keys()
+    assert f"{TE_ATTENTION}.__init__ > super().__init__" in signatures(version)
 
 
 # -- layers -------------------------------------------------------------------------------------------------------
@@ -185,12 +201,55 @@ class PlainTorch(nn.Module):
         return out
 
 
+class PlainTorchSpans:
+    """``DotProductAttention`` with more keys than queries: the last query of a sequence attends to all of its keys."""
+
+    @staticmethod
+    def forward(
+        self: PlainTorch,
+        *,
+        query_layer: Tensor,
+        key_layer: Tensor,
+        value_layer: Tensor,
+        qkv_format: str,
+        attn_mask_type: str,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_kv: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_kv: int,
+    ) -> Tensor:
+        assert (qkv_format, attn_mask_type) == ("thd", "padding_causal_bottom_right")
+        assert cu_seqlens_q.dtype == cu_seqlens_kv.dtype == torch.int32
+        queries, keys = (list(pairwise(x.tolist())) for x in (cu_seqlens_q, cu_seqlens_kv))
+        assert (queries[-1][1], keys[-1][1]) == (len(query_layer), len(key_layer))
+        assert max_seqlen_q == max(end - start for start, end in queries)
+        assert max_seqlen_kv == max(end - start for start, end in keys)
+        out = []
+        for (first, last), (start, end) in zip(queries, keys, strict=True):
+            q, k, v = (
+                x[slice(*span)].transpose(0, 1)
+                for x, span in (
+                    (query_layer, (first, last)),
+                    (key_layer, (start, end)),
+                    (value_layer, (start, end)),
+                )
+            )
+            mask = torch.ones(last - first, end - start, dtype=torch.bool).tril(end - start - (last - first))
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=True)
+            out.append(attended.transpose(0, 1).flatten(1))
+        return torch.cat(out)
+
+
 @pytest.fixture
 def attentions(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, nn.Module]:
     """Ours for Transformer Engine, with plain torch in its place, and the local one."""
     module: Any = ModuleType("megatron.core.extensions.transformer_engine")
     module.TEDotProductAttention = PlainTorch
     monkeypatch.setitem(sys.modules, module.__name__, module)
+    engine: Any = ModuleType("transformer_engine.pytorch")
+    engine.DotProductAttention = PlainTorchSpans
+    monkeypatch.setitem(sys.modules, "transformer_engine", ModuleType("transformer_engine"))
+    monkeypatch.setitem(sys.modules, engine.__name__, engine)
     arguments = {
         "config": SimpleNamespace(context_parallel_size=1),
         "layer_number": 1,
@@ -203,24 +262,28 @@ def attentions(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, nn.Module]:
     return TransformerEngineCoreAttention(**arguments), PackedCoreAttention(**arguments)
 
 
-def row(*lengths: int, multiple: int) -> PackedBatch:
-    """Sequences of these lengths, each padded to a multiple."""
+def inputs_of(prompt: int) -> ModelInputs:
     none = torch.zeros(0, 12), torch.zeros(0, 3, dtype=torch.int64)
-    sequences = [
-        PackSequence(
-            inputs=ModelInputs(token_ids=torch.arange(length - 1), pixel_values=none[0], image_grid_thw=none[1]),
-            response_ids=torch.tensor([1]),
-        )
-        for length in lengths
-    ]
-    packer = Packer(98, 2, pad_token_id=99, sequence_multiple=multiple, row_multiple=multiple)
-    (batch,) = packer.pack(sequences, budget=100)
+    return ModelInputs(token_ids=torch.arange(prompt), pixel_values=none[0], image_grid_thw=none[1])
+
+
+def row(*lengths: int, multiple: int, answers: tuple[int, ...] = ()) -> PackedBatch:
+    """Sequences of these lengths, each padded to a multiple; then a group of answers to a prompt of 12 tokens."""
+    sequences = [PackSequence(inputs=inputs_of(length - 1), response_ids=torch.tensor([1])) for length in lengths]
+    shared = inputs_of(12)
+    sequences += [PackSequence(inputs=shared, response_ids=torch.arange(length)) for length in answers]
+    packer = Packer(98, 2, 99, sequence_multiple=multiple, row_multiple=multiple, shared_prefix=bool(answers))
+    (batch,) = packer.pack(sequences, budget=200)
     return batch
 
 
+@pytest.mark.parametrize("answers", [(), (3, 1, 14)], ids=["whole", "shared"])
 @pytest.mark.parametrize("multiple", [1, 8], ids=["dense", "padded"])
-def test_a_packed_row_is_attended_alike(attentions: tuple[nn.Module, nn.Module], multiple: int) -> None:
-    batch = row(5, 16, 2, 9, multiple=multiple)
+def test_a_packed_row_is_attended_alike(
+    attentions: tuple[nn.Module, nn.Module], multiple: int, answers: tuple[int, ...]
+) -> None:
+    batch = row(5, 16, 2, 9, multiple=multiple, answers=answers)
+    assert bool((batch.parents >= 0).any()) == bool(answers)
     generator = torch.Generator().manual_seed(0)
     tokens = len(batch.tokens)
     inputs = [
@@ -234,7 +297,7 @@ def test_a_packed_row_is_attended_alike(attentions: tuple[nn.Module, nn.Module],
             None,
             attn_mask_type=AttnMaskType.causal,
             attention_bias=None,
-            packed_seq_params=packed_row_params(batch),
+            packed_seq_params=packed_row_params(batch, buckets=isinstance(attention, PackedCoreAttention)),
         )
         results.append((out, *torch.autograd.grad(out, inputs, grad)))
     for ours, local in zip(*results, strict=True):

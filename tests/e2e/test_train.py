@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from tests.e2e.runs import (
     assert_same_step,
     checkpoints,
 )
-from tests.e2e.toy import TASKS, Toy, call, metrics, numbers, succeed
+from tests.e2e.toy import ROOT, TASKS, Toy, call, metrics, numbers, succeed
 
 
 def test_a_run_leaves_its_metrics_recipe_events_and_checkpoint(toy: Toy, straight: Path) -> None:
@@ -73,6 +74,41 @@ def test_a_run_leaves_its_metrics_recipe_events_and_checkpoint(toy: Toy, straigh
 
     # save_period 2, keep_top_k 1
     assert checkpoints(straight) == ["step_4"]
+
+
+def test_every_metric_is_documented_and_what_is_documented_is_there(straight: Path) -> None:
+    names = {name for line in metrics(straight).values() for name in line if name != "step"}
+    documented = documented_metrics()
+    unknown = [name for name in sorted(names) if not any(pattern.fullmatch(name) for pattern in documented.values())]
+    assert unknown == [], "docs/metrics.md lists them all"
+    # What takes other settings, another engine or machine, or a fault.
+    elsewhere = re.compile(
+        r"train/(<task>/)?reference_kl_sum|.*failed_rewards/<part>|(train|val)/skipped/<reason>|val/skipped_samples|"
+        r"speed/mfu|.*<task>/length_.*"
+    )
+    missing = [
+        name
+        for name, pattern in documented.items()
+        if not elsewhere.fullmatch(name) and not any(pattern.fullmatch(metric) for metric in names)
+    ]
+    assert missing == [], "what is documented should be logged"
+
+
+def documented_metrics() -> dict[str, re.Pattern[str]]:
+    """The metrics of docs/metrics.md, and a pattern of the names that each stands for."""
+    rows = [line for line in (ROOT / "docs" / "metrics.md").read_text().splitlines() if line.startswith("| `")]
+    names = [name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    return {name: re.compile(re.sub(r"<\w+>", "[^/]+", name)) for name in names}
+
+
+def test_the_work_of_a_step_is_counted(straight: Path) -> None:
+    for line in [line for step, line in metrics(straight).items() if step > 0]:
+        # One update, in rows whose groups share their prompts.
+        assert line["work/tokens"] > line["work/logprob_tokens"] > 0
+        assert line["work/tokens_saved"] > 0
+        assert line["work/vision_patches"] > 0
+        assert line["speed/model_tflops_per_second"] > 0
+        assert "speed/mfu" not in line, "a CPU's peak is not known"
 
 
 def test_a_resumed_run_is_the_straight_run_bit_for_bit(toy: Toy, straight: Path, tmp_path: Path) -> None:
@@ -241,7 +277,9 @@ def test_every_update_of_a_step_is_measured_against_the_policy_that_sampled(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = toy.recipe(tmp_path / "recipe.yaml", policy={"train_global_batch_size": 12})
-    recipe = recipes.load(path, [f"logger.log_dir={tmp_path / 'run'}"], "train")
+    # Several micro-batches: old log-probabilities and entropies are computed before an update.
+    overrides = [f"logger.log_dir={tmp_path / 'run'}", "policy.sequence_packing.train_mb_tokens=128"]
+    recipe = recipes.load(path, overrides, "train")
     components = assemble(recipe)
     update, distances, hinges = components.policy.update, [], []
 

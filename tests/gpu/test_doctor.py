@@ -51,6 +51,9 @@ def test_the_papers_recipe_in_fp8_is_usable_and_runs_on_transformer_engine() -> 
     assert recipe["attention backend"].value.startswith(("FusedAttention", "FlashAttention"))
     # 32 heads over 8 at tensor parallel 4; context parallel sequences end with padding.
     assert "8 heads over 2, padded rows" in recipe["attention backend"].why
+    assert recipe["shared prompts"].value.startswith(("FusedAttention", "FlashAttention"))
+    assert recipe["shared prompts"].status == "ok"
+    assert "shared prompts" not in {what for _, what in report("policy.sequence_packing.shared_prefix=false")}
     assert found["Transformer Engine", "FP8 tensorwise"].value == "available"
     assert recipe["collectives"].value == select().backend
     # Of itself it says the same as it does when a recipe asks for it: MXFP8 is there from Blackwell on.
@@ -70,6 +73,6 @@ def test_transformer_engine_confirms_that_float32_has_no_attention_for_padded_ro
     with pytest.raises(KernelError, match="no attention in float32"):
         choose(recipe.policy, layout_of(recipe.policy.megatron_cfg), this_machine(select()))
     shape = {"heads": 8, "groups": 2, "head_dim": 128, "sequences": 4, "longest": 1024, "tokens": 4096, "context": 1}
-    answer = ask(AttentionShape(dtype="float32", padded=True, cp_comm_type="p2p", **shape))
+    answer = ask(AttentionShape(dtype="float32", padded=True, cp_comm_type="p2p", shared_prefix=False, **shape))
     assert answer.attention == ""
     assert any("pad_between_seqs" in text for text in answer.excluded)

@@ -96,6 +96,7 @@ def attention_shape(policy: Policy, layout: Layout, hf_config: Any) -> Attention
         padded=token_multiples(layout) != (1, 1),
         context=layout.context,
         cp_comm_type=policy.megatron_cfg.cp_comm_type,
+        shared_prefix=policy.sequence_packing.shared_prefix,
     )
 
 
@@ -146,11 +147,17 @@ def _attention_backend(asked: Wanted, answer: Answer | None) -> Iterator[Finding
     else:
         shape = asked.attention
         rows = f"{shape.dtype}, {shape.heads} heads over {shape.groups}, {'padded' if shape.padded else 'tight'} rows"
-        excluded = "; ".join(answer.excluded)
-        if answer.attention:
-            yield row(answer.attention, "ok", f"Transformer Engine's choice for {rows}. {excluded}".rstrip())
-        else:
-            yield row("none", "error", f"Transformer Engine has no attention for {rows}: {excluded}")
+        yield _backend("attention backend", rows, answer.attention, answer.excluded)
+        if answer.shared_attention is not None:
+            shared = f"{shape.dtype}, responses to one prompt, which has more keys than they have queries"
+            yield _backend("shared prompts", shared, answer.shared_attention, answer.shared_excluded)
+
+
+def _backend(what: str, rows: str, choice: str, excluded: Sequence[str]) -> Finding:
+    reasons = "; ".join(excluded)
+    if choice:
+        return Finding(_GROUP, what, choice, "ok", f"Transformer Engine's choice for {rows}. {reasons}".rstrip())
+    return Finding(_GROUP, what, "none", "error", f"Transformer Engine has no attention for {rows}: {reasons}")
 
 
 def _fp8(asked: Wanted, answer: Answer | None) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from megatron_g2rpo.commands.rehearsal.stage import StageRehearsal
 from megatron_g2rpo.plan.planner import Plan
 from megatron_g2rpo.plan.wire import OPTIMIZER_STEP, stage_traffic
+from megatron_g2rpo.recipe import TrainRecipe
 
 # What a plan leaves out of its traffic: counts, metrics, a few numbers a token or a rank.
 SMALL_BYTES = 10_000_000
@@ -66,7 +67,8 @@ def traffic_figures(plan: Plan, stage: StageRehearsal) -> list[Figure]:
     count = stage.micro_batches
     batches = replace(plan.batches, count=count, tokens=count * row.tokens, images=count * len(row.images))
     planned: dict[tuple[str, str], int] = {}
-    for line in stage_traffic(plan.recipe, plan.model, plan.layout, batches, stage.stage):
+    passes = int(isinstance(plan.recipe, TrainRecipe))  # a rehearsal has one, whatever the recipe needs
+    for line in stage_traffic(plan.recipe, plan.model, plan.layout, batches, stage.stage, passes=passes):
         if line.per == OPTIMIZER_STEP:
             key = line.collective, line.group
             planned[key] = planned.get(key, 0) + line.sent

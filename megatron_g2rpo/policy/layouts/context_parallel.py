@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arithmetic of context parallelism: which tokens of a packed row belong to which rank.
 
-Every sequence is cut into ``2 * C`` chunks of equal length for ``C`` ranks, and rank ``r`` holds chunks ``r`` and
+Every segment is cut into ``2 * C`` chunks of equal length for ``C`` ranks, and rank ``r`` holds chunks ``r`` and
 ``2 * C - 1 - r`` of each ("zigzag"): under a causal mask every rank then has the same work. This is the split that
 Transformer Engine's attention expects of a packed ("thd") batch.
 
 Everything that looks at a token's neighbours (labels, positions, the place of image features) is made on the whole row
 and then cut; made on a share, it would be wrong at every chunk's border.
 
-Shape letters: S tokens of the row, N sequences, C context-parallel ranks.
+Shape letters: S tokens of the row, N segments, C context-parallel ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_g2rpo.types import PackedBatch
 
-_PER_ROW = frozenset({"cu_seqlens", "cu_seqlens_padded", "pixel_values", "image_grid_thw", "sequence_ids"})
+_PER_ROW = frozenset({"cu_seqlens", "cu_seqlens_padded", "parents", "pixel_values", "image_grid_thw", "sequence_ids"})
 
 
 def local_tokens(cu_seqlens_padded: Tensor, size: int, rank: int) -> Tensor:
@@ -36,7 +36,7 @@ def local_tokens(cu_seqlens_padded: Tensor, size: int, rank: int) -> Tensor:
         int64 ``[S / C]`` positions.
 
     Raises:
-        ValueError: a sequence cannot be cut into ``2 * C`` chunks.
+        ValueError: a segment cannot be cut into ``2 * C`` chunks.
     """
     offsets = cu_seqlens_padded.tolist()
     if size == 1:
@@ -46,7 +46,7 @@ def local_tokens(cu_seqlens_padded: Tensor, size: int, rank: int) -> Tensor:
         chunk, rest = divmod(end - start, 2 * size)
         if rest:
             raise ValueError(
-                f"a padded sequence of {end - start} tokens cannot be cut into {2 * size} chunks: pack rows with the "
+                f"a padded segment of {end - start} tokens cannot be cut into {2 * size} chunks: pack rows with the "
                 "multiples of policy.layouts.layout.token_multiples"
             )
         for index in (rank, 2 * size - 1 - rank):
@@ -65,7 +65,8 @@ def gathered_places(cu_seqlens_padded: Tensor, size: int) -> Tensor:
 def split(batch: PackedBatch, size: int, rank: int) -> PackedBatch:
     """Return a rank's share of a row.
 
-    Fields with one value per token are cut; ``cu_seqlens*``, the images and ``sequence_ids`` stay those of the row.
+    Fields with one value per token are cut; ``cu_seqlens*``, ``parents``, the images and ``sequence_ids`` stay those of
+    the row.
     """
     if size == 1:
         return batch

@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedded default engine: Hugging Face transformers in the trainer's own process.
 
-Each distinct prompt of a batch is prefilled once, and its images are encoded once. Its cache entry is then copied for
-each response; the responses are decoded together and dropped as they finish. Prompts are padded on the *right*: with a
-causal mask the prompt never attends to this padding, so prefill needs no mask. mRoPE positions are always given.
-
-Shape letters: ``B`` sequences that are now decoded, ``N`` sequences of a batch at its start, ``P`` tokens of the
-longest prompt, ``T`` new tokens, ``H`` hidden size, ``S`` tokens of a forward pass.
+Each distinct prompt of a call is prefilled once, and each distinct image encoded once. The responses to a prompt share
+its keys and values (``prefix_cache``); they are decoded together with those to other prompts, and as some finish others
+enter (``batch``). A decoding step takes the model's parameters directly where it knows the architecture
+(``dense_step``), else the model's forward pass (``model_step``).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,67 +21,19 @@ from transformers.initialization import no_init_weights
 
 from megatron_g2rpo import progress
 from megatron_g2rpo.models.directory import load_config
+from megatron_g2rpo.models.images import Image
+from megatron_g2rpo.models.vision_cache import VisionCache
 from megatron_g2rpo.rollout import base
 from megatron_g2rpo.rollout.stop_strings import Tail, read_response
-from megatron_g2rpo.rollout.transformers.decoding import ATTENTION, PreallocatedCache
-from megatron_g2rpo.rollout.transformers.sampling import draw, uniforms
+from megatron_g2rpo.rollout.transformers.batch import Batch, Finished, Wanted
+from megatron_g2rpo.rollout.transformers.call import Call, Response
+from megatron_g2rpo.rollout.transformers.dense_step import DenseStep
+from megatron_g2rpo.rollout.transformers.features import Features
+from megatron_g2rpo.rollout.transformers.model_step import ATTENTION, ModelStep
+from megatron_g2rpo.rollout.transformers.prefill import Prefill
+from megatron_g2rpo.rollout.transformers.sampling import Draw, Drawing, uniforms
 from megatron_g2rpo.types import Prompt, Rollout
 from megatron_g2rpo.weights.hf_model import model_class
-
-# The cache grows by this many tokens, and finished sequences are dropped once they are this share of the batch: moving
-# the cache costs about as much as one decoding step.
-_FREE_TOKENS = 64
-_DROP_SHARE = 0.15
-
-
-class _Sequence(NamedTuple):
-    """A response to generate: the index of its prompt in the call, and its index among the samples of this prompt."""
-
-    prompt: int
-    sample: int
-
-
-class _Responses(NamedTuple):
-    """What was decoded: tokens and their log-probabilities, each ``[N, T]``, and the lengths of the responses ``[N]``.
-
-    A length includes the token that ended the response; what follows it is undefined. ``kept``, int64 ``[N, T, K]``,
-    says what each token was drawn from, where that was asked for.
-    """
-
-    tokens: Tensor
-    logprobs: Tensor
-    lengths: Tensor
-    kept: Tensor | None
-
-
-@dataclass
-class _Batch:
-    """The sequences that are being decoded.
-
-    Attributes:
-        cache: keys and values of all tokens so far.
-        free_tokens: number of tokens that fit into the cache before it must be moved.
-        hidden: ``[B, H]``, hidden state at the last token.
-        position: int64 ``[B]``, mRoPE position of the next token (the same in all three axes: it is text).
-        visible: bool ``[B, P + T]``, False on the padding between a prompt and its response.
-        sequence_ids: int64 ``[B]``, index of each of them in the list of sequences that the batch began with.
-        running: bool ``[B]``, False once the token was drawn that ends the response.
-    """
-
-    cache: PreallocatedCache
-    free_tokens: int
-    hidden: Tensor
-    position: Tensor
-    visible: Tensor
-    sequence_ids: Tensor
-    running: Tensor
-
-    def keep(self, index: Tensor, free_tokens: int) -> None:
-        """Continue with the sequences at ``index``, in that order and as often as they occur there."""
-        self.cache.keep(index, free_tokens)
-        self.free_tokens = free_tokens
-        for name in ("hidden", "position", "visible", "sequence_ids", "running"):
-            setattr(self, name, getattr(self, name)[index])
 
 
 @base.register("transformers")
@@ -102,7 +50,12 @@ class TransformersEngine:
         banned_token_ids: tokens that are never sampled: image and video placeholders, and the tokens around them.
         decode: function from token ids to text.
         max_new_tokens: number of response tokens after which a response is truncated.
-        batch_size: number of sequences that are decoded together.
+        batch_size: largest number of responses that are decoded together.
+
+        vision_cache: features of images under the weights that ``load_weights`` brings; None: there is none.
+
+    Attributes:
+        work: what the last call of ``generate`` computed, and saved.
     """
 
     def __init__(
@@ -117,6 +70,7 @@ class TransformersEngine:
         decode: Callable[[Sequence[int]], str],
         max_new_tokens: int,
         batch_size: int,
+        vision_cache: VisionCache | None = None,
     ) -> None:
         if max_new_tokens < 1 or batch_size < 1:
             raise ValueError(f"max_new_tokens ({max_new_tokens}) and batch_size ({batch_size}) must be at least 1")
@@ -133,15 +87,19 @@ class TransformersEngine:
         outside = [i for i in (*eos_token_ids, pad_token_id, *banned_token_ids) if not 0 <= i < vocab]
         if outside:
             raise ValueError(f"special token ids {outside} lie outside the model's vocabulary of {vocab}")
-        self._pad = pad_token_id
         self._eos_ids = frozenset(eos_token_ids)
         self._eos = torch.tensor(list(eos_token_ids), device=self._device)
         banned = set(banned_token_ids)
-        self._allowed = torch.tensor([i for i in range(vocab) if i not in banned], device=self._device)
+        self._drawing = Drawing([i for i in range(vocab) if i in banned], vocab, self._device)
         self._decode_text = decode
         self._max_new_tokens = max_new_tokens
         self._batch_size = batch_size
         self._loaded = False
+        self._prefill = Prefill(self._model, self._device, pad_token_id)
+        axes = 1 if self._vision is None else 3
+        self._step = DenseStep(self._model) if DenseStep.suits(self._model) else ModelStep(self._model, axes)
+        self._vision_cache, self._tower_version = vision_cache, -1
+        self.work = base.GenerationWork()
 
     @classmethod
     def build(cls, context: base.Context) -> TransformersEngine:
@@ -156,6 +114,7 @@ class TransformersEngine:
             decode=context.decode,
             max_new_tokens=generation.max_new_tokens,
             batch_size=generation.batch_size,
+            vision_cache=context.vision_cache,
         )
 
     def release(self) -> None:
@@ -194,6 +153,8 @@ class TransformersEngine:
         if missing:
             shown = ", ".join(missing[:5])
             raise ValueError(f"weight stream: {len(missing)} parameters were not given, among them {shown}")
+        if self._vision_cache is not None:
+            self._tower_version = self._vision_cache.version
         self._loaded = True
 
     @torch.no_grad()
@@ -206,6 +167,7 @@ class TransformersEngine:
         seed: int,
         group_ids: Sequence[int],
         on_finished: base.OnFinished | None = None,
+        and_greedily: bool = False,
     ) -> list[Rollout]:
         """Sample ``n`` responses to each prompt; see ``base.Engine.generate``.
 
@@ -221,35 +183,39 @@ class TransformersEngine:
         base.check_request(prompts, n, group_ids)
         for prompt in prompts:
             self._check_prompt(prompt)
-        sequences = [_Sequence(p, s) for p in range(len(prompts)) for s in range(n)]
-        # Neighbours in length share a batch; the longest come first, so that running out of memory happens at once.
-        sequences.sort(key=lambda each: (-len(prompts[each.prompt].inputs.token_ids), each))
-        rollouts: dict[_Sequence, Rollout] = {}
-        for start in range(0, len(sequences), self._batch_size):
-            together = sequences[start : start + self._batch_size]
-            responses = self._respond(prompts, together, sampling, seed)
-            for index, sequence in enumerate(together):
-                length = int(responses.lengths[index])
-                ids = responses.tokens[index, :length].clone()
-                text, truncated = read_response(
-                    ids.tolist(),
-                    eos_token_ids=self._eos_ids,
-                    stop_strings=sampling.stop_strings,
-                    decode=self._decode_text,
-                )
-                rollouts[sequence] = Rollout(
-                    prompt=prompts[sequence.prompt],
-                    group_id=group_ids[sequence.prompt],
-                    sample_index=sequence.sample,
-                    response_ids=ids,
-                    logprobs=responses.logprobs[index, :length].clone(),
-                    text=text,
-                    truncated=truncated,
-                    kept_ids=None if responses.kept is None else responses.kept[index, :length].clone(),
-                )
+        call = Call(prompts, n, and_greedily=and_greedily)
+        patches = self._prefill.encoded_patches
+        batch = Batch(
+            call.distinct,
+            [self._wanted(call, number, sampling, seed) for number in call.order],
+            self._prefill,
+            Features(call.distinct, self._encode),
+            batch_size=self._batch_size,
+            limit=self._max_new_tokens,
+            device=self._device,
+        )
+        self._step.refresh()
+        rollouts: dict[Response, Rollout] = {}
+        for finished in self._respond(batch, call, sampling):
+            together = {call.responses[each.name]: self._rollout(each, call, sampling, group_ids) for each in finished}
+            rollouts.update(together)
             if on_finished is not None:
-                on_finished([rollouts[sequence] for sequence in together])
-        return [rollouts[sequence] for sequence in sorted(rollouts)]
+                on_finished(list(together.values()))
+        decoded = sum(len(rollout.response_ids) for rollout in rollouts.values())
+        self.work = call.work(batch.prefilled_tokens, self._prefill.encoded_patches - patches, decoded)
+        return [rollouts[response] for response in call.responses]
+
+    def _encode(self, images: Sequence[Image]) -> list[Tensor]:
+        """Return the features of distinct images, ``[F, L, H]`` each, from the cache where it has them."""
+        if self._vision_cache is None:
+            return self._prefill.encode(images)
+        return self._vision_cache.features(
+            images,
+            self._prefill.encode,
+            version=self._tower_version,
+            dtype=self._model.dtype,
+            device=self._device,
+        )
 
     def _check_prompt(self, prompt: Prompt) -> None:
         inputs = prompt.inputs
@@ -266,138 +232,94 @@ class TransformersEngine:
                 f"where its image grids ask for {expected}, and it has {len(inputs.pixel_values)} of {patches} patches"
             )
 
-    def _respond(
-        self, prompts: Sequence[Prompt], sequences: list[_Sequence], sampling: base.Sampling, seed: int
-    ) -> _Responses:
-        """Decode one batch; sequences of the same prompt share its prefill. Returns tensors on the CPU."""
-        limit = self._max_new_tokens
-        uniform = None
-        if sampling.temperature > 0:
-            numbers = [uniforms(seed, prompts[each.prompt].key, each.sample, limit) for each in sequences]
-            uniform = torch.stack(numbers).to(self._device)
-        tokens = torch.zeros(len(sequences), limit, dtype=torch.int64, device=self._device)
-        logprobs = torch.zeros(len(sequences), limit, device=self._device)
-        lengths = torch.full((len(sequences),), limit, device=self._device)
+    def _wanted(self, call: Call, number: int, sampling: base.Sampling, seed: int) -> Wanted:
+        response = call.responses[number]
+        greedy = response.greedy or sampling.temperature == 0
+        key = call.prompts[response.prompt].key
+        uniform = None if greedy else uniforms(seed, key, response.sample, self._max_new_tokens)
+        return Wanted(call.place[response.prompt], number, uniform)
+
+    def _rollout(self, finished: Finished, call: Call, sampling: base.Sampling, group_ids: Sequence[int]) -> Rollout:
+        response = call.responses[finished.name]
+        text, truncated = read_response(
+            finished.tokens.tolist(),
+            eos_token_ids=self._eos_ids,
+            stop_strings=sampling.stop_strings,
+            decode=self._decode_text,
+        )
+        return Rollout(
+            prompt=call.prompts[response.prompt],
+            group_id=group_ids[response.prompt],
+            sample_index=response.sample,
+            response_ids=finished.tokens,
+            logprobs=finished.logprobs,
+            text=text,
+            truncated=truncated,
+            kept_ids=pad_sequence(finished.kept, batch_first=True, padding_value=-1) if finished.kept else None,
+        )
+
+    def _respond(self, batch: Batch, call: Call, sampling: base.Sampling) -> Iterator[list[Finished]]:
+        """Decode all responses; yield those that finished, as they leave the batch."""
         stops = sampling.stop_strings
-        tails = [Tail(stops, self._decode_text) for _ in sequences] if stops else []
-        kept: list[Tensor] = []
-        batch = self._prefill(prompts, sequences)
-        for step in range(limit):
-            logits = self._model.lm_head(batch.hidden)
-            self._check_finite(logits, prompts, sequences, batch.sequence_ids, step)
-            number = None if uniform is None else uniform[batch.sequence_ids, step]
-            drawn = draw(logits, number, sampling=sampling, allowed=self._allowed)
-            tokens[batch.sequence_ids, step] = drawn.tokens
-            logprobs[batch.sequence_ids, step] = drawn.logprobs.float()
-            if drawn.kept is not None:
-                of_all = drawn.kept.new_full((len(sequences), drawn.kept.shape[1]), -1)
-                kept.append(of_all.index_copy(0, batch.sequence_ids, drawn.kept).t().cpu())
+        choice: list[Tensor | None] = []
+        tails = {number: Tail(stops, self._decode_text) for number in call.order} if stops else {}
+        while True:
+            if batch.is_exchange_due:
+                finished = batch.exchange()
+                if finished:
+                    yield finished
+                if not len(batch):
+                    return
+                choice = [batch.indices(greedy=greedy) for greedy in (False, True)]
+            logits = self._model.lm_head(batch.state.hidden)
+            self._check_finite(logits, batch, call)
+            drawn = self._draw(logits, batch, sampling, choice)
             ended = torch.isin(drawn.tokens, self._eos)
             if tails:
                 ended |= self._stopped(batch, drawn.tokens, ended, tails)
-            ended &= batch.running
-            lengths[batch.sequence_ids] = torch.where(ended, step + 1, lengths[batch.sequence_ids])
-            batch.running &= ~ended
-            running = int(batch.running.sum())  # a wait for the GPU, the only one beside the check of the logits
+            batch.record(drawn, ended)
             progress.advance()
-            if step + 1 == limit or not running:
-                break
-            self._advance(batch, drawn.tokens, running, limit - step - 1)
-        # [T, K, N], as pad_sequence wants it: the number of tokens that are kept differs from step to step.
-        drawn_from = pad_sequence(kept, batch_first=True, padding_value=-1).permute(2, 0, 1) if kept else None
-        return _Responses(tokens.cpu(), logprobs.cpu(), lengths.cpu(), drawn_from)
+            if batch.num_running:
+                batch.follow(self._step(drawn.tokens, batch.state.positions, batch.cache))
 
-    def _stopped(self, batch: _Batch, tokens: Tensor, ended: Tensor, tails: list[Tail]) -> Tensor:
-        """Return bool ``[B]``: which of the drawn ``tokens [B]``, no end tokens, complete a stop string."""
-        going = (batch.running & ~ended).tolist()
-        rows = zip(going, batch.sequence_ids.tolist(), tokens.tolist(), strict=True)
-        return torch.tensor([on and tails[each].completes(token) for on, each, token in rows], device=self._device)
-
-    def _prefill(self, prompts: Sequence[Prompt], sequences: list[_Sequence]) -> _Batch:
-        """Prefill the distinct prompts, padded on the right, and give every sequence a copy of its prompt's cache."""
-        distinct = list(dict.fromkeys(each.prompt for each in sequences))
-        inputs = [prompts[p].inputs for p in distinct]
-        ids = pad_sequence([i.token_ids for i in inputs], batch_first=True, padding_value=self._pad).to(self._device)
-        lengths = torch.tensor([len(i.token_ids) for i in inputs], device=self._device)
-        visible = torch.arange(ids.shape[1], device=self._device) < lengths[:, None]
-        images = {}
-        if any(len(i.image_grid_thw) for i in inputs):
-            images["pixel_values"] = torch.cat([i.pixel_values for i in inputs]).to(self._device)
-            images["image_grid_thw"] = torch.cat([i.image_grid_thw for i in inputs]).to(self._device)
-        positions, delta = self._positions(ids, visible, images.get("image_grid_thw"))
-        cache = PreallocatedCache()
-        hidden = self._forward(ids, positions, None, cache, **images)
-        last = torch.arange(len(distinct), device=self._device)
-        batch = _Batch(
-            cache=cache,
-            free_tokens=0,
-            hidden=hidden[last, lengths - 1],
-            position=lengths + delta,
-            visible=torch.nn.functional.pad(visible, (0, self._max_new_tokens), value=True),
-            sequence_ids=last,
-            running=torch.ones_like(last, dtype=torch.bool),
-        )
-        place = {p: index for index, p in enumerate(distinct)}
-        source = torch.tensor([place[each.prompt] for each in sequences], device=self._device)
-        batch.keep(source, min(self._max_new_tokens, _FREE_TOKENS))
-        batch.sequence_ids = torch.arange(len(sequences), device=self._device)
-        return batch
-
-    def _advance(self, batch: _Batch, tokens: Tensor, running: int, tokens_left: int) -> None:
-        """Feed the drawn ``tokens [B]`` to the model, after dropping finished sequences where that saves time.
+    def _draw(self, logits: Tensor, batch: Batch, sampling: base.Sampling, choice: Sequence[Tensor | None]) -> Draw:
+        """Draw the next token of each response from ``logits [B, V]``.
 
         Args:
-            batch: the sequences; changed in place.
-            tokens: int64 ``[B]``, the last token of each.
-            running: number of sequences that go on.
-            tokens_left: number of tokens that may still be drawn for each sequence.
+            logits: of what each may say next.
+            batch: the responses.
+            sampling: how the responses are sampled that are not greedy.
+            choice: the rows of the sampled ones, and of the greedy ones; None for all rows.
         """
-        if batch.free_tokens == 0 or running <= (1 - _DROP_SHARE) * len(tokens):
-            index = batch.running.nonzero()[:, 0]
-            tokens = tokens[index]
-            batch.keep(index, min(tokens_left, _FREE_TOKENS))
-        batch.free_tokens -= 1
-        mask = batch.visible[:, None, None, : batch.cache.get_seq_length() + 1]
-        positions = batch.position[:, None]
-        if self._vision is not None:
-            positions = positions.expand(3, -1, -1)
-        batch.hidden = self._forward(tokens[:, None], positions, mask, batch.cache)[:, 0]
-        batch.position = batch.position + 1
-
-    def _positions(self, ids: Tensor, visible: Tensor, image_grid_thw: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the positions of prompts ``[B, P]``, and int64 ``[B]``: position minus place of the next token."""
-        if self._vision is None:
-            return torch.arange(ids.shape[1], device=ids.device).expand_as(ids), torch.zeros_like(ids[:, 0])
-        positions, delta = self._model.model.get_rope_index(
-            ids,
-            mm_token_type_ids=(ids == self._config.image_token_id).int(),
-            image_grid_thw=image_grid_thw,
-            attention_mask=visible,
+        sampled, greedy = choice
+        if sampled is None:
+            return self._drawing(logits, batch.numbers(), sampling)
+        if greedy is None:
+            return self._drawing(logits, None, sampling.greedily)
+        parts = (
+            self._drawing(logits[sampled], batch.numbers()[sampled], sampling),
+            self._drawing(logits[greedy], None, sampling.greedily),
         )
-        return positions, delta[:, 0]
+        order = torch.cat([sampled, greedy]).argsort()
+        tokens = torch.cat([part.tokens for part in parts])[order]
+        return Draw(tokens, torch.cat([part.logprobs for part in parts])[order], None)
 
-    def _forward(
-        self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: PreallocatedCache, **images
-    ) -> Tensor:
-        """Return hidden states ``[B, S, H]`` of tokens ``[B, S]``; positions are ``[B, S]``, mRoPE's ``[3, B, S]``."""
-        return self._model.model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            **images,
-        ).last_hidden_state
+    def _stopped(self, batch: Batch, tokens: Tensor, ended: Tensor, tails: dict[int, Tail]) -> Tensor:
+        """Return bool ``[B]``: which of the drawn ``tokens [B]``, no end tokens, complete a stop string."""
+        going = (batch.state.running & ~ended).tolist()
+        rows = zip(going, batch.wanted, tokens.tolist(), strict=True)
+        return torch.tensor([on and tails[each.name].completes(token) for on, each, token in rows], device=self._device)
 
-    def _check_finite(
-        self, logits: Tensor, prompts: Sequence[Prompt], sequences: list[_Sequence], sequence_ids: Tensor, step: int
-    ) -> None:
-        finite = logits.isfinite().all(-1)
+    def _check_finite(self, logits: Tensor, batch: Batch, call: Call) -> None:
+        # A sum is finite if all its terms are, and one pass over them.
+        finite = logits.sum(-1, dtype=torch.float32).isfinite()
         if not finite.all():
-            sequence = sequences[int(sequence_ids[~finite][0])]
+            row = int((~finite).nonzero()[0])
+            response = call.responses[batch.wanted[row].name]
             raise RuntimeError(
-                f"prompt {prompts[sequence.prompt].key!r}, sample {sequence.sample}, response token {step}: the "
-                "model's logits are not finite; the weights have diverged or overflow in this dtype"
+                f"prompt {call.prompts[response.prompt].key!r}, sample {response.sample}, response token "
+                f"{int(batch.state.ages[row])}: the model's logits are not finite; the weights have diverged or "
+                "overflow in this dtype"
             )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,37 +54,51 @@ class Draw(NamedTuple):
     kept: Tensor | None
 
 
-def draw(logits: Tensor, uniform: Tensor | None, *, sampling: Sampling, allowed: Tensor) -> Draw:
-    """Draw one token per sequence from ``softmax(logits / temperature)`` over the allowed tokens that pass the filters.
+class Drawing:
+    """Draws tokens of one vocabulary.
 
     Args:
-        logits: ``[B, V]``, finite.
-        uniform: float64 ``[B]`` in [0, 1); None takes the most likely allowed token (greedy).
-        sampling: temperature, above 0, and filters; not used when greedy.
-        allowed: int64 ``[A]``, ascending ids of the tokens that may be drawn; the others have probability 0.
+        banned: ascending ids of the tokens that are never drawn.
+        vocab: number of tokens.
+        device: device of the logits.
     """
-    scores = logits.double() if uniform is None else logits.double() / sampling.temperature
-    scores = scores[:, allowed]
-    if uniform is not None:
-        scores = filtered(scores, sampling)
-    top = scores.amax(-1)
-    cumulative = (scores - top[:, None]).exp().cumsum(-1)
-    total = cumulative[:, -1]
-    if uniform is None:
-        index = scores.argmax(-1)
-    else:
-        # Strictly below the total, so that an entry above it exists, and the first such entry has positive mass.
-        target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-        index = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-    logprobs = scores.gather(1, index[:, None])[:, 0] - top - total.log()
-    return Draw(allowed[index], logprobs, _kept(scores, allowed) if sampling.return_kept else None)
+
+    def __init__(self, banned: Sequence[int], vocab: int, device: torch.device | str = "cpu") -> None:
+        self._banned = torch.tensor(banned, dtype=torch.int64, device=device)
+        if len(banned) == vocab:
+            raise ValueError(f"all {vocab} tokens are banned")
+
+    def __call__(self, logits: Tensor, uniform: Tensor | None, sampling: Sampling) -> Draw:
+        """Draw one token per sequence from ``softmax(logits / temperature)`` over what is not banned and not filtered.
+
+        Args:
+            logits: ``[B, V]``, finite.
+            uniform: float64 ``[B]`` in [0, 1); None takes the most likely token (greedy).
+            sampling: temperature, above 0, and filters; not used when greedy.
+        """
+        scores = logits.to(torch.float64, copy=True).index_fill_(1, self._banned, -math.inf)
+        if uniform is not None:
+            if sampling.temperature != 1.0:
+                scores.div_(sampling.temperature)
+            scores = filtered(scores, sampling)
+        top = scores.amax(-1, keepdim=True)
+        cumulative = (scores - top).exp_().cumsum_(-1)
+        total = cumulative[:, -1]
+        if uniform is None:
+            index = scores.argmax(-1)
+        else:
+            # Strictly below the total, so that an entry above it exists, and the first such entry has positive mass.
+            target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+            index = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+        logprobs = scores.gather(1, index[:, None])[:, 0] - top[:, 0] - total.log()
+        return Draw(index, logprobs, _kept(scores) if sampling.return_kept else None)
 
 
-def _kept(scores: Tensor, allowed: Tensor) -> Tensor:
-    """Return the allowed tokens whose scores ``[B, A]`` are finite: int64 ``[B, K]``, -1 where there are fewer."""
+def _kept(scores: Tensor) -> Tensor:
+    """Return the tokens whose scores ``[B, V]`` are finite: int64 ``[B, K]``, -1 where there are fewer."""
     most = int(scores.isfinite().sum(-1).max())
     likeliest = scores.topk(most, dim=-1)
-    return allowed[likeliest.indices].masked_fill(likeliest.values.isinf(), -1)
+    return likeliest.indices.masked_fill(likeliest.values.isinf(), -1)
 
 
 def filtered(scores: Tensor, sampling: Sampling) -> Tensor:

@@ -24,10 +24,11 @@ from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems,
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
+from megatron_g2rpo.models.images import images_of
 from megatron_g2rpo.recipe import Policy
 from megatron_g2rpo.rollout import base
 from megatron_g2rpo.rollout.stop_strings import read_response
-from megatron_g2rpo.types import ModelInputs, Prompt, Rollout
+from megatron_g2rpo.types import Prompt, Rollout
 
 # What every engine of ours must be started with: log-probabilities of the distribution that was sampled from, at its
 # temperature and without banned tokens; pixels taken as they come.
@@ -66,6 +67,8 @@ def engine_arguments(policy: Policy, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         "max_model_len": policy.max_total_sequence_length,
         "max_num_seqs": generation.batch_size,
+        # The samples of a group share their prompt's keys and values; so do the two ways of validation.
+        "enable_prefix_caching": True,
         "tensor_parallel_size": options.tensor_parallel_size,
         "gpu_memory_utilization": options.gpu_memory_utilization,
         "kv_cache_memory_bytes": options.kv_cache_memory_bytes,
@@ -151,7 +154,11 @@ class Translator:
             "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
         }
         features = BatchFeature({"pixel_values": inputs.pixel_values, "image_grid_thw": inputs.image_grid_thw})
-        return Images(MultiModalKwargsItems.from_hf_inputs(features, fields), _hashes(inputs), places)
+        return Images(
+            MultiModalKwargsItems.from_hf_inputs(features, fields),
+            [image.name for image in images_of(inputs.pixel_values, inputs.image_grid_thw)],
+            places,
+        )
 
     def _places(self, prompt: Prompt, lengths: list[int]) -> list[PlaceholderRange]:
         """Find the placeholders of each image, which form one run of tokens; two runs may touch."""
@@ -268,18 +275,6 @@ def _kept(answer: Answer, name: str) -> Tensor:
             )
         rows.append(torch.tensor(sorted(kept)))
     return pad_sequence(rows, batch_first=True, padding_value=-1)
-
-
-def _hashes(inputs: ModelInputs) -> list[str]:
-    sizes = inputs.image_grid_thw.prod(-1).tolist()
-    pixels = inputs.pixel_values.split(sizes)
-    return [_hash(grid, patches) for grid, patches in zip(inputs.image_grid_thw, pixels, strict=True)]
-
-
-def _hash(grid: Tensor, pixels: Tensor) -> str:
-    digest = hashlib.sha256(grid.contiguous().numpy().tobytes())
-    digest.update(pixels.contiguous().numpy().data)
-    return digest.hexdigest()
 
 
 def _seed(seed: int, key: str) -> int:

@@ -12,7 +12,7 @@ from megatron_g2rpo.recipe import Recipe
 from megatron_g2rpo.recipe.validation_metrics import OF_REWARDS
 from megatron_g2rpo.rollout.base import Sampling
 from megatron_g2rpo.train.assembly import Components
-from megatron_g2rpo.train.step.generation import answers
+from megatron_g2rpo.train.step.generation import answers_both_ways
 from megatron_g2rpo.train.step.rewards import scored, scoring_of
 from megatron_g2rpo.train.step.warnings import answer_warnings
 from megatron_g2rpo.types import Rewards, Rollout, task_ids_of
@@ -53,18 +53,15 @@ def validate(recipe: Recipe, components: Components) -> Validation:
     warnings: list[str] = []
     failures: list[str] = []
     prompts = components.validation
-    sampled = Sampling.of_validation(recipe.policy.generation)
-    for prefix, sampling in (("", sampled), ("greedy_", sampled.greedily)):
-        rollouts = answers(
-            components.engine,
-            components.policy,
-            prompts,
-            1,
-            sampling=sampling,
-            seed=VALIDATION_SEED,
-            group_ids=list(range(len(prompts))),
-            stopping=components.stopping,
-        )
+    both = answers_both_ways(
+        components.engine,
+        components.policy,
+        prompts,
+        sampling=Sampling.of_validation(recipe.policy.generation),
+        seed=VALIDATION_SEED,
+        stopping=components.stopping,
+    )
+    for prefix, rollouts in zip(("", "greedy_"), both, strict=True):
         rewards, failed = scored(scoring_of(recipe, components.workers), rollouts, replica=None, between=None)
         metrics.update(_task_means(components.tasks, rollouts, rewards, prefix))
         metrics.update(failed.metrics(f"val/{prefix}failed_rewards"))

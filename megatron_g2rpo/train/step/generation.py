@@ -5,13 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
 from megatron_g2rpo.collectives import together
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from megatron_g2rpo.rollout.base import Engine, EngineUnavailable, OnFinished, Sampling, takes_on_finished
+from megatron_g2rpo.rollout.base import (
+    Engine,
+    EngineUnavailable,
+    OnFinished,
+    Sampling,
+    takes_and_greedily,
+    takes_on_finished,
+)
 from megatron_g2rpo.train.run.stopping import SamplingStopped, Stopping
 from megatron_g2rpo.types import Prompt, Rollout
 from megatron_g2rpo.weights import WeightSource
@@ -86,6 +93,44 @@ def generate(
     return sorted(everything, key=lambda rollout: (place[rollout.group_id], rollout.sample_index))
 
 
+def answers_both_ways(
+    engine: Engine,
+    policy: HasWeights,
+    prompts: Sequence[Prompt],
+    *,
+    sampling: Sampling,
+    seed: int,
+    stopping: Stopping | None = None,
+) -> tuple[list[Rollout], list[Rollout]]:
+    """One sampled and one greedy response to each prompt, in one call where the engine can. A collective of all ranks.
+
+    Args:
+        engine, policy, prompts, sampling, seed, stopping: see ``answers``.
+
+    Raises:
+        EngineUnavailable, SamplingStopped: see ``answers``.
+    """
+    group_ids = range(len(prompts))
+
+    def ask(sampling: Sampling, *, and_greedily: bool) -> list[Rollout]:
+        return answers(
+            engine,
+            policy,
+            prompts,
+            1,
+            sampling=sampling,
+            seed=seed,
+            group_ids=group_ids,
+            stopping=stopping,
+            and_greedily=and_greedily,
+        )
+
+    if takes_and_greedily(engine):
+        both = ask(sampling, and_greedily=True)
+        return both[: len(prompts)], both[len(prompts) :]
+    return ask(sampling, and_greedily=False), ask(sampling.greedily, and_greedily=False)
+
+
 def answers(
     engine: Engine,
     policy: HasWeights,
@@ -97,6 +142,7 @@ def answers(
     group_ids: Sequence[int],
     on_finished: OnFinished | None = None,
     stopping: Stopping | None = None,
+    and_greedily: bool = False,
 ) -> list[Rollout]:
     """What the engine answers to this process's prompts; see ``Engine.generate``. A collective of all ranks.
 
@@ -106,16 +152,17 @@ def answers(
     Args:
         engine, policy, prompts, n, sampling, seed, group_ids, on_finished: see ``generate``.
         stopping: whether to give up rollouts that are under way, where a rank is asked to stop; None: never.
+        and_greedily: whether a greedy response to each prompt follows; for an engine that takes this keyword.
 
     Raises:
         EngineUnavailable: on every rank, if the engine was lost on any, so that none waits for another in a collective.
         SamplingStopped: on every rank, if any gave up its rollouts.
         RuntimeError: the engine did not return what was kept, where that was asked for.
     """
-    heard = _Heard(stopping, on_finished, len(prompts) * n)
-    early = {}
+    heard = _Heard(stopping, on_finished, len(prompts) * (n + and_greedily))
+    early: dict[str, Any] = {"and_greedily": True} if and_greedily else {}
     if takes_on_finished(engine) and (on_finished is not None or stopping is not None):
-        early = {"on_finished": heard}
+        early["on_finished"] = heard
 
     def ask() -> list[Rollout]:
         try:

@@ -51,7 +51,7 @@ class Recording:
     ) -> None:
         self._recipe, self._groups, self._processor = recipe, groups, processor
         run, options = Path(recipe.logger.log_dir), recipe.logger.rollouts
-        self._run_id = from_first(lambda: run_id(run))
+        self._run_id, self._digest = from_first(lambda: run_id(run)), recipes.fingerprint(recipe)
         self._rollouts: Sequence[Rollout] = ()
         self._writer = RolloutWriter(
             run, period=options.period, budget_mb=options.budget_mb, last_step=recipe.grpo.max_num_steps, note=note
@@ -90,7 +90,7 @@ class Recording:
         header = Header(
             run_id=self._run_id,
             release=version("megatron-g2rpo"),
-            recipe=recipes.fingerprint(self._recipe),
+            recipe=self._digest,
             step=step,
             rollouts=table.num_rows,
             data_ranks=self._groups.data_size,

@@ -23,6 +23,7 @@ from megatron_g2rpo.rollout.base import Sampling
 from megatron_g2rpo.train.assembly import Components
 from megatron_g2rpo.train.step.advantages import tie_tolerance, with_reward
 from megatron_g2rpo.train.step.generation import generate
+from megatron_g2rpo.train.step.generation_work import StepWork
 from megatron_g2rpo.train.step.minibatches import owned_prompts
 from megatron_g2rpo.train.step.prompts import draw
 from megatron_g2rpo.train.step.rewards import FailedRewards, scored, scoring_of
@@ -38,7 +39,7 @@ class Collected:
         rollouts: this rank's rollouts, with ``group_id`` from 0 to ``num_prompts_per_step`` - 1 over all ranks.
         rewards: the rewards of these rollouts.
         failed: the rewards of all ranks that could not be computed, those of dropped groups included.
-        metrics: ``train/sampling/...``; empty without dynamic sampling.
+        metrics: ``train/sampling/...`` with dynamic sampling, ``work/rollout_...`` where the engine counts its work.
     """
 
     rollouts: list[Rollout]
@@ -63,15 +64,16 @@ def collect(recipe: TrainRecipe, components: Components, step: int, timers: Time
     """
     with timers("generation"):
         components.engine.load_weights(components.policy.source())
-    collected = _collected(recipe, components, step, timers)
+    work = StepWork()
+    collected = _collected(recipe, components, step, timers, work)
     components.engine.release()
-    return collected
+    return replace(collected, metrics=collected.metrics | work.metrics())
 
 
-def _collected(recipe: TrainRecipe, components: Components, step: int, timers: Timers) -> Collected:
+def _collected(recipe: TrainRecipe, components: Components, step: int, timers: Timers, work: StepWork) -> Collected:
     size, options = recipe.grpo.num_prompts_per_step, recipe.grpo.dynamic_sampling
     if not options.enabled:
-        rollouts, rewards, failed = _round(recipe, components, step, timers, 0, size, 0, FailedRewards())
+        rollouts, rewards, failed = _round(recipe, components, step, timers, work, 0, size, 0, FailedRewards())
         return Collected(rollouts, rewards, failed, {})
 
     everything: list[tuple[list[Rollout], Rewards]] = []
@@ -81,7 +83,7 @@ def _collected(recipe: TrainRecipe, components: Components, step: int, timers: T
     failed = FailedRewards()
     while len(kept) < size and rounds < options.max_rounds:
         asked = math.ceil((size - len(kept)) * options.oversampling)
-        rollouts, rewards, failed = _round(recipe, components, step, timers, rounds, asked, drawn, failed)
+        rollouts, rewards, failed = _round(recipe, components, step, timers, work, rounds, asked, drawn, failed)
         everything.append((rollouts, rewards))
         with timers("rewards"):
             signal = _with_signal(recipe.grpo, rollouts, rewards, components.policy.groups.data)
@@ -114,6 +116,7 @@ def _round(
     components: Components,
     step: int,
     timers: Timers,
+    work: StepWork,
     round_: int,
     size: int,
     first_group: int,
@@ -123,6 +126,7 @@ def _round(
 
     Args:
         recipe, components, step, timers: see ``collect``.
+        work: of the step; what the engine did in this round is added.
         round_: number of the round in the step, from 0.
         size: number of prompts, over all ranks.
         first_group: group id of the first prompt.
@@ -147,6 +151,7 @@ def _round(
             on_finished=None if components.workers is None else scoring.add,
             stopping=components.stopping,
         )
+    work.add(components.engine)
     with timers("rewards"):
         limit = recipe.env.max_failed_rewards
         rewards, failed_now = scored(

@@ -263,6 +263,7 @@ def test_no_attention_backend_is_an_error_and_its_reasons_are_told() -> None:
         padded=True,
         context=1,
         cp_comm_type="p2p",
+        shared_prefix=True,
     )
     asked = kernels.Wanted(policy_recipe, Device("gpu", select("cpu").torch_device, ""), asked.kernels, shape, ())
     none = by_name(list(kernels.findings(asked, None, Answer(attention="", excluded=("Disabling FusedAttention",)))))
@@ -270,6 +271,12 @@ def test_no_attention_backend_is_an_error_and_its_reasons_are_told() -> None:
     assert "Disabling FusedAttention" in none["attention backend"].why
     some = by_name(list(kernels.findings(asked, None, Answer(attention="FusedAttention"))))
     assert (some["attention backend"].value, some["attention backend"].status) == ("FusedAttention", "ok")
+    assert "shared prompts" not in some, "it was not asked"
+    apart = Answer(attention="FusedAttention", shared_attention="", shared_excluded=("Disabling FlashAttention",))
+    shared = by_name(list(kernels.findings(asked, None, apart)))
+    assert shared["attention backend"].status == "ok"
+    assert shared["shared prompts"].status == "error"
+    assert "Disabling FlashAttention" in shared["shared prompts"].why
     unasked = by_name(list(kernels.findings(asked, None, None)))
     assert unasked["attention backend"].status == "error"
 

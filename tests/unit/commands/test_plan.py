@@ -78,7 +78,13 @@ def test_json_holds_what_the_tables_say() -> None:
     )
     code, output = invoke(str(PAPER), *PLAIN, "--gpu-memory-gb", "1000")
     assert code == 0
-    for words in ("Memory of a rank", "Micro-batches", "Bytes that a rank sends", "Fits 1,000.00 GB"):
+    for words in (
+        "Memory of a rank",
+        "Micro-batches",
+        "Bytes that a rank sends",
+        "Sharing prompts",
+        "Fits 1,000.00 GB",
+    ):
         assert words in output, output
 
 
@@ -165,11 +171,15 @@ def test_stages_differ_as_pipelines_do(model: Model) -> None:
 
 def test_shorter_sequences_need_fewer_micro_batches(model: Model) -> None:
     assert plan(model).batches.count == 64
-    short = plan(model, mean_tokens=2048, image_tokens=1024)
+    alone = "policy.sequence_packing.shared_prefix=false"
+    short = plan(model, alone, mean_tokens=2048, image_tokens=1024)
     # A group of 8 shares a row of 20,480 tokens: 8 x 2,048, and a second does not fit.
     assert (short.batches.count, short.batches.images) == (8, 8)
-    longer_row = plan(model, "policy.sequence_packing.train_mb_tokens=32768", mean_tokens=2048, image_tokens=1024)
-    assert longer_row.batches.count == 4
+    longer = "policy.sequence_packing.train_mb_tokens=32768"
+    assert plan(model, alone, longer, mean_tokens=2048, image_tokens=1024).batches.count == 4
+    # With its prompt shared it takes 1,023 + 8 x 1,024 tokens, and a row holds two or three.
+    shared, longer_row = (plan(model, *row, mean_tokens=2048, image_tokens=1024) for row in ((), (longer,)))
+    assert (shared.batches.count, shared.batches.images, longer_row.batches.count) == (4, 8, 3)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +205,7 @@ def test_a_supervised_recipe_is_planned_too() -> None:
     assert code == 0, output
     tree = json.loads(output)
     assert tree["micro_batches"]["optimizer_steps_per_step"] == 1
+    assert "sharing" not in tree  # one response a prompt
     assert tree["stages"][0]["traffic"] == []  # one process
 
 

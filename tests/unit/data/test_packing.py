@@ -8,38 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_g2rpo.data.packing import PackSequence, assign_bins, response_values
+from megatron_g2rpo.data.packing import PackSequence, response_values
 from megatron_g2rpo.types import NO_LABEL
 from tests.common.parity import packer_for, random_sequences
 from tests.common.tiny_model import random_inputs, tiny_config
-
-
-def test_bins_hold_everything_once_within_the_budget() -> None:
-    lengths = torch.randint(1, 50, (200,), generator=torch.Generator().manual_seed(0)).tolist()
-    bins = assign_bins(lengths, 64)
-    assert sorted(index for members in bins for index in members) == list(range(200))
-    assert all(sum(lengths[index] for index in members) <= 64 for members in bins)
-    # First-fit-decreasing needs at most 11/9 of the optimum, which is at least the sum over the budget.
-    assert len(bins) <= 11 / 9 * sum(lengths) / 64 + 1
-
-
-def test_a_group_stays_in_one_bin_or_in_as_few_as_it_needs() -> None:
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(5, 50, (120,), generator=generator).tolist()
-    groups = [index // 6 for index in range(120)]
-    bins = assign_bins(lengths, 160, groups)
-    assert sorted(index for members in bins for index in members) == list(range(120))
-    assert all(sum(lengths[index] for index in members) <= 160 for members in bins)
-    totals = [sum(lengths[6 * group : 6 * group + 6]) for group in range(20)]
-    assert min(totals) <= 160 < max(totals)
-    for group, total in enumerate(totals):
-        spread = sum(any(groups[index] == group for index in members) for members in bins)
-        assert spread == (1 if total <= 160 else 2)
-
-
-def test_a_sequence_longer_than_the_budget_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"a sequence of 65 tokens exceeds the 64 .*train_mb_tokens"):
-        assign_bins([3, 65], 64)
 
 
 def test_every_field_is_aligned_with_the_predicting_position() -> None:

@@ -95,8 +95,13 @@ def shape_of(recipe: Recipe) -> tuple[Layout, Any]:
 Grids = tuple[tuple[tuple[int, int], ...], ...]
 
 
-def batch_of(config: Any, layout: Layout, grids: Grids, text_tokens: int, response_tokens: int) -> PackedBatch:
-    """One row: a prompt for each entry of ``grids``, which names the sizes of its images in patches."""
+def batch_of(
+    config: Any, layout: Layout, grids: Grids, text_tokens: int, response_tokens: int, samples: int = 1
+) -> PackedBatch:
+    """One row: a prompt for each entry of ``grids``, which names the sizes of its images in patches.
+
+    With several samples of a prompt these share it; each has seven tokens less than the one before, but one at least.
+    """
     tokens = special_tokens(config.text_config.vocab_size)
     sequence_multiple, row_multiple = token_multiples(layout)
     packer = Packer(
@@ -105,15 +110,17 @@ def batch_of(config: Any, layout: Layout, grids: Grids, text_tokens: int, respon
         pad_token_id=tokens.pad,
         sequence_multiple=sequence_multiple,
         row_multiple=row_multiple,
+        shared_prefix=samples > 1,
     )
     generator = torch.Generator().manual_seed(0)
     sequences = [
         PackSequence(
             inputs=inputs,
-            response_ids=torch.randint(tokens.num_text, (response_tokens,), generator=generator),
+            response_ids=torch.randint(tokens.num_text, (max(response_tokens - 7 * sample, 1),), generator=generator),
             advantage=1.0,
         )
         for inputs in random_inputs(config, grids=grids, text_tokens=text_tokens)
+        for sample in range(samples)
     ]
     [batch] = packer.pack(sequences, budget=100_000)
     return batch
@@ -125,7 +132,14 @@ def row_of(config: Any, batch: PackedBatch) -> Row:
     images = batch.image_grid_thw.prod(1) // config.vision_config.spatial_merge_size**2
     placeholders = int((batch.vision_index >= 0).sum())
     labels = int((batch.labels != NO_LABEL).sum())
-    return Row(tuple(lengths), tuple(padded), tuple(images.tolist()), placeholders, labels)
+    return Row(
+        lengths=tuple(lengths),
+        padded=tuple(padded),
+        parents=tuple(batch.parents.tolist()),
+        images=tuple(images.tolist()),
+        placeholders=placeholders,
+        labels=labels,
+    )
 
 
 def toy_loss(batch: PackedBatch, stats: TokenStats) -> LossTerms:

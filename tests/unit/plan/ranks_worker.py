@@ -19,12 +19,14 @@ import torch.distributed as dist
 from megatron_g2rpo.plan.buffers import model_state
 from megatron_g2rpo.plan.kept import element_bytes, kept_of_row
 from megatron_g2rpo.plan.model import Model, read_config
-from megatron_g2rpo.plan.rows import MicroBatches
+from megatron_g2rpo.plan.rows import MicroBatches, Row
 from megatron_g2rpo.plan.wire import OPTIMIZER_STEP, ROLLOUT_STEP, Traffic, stage_traffic
 from megatron_g2rpo.policy import process_groups
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.policy.layouts.layout import layout_of
 from megatron_g2rpo.policy.megatron import MegatronPolicy
+from megatron_g2rpo.recipe import Recipe
+from megatron_g2rpo.types import PackedBatch
 from tests.common.launch import report_result
 from tests.unit.plan.measured import (
     MEGATRON,
@@ -69,41 +71,56 @@ KEPT = 5e-3
 # A plan leaves small messages out. The tensors here are small enough for norms' gradients to be no larger than those.
 SENT, SMALL = 5e-3, 10_000
 
-ROW = ((((8, 8),), ((6, 10), (4, 4)), ()), 150, 20)
+# One row of sequences by themselves, and one of groups that share their prompts.
+ROWS = {"": ((((8, 8),), ((6, 10), (4, 4)), ()), 150, 20, 1), "shared: ": ((((8, 8),), ((6, 10),), ()), 90, 40, 4)}
 
 
 def check(directory: Path, shape: str, overrides: list[str]) -> dict[str, tuple[Any, Any]]:
-    """A plan of one layout and the policy of this rank: what they say of the same, (planned, real)."""
+    """A plan of one layout and the policy of this rank: what they say of the same, (planned, real), for both rows."""
     recipe = tiny_recipe(directory / shape, *overrides, world=dist.get_world_size(), kind="train")
     policy = policy_of(recipe)
     layout, parallelism = shape_of(recipe)
     stage, rank = policy.groups.pipeline_rank, dist.get_rank(policy.groups.data_context)
     model = Model(read_config(recipe.policy.model_name))
-    batch = batch_of(model.config, layout, *ROW)
-    row = row_of(model.config, batch)
-
-    saved = most(saved_bytes(policy, batch), policy)
-    kept = kept_of_row(recipe, model.config, layout, row, stage).total
-    batches = [batch, batch]
-    with watched_wire(SMALL) as steps:
-        policy.logprobs(batches)
-        policy.update(batches, toy_loss)
-    counts = MicroBatches(row, count=2, tokens=2 * row.tokens, images=2 * len(row.images), sequences=6)
-    traffic = stage_traffic(recipe, model, layout, counts, stage)
+    found: dict[str, tuple[Any, Any]] = {}
+    for name, row in ROWS.items():
+        batch = batch_of(model.config, layout, *row)
+        found |= {f"{name}{what}": both for what, both in check_row(recipe, model, policy, batch).items()}
     with watched_wire(0) as stream:
         for _ in policy.stream():
             pass
-
     parameters = model.stage_parameters(layout_of(recipe.policy.megatron_cfg), stage, freeze_vision=False)
     state = model_state(parameters, parallelism, stage, nbytes=element_bytes(recipe), rank=rank)
-    found = {
+    row = row_of(model.config, batch_of(model.config, layout, *ROWS[""]))
+    traffic = stage_traffic(recipe, model, layout, batches_of(row), stage, passes=1)
+    return {
+        **found,
         "names": (
             [without_layer(p.name) for p in parameters],
             [without_layer(n) for n, _ in policy.model.named_parameters()],
         ),
         "state": ((state.weights, state.gradients, state.optimizer), state_bytes(policy)),
-        "sent in a step": (by_collective(traffic, OPTIMIZER_STEP), pytest.approx(steps.sent, rel=SENT)),
         "sent to the engine": (by_collective(traffic, ROLLOUT_STEP), pytest.approx(stream.sent, rel=SENT)),
+    }
+
+
+def batches_of(row: Row) -> MicroBatches:
+    """Two micro-batches of a row."""
+    tokens, images = 2 * row.tokens, 2 * len(row.images)
+    return MicroBatches(row, count=2, tokens=tokens, computed=tokens, pairs=0, images=images, sequences=6)
+
+
+def check_row(recipe: Recipe, model: Model, policy: MegatronPolicy, batch: PackedBatch) -> dict[str, tuple[Any, Any]]:
+    """What one row keeps, and what a step on two of it sends."""
+    layout, stage, row = layout_of(recipe.policy.megatron_cfg), policy.groups.pipeline_rank, row_of(model.config, batch)
+    saved = most(saved_bytes(policy, batch), policy)
+    kept = kept_of_row(recipe, model.config, layout, row, stage).total
+    with watched_wire(SMALL) as steps:
+        policy.logprobs([batch, batch])
+        policy.update([batch, batch], toy_loss)
+    traffic = stage_traffic(recipe, model, layout, batches_of(row), stage, passes=1)
+    found: dict[str, tuple[Any, Any]] = {
+        "sent in a step": (by_collective(traffic, OPTIMIZER_STEP), pytest.approx(steps.sent, rel=SENT))
     }
     if recipe.policy.megatron_cfg.recompute_granularity is None:  # else see saved_bytes
         found["kept"] = (kept, pytest.approx(saved, rel=KEPT))

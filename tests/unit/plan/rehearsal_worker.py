@@ -64,7 +64,7 @@ CASES: dict[int, dict[str, list[str]]] = {
 }
 # Lengths and shapes of messages, sums of metrics and gradient norms: numbers that a rehearsal has none of.
 SMALL = 1_000  # bytes
-ROW = ((((8, 8),), ((6, 10), (4, 4)), ()), 150, 120)
+ROW = ((((8, 8),), ((6, 10), (4, 4)), ()), 150, 60, 3)  # groups of three responses
 MICRO_BATCHES = 2
 
 

@@ -26,10 +26,13 @@ from tests.unit.plan.measured import (
 # Every tensor is derived: the two are equal, but for four bytes a layer that a recomputed core attention is told.
 TOLERANCE = 1e-4
 
-ROWS: dict[str, tuple[Grids, int, int]] = {
-    "text": (((), ()), 60, 40),
-    "images": ((((8, 8),), ((6, 10), (4, 4)), ()), 60, 40),
-    "one large image": ((((32, 32),),), 100, 200),
+# Images of each prompt, tokens of its text and of the responses, and how many responses share it.
+ROWS: dict[str, tuple[Grids, int, int, int]] = {
+    "text": (((), ()), 60, 40, 1),
+    "images": ((((8, 8),), ((6, 10), (4, 4)), ()), 60, 40, 1),
+    "one large image": ((((32, 32),),), 100, 200, 1),
+    "shared prompts": ((((8, 8),), ((6, 10), (4, 4)), ()), 60, 40, 4),
+    "one large image, shared": ((((32, 32),),), 100, 200, 3),
 }
 RECOMPUTE = {
     "none": [],
@@ -55,8 +58,8 @@ def test_kept_activations(tmp_path: Path, precision: str, recompute: str, shape:
     config, _ = make_tiny_qwen3vl(tmp_path, layers=4, **SHAPES[shape])  # type: ignore[arg-type]
     recipe = tiny_recipe(tmp_path, f"policy.precision={precision}", *RECOMPUTE[recompute])
     policy = policy_of(recipe)
-    for name, (grids, text, response) in ROWS.items():
-        batch = batch_of(config, Layout(), grids, text, response)
+    for name, row in ROWS.items():
+        batch = batch_of(config, Layout(), *row)
         planned = planned_bytes(recipe, config, row_of(config, batch))
         assert planned == pytest.approx(kept_bytes(policy, batch), rel=TOLERANCE), name
 
@@ -64,7 +67,7 @@ def test_kept_activations(tmp_path: Path, precision: str, recompute: str, shape:
 def test_a_frozen_tower_keeps_nothing(tmp_path: Path) -> None:
     config, _ = make_tiny_qwen3vl(tmp_path)
     recipe = tiny_recipe(tmp_path, "policy.precision=float32", f"{MEGATRON}freeze_vision=true")
-    batch = batch_of(config, Layout(), ROWS["one large image"][0], 100, 200)
+    batch = batch_of(config, Layout(), *ROWS["one large image"])
     planned = planned_bytes(recipe, config, row_of(config, batch))
     assert planned == pytest.approx(kept_bytes(policy_of(recipe), batch), rel=TOLERANCE)
 
@@ -79,8 +82,8 @@ def test_the_peak_of_an_update_is_bounded_closely(tmp_path: Path, precision: str
     config, _ = make_tiny_qwen3vl(tmp_path, layers=6, hidden=128, heads=8, intermediate=256)
     recipe = tiny_recipe(tmp_path, f"policy.precision={precision}", *RECOMPUTE[recompute])
     policy = policy_of(recipe)
-    for grids in (((), ()), (((8, 8),), ())):
-        batch = batch_of(config, Layout(), grids, 300, 200)
+    for grids, samples in ((((), ()), 1), ((((8, 8),), ()), 1), ((((8, 8),), ()), 5)):
+        batch = batch_of(config, Layout(), grids, 300, 200, samples)
         row = row_of(config, batch)
         policy.gradients([batch], toy_loss)  # whatever is allocated once
         peak = peak_bytes(lambda batch=batch: policy.gradients([batch], toy_loss))

@@ -12,8 +12,8 @@ from megatron_g2rpo.plan import transformer_engine
 from megatron_g2rpo.plan.activations import layer
 from megatron_g2rpo.plan.model import Model, read_config
 from megatron_g2rpo.plan.planner import Plan, load_recipe, make_plan
-from megatron_g2rpo.plan.rows import Slots
 from megatron_g2rpo.plan.sizes import Modules, Sizes, modules_of
+from megatron_g2rpo.plan.slots import Slots
 
 ROOT = Path(__file__).parents[3]
 RECIPES, MODELS = ROOT / "examples" / "recipes", ROOT / "examples" / "models"
@@ -26,7 +26,9 @@ SIZE = Sizes(
     tokens=10, shared=5, hidden=8, heads=4, groups=2, head_dim=2, features=6, projected=8, columns=32, nbytes=2,
     modules=Modules(layers="transformer_engine", attention="transformer_engine"),
 )  # fmt: skip
-SLOTS = Slots(10, 10, 10, 0)
+SLOTS = Slots(10, 10, 10, 0, copied=False)
+# A trunk of 4 tokens and two branches of 3, each of which looks up the trunk's keys.
+BRANCHES = Slots(10, 10, 4 + 2 * (4 + 3), 0)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,14 @@ def test_a_layer_of_transformer_engine_keeps_what_its_modules_save() -> None:
     assert layer(SIZE, SLOTS, selective=False) - layer(SIZE, SLOTS, selective=True) == 4 * 10 * 4
     fused = replace(SIZE, modules=replace(SIZE.modules, fused_rope=True, fused_activation=True))
     assert layer(SIZE, SLOTS, selective=False) - layer(fused, SLOTS, selective=False) == angles + 2 * 2 * 10 * 6
+
+
+def test_branches_keep_the_keys_of_their_trunk_once_each_unless_attention_is_recomputed() -> None:
+    """Worked out by hand: looked-up keys and values, the attention's own outputs, and the places of both look-ups."""
+    plain, branches = (layer(SIZE, slots, selective=False) for slots in (SLOTS, BRANCHES))
+    assert branches - plain == 2 * (18 - 10) * (2 + 2) * 2 + 2 * 10 * 4 * 2
+    # Recomputed, a layer keeps the row's own queries, keys and values, as without branches.
+    assert layer(SIZE, BRANCHES, selective=True) == layer(SIZE, SLOTS, selective=True)
 
 
 def test_fp8_keeps_operands_in_one_byte_and_attention_in_two() -> None:

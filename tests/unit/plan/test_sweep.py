@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_g2rpo.models.cards import CARDS
 from megatron_g2rpo.plan import sweep as sweeping
-from megatron_g2rpo.plan.cards import CARDS
 from megatron_g2rpo.plan.model import Model, read_config
 from megatron_g2rpo.plan.planner import Plan, load_recipe, make_plan
 from megatron_g2rpo.plan.speed import estimate

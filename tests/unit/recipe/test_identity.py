@@ -141,7 +141,7 @@ def test_the_layout_is_described() -> None:
         "core attention: auto",
         "recompute: none",
         "optimizer: whole on every rank",
-        "micro-batch row: 8192 tokens",
+        "micro-batch row: 8192 tokens, responses share their prompt",
         "step: 128 prompts x 8 generations = 1024 rollouts, 4 update(s) of 256",
     ]
     layout = [

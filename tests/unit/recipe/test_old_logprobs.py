@@ -9,8 +9,8 @@ from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.recipe.old_logprobs import needs_entropies_first, needs_old_logprobs, takes_fresh_sides
 from tests.common.recipes import G2RPO
 
-SHAPED = "env.tasks={a: {entropy: {low: 0.1, high: 1.0}}, b: {entropy: null}}"
-UNSHAPED = "env.tasks={a: {entropy: null}, b: {entropy: null}}"
+SHAPED = "env.tasks={_override_: true, a: {entropy: {low: 0.1, high: 1.0}}, b: {entropy: null}}"
+UNSHAPED = "env.tasks={_override_: true, a: {entropy: null}, b: {entropy: null}}"
 MASKED = "loss_fn.importance_sampling={truncated_ratio: 2.0, sequence_ratio_min: 0.5, sequence_ratio_max: 2.0}"
 KL_IN_LOSS = "loss_fn.reference_policy_kl={penalty: 0.1, kind: k3, where: loss}"
 KL_IN_REWARD = "loss_fn.reference_policy_kl={penalty: 0.1, kind: k3, where: reward}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_g2rpo.commands.preflight import checked
-from megatron_g2rpo.plan.cards import CARDS
+from megatron_g2rpo.models.cards import CARDS
 from megatron_g2rpo.plan.model import Model, read_config
 from megatron_g2rpo.plan.planner import Plan, load_recipe, make_plan
 from megatron_g2rpo.plan.speed import estimate

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_g2rpo.policy import attention
-from megatron_g2rpo.policy.attention import PackedCoreAttention, packed_row_params
+from megatron_g2rpo.policy.attention import PackedCoreAttention
 from megatron_g2rpo.policy.layouts import context_parallel
 from megatron_g2rpo.policy.layouts.layout import Layout, token_multiples
+from megatron_g2rpo.policy.packed_row import packed_row_params
 from megatron_g2rpo.types import PackedBatch
 from tests.common.parity import packer_for, random_sequences
 from tests.common.tiny_model import tiny_config

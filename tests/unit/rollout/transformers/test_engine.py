@@ -63,7 +63,7 @@ def generate(engine, prompts, n=4, *, seed=5, **sampling):
     return engine.generate(prompts, n, sampling=sampling, seed=seed, group_ids=list(range(len(prompts))))
 
 
-def test_every_rollout_is_handed_over_once_as_soon_as_its_batch_is_done(reference, prompts):
+def test_every_rollout_is_handed_over_once_as_it_leaves_the_batch(reference, prompts):
     engine, finished = loaded(reference, batch_size=4), []
     rollouts = engine.generate(
         prompts,
@@ -73,8 +73,8 @@ def test_every_rollout_is_handed_over_once_as_soon_as_its_batch_is_done(referenc
         group_ids=list(range(len(prompts))),
         on_finished=finished.append,
     )
-    assert [len(share) for share in finished[:-1]] == [4] * (len(finished) - 1)
-    assert len(finished) > 1
+    assert len(finished) > 4, "some are done long before the last"
+    assert all(finished)
     handed = sorted(id(rollout) for share in finished for rollout in share)
     assert handed == sorted(map(id, rollouts)), "the very same, which are told apart by what they are"
 
@@ -210,7 +210,7 @@ def test_greedy_logprobs_are_reported_at_temperature_one(reference, prompts):
 
 
 def test_rows_that_outlive_the_room_of_the_cache_stay_exact(reference, prompts, monkeypatch):
-    monkeypatch.setattr("megatron_g2rpo.rollout.transformers.engine._FREE_TOKENS", 5)
+    monkeypatch.setattr("megatron_g2rpo.rollout.transformers.batch.FREE_TOKENS", 5)
     rollouts = generate(loaded(reference, eos_token_ids=[TOKENS.eos]), prompts, 2)
     assert max(len(r.response_ids) for r in rollouts) == 24
     for rollout in rollouts:

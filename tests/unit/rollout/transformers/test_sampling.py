@@ -11,10 +11,15 @@ from scipy import stats
 from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from megatron_g2rpo.rollout.base import Sampling
-from megatron_g2rpo.rollout.transformers.sampling import draw, filtered, uniforms
+from megatron_g2rpo.rollout.transformers.sampling import Draw, Drawing, filtered, uniforms
 
 ALL = torch.arange(50)
 PLAIN = Sampling(temperature=1.0)
+
+
+def draw(logits: torch.Tensor, uniform: torch.Tensor | None, *, sampling: Sampling, allowed: torch.Tensor) -> Draw:
+    banned = sorted(set(range(logits.shape[1])) - set(allowed.tolist()))
+    return Drawing(banned, logits.shape[1])(logits, uniform, sampling)
 
 
 def test_uniforms_are_a_pure_function_of_seed_prompt_and_sample():

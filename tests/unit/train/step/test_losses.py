@@ -53,7 +53,9 @@ class Scene:
         rows = []
         for members in groups:
             (row,) = packer.pack([self.sequences[i] for i in members], budget=10_000)
-            rows.append(with_fixed(replace(row, sequence_ids=torch.tensor(members)[row.sequence_ids]), fixed, recipe))
+            rows.append(
+                with_fixed(replace(row, sequence_ids=torch.tensor([*members, -1])[row.sequence_ids]), fixed, recipe)
+            )
         return rows
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +15,11 @@ import torch.distributed as dist
 from megatron_g2rpo import registry
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.recipe import TrainRecipe
-from megatron_g2rpo.rollout.base import EngineUnavailable, Sampling
+from megatron_g2rpo.rollout.base import EngineUnavailable, GenerationWork, Sampling
 from megatron_g2rpo.tasks.part_calls import Ask, ask_in_turn
 from megatron_g2rpo.tasks.scoring import RewardError
 from megatron_g2rpo.train.run.stopping import Stopping
+from megatron_g2rpo.train.step.generation import answers_both_ways
 from megatron_g2rpo.train.step.sampling import Collected, collect
 from megatron_g2rpo.train.step.timers import Timers
 from megatron_g2rpo.types import ModelInputs, Prompt, Response, Rewards, Rollout, Sample
@@ -352,3 +354,62 @@ def test_an_engine_that_is_lost_ends_the_step(components: Any, recipe: MakeRecip
     components.engine.losses = [EngineUnavailable("no server is left")]
     with pytest.raises(EngineUnavailable, match="no server is left"):
         run(recipe(), components)
+
+
+class CountingEngine(Engine):
+    """Counts its work: 3 tokens a prompt, once, and those of its responses."""
+
+    def generate(self, prompts: Sequence[Prompt], n: int, **keywords: Any) -> list[Rollout]:
+        rollouts = super().generate(prompts, n, **keywords)
+        self.work = GenerationWork(
+            prompt_tokens=3 * len(prompts),
+            prompt_tokens_saved=3 * (n - 1) * len(prompts),
+            decoded_tokens=sum(len(rollout.response_ids) for rollout in rollouts),
+            patches=len(prompts),
+            patches_saved=2 * len(prompts),
+        )
+        return rollouts
+
+
+def test_the_work_of_generation_is_summed_over_rounds(components: Any, recipe: MakeRecipe) -> None:
+    components.engine = CountingEngine()
+    work = {name: value for name, value in run(recipe(DYNAMIC), components).metrics.items() if "work" in name}
+    assert len(components.engine.asked) == 3
+    assert work == {
+        "work/rollout_prompt_tokens": 24.0, "work/rollout_prompt_tokens_saved": 72.0,
+        "work/rollout_decoded_tokens": 80.0, "work/rollout_patches": 8.0, "work/rollout_patches_saved": 16.0,
+    }  # fmt: skip
+
+
+class BothWays(Engine):
+    """Answers sampled and greedily in one call, if it is asked to."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], n: int, *, and_greedily: bool = False, **keywords: Any
+    ) -> list[Rollout]:
+        rollouts = super().generate(prompts, n, **keywords)
+        if and_greedily:
+            rollouts += super().generate(prompts, 1, **{**keywords, "sampling": keywords["sampling"].greedily})
+        return rollouts
+
+
+@pytest.mark.parametrize("engine", [Engine, BothWays])
+def test_both_ways_of_validation_are_told_apart_in_one_call_or_two(components: Any, engine: type[Engine]) -> None:
+    answering = engine()
+    asked: list[bool] = []
+    generate = answering.generate
+
+    def noted(prompts: Sequence[Prompt], n: int, **keywords: Any) -> list[Rollout]:
+        asked.append("and_greedily" in keywords)
+        return generate(prompts, n, **keywords)
+
+    noted.__signature__ = inspect.signature(generate)  # type: ignore[attr-defined]
+    answering.generate = noted  # type: ignore[method-assign]
+    sampling = Sampling(temperature=0.5, top_p=0.9, stop_strings=("x",))
+    prompts = [prompt(number) for number in range(3)]
+    both = answers_both_ways(answering, components.policy, prompts, sampling=sampling, seed=4)
+    assert asked == ([True] if engine is BothWays else [False, False])
+    assert answering.samplings == [sampling, Sampling(temperature=0.0, stop_strings=("x",))]
+    for rollouts in both:
+        assert [rollout.prompt.key for rollout in rollouts] == ["0", "1", "2"]
+        assert [rollout.group_id for rollout in rollouts] == [0, 1, 2]

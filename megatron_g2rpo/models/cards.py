@@ -49,3 +49,19 @@ CARDS = {
 
 # Bytes a second that a GPU sends to other nodes: a 400 Gb/s adapter each, as in DGX H100 (eight ConnectX-7).
 NETWORK = 50e9
+
+# What CUDA calls a card -> its name above. Cards with another power limit or memory, such as PCI Express ones, are not
+# among them: their arithmetic is another.
+_PRODUCTS = {
+    "NVIDIA A100-SXM4-40GB": "a100-40",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H100 NVL": "h100-nvl",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+}
+
+
+def card_of(product: str | None) -> Card | None:
+    """Return the card that CUDA calls by this name; None where its figures are not known, or for no name."""
+    return CARDS.get(_PRODUCTS.get(product or "", ""))
