@@ -145,7 +145,7 @@
 
   let page = 0;
   let asked = 0;
-  const state = { groups: [], rows: new Set(), set: null };
+  const state = { groups: [], rows: new Set(), rank: new Map(), set: null };
 
   const refresh = async () => {
     const mine = (asked += 1);
@@ -158,7 +158,9 @@
       const key = `${set.index.chunk[row]}/${set.index.group[row]}`;
       if (!groups.has(key)) groups.set(key, row);
     }
-    Object.assign(state, { set, rows: new Set(rows), groups: [...groups.values()] });
+    Object.assign(state, {
+      set, rows: new Set(rows), rank: new Map(order.map((row, number) => [row, number])), groups: [...groups.values()],
+    });
     count.textContent = `${rows.length.toLocaleString("en")} of ${set.index.step.length.toLocaleString("en")} rollouts in ${groups.size.toLocaleString("en")} groups` + (order.length < rows.length ? `; ${rows.length - order.length} without a value to sort by are left out` : "");
     notes.replaceChildren(...set.notes.map((note) => report.element("p", {}, note)));
     page = 0;
@@ -226,7 +228,9 @@
       report.element("details", {}, report.element("summary", {}, "Prompt as the model reads it"), block(group.prompt)),
     );
     const answers = report.element("div", { class: "answers" });
-    const order = group.rows.map((_, number) => number).sort((one, other) => state.rows.has(first + other) - state.rows.has(first + one) || one - other);
+    // In the order that was asked for; what the filter leaves out comes last.
+    const rank = (number) => state.rank.get(first + number) ?? Number.MAX_SAFE_INTEGER;
+    const order = group.rows.map((_, number) => number).sort((one, other) => rank(one) - rank(other) || one - other);
     const fill = (limit) => answers.replaceChildren(...order.slice(0, limit).map((number) => response(set, group, number, first + number, mode, made)));
     fill(ANSWERS);
     made.append(answers);
