@@ -10,26 +10,43 @@ from typing import Literal
 
 import typer
 
-from megatron_g2rpo.cli.arguments import DryRun, Fresh, Nproc, Overrides, RecipePath
+from megatron_g2rpo.cli.arguments import DryRun, Fresh, Nproc, Overrides, Quiet, RecipePath
 from megatron_g2rpo.cli.running import cluster_overrides, is_first, prepare_processes, with_errors, with_local_model
 
 
 def train(
-    recipe: RecipePath, overrides: Overrides = None, nproc: Nproc = None, dry_run: DryRun = False, fresh: Fresh = False
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train a policy with G2RPO."""
-    _loop("train", recipe, overrides or [], nproc, dry_run, fresh)
+    _loop("train", recipe, overrides or [], nproc, dry_run=dry_run, fresh=fresh, quiet=quiet)
 
 
 def sft(
-    recipe: RecipePath, overrides: Overrides = None, nproc: Nproc = None, dry_run: DryRun = False, fresh: Fresh = False
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train a policy on the responses of a dataset (the warm start of G2RPO)."""
-    _loop("sft", recipe, overrides or [], nproc, dry_run, fresh)
+    _loop("sft", recipe, overrides or [], nproc, dry_run=dry_run, fresh=fresh, quiet=quiet)
 
 
 def _loop(
-    kind: Literal["train", "sft"], path: Path, overrides: list[str], nproc: int | None, dry_run: bool, fresh: bool
+    kind: Literal["train", "sft"],
+    path: Path,
+    overrides: list[str],
+    nproc: int | None,
+    *,
+    dry_run: bool,
+    fresh: bool,
+    quiet: bool,
 ) -> None:
     def run() -> None:
         from megatron_g2rpo import recipe as recipes
@@ -47,23 +64,31 @@ def _loop(
             typer.echo(recipes.describe_layout(recipe))
             return
         from megatron_g2rpo.commands import out_of_memory
+        from megatron_g2rpo.commands.preamble import preamble
         from megatron_g2rpo.train.run import directory
+        from megatron_g2rpo.train.run.trackers import feed as trackers
         from megatron_g2rpo.train.run.watchdog import watching
 
+        trackers.require(recipe.logger)  # before anything is written
         local, on_many = with_local_model(recipe), prepare_processes(recipe)
         with ExitStack() as held:
             if is_first() and launch.is_launched():
                 held.enter_context(directory.joined(recipe))
             elif is_first():
                 for note in held.enter_context(directory.claimed(recipe, fresh=fresh)):
-                    typer.echo(note)
+                    if not quiet or note.startswith("warning: "):
+                        typer.echo(note)
             if on_many:
-                launch.launch(recipe.cluster.gpus_per_node, [kind, str(path), *overrides], stoppable=True)
+                options = ["--quiet"] if quiet else []
+                launch.launch(recipe.cluster.gpus_per_node, [kind, str(path), *options, *overrides], stoppable=True)
                 return
             entry = _entry(kind)  # what it imports takes seconds, and is not watched
+            if is_first() and not quiet:
+                for line in preamble(local):
+                    typer.echo(line)
             with watching(recipe, launch.end), out_of_memory.explained(recipe):
-                exported = entry(local)
-        if exported is not None and is_first():
+                exported = entry(local, quiet=quiet)
+        if exported is not None and is_first() and not quiet:
             typer.echo(f"Hugging Face checkpoint: {exported}")
 
     if dry_run:

@@ -29,16 +29,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.train.assembly import Components, assemble
-from megatron_g2rpo.train.run.logs import Column, MetricsLog, StepMetrics
+from megatron_g2rpo.train.run.logs import Column, StepMetrics
 from megatron_g2rpo.train.run.loop import Run
 from megatron_g2rpo.train.step.advantages import advantages_of
 from megatron_g2rpo.train.step.bad_updates import rollout_records
 from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies, entropy_bounds
-from megatron_g2rpo.train.step.metrics import skipped_metrics, step_metrics
+from megatron_g2rpo.train.step.metrics import memory_metrics, skipped_metrics, step_metrics
 from megatron_g2rpo.train.step.minibatches import Minibatch, pack_minibatches
 from megatron_g2rpo.train.step.old_logprobs import add_logprobs, entropies_of, reference_kl
 from megatron_g2rpo.train.step.sampling import collect
@@ -61,8 +59,12 @@ COLUMNS = (
 )
 
 
-def train(recipe: TrainRecipe) -> Path | None:
+def train(recipe: TrainRecipe, *, quiet: bool = False) -> Path | None:
     """Run G2RPO to its end, resuming the run directory's newest checkpoint.
+
+    Args:
+        recipe: the run's recipe.
+        quiet: whether the console shows warnings alone.
 
     Returns:
         The exported Hugging Face directory, if the recipe asks for one.
@@ -72,23 +74,29 @@ def train(recipe: TrainRecipe) -> Path | None:
     """
     with assemble(recipe) as components:
         run, without_signal = Run(recipe, components), SignalWatch()
-        enabled = dist.get_rank() == 0
-        with (
-            MetricsLog(recipe.logger, COLUMNS, run.last_step, run.logged_step, enabled=enabled) as log,
-            run.naming_checkpoints(log),
-        ):
+        with run.log(columns_of(recipe), quiet=quiet) as log, run.naming_checkpoints(log):
             run.begin(log)
             for step in run.steps:
-                with run.sampling(step):
+                with run.sampling(step), run.profiled(step):
                     metrics = g2rpo_step(recipe, components, step, log.note)
                 gaps = gap_warnings(recipe.policy.generation.gap_warning, tuple(recipe.env.tasks), metrics)
-                for warning in (*gaps, *without_signal(metrics)):
+                for warning in (*gaps, *without_signal(step, metrics)):
                     log.note(warning)
                 metrics |= run.validation(step, log, metrics)
                 log.log(StepMetrics(step=step, values=metrics))
                 run.save(step)
                 run.stop_if_asked(step)
             return run.finish()
+
+
+def columns_of(recipe: TrainRecipe) -> tuple[Column, ...]:
+    """Return the columns of the console table; where a penalty is at work, the distance that it is on is one."""
+    divergence = recipe.loss_fn.reference_policy_kl
+    if divergence.penalty == 0.0:
+        return COLUMNS
+    metric = "train/reference_kl" if divergence.where == "loss" else "train/reference_kl_sum"
+    place = [column.heading for column in COLUMNS].index("kl") + 1
+    return (*COLUMNS[:place], Column("ref kl", metric, ".4f"), *COLUMNS[place:])
 
 
 def g2rpo_step(
@@ -146,7 +154,7 @@ def g2rpo_step(
     metrics["train/skipped_updates"] = sum(update["train/skipped_updates"] for update in updates)
     metrics |= collected.metrics | collected.failed.metrics("train/failed_rewards")
     metrics |= skipped_metrics(components.stream.skipped - skipped)
-    return {**metrics, **timers.metrics()}
+    return {**metrics, **timers.metrics(), **memory_metrics(components.device)}
 
 
 def update(

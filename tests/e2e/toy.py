@@ -251,5 +251,5 @@ def metrics(run: Path) -> dict[int, dict[str, float]]:
 
 
 def numbers(line: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of a line that a second run must give again: all but seconds."""
-    return {name: value for name, value in line.items() if not name.startswith("time/")}
+    """The metrics of a line that a second run must give again: all but seconds and bytes."""
+    return {name: value for name, value in line.items() if not name.startswith(("time/", "memory/"))}

@@ -62,13 +62,15 @@ class Remembered:
 class Notes:
     """Stands for a log; keeps what it shows."""
 
+    enabled = True
+
     def __init__(self) -> None:
         self.lines: list[str] = []
 
     def note(self, text: str) -> None:
         self.lines.append(text)
 
-    def examples(self, rollouts: list[Any]) -> None:
+    def examples(self, step: int, examples: list[Any], shown: list[Any]) -> None:
         """Show none: there are none in these tests."""
 
     @property
@@ -87,6 +89,7 @@ def make_run(directory: Path, policy: MegatronPolicy, stopping: Stopping, *overr
     guard = UpdateGuard(recipe.policy.megatron_cfg.optimizer, directory / "skipped")
     components = SimpleNamespace(
         policy=policy,
+        device=policy.device,
         processor=SimpleNamespace(settings=None),
         stream=Remembered(),
         history=Remembered(),
