@@ -9,6 +9,7 @@
 #   make test-slurm batch scripts on a Slurm of two nodes, on this machine; installs slurm-wlm and munge, as root
 #   make test-gpu   tests on a GPU made of host memory, in an environment of its own (3 GB); test-gpu-full: all
 #   make test-nemo-run  the nemo-run example, in an environment of its own (0.6 GB)
+#   make test-trackers  tests on real Weights & Biases and trackio, in an environment of its own (1.5 GB)
 #   make lmms-eval  the harness for the paper's benchmarks, in an environment of its own (2.5 GB), see docs/evaluation.md
 #   make quickstart-vllm [ARGS="key=value ..."]         the quickstart, its rollouts from vLLM in that environment
 #   make lint       style, types, import rules          make clean        what was built; runs/ and data/ stay
@@ -48,6 +49,8 @@ LMMS_VENV := .venv-lmms
 LMMS_BIN := $(LMMS_VENV)/bin
 NEMO_RUN_VENV := .venv-nemo-run
 NEMO_RUN_BIN := $(NEMO_RUN_VENV)/bin
+TRACKERS_VENV := .venv-trackers
+TRACKERS_BIN := $(TRACKERS_VENV)/bin
 
 # What an installation depends on; the package itself is installed in place, so its Python files are not among them.
 SOURCES := pyproject.toml setup.py constraints/cpu.txt $(wildcard csrc/*)
@@ -56,7 +59,7 @@ SOURCES := pyproject.toml setup.py constraints/cpu.txt $(wildcard csrc/*)
 INSTALL = MEGATRON_G2RPO_BUILD_EXT=1 $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/cpu.txt torch==2.13.0 -e
 
 .PHONY: quickstart quickstart-vllm setup data policy test test-unit test-full test-vllm test-vllm-full test-gpu \
-	test-gpu-full test-nemo-run test-slurm slurm lmms-eval lint clean
+	test-gpu-full test-nemo-run test-trackers test-slurm slurm lmms-eval lint clean
 
 quickstart: $(VENV)/.quickstart data
 	$(BIN)/megatron-g2rpo train $(RECIPE) --fresh --nproc $(NPROC) \
@@ -118,6 +121,9 @@ test-gpu-full: $(GPU_VENV)/.test data
 
 test-nemo-run: $(NEMO_RUN_VENV)/.test
 	$(NEMO_RUN_BIN)/python -m pytest tests/nemo_run $(PYTEST_ARGS)
+
+test-trackers: $(TRACKERS_VENV)/.test
+	OMP_NUM_THREADS=1 $(TRACKERS_BIN)/python -m pytest tests/trackers $(PYTEST_ARGS)
 
 # Its cluster has its own directories, daemons and ports. vLLM serves in the environment of its tests.
 test-slurm: slurm $(VENV)/.dev $(VLLM_VENV)/.test
@@ -199,12 +205,18 @@ $(NEMO_RUN_VENV)/.test: constraints/nemo-run.txt | $(NEMO_RUN_BIN)/python
 		nemo-run==0.11.1 hypothesis pytest pytest-timeout
 	@touch $@
 
-$(BIN)/python $(VLLM_BIN)/python $(GPU_BIN)/python $(LMMS_BIN)/python $(NEMO_RUN_BIN)/python:
+$(TRACKERS_VENV)/.test: $(SOURCES) constraints/trackers.txt | $(TRACKERS_BIN)/python
+	@echo "Installing the trackers and what their tests need into $(TRACKERS_VENV), 1.5 GB; this takes some minutes ..."
+	MEGATRON_G2RPO_BUILD_EXT=1 $(TRACKERS_BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/trackers.txt \
+		torch==2.13.0 wandb==0.31.0 trackio==0.43.0 -e ".[quickstart,test-trackers]"
+	@touch $@
+
+$(BIN)/python $(VLLM_BIN)/python $(GPU_BIN)/python $(LMMS_BIN)/python $(NEMO_RUN_BIN)/python $(TRACKERS_BIN)/python:
 	@test -n "$(PYTHON)" && $(PYTHON) $(IS_3_11) \
 		|| { echo "Python 3.11 is needed$(PYTHON:%=, and % is not it): make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(@D:/bin=)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) $(LMMS_VENV) $(NEMO_RUN_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) $(LMMS_VENV) $(NEMO_RUN_VENV) $(TRACKERS_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find megatron_g2rpo -name '*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

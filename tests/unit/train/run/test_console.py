@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claims: a file gets plain lines and a terminal a live region; colours are off where they should be; --quiet is quiet."""
+"""Claims: a file gets plain lines, a terminal a live region; colours are off where they should be; quiet is quiet."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claims: a trace is written of the steps and ranks that are named, its phases have names; a disk that fails ends nothing."""
+"""Claims: traces are written of the steps and ranks that are named, with named phases; a full disk ends nothing."""
 
 from __future__ import annotations
 
