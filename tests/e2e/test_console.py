@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claims: what a run says on a terminal and in a file; that it is finished; --quiet; --version; a reader that leaves."""
+"""Claims: what a run says on a terminal and in a file, and that it is finished; a reader that leaves is no error."""
 
 from __future__ import annotations
 
