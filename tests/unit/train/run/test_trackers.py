@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from megatron_g2rpo.train.run.trackers.feed import TrackerError, Trackers, requi
 
 MakeRecipe = Callable[..., TrainRecipe]
 WANDB = "logger.wandb_enabled=true"
+LONG = 200.0  # seconds that a busy machine may take to start a process
 # Stand-ins for the worker: what each does with its standard input.
 KEEPS = "import sys; open({path!r}, 'w').write(sys.stdin.read())"
 HANGS = "import time; time.sleep(1000)"
@@ -130,8 +130,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return use
 
 
-def log(recipe: TrainRecipe, steps: int, *, pause: float = 0.0, more: int = 1) -> str:
-    """Log some steps; what the console shows."""
+def log(recipe: TrainRecipe, steps: int, *, until_ended: bool = False, more: int = 1) -> str:
+    """Log some steps, all but the first after the trackers have ended if asked for; what the console shows."""
     file = io.StringIO()
     trackers = Trackers(recipe.logger, recipe.model_dump(mode="json"), "0123456789abcdef")
     columns = (Column("loss", "train/loss", ".4f"),)
@@ -140,7 +140,9 @@ def log(recipe: TrainRecipe, steps: int, *, pause: float = 0.0, more: int = 1) -
         for step in range(steps):
             values = {f"other/{number}": 0.1 for number in range(more)}
             metrics.log(StepMetrics(step=step, values={"train/loss": step / 7, **values}))
-            time.sleep(pause)
+            for each in trackers._feeds if until_ended else ():
+                assert each._process is not None
+                assert each._process.wait(LONG) is not None
     return file.getvalue()
 
 
@@ -149,8 +151,9 @@ def logged(run: Path) -> int:
 
 
 def test_the_process_is_told_the_run_its_recipe_and_every_step_to_the_last_bit(
-    run: Path, make_recipe: MakeRecipe, stand_in: Callable[[str], None], tmp_path: Path
+    make_recipe: MakeRecipe, stand_in: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(feed, "FINISH_S", LONG)
     told = tmp_path / "told"
     stand_in(KEEPS.format(path=str(told)))
     said = log(make_recipe(WANDB, "logger.wandb.project=p", "logger.wandb.name=mine"), 3)
@@ -166,8 +169,8 @@ def test_one_that_fails_is_said_once_with_why_and_the_run_goes_on(
     run: Path, make_recipe: MakeRecipe, stand_in: Callable[[str], None]
 ) -> None:
     stand_in(FAILS)
-    said = log(make_recipe(WANDB, "logger.trackio_enabled=true"), 40, pause=0.1)
-    assert logged(run) == 40
+    said = log(make_recipe(WANDB, "logger.trackio_enabled=true"), 5, until_ended=True)
+    assert logged(run) == 5
     for name in ("wandb", "trackio"):
         assert (
             said.count(f"warning: {name} has ended, and the run goes on without it: exit code 3; 'no such project'")
