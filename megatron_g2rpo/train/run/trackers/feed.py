@@ -65,12 +65,6 @@ class Trackers:
 
     def __init__(self, section: Logger, config: Mapping[str, Any], run_id: str) -> None:
         self._feeds = [_Feed(name, section, config, run_id) for name in enabled(section)]
-        self._news: list[str] = []
-
-    @property
-    def places(self) -> list[str]:
-        """What each tracker is called, and the file that holds what its process says."""
-        return [f"{feed.name} (its log: {feed.output})" for feed in self._feeds]
 
     def start(self) -> None:
         """Start the processes; one that cannot be started is news."""
@@ -99,6 +93,7 @@ class Trackers:
         Args:
             failed: whether an error ended the run.
         """
+        yield from self.news()  # before they are told to end, which is none
         deadline = time.monotonic() + (FINISH_AFTER_ERROR_S if failed else FINISH_S)
         for feed in self._feeds:
             feed.say_end(failed)
@@ -162,7 +157,6 @@ class _Feed:
             self._queue.put_nowait({"end": failed})
 
     def finish(self, deadline: float) -> Iterator[str]:
-        yield from self.news()
         if self._process is None:
             return
         code = self._process.wait(max(0.0, deadline - time.monotonic()))
