@@ -96,7 +96,7 @@ def columns_of(recipe: TrainRecipe) -> tuple[Column, ...]:
         return COLUMNS
     metric = "train/reference_kl" if divergence.where == "loss" else "train/reference_kl_sum"
     place = [column.heading for column in COLUMNS].index("kl") + 1
-    return (*COLUMNS[:place], Column("ref kl", metric, ".4f"), *COLUMNS[place:])
+    return (*COLUMNS[:place], Column("ref-kl", metric, ".4f"), *COLUMNS[place:])
 
 
 def g2rpo_step(
