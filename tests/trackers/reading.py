@@ -1,25 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the trackers' own readers find in their offline files."""
+"""What the trackers' offline files hold: W&B's by its own messages, trackio's by its own reader."""
 
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
+# A `.wandb` file: a header, then LevelDB's log format. Blocks of 32 KiB hold pieces: checksum, length, kind, bytes.
+_HEADER, _BLOCK, _PIECE = 7, 32768, struct.Struct("<IHB")
+_WHOLE, _LAST = 1, 4
+
+
+def _messages(data: bytes) -> Iterator[bytes]:
+    """Messages of an offline file, each put together from its pieces; what is not finished is left out."""
+    at, message = _HEADER, b""
+    while at + _PIECE.size <= len(data):
+        if _BLOCK - at % _BLOCK < _PIECE.size:  # no header fits into the rest of a block
+            at += _BLOCK - at % _BLOCK
+            continue
+        _, length, kind = _PIECE.unpack_from(data, at)
+        at += _PIECE.size
+        message += data[at : at + length]
+        at += length
+        if kind in (_WHOLE, _LAST):
+            yield message
+            message = b""
+
+
 def wandb_records(run: Path) -> Iterator[Any]:
     """Records of all offline files of a run directory, the oldest attempt first."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     for path in sorted((run / "wandb").glob("offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns):
-        store = DataStore()
-        store.open_for_scan(str(path))
-        while (data := store.scan_data()) is not None:
+        for message in _messages(path.read_bytes()):
             record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
+            record.ParseFromString(message)
             yield record
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claims: real trackers get every step once, however often a run is broken off; they end with the run, however it ends.
 
-Weights & Biases and trackio themselves, offline; what they hold is read by their own readers.
+Weights & Biases and trackio themselves, offline; what their files hold is read in `reading`.
 """
 
 from __future__ import annotations
