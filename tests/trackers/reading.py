@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-
 # A `.wandb` file: a header, then LevelDB's log format. Blocks of 32 KiB hold pieces: checksum, length, kind, bytes.
 _HEADER, _BLOCK, _PIECE = 7, 32768, struct.Struct("<IHB")
 _WHOLE, _LAST = 1, 4
