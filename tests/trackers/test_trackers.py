@@ -7,6 +7,7 @@ Weights & Biases and trackio themselves, offline; what their files hold is read 
 from __future__ import annotations
 
 import io
+import json
 import signal
 import subprocess
 import sys
@@ -75,8 +76,8 @@ def test_wandb_has_run_recipe_numbers_and_tables_and_goes_on_in_the_same_run(tmp
     first, second = wandb_runs(tmp_path)
     assert first.run_id == second.run_id == RUN_ID
     assert (first.project, first.display_name) == ("p", tmp_path.name)
-    config = {item.key: item.value_json for item in first.config.update}
-    assert '"seed": 1234' in config["grpo"]
+    config = {item.key: json.loads(item.value_json) for item in first.config.update}
+    assert config["grpo"]["seed"] == 1234
     tables = wandb_tables(tmp_path)
     assert len(tables) == 3
     assert tables[0]["columns"] == ["task", "key", "kind", "reward", "question", "response", "reference"]
