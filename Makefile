@@ -8,7 +8,10 @@
 #   make test-vllm  tests on real vLLM, in an environment of its own (4 GB); test-vllm-full: those that take minutes too
 #   make test-slurm batch scripts on a Slurm of two nodes, on this machine; installs slurm-wlm and munge, as root
 #   make test-gpu   tests on a GPU made of host memory, in an environment of its own (3 GB); test-gpu-full: all
+#   make test-report  tests of the page of a run in a headless Chromium, in an environment of its own (1 GB); installs
+#                   Debian's chromium and chromium-driver, as root
 #   make test-nemo-run  the nemo-run example, in an environment of its own (0.6 GB)
+#   make test-trackers  tests on real Weights & Biases and trackio, in an environment of its own (1.5 GB)
 #   make lmms-eval  the harness for the paper's benchmarks, in an environment of its own (2.5 GB), see docs/evaluation.md
 #   make bench-step [ARGS=--quick]  the whole step beside TRL's, in an environment of its own (1.8 GB); 50 minutes
 #   make quickstart-vllm [ARGS="key=value ..."]         the quickstart, its rollouts from vLLM in that environment
@@ -47,10 +50,14 @@ GPU_BIN := $(GPU_VENV)/bin
 VIRTUAL_GPU := OMP_NUM_THREADS=1 $(GPU_BIN)/python -m tests.gpu.virtual_cuda
 LMMS_VENV := .venv-lmms
 LMMS_BIN := $(LMMS_VENV)/bin
+REPORT_VENV := .venv-report
+REPORT_BIN := $(REPORT_VENV)/bin
 NEMO_RUN_VENV := .venv-nemo-run
 NEMO_RUN_BIN := $(NEMO_RUN_VENV)/bin
 BENCH_VENV := .venv-bench
 BENCH_BIN := $(BENCH_VENV)/bin
+TRACKERS_VENV := .venv-trackers
+TRACKERS_BIN := $(TRACKERS_VENV)/bin
 
 # What an installation depends on; the package itself is installed in place, so its Python files are not among them.
 SOURCES := pyproject.toml setup.py constraints/cpu.txt $(wildcard csrc/*)
@@ -59,16 +66,16 @@ SOURCES := pyproject.toml setup.py constraints/cpu.txt $(wildcard csrc/*)
 INSTALL = MEGATRON_G2RPO_BUILD_EXT=1 $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/cpu.txt torch==2.13.0 -e
 
 .PHONY: quickstart quickstart-vllm setup data policy test test-unit test-full test-vllm test-vllm-full test-gpu \
-	test-gpu-full test-nemo-run test-slurm slurm lmms-eval bench-step lint clean
+	test-gpu-full test-nemo-run test-report chromium test-trackers test-slurm slurm lmms-eval bench-step lint clean
 
 quickstart: $(VENV)/.quickstart data
 	$(BIN)/megatron-g2rpo train $(RECIPE) --fresh --nproc $(NPROC) \
 		policy.megatron_cfg.tensor_model_parallel_size=$(NPROC) $(ARGS)
-	$(BIN)/megatron-g2rpo report $(RUN)
+	$(BIN)/megatron-g2rpo report $(RUN) --picture
 
 quickstart-vllm: $(VLLM_VENV)/.test data
 	$(VLLM_BIN)/megatron-g2rpo train $(RECIPE) --fresh policy.generation.backend=vllm logger.log_dir=$(RUN)-vllm $(ARGS)
-	$(VLLM_BIN)/megatron-g2rpo report $(RUN)-vllm
+	$(VLLM_BIN)/megatron-g2rpo report $(RUN)-vllm --picture
 
 setup: $(VENV)/.dev
 
@@ -121,6 +128,22 @@ test-gpu-full: $(GPU_VENV)/.test data
 
 test-nemo-run: $(NEMO_RUN_VENV)/.test
 	$(NEMO_RUN_BIN)/python -m pytest tests/nemo_run $(PYTEST_ARGS)
+
+test-report: chromium $(REPORT_VENV)/.test
+	OMP_NUM_THREADS=1 $(REPORT_BIN)/python -m pytest tests/report $(PYTEST_ARGS)
+
+# Debian's packages.
+chromium:
+	@missing=; for name in chromium chromedriver; do command -v $$name >/dev/null || missing+=" $$name"; done; \
+	if [ -n "$$missing" ]; then \
+		if [ "$$(id -u)" != 0 ]; then \
+			echo "missing:$$missing; only root can install them: sudo apt-get install chromium chromium-driver" >&2; exit 1; fi; \
+		echo "Installing chromium and chromium-driver ..."; apt-get update --quiet=2; \
+		DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends --quiet=2 \
+			chromium chromium-driver fonts-dejavu-core; fi
+
+test-trackers: $(TRACKERS_VENV)/.test
+	OMP_NUM_THREADS=1 $(TRACKERS_BIN)/python -m pytest tests/trackers $(PYTEST_ARGS)
 
 # Its cluster has its own directories, daemons and ports. vLLM serves in the environment of its tests.
 test-slurm: slurm $(VENV)/.dev $(VLLM_VENV)/.test
@@ -198,6 +221,12 @@ $(LMMS_VENV)/.ready: $(SOURCES) constraints/lmms-eval.txt tests/vllm/torchvision
 		&& cp tests/vllm/torchvision_ops.py "$$site" && echo "import torchvision_ops" > "$$site/torchvision_ops.pth"; }
 	@touch $@
 
+$(REPORT_VENV)/.test: $(SOURCES) constraints/report.txt | $(REPORT_BIN)/python
+	@echo "Installing what tests of the report's page need into $(REPORT_VENV), 1 GB; this takes a minute or more ..."
+	MEGATRON_G2RPO_BUILD_EXT=1 $(REPORT_BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/cpu.txt \
+		-c constraints/report.txt torch==2.13.0 -e ".[report,test-report]"
+	@touch $@
+
 # The sides share a process's packages, so that they share torch and transformers. torchvision as for lmms-eval: TRL's
 # processor of Qwen3-VL asks for it.
 $(BENCH_VENV)/.ready: $(SOURCES) constraints/bench.txt tests/vllm/torchvision_ops.py | $(BENCH_BIN)/python
@@ -216,13 +245,19 @@ $(NEMO_RUN_VENV)/.test: constraints/nemo-run.txt | $(NEMO_RUN_BIN)/python
 		nemo-run==0.11.1 hypothesis pytest pytest-timeout
 	@touch $@
 
+$(TRACKERS_VENV)/.test: $(SOURCES) constraints/trackers.txt | $(TRACKERS_BIN)/python
+	@echo "Installing the trackers and what their tests need into $(TRACKERS_VENV), 1.5 GB; this takes some minutes ..."
+	MEGATRON_G2RPO_BUILD_EXT=1 $(TRACKERS_BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/trackers.txt \
+		torch==2.13.0 wandb==0.31.0 trackio==0.43.0 -e ".[quickstart,test-trackers]"
+	@touch $@
+
 $(BIN)/python $(VLLM_BIN)/python $(GPU_BIN)/python $(LMMS_BIN)/python $(NEMO_RUN_BIN)/python \
-		$(BENCH_BIN)/python:
+		$(REPORT_BIN)/python $(TRACKERS_BIN)/python $(BENCH_BIN)/python:
 	@test -n "$(PYTHON)" && $(PYTHON) $(IS_3_11) \
 		|| { echo "Python 3.11 is needed$(PYTHON:%=, and % is not it): make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(@D:/bin=)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) $(LMMS_VENV) $(NEMO_RUN_VENV) $(BENCH_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) $(LMMS_VENV) $(NEMO_RUN_VENV) $(REPORT_VENV) $(TRACKERS_VENV) $(BENCH_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find megatron_g2rpo -name '*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import os
+from typing import Annotated
 
 import typer
 
+from megatron_g2rpo import __version__
 from megatron_g2rpo.cli import convert, data, loops, machines, measuring
 from megatron_g2rpo.train.run import signals
 
@@ -15,9 +17,24 @@ from megatron_g2rpo.train.run import signals
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"megatron-g2rpo {__version__}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Post-train vision-language models with G2RPO on Megatron-core."""
+
+
 def _application() -> typer.Typer:
     """Return the verbs, in the order of the help."""
     verbs = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    verbs.callback()(_options)
     verbs.command()(loops.train)
     verbs.command()(loops.sft)
     verbs.command()(measuring.logprobs)

@@ -13,6 +13,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides of recipe
 Nproc = Annotated[int | None, typer.Option("--nproc", min=1, help="Processes on this machine (cluster.gpus_per_node).")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and the layout; run nothing.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Move an earlier run directory aside instead of resuming it.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors alone.")]
 MaybeRecipe = Annotated[
     list[str] | None,
     typer.Argument(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Annotated
@@ -101,11 +102,41 @@ def serve(
     with_errors(lambda: _serve(recipe, overrides or [], host, port))
 
 
-def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
-    """Draw a run's rewards per task, before and after training, and write the picture to RUN/report."""
-    from megatron_g2rpo.report.rewards import draw
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN [RUN_B]", help="Run directory; two are laid over another.")
+    ],
+    serve: Annotated[bool, typer.Option("--serve", help="Serve the page on this machine until Ctrl-C.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --serve; 0: a free one.")] = 0,
+    watch: Annotated[bool, typer.Option("--watch", help="Write the page anew when the run goes on.")] = False,
+    picture: Annotated[
+        bool, typer.Option("--picture", help="Also draw RUN/report/rewards.png: rewards before and after.")
+    ] = False,
+) -> None:
+    """Write a page about a run, RUN/report/report.html: charts, and the answers of the policy. It needs no network."""
 
-    with_errors(lambda: typer.echo(f"wrote {draw(run)}"))
+    def run() -> None:
+        from megatron_g2rpo.report import serve as serving
+        from megatron_g2rpo.report.page import write_page
+
+        if picture:
+            from megatron_g2rpo.report.rewards import draw
+
+            for each in runs:
+                typer.echo(f"wrote {draw(each)}")
+        if serve:
+            serving.serve(runs, port, typer.echo, watching=watch)
+        elif watch:
+            with contextlib.suppress(KeyboardInterrupt):
+                serving.watch(
+                    runs,
+                    lambda path: typer.echo(f"wrote {path}"),
+                    lambda error: typer.echo(f"warning: {error}", err=True),
+                )
+        else:
+            typer.echo(f"wrote {write_page(runs)}")
+
+    with_errors(run)
 
 
 def _compare(path: Path, overrides: list[str], prompts: int, samples: int, nproc: int | None) -> None:

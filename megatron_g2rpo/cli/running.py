@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
+import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from megatron_g2rpo.processes import launcher
 from megatron_g2rpo.recipe import Recipe
@@ -20,12 +23,29 @@ def with_errors(run: Callable[[], None]) -> None:
 
     try:
         run()
+        sys.stdout.flush()  # here, where a reader that has left can be told from an error
     except launch.EXPECTED as error:
+        if isinstance(error, BrokenPipeError) and not launch.is_rank() and _has_no_reader():
+            _leave_quietly()
         launch.end(error)
     except BaseException as error:
         if not launch.is_rank():
             raise
         launch.end(error)
+
+
+def _has_no_reader() -> bool:
+    """Whether standard output is a pipe whose reader has left, as `head` does when it has seen enough."""
+    watch = select.poll()
+    watch.register(1, 0)
+    return any(event & select.POLLERR for _, event in watch.poll(0))
+
+
+def _leave_quietly() -> NoReturn:
+    """End as a program that SIGPIPE ended, without Python's own complaint about what it could not print."""
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 1)
+    raise SystemExit(128 + signal.SIGPIPE)
 
 
 def prepare_processes(recipe: Recipe) -> bool:

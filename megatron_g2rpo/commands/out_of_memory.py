@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 
 from megatron_g2rpo import progress
-from megatron_g2rpo.policy.device import DeviceError
+from megatron_g2rpo.policy.device import DeviceError, dump_memory_snapshot
 from megatron_g2rpo.recipe import Recipe
 from megatron_g2rpo.train.run.directory import RECIPE_FILE
+from megatron_g2rpo.train.run.profiling import FOLDER
 
 _MEGATRON = "policy.megatron_cfg."
 _LAYOUT = (f"{_MEGATRON}tensor_model_parallel_size", f"{_MEGATRON}pipeline_model_parallel_size")
@@ -59,7 +61,7 @@ def explained(recipe: Recipe) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(_message(recipe, error)) from error
+        raise OutOfMemory(_message(recipe, error) + _snapshot(recipe)) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -87,6 +89,20 @@ def _message(recipe: Recipe, error: BaseException) -> str:
         f"`megatron-g2rpo plan {Path(recipe.logger.log_dir) / RECIPE_FILE} --gpu-memory-gb N` says what takes how "
         "much, and which change makes it fit"
     )
+
+
+def _snapshot(recipe: Recipe) -> str:
+    """Leave what the GPU's memory holds, if the recipe asks for it; a line that says where."""
+    options, rank = recipe.logger.profile, os.environ.get("RANK", "0")
+    if not (options.enabled and options.memory_history):
+        return ""
+    path = Path(recipe.logger.log_dir) / FOLDER / f"out_of_memory-rank_{rank}.pickle"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = dump_memory_snapshot(path)
+    except (OSError, RuntimeError) as error:  # the user must read what ended the run
+        return f"\nits memory snapshot could not be written: {error}"
+    return f"\nwhat the memory held: {path} (https://docs.pytorch.org/memory_viz)" if written else ""
 
 
 def _value(tree: dict[str, Any], key: str) -> Any:

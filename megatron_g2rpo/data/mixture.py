@@ -85,6 +85,7 @@ class Mixture:
                 if known != number:
                     raise DataError(f"shard {shard} is named twice, by {parts[known].directory} and {part.directory}")
         self._part_of.update((shard, n) for n, part in enumerate(self._parts) for shard in part.shards)
+        self._by_name: dict[str, Entry] | None = None  # once a sample was asked for by its name
         self._prefixes = [""] if len(parts) == 1 else _prefixes([part.directory for part in parts])
 
     def __len__(self) -> int:
@@ -106,6 +107,19 @@ class Mixture:
         """Return the first samples of a task, of each dataset in turn; all of them where there are fewer."""
         rows = zip_longest(*(part.entries(task) for part in self._parts if task in part.tasks))
         return [entry for row in rows for entry in row if entry is not None][:count]
+
+    def find(self, key: str) -> Entry:
+        """Return the entry of the sample that has a key, see ``name``.
+
+        Raises:
+            DataError: there is none.
+        """
+        if self._by_name is None:
+            entries = (entry for part in self._parts for task in part.tasks for entry in part.entries(task))
+            self._by_name = {self.name(entry): entry for entry in entries}
+        if key not in self._by_name:
+            raise DataError(f"no sample {key!r} in {', '.join(str(part.directory) for part in self._parts)}")
+        return self._by_name[key]
 
     def name(self, entry: Entry) -> str:
         """Return the key of an entry's sample. Where there are several datasets, it begins with the end of a path."""

@@ -210,6 +210,26 @@ class ChatProcessor:
         ids = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def prompt_text(self, inputs: ModelInputs) -> str:
+        """Return a prompt as the model reads it, special tokens included, each of its images as one ``<image>``.
+
+        Args:
+            inputs: what ``encode`` returned.
+        """
+        ids = [i for i in inputs.token_ids.tolist() if i == self.image_token_id or i not in self.vision_token_ids]
+        sizes = iter((inputs.image_grid_thw.prod(dim=1) // self.spatial_merge_size**2).tolist())
+        parts: list[str] = []
+        first = 0
+        while first < len(ids):
+            if ids[first] == self.image_token_id:
+                parts.append("<image>")
+                first += next(sizes)
+                continue
+            end = next((i for i in range(first, len(ids)) if ids[i] == self.image_token_id), len(ids))
+            parts.append(self.tokenizer.decode(ids[first:end], clean_up_tokenization_spaces=False))
+            first = end
+        return "".join(parts)
+
     @property
     def settings(self) -> ProcessorSettings:
         """What an export of the run must say of this processor."""

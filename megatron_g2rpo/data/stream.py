@@ -102,6 +102,16 @@ class PromptStream:
         first = self.position - n
         return [self._decode(*drawn[i], first + i) for i in (range(n) if indices is None else indices)]
 
+    def named(self, keys: Sequence[str]) -> list[Prompt]:
+        """Return the prompts of samples by their keys, wherever in the stream they come; the position stays.
+
+        Raises:
+            DataError: the data has no such sample.
+            SampleError: a sample cannot be used.
+        """
+        entries = [self._data.find(key) for key in keys]
+        return [encode_entry(self._data, entry, self._processor, self._task_ids[entry.task]) for entry in entries]
+
     def shortages(self, size: int) -> list[str]:
         """Return a line for the user if a step draws samples more than once, naming the tasks; else nothing.
 

@@ -18,6 +18,7 @@ import atexit
 import contextlib
 import os
 import re
+import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -82,6 +84,44 @@ class Device:
         """Wait for queued kernels, so that a wall clock that is read afterwards counts them."""
         if self.kind == "gpu":
             torch.cuda.synchronize()
+
+    def reset_peak_memory(self) -> None:
+        """Count ``peak_memory`` from here on; on a CPU it is always from the start of the process."""
+        if self.kind == "gpu":
+            torch.cuda.reset_peak_memory_stats(self.torch_device)
+
+    def peak_memory(self) -> int:
+        """Return the most memory that torch has reserved on the GPU, bytes; on a CPU, that this process held."""
+        if self.kind == "gpu":
+            return torch.cuda.max_memory_reserved(self.torch_device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+
+    def profiler_activities(self) -> list[ProfilerActivity]:
+        """Return what a profiler records on this device."""
+        return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.kind == "gpu" else [])]
+
+    def record_memory_history(self, entries: int) -> None:
+        """Remember this many allocations of the GPU, with their stacks, for ``dump_memory_snapshot``."""
+        if self.kind == "gpu":
+            torch.cuda.memory._record_memory_history(max_entries=entries)
+
+
+def dump_memory_snapshot(path: Path) -> bool:
+    """Write what the GPU's memory holds, and the allocations that led there, for https://docs.pytorch.org/memory_viz.
+
+    Args:
+        path: the file, a pickle.
+
+    Returns:
+        Whether there was a GPU, and the file is written.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if not torch.cuda.is_initialized():
+        return False
+    torch.cuda.memory._dump_snapshot(str(path))
+    return True
 
 
 @dataclass(frozen=True)

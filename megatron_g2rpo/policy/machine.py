@@ -30,6 +30,8 @@ OPTIONAL = {
     "vllm": "vllm",
     "nemo": "nemo",
     "matplotlib": "matplotlib",
+    "wandb": "wandb",
+    "trackio": "trackio",
 }
 
 # Optional package -> the distributions that bring it, where their names differ from the package's.

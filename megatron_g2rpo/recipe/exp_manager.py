@@ -114,7 +114,9 @@ FIELDS: Mapping[str, Rule] = {
     ),
     "create_tensorboard_logger": Becomes("logger.tensorboard_enabled"),
     "summary_writer_kwargs": Only(({},), "TensorBoard's events are written to logger.log_dir/tensorboard"),
-    "create_wandb_logger": Only((False,), f"Weights & Biases is {_NOT_YET}"),
+    "create_wandb_logger": Only(
+        (False,), "Weights & Biases is logger.wandb_enabled, with logger.wandb.project and logger.wandb.name"
+    ),
     "wandb_logger_kwargs": Unused(),
     "create_mlflow_logger": Only((False,), f"MLflow is {_NOT_YET}"),
     "mlflow_logger_kwargs": Unused(),

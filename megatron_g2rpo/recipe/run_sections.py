@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from megatron_g2rpo.recipe.base import Section, Text
 
@@ -60,6 +60,42 @@ class Checkpointing(Section):
         return f"val/{name.removeprefix('val:')}" if name.startswith("val:") else name
 
 
+class Wandb(Section):
+    """``logger.wandb``: which run of Weights & Biases this is; ``WANDB_MODE`` and ``WANDB_API_KEY`` are its own."""
+
+    project: Text
+    """Its project."""
+    name: Text | None
+    """What the run is called there; null: after the run directory."""
+    entity: Text | None
+    """User or team of the project; null: the user's default."""
+
+
+class Trackio(Section):
+    """``logger.trackio``: which run of trackio this is; ``TRACKIO_DIR`` and ``TRACKIO_SPACE_ID`` are its own."""
+
+    project: Text
+    """Its project."""
+    name: Text | None
+    """What the name of the run begins with, which ends with the run's id; null: after the run directory."""
+
+
+class Profile(Section):
+    """``logger.profile``: traces of a few steps, and what the memory held when it was short."""
+
+    enabled: bool
+    """Whether to profile; nothing is recorded otherwise."""
+    steps: Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
+    """Steps of which a trace is written, ``<log_dir>/profile/step_N-rank_R.json.gz``, one file each."""
+    ranks: Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)]
+    """Ranks that write them."""
+    with_stack: bool
+    """Whether traces name the Python line of each operation; it makes them several times as large, and slow."""
+    memory_history: NonNegativeInt
+    """Allocations of a GPU that are remembered, for the snapshot that a lack of memory leaves in
+    ``<log_dir>/profile/out_of_memory-rank_R.pickle``; 0: none."""
+
+
 class Logger(Section):
     """``logger``: the run directory, and what is logged."""
 
@@ -67,8 +103,38 @@ class Logger(Section):
     """The run directory, which holds metrics.jsonl, recipe.yaml, tensorboard/, checkpoints/ and hf/."""
     tensorboard_enabled: bool
     """Whether to write TensorBoard events as well."""
+    report_enabled: bool
+    """Whether to write the page of ``report``, ``<log_dir>/report/report.html``: at each validation, and at the end."""
+    wandb_enabled: bool
+    """Whether to log to Weights & Biases as well, from a process of its own."""
+    wandb: Wandb
+    """Which run of Weights & Biases this is."""
+    trackio_enabled: bool
+    """Whether to log to trackio as well, from a process of its own."""
+    trackio: Trackio
+    """Which run of trackio this is."""
+    profile: Profile
+    """Traces of a few steps."""
     num_val_samples_to_print: NonNegativeInt
     """Number of responses that are printed at each validation."""
+
+
+class Rollouts(Section):
+    """``logger.rollouts``: what a run keeps of its rollouts, see ``records``."""
+
+    enabled: bool
+    """Whether ``train`` records the rollouts of its steps, in ``<logger.log_dir>/rollouts``."""
+    period: PositiveInt
+    """Number of steps between two that are kept."""
+    budget_mb: PositiveFloat
+    """Megabytes that the records of the run take together; where they would take more, whole groups are left out."""
+
+
+class TrainLogger(Logger):
+    """``logger`` of ``train``, which samples."""
+
+    rollouts: Rollouts
+    """What the run keeps of its rollouts."""
 
 
 class Cluster(Section):

@@ -15,7 +15,7 @@ from megatron_g2rpo.recipe.grpo_section import Grpo, Sft
 from megatron_g2rpo.recipe.keys import dotted
 from megatron_g2rpo.recipe.loss_section import LossFn
 from megatron_g2rpo.recipe.policy_section import Policy
-from megatron_g2rpo.recipe.run_sections import Checkpointing, Cluster, Logger
+from megatron_g2rpo.recipe.run_sections import Checkpointing, Cluster, Logger, TrainLogger
 from megatron_g2rpo.recipe.validation_metrics import validation_metrics
 
 
@@ -144,6 +144,8 @@ class TrainRecipe(_Common):
     """The reinforcement-learning loop."""
     loss_fn: LossFn
     """The surrogate, and the other terms of the loss."""
+    logger: TrainLogger
+    """The run directory, and what is logged and recorded."""
 
     @property
     def num_rollouts_per_step(self) -> int:

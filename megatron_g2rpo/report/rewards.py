@@ -9,14 +9,11 @@ from pathlib import Path
 
 import yaml
 
-METRICS_FILE = "metrics.jsonl"
-REPORT_DIR = "report"
+from megatron_g2rpo.report.metrics import ReportError, read_metrics
+from megatron_g2rpo.report.run_directory import REPORT_DIR
+
 PREFIX = "val/"
 MEAN = "mean over tasks"
-
-
-class ReportError(ValueError):
-    """The run directory holds nothing to report."""
 
 
 @dataclass(frozen=True)
@@ -26,28 +23,6 @@ class Change:
     task: str
     before: float
     after: float
-
-
-def read_metrics(run: Path) -> list[dict[str, float]]:
-    """Read the lines of a run's ``metrics.jsonl``.
-
-    Raises:
-        ReportError: there is no such file, it is empty, or a line of it is damaged; names the line.
-    """
-    path = run / METRICS_FILE
-    if not path.exists():
-        raise ReportError(f"{path} does not exist; {run} is not the directory of a run")
-    lines = []
-    # What follows the last line's end is one that the run is writing, or was killed at.
-    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            raise ReportError(f"{path}, line {number}: {text[:40]!r} is no JSON; remove the line") from error
-        lines.append(line)
-    if not lines:
-        raise ReportError(f"{path} is empty: the run has not finished a step")
-    return lines
 
 
 def changes(lines: list[dict[str, float]], metric: str) -> list[Change]:
@@ -76,8 +51,10 @@ def text_only_accuracy(run: Path) -> dict[str, float]:
 
     The card is ``card.json`` in the folder above the validation shards: ``{"text_only_accuracy": {task: number}}``.
     """
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    path = (recipe["data"]["validation"] or {}).get("path")
+    recipe = run / "recipe.yaml"
+    if not recipe.exists():
+        return {}
+    path = (yaml.safe_load(recipe.read_text())["data"]["validation"] or {}).get("path")
     if not isinstance(path, str):  # none, or several datasets, of which each has a card of its own
         return {}
     card = Path(path).parent / "card.json"

@@ -64,6 +64,9 @@ class Scoring:
             ``env`` weighs it.
         workers: processes that the parts run in; None: this process.
         on_bad_sample: whether a reference that cannot be read is an error, or costs its rollouts their rewards.
+
+    Attributes:
+        names: names of the parts, in the order in which they are added up.
     """
 
     def __init__(
@@ -94,8 +97,8 @@ class Scoring:
         }
         # In this order everywhere, so that the sum rounds alike on every rank.
         named = [env.reward_weights, *(task.reward_weights for task in env.tasks.values()), added]
-        self._names = tuple(dict.fromkeys(name for weights in named for name in weights))
-        self._batched = tuple(name for name in self._names if is_batched(name))
+        self.names = tuple(dict.fromkeys(name for weights in named for name in weights))
+        self._batched = tuple(name for name in self.names if is_batched(name))
         self._entries: dict[int, _Entry] = {}
         self._pending: list[tuple[list[_Entry], list[PendingChunk]]] = []
 
@@ -132,15 +135,30 @@ class Scoring:
         bad = next((e.failure for e in entries if e.failure is not None and e.failure.bad_sample), None)
         if bad is not None and self._on_bad_sample == "error":
             raise RewardError(bad.message)
-        rewards = Rewards.none(len(entries))
-        for name in self._names:
-            having = [index for index, entry in enumerate(entries) if name in entry.weights]
+        return self.weighed(
+            [entry.rollout.prompt.task for entry in entries],
+            [entry.values for entry in entries],
+            {index: entry.failure for index, entry in enumerate(entries) if entry.failure is not None},
+        )
+
+    def weighed(
+        self, tasks: Sequence[str], values: Sequence[Mapping[str, float]], failures: Mapping[int, FailedReward]
+    ) -> Rewards:
+        """Return the rewards that values of parts add up to.
+
+        Args:
+            tasks: the task of each of N rollouts.
+            values: the value of each part that the task weighs, for each of them.
+            failures: index of a rollout -> why it has no reward.
+        """
+        rewards = Rewards.none(len(tasks))
+        for name in self.names:
+            having = [index for index, task in enumerate(tasks) if name in self._weights[task]]
             part, weights = torch.zeros_like(rewards.total), torch.zeros_like(rewards.total)
-            values = [entries[index].values.get(name, torch.nan) for index in having]
-            part[having] = torch.tensor(values, dtype=torch.float64)
-            weights[having] = torch.tensor([entries[index].weights[name] for index in having], dtype=torch.float64)
+            part[having] = torch.tensor([values[index].get(name, torch.nan) for index in having], dtype=torch.float64)
+            weights[having] = torch.tensor([self._weights[tasks[index]][name] for index in having], dtype=torch.float64)
             rewards = rewards.plus(name, part, weights)
-        return _without(rewards, {i: entry.failure for i, entry in enumerate(entries) if entry.failure is not None})
+        return _without(rewards, failures)
 
     def _entry(self, rollout: Rollout) -> _Entry:
         sample = rollout.prompt.sample
@@ -152,7 +170,7 @@ class Scoring:
 
     def _ask(self, entry: _Entry) -> Ask:
         assert entry.call is not None
-        return Ask(entry.call, tuple(n for n in self._names if n in entry.weights and n not in self._batched))
+        return Ask(entry.call, tuple(n for n in self.names if n in entry.weights and n not in self._batched))
 
     def _ask_parts(self, entries: Sequence[_Entry], most_failures: int | None) -> None:
         """Ask every part of every response, batched parts at once; keep what they say in the entries."""

@@ -82,8 +82,12 @@ class Components:
             self.workers.close()
 
 
-def assemble(recipe: Recipe) -> Components:
+def assemble(recipe: Recipe, build_engine: Callable[..., engines.Engine] | None = None) -> Components:
     """Build everything a loop needs. Cheap checks come first: data and layout errors appear before weights are read.
+
+    Args:
+        recipe: the run's recipe.
+        build_engine: builds the engine, with the arguments of ``engine_for``; None: the one that the recipe names.
 
     Raises:
         DataError: the data cannot be used, see ``open_datasets`` and ``PromptStream``; or no held-out sample can, or
@@ -94,16 +98,18 @@ def assemble(recipe: Recipe) -> Components:
     """
     workers = RewardWorkers.of(recipe.env, recipe.imports)
     if workers is None:
-        return _assembled(recipe, None)
+        return _assembled(recipe, None, build_engine or engine_for)
     workers.start()  # while the weights are read
     try:
-        return _assembled(recipe, workers)
+        return _assembled(recipe, workers, build_engine or engine_for)
     except BaseException:
         workers.close()  # else they say, after the error's own message, that their parent is gone
         raise
 
 
-def _assembled(recipe: Recipe, workers: RewardWorkers | None) -> Components:
+def _assembled(
+    recipe: Recipe, workers: RewardWorkers | None, build_engine: Callable[..., engines.Engine]
+) -> Components:
     loop = recipe.grpo if isinstance(recipe, TrainRecipe) else recipe.sft
     updates = recipe.num_updates_per_step if isinstance(recipe, TrainRecipe) else 1
     device = select(recipe.cluster.device)
@@ -152,7 +158,7 @@ def _assembled(recipe: Recipe, workers: RewardWorkers | None) -> Components:
         processor=processor,
         policy=policy,
         packer=packer_for(processor, policy.layout, recipe.policy.sequence_packing),
-        engine=engine_for(recipe.policy, processor, device, banned, lambda: stopping.asked() is not None, cache),
+        engine=build_engine(recipe.policy, processor, device, banned, lambda: stopping.asked() is not None, cache),
         stream=stream,
         validation=validation,
         left_out=left_out,

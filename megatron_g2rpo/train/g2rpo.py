@@ -29,20 +29,19 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.recipe.old_logprobs import needs_entropies_first, takes_fresh_sides
 from megatron_g2rpo.train.assembly import Components, assemble
-from megatron_g2rpo.train.run.logs import Column, MetricsLog, StepMetrics
+from megatron_g2rpo.train.run.logs import Column, StepMetrics
 from megatron_g2rpo.train.run.loop import Run
 from megatron_g2rpo.train.step.advantages import advantages_of
 from megatron_g2rpo.train.step.bad_updates import rollout_records
 from megatron_g2rpo.train.step.losses import G2RPOLoss, TaskEntropies, entropy_bounds
-from megatron_g2rpo.train.step.metrics import skipped_metrics, step_metrics
+from megatron_g2rpo.train.step.metrics import memory_metrics, skipped_metrics, step_metrics
 from megatron_g2rpo.train.step.minibatches import Minibatch, pack_minibatches
 from megatron_g2rpo.train.step.old_logprobs import add_logprobs, entropies_of, reference_kl, with_old_logprobs
-from megatron_g2rpo.train.step.sampling import collect
+from megatron_g2rpo.train.step.recording import REFERENCE_KL, Recording, recording_of
+from megatron_g2rpo.train.step.sampling import Collected, collect
 from megatron_g2rpo.train.step.timers import Timers
 from megatron_g2rpo.train.step.update_metrics import task_gradient_metrics, update_metrics
 from megatron_g2rpo.train.step.warnings import SignalWatch, answer_warnings, gap_warnings
@@ -64,8 +63,12 @@ COLUMNS = (
 )
 
 
-def train(recipe: TrainRecipe) -> Path | None:
+def train(recipe: TrainRecipe, *, quiet: bool = False) -> Path | None:
     """Run G2RPO to its end, resuming the run directory's newest checkpoint.
+
+    Args:
+        recipe: the run's recipe.
+        quiet: whether the console shows warnings alone.
 
     Returns:
         The exported Hugging Face directory, if the recipe asks for one.
@@ -75,17 +78,14 @@ def train(recipe: TrainRecipe) -> Path | None:
     """
     with assemble(recipe) as components:
         run, without_signal = Run(recipe, components), SignalWatch()
-        enabled = dist.get_rank() == 0
-        with (
-            MetricsLog(recipe.logger, COLUMNS, run.last_step, run.logged_step, enabled=enabled) as log,
-            run.naming_checkpoints(log),
-        ):
+        with run.log(columns_of(recipe), quiet=quiet) as log, run.naming_checkpoints(log):
+            recording = recording_of(recipe, components, run.first_step, log.note)
             run.begin(log)
             for step in run.steps:
-                with run.sampling(step):
-                    metrics = g2rpo_step(recipe, components, step, log.note)
+                with run.sampling(step), run.profiled(step):
+                    metrics = g2rpo_step(recipe, components, step, log.note, recording=recording)
                 gaps = gap_warnings(recipe.policy.generation.gap_warning, tuple(recipe.env.tasks), metrics)
-                for warning in (*gaps, *without_signal(metrics)):
+                for warning in (*gaps, *without_signal(step, metrics)):
                     log.note(warning)
                 metrics |= run.validation(step, log, metrics)
                 log.log(StepMetrics(step=step, values=metrics))
@@ -94,8 +94,24 @@ def train(recipe: TrainRecipe) -> Path | None:
             return run.finish()
 
 
+def columns_of(recipe: TrainRecipe) -> tuple[Column, ...]:
+    """Return the columns of the console table; where a penalty is at work, the distance that it is on is one."""
+    divergence = recipe.loss_fn.reference_policy_kl
+    if divergence.penalty == 0.0:
+        return COLUMNS
+    metric = "train/reference_kl" if divergence.where == "loss" else "train/reference_kl_sum"
+    place = [column.heading for column in COLUMNS].index("kl") + 1
+    return (*COLUMNS[:place], Column("ref-kl", metric, ".4f"), *COLUMNS[place:])
+
+
 def g2rpo_step(
-    recipe: TrainRecipe, components: Components, step: int, note: Callable[[str], None] = print
+    recipe: TrainRecipe,
+    components: Components,
+    step: int,
+    note: Callable[[str], None] = print,
+    *,
+    sample: Callable[[TrainRecipe, Components, int, Timers], Collected] = collect,
+    recording: Recording | None = None,
 ) -> dict[str, float]:
     """Take one step: sample, score, and update the policy on the advantages. A collective of all ranks.
 
@@ -104,6 +120,8 @@ def g2rpo_step(
         components: what the loop works with.
         step: number of the step, from 1.
         note: shows the user a line.
+        sample: gives the step's rollouts and their rewards; a replay takes them from a record.
+        recording: keeps the rollouts on disk; None: nothing does.
 
     Returns:
         The metrics of the step.
@@ -114,8 +132,11 @@ def g2rpo_step(
     if policy.vision_cache is not None:
         policy.vision_cache.begin_step()
 
-    collected = collect(recipe, components, step, timers)
+    collected = sample(recipe, components, step, timers)
     rollouts, rewards = collected.rollouts, collected.rewards
+    if recording is not None:
+        with timers("record"):
+            recording.begin(step, rollouts, rewards, timers.seconds["generation"])
     for warning in answer_warnings(rollouts, recipe.env, recipe.data.response_format, data_parallel):
         note(warning)
     for line in collected.failed.lines("their rollouts are left out of loss and group"):
@@ -131,7 +152,7 @@ def g2rpo_step(
     with timers("rewards"):
         divergence = loss_fn.reference_policy_kl
         if reference is not None and divergence.where == "reward":
-            rewards = rewards.plus("reference_kl_sum", reference_kl(loss_fn, minibatches), -divergence.penalty)
+            rewards = rewards.plus(REFERENCE_KL, reference_kl(loss_fn, minibatches), -divergence.penalty)
         advantages = advantages_of(
             recipe.grpo.adv_estimator, rollouts, rewards, history=components.history, process_group=data_parallel
         )
@@ -143,6 +164,9 @@ def g2rpo_step(
         updates.append(metrics)
         batch = partial(rollout_records, rollouts, rewards, minibatch.rollouts.tolist())
         components.guard.settle(step, number, batch, group=data_parallel, note=note)
+    if recording is not None:
+        with timers("record"):
+            recording.finish(rewards, advantages.values, minibatches)
     metrics = step_metrics(
         components.tasks, rollouts, rewards, advantages, minibatches, updates,
         env=recipe.env, truncated_ratio=loss_fn.importance_sampling.truncated_ratio, process_group=data_parallel,
@@ -151,7 +175,7 @@ def g2rpo_step(
     metrics |= collected.metrics | collected.failed.metrics("train/failed_rewards")
     metrics |= skipped_metrics(components.stream.skipped - skipped)
     metrics |= work_metrics(meter, policy, timers.seconds, sum(rollout.num_tokens for rollout in rollouts))
-    return {**metrics, **timers.metrics()}
+    return {**metrics, **timers.metrics(), **memory_metrics(components.device)}
 
 
 def update(

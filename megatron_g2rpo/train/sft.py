@@ -10,17 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_g2rpo.data.packing import PackSequence
 from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.recipe import SftRecipe
 from megatron_g2rpo.tasks.prompts import continuation
 from megatron_g2rpo.train.assembly import Components, assemble
-from megatron_g2rpo.train.run.logs import Column, MetricsLog, StepMetrics
+from megatron_g2rpo.train.run.logs import Column, StepMetrics
 from megatron_g2rpo.train.run.loop import Run
 from megatron_g2rpo.train.step.losses import sft_loss
-from megatron_g2rpo.train.step.metrics import skipped_metrics
+from megatron_g2rpo.train.step.metrics import memory_metrics, skipped_metrics
 from megatron_g2rpo.train.step.minibatches import owned_prompts, pack_evenly
 from megatron_g2rpo.train.step.prompts import draw
 from megatron_g2rpo.train.step.timers import Timers
@@ -39,8 +37,12 @@ COLUMNS = (
 LOG_PERIOD = 10  # steps; the first, the last and every validated or skipped step are logged too
 
 
-def sft(recipe: SftRecipe) -> Path | None:
+def sft(recipe: SftRecipe, *, quiet: bool = False) -> Path | None:
     """Run supervised training to its end, resuming the run directory's newest checkpoint.
+
+    Args:
+        recipe: the run's recipe.
+        quiet: whether the console shows warnings alone.
 
     Returns:
         The exported Hugging Face directory, if the recipe asks for one.
@@ -50,14 +52,11 @@ def sft(recipe: SftRecipe) -> Path | None:
     """
     with assemble(recipe) as components:
         run = Run(recipe, components)
-        enabled = dist.get_rank() == 0
-        with (
-            MetricsLog(recipe.logger, COLUMNS, run.last_step, run.logged_step, enabled=enabled) as log,
-            run.naming_checkpoints(log),
-        ):
+        with run.log(COLUMNS, quiet=quiet) as log, run.naming_checkpoints(log):
             run.begin(log)
             for step in run.steps:
-                metrics = sft_step(recipe, components, step, log.note)
+                with run.profiled(step):
+                    metrics = sft_step(recipe, components, step, log.note)
                 validation = run.validation(step, log, metrics)
                 skipped = metrics["train/skipped_updates"] > 0
                 if validation or skipped or step % LOG_PERIOD == 0 or step in (1, run.last_step):
@@ -103,7 +102,7 @@ def sft_step(
     named = {f"train/{name}": value for name, value in metrics.items()}
     named |= skipped_metrics(stream.skipped - skipped)
     named |= work_metrics(meter, policy, timers.seconds, sum(sequence.length for sequence in sequences))
-    return {**named, **timers.metrics()}
+    return {**named, **timers.metrics(), **memory_metrics(components.device)}
 
 
 def _sequence(processor: ChatProcessor, prompt: Prompt) -> PackSequence:

@@ -22,7 +22,7 @@ DEVICE = PACKAGE / "policy" / "device.py"
 CONTRACTS = ROOT / "pyproject.toml"
 
 ROOMS = (
-    *("cli", "commands", "train", "report", "plan", "rollout", "policy", "policy/layouts", "data"),
+    *("cli", "commands", "train", "report", "plan", "rollout", "policy", "policy/layouts", "data", "records"),
     *("models", "weights", "tasks", "objective", "recipe", "processes"),
 )
 FILES = ("extend", "types", "registry", "collectives", "progress")
@@ -77,6 +77,8 @@ def test_imports_that_point_down_are_legal(house: Path, monkeypatch: pytest.Monk
         ("models", "house.weights"),
         ("plan", "house.policy.layouts"),
         ("policy", "transformers"),
+        ("report", "house.records"),
+        ("records", "house.recipe"),
         ("rollout", "house.tasks"),
         ("rollout", "vllm"),
         ("weights", "house.types"),
@@ -102,6 +104,9 @@ def test_imports_that_point_down_are_legal(house: Path, monkeypatch: pytest.Monk
         ("rollout", "house.policy", "Imports point down"),
         ("data", "house.policy", "Imports point down"),
         ("models", "house.data", "Imports point down"),
+        ("records", "house.data", "Imports point down"),
+        ("records", "house.train", "Imports point down"),
+        ("records", "torch", "Records are read without"),
         ("weights", "house.models", "Imports point down"),
         ("train", "house.commands", "Imports point down"),
         ("registry", "house.recipe", "Imports point down"),

@@ -34,6 +34,8 @@ _PURPOSE = {
     "vllm": "rollouts (policy.generation.backend)",
     "nemo": "no run: recipes only share its names of keys",
     "matplotlib": "megatron-g2rpo report",
+    "wandb": "logger.wandb_enabled",
+    "trackio": "logger.trackio_enabled",
 }
 _SHOWN_AS = {
     "apex": "NVIDIA apex",
@@ -43,6 +45,7 @@ _SHOWN_AS = {
     "flash_attn_4": "flash-attn 4",
     "vllm": "vLLM",
     "nemo": "nemo-toolkit",
+    "wandb": "Weights & Biases",
 }
 _TE = "transformer_engine"
 _INSTALL_TE = "docs/install-gpu.md says how"

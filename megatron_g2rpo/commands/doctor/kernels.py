@@ -18,6 +18,7 @@ from megatron_g2rpo.policy.layouts.layout import Layout, LayoutError, check_mode
 from megatron_g2rpo.policy.machine import Machine
 from megatron_g2rpo.policy.transformer_engine_probe import Answer, AttentionShape
 from megatron_g2rpo.recipe import Policy, Recipe
+from megatron_g2rpo.train.run.trackers import feed as trackers
 
 _GROUP = "recipe"
 # Rollout engine -> the package that it needs in the training environment; servers are spoken to by vLLM's classes.
@@ -49,7 +50,10 @@ def needed_packages(recipe: Recipe | None) -> dict[str, str]:
     if recipe is None:
         return {}
     backend = recipe.policy.generation.backend
-    return {_ENGINES[backend]: f"policy.generation.backend={backend} needs it"} if backend in _ENGINES else {}
+    needed = {name: f"logger.{name}_enabled needs it" for name in trackers.enabled(recipe.logger)}
+    if backend in _ENGINES:
+        needed[_ENGINES[backend]] = f"policy.generation.backend={backend} needs it"
+    return needed
 
 
 def wanted(recipe: Recipe, device: Device, machine: Machine) -> Wanted:

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,18 @@ from megatron_g2rpo.rollout.base import EngineUnavailable
 from megatron_g2rpo.train.assembly import Components
 from megatron_g2rpo.train.run import metrics_file
 from megatron_g2rpo.train.run.checkpoints import Checkpoints, Found
-from megatron_g2rpo.train.run.logs import MetricsLog, StepMetrics
+from megatron_g2rpo.train.run.examples import in_turn
+from megatron_g2rpo.train.run.logs import Column, MetricsLog, StepMetrics
 from megatron_g2rpo.train.run.metrics_file import METRICS_FILE
 from megatron_g2rpo.train.run.owners import run_id
+from megatron_g2rpo.train.run.profiling import StepProfiler
+from megatron_g2rpo.train.run.report_page import ReportPage
 from megatron_g2rpo.train.run.retention import Retention
 from megatron_g2rpo.train.run.saved_record import record_saved
 from megatron_g2rpo.train.run.signals import STARTED
 from megatron_g2rpo.train.run.stopping import RunStopped, SamplingStopped, remedy
+from megatron_g2rpo.train.run.summary import begins_at, summary
+from megatron_g2rpo.train.run.trackers.feed import Trackers
 from megatron_g2rpo.train.run.validation import validate
 
 _UNLOGGED = "unlogged"  # in a checkpoint: metrics of its step, which was not validated when the run was asked to stop
@@ -68,12 +73,17 @@ class Run:
             note=self._note,
             saved=self._saved_step,
         )
+        self._profiler = StepProfiler(recipe.logger, components.device, self._note)
         self._stopping = components.stopping
         self.first_step, self.logged_step = 0, -1
         self._unlogged: Mapping[str, float] = {}  # metrics of the first step, which was not validated
         self._got_on = False  # whether this process did what was left of the first step
         self._metrics: Mapping[str, float] = {}  # of the last validation
         self._validated = False
+        self._page = ReportPage(
+            Path(recipe.logger.log_dir), enabled=recipe.logger.report_enabled and dist.get_rank() == 0, note=self._note
+        )
+        self._page_due = False  # whether the step that is being taken was validated
         grpo = recipe.grpo if isinstance(recipe, TrainRecipe) else None
         size = recipe.policy.train_global_batch_size if grpo is None else grpo.num_prompts_per_step
         self._notes += components.stream.shortages(size)
@@ -93,6 +103,24 @@ class Run:
             # A deadline leaves time for a checkpoint from the first step on.
             self._stopping.saved_in(found.seconds or 0.0)
         self._stopping.begin()
+
+    def log(self, columns: Sequence[Column], *, quiet: bool = False) -> MetricsLog:
+        """Return the run's log, which goes on after the steps that are in it for good.
+
+        Args:
+            columns: columns of the console table.
+            quiet: whether the console shows warnings alone.
+        """
+        section = self._recipe.logger
+        return MetricsLog(
+            section,
+            columns,
+            self.last_step,
+            self.logged_step,
+            enabled=dist.get_rank() == 0,
+            trackers=Trackers(section, self._recipe.model_dump(mode="json"), self._run_id),
+            quiet=quiet,
+        )
 
     def _note(self, line: str) -> None:
         """Show the user a line, now or when there is a log."""
@@ -139,11 +167,11 @@ class Run:
             RunStopped: a signal or a deadline asked for it.
         """
         self._log = log
-        for note in self._notes:
+        for note in (*begins_at(self._recipe, self.first_step), *self._notes):
             log.note(note)
         if self.first_step == 0 and self._loop.val_at_start:
             try:
-                log.log(StepMetrics(step=0, values=self._validate(log)))
+                log.log(StepMetrics(step=0, values=self._validate(0, log)))
             except SamplingStopped as stopped:
                 raise self._stopped(0, self._state(), str(stopped)) from None
             except EngineUnavailable:
@@ -157,6 +185,10 @@ class Run:
             self._got_on = True
             self._write(self.first_step, self._state())  # with what ranks it, in place of the one without
         self.stop_if_asked(self.first_step)
+
+    def profiled(self, step: int) -> AbstractContextManager[None]:
+        """Return a context whose body is recorded if the recipe asks for a trace of the step (``logger.profile``)."""
+        return self._profiler.step(step)
 
     def validation(self, step: int, log: MetricsLog, metrics: Mapping[str, float]) -> dict[str, float]:
         """Validate the policy after a step, when it is time to. A collective of all ranks.
@@ -178,7 +210,9 @@ class Run:
         if not due:
             return {}
         try:
-            return self._validate(log)
+            found = self._validate(step, log)
+            self._page_due = True
+            return found
         except SamplingStopped as stopped:
             raise self._stopped(step, self._state_without_validation(metrics), str(stopped)) from None
         except EngineUnavailable as error:
@@ -204,6 +238,9 @@ class Run:
             if step == self.last_step or step % options.save_period == 0:
                 self._write(step, self._state())
             self._stopping.saved_in(self._checkpoints.longest_s)  # in the background, too
+        if self._page_due or step == self.last_step:
+            self._page.begin()
+            self._page_due = False
         self._stopping.step_ended()
 
     @contextmanager
@@ -338,8 +375,14 @@ class Run:
         """
         self._checkpoints.finish()
         self._stopping.end()
-        if not self._recipe.checkpointing.export_hf:
-            return None
+        exported = self._exported() if self._recipe.checkpointing.export_hf else None
+        self._page.finish()
+        if self._log is not None and self._log.enabled:
+            for line in summary(self._recipe, self.first_step, time.monotonic() - STARTED):
+                self._log.note(line)
+        return exported
+
+    def _exported(self) -> Path:
         progress.enter("export")
         weights.export_hf(
             self._components.policy.stream(),
@@ -353,13 +396,16 @@ class Run:
         dist.barrier()
         return self._export
 
-    def _validate(self, log: MetricsLog) -> dict[str, float]:
+    def _validate(self, step: int, log: MetricsLog) -> dict[str, float]:
         progress.enter("validation")
         start = time.perf_counter()
         self._components.engine.load_weights(self._components.policy.source())
         result = validate(self._recipe, self._components)
         self._components.engine.release()
-        log.examples(result.examples[: self._recipe.logger.num_val_samples_to_print])
+        period = self._loop.val_period
+        turn = -(-step // period) if period else int(step > 0)
+        number = self._recipe.logger.num_val_samples_to_print
+        log.examples(step, result.examples, in_turn(result.examples, number, turn))
         shown = ("val/mean_reward", "val/mean_greedy_reward", "val/mean_greedy_accuracy")
         means = [f"{name[4:]} {result.metrics[name]:.4f}" for name in shown if name in result.metrics]
         log.note("validation  " + "  ".join(means))

@@ -12,6 +12,7 @@ from megatron_g2rpo.recipe import Recipe
 from megatron_g2rpo.recipe.validation_metrics import OF_REWARDS
 from megatron_g2rpo.rollout.base import Sampling
 from megatron_g2rpo.train.assembly import Components
+from megatron_g2rpo.train.run.examples import Example, first_of_each_task
 from megatron_g2rpo.train.step.generation import answers_both_ways
 from megatron_g2rpo.train.step.rewards import scored, scoring_of
 from megatron_g2rpo.train.step.warnings import answer_warnings
@@ -30,13 +31,13 @@ class Validation:
             the name, and ``val/mean_reward``, ``val/mean_greedy_reward``, ``val/mean_accuracy``...: means over tasks of
             equal weight. ``accuracy`` and ``format`` are there where the recipe weighs them. ``val/skipped_samples``
             and ``val/skipped/<reason>`` count what was left out, if anything was (``data.on_bad_sample: skip``).
-        examples: greedy rollouts of this rank, the first of each task.
+        examples: answers of all ranks, the first sampled and the first greedy one of each task.
         warnings: lines about greedy responses without an answer.
         failures: lines about rewards that could not be computed.
     """
 
     metrics: dict[str, float]
-    examples: list[Rollout]
+    examples: list[Example]
     warnings: list[str]
     failures: list[str]
 
@@ -49,7 +50,7 @@ def validate(recipe: Recipe, components: Components) -> Validation:
         SamplingStopped: the run was asked to stop, see ``answers``.
     """
     metrics: dict[str, float] = {}
-    examples: list[Rollout] = []
+    examples: list[Example] = []
     warnings: list[str] = []
     failures: list[str] = []
     prompts = components.validation
@@ -66,10 +67,9 @@ def validate(recipe: Recipe, components: Components) -> Validation:
         metrics.update(_task_means(components.tasks, rollouts, rewards, prefix))
         metrics.update(failed.metrics(f"val/{prefix}failed_rewards"))
         failures += failed.lines("the means of the validation leave them out")
+        examples += first_of_each_task(rollouts, rewards, "greedy" if prefix else "sampled")
         if prefix:
             warnings = answer_warnings(rollouts, recipe.env, recipe.data.response_format, None)
-            seen: set[str] = set()
-            examples = [r for r in rollouts if not (r.prompt.task in seen or seen.add(r.prompt.task))]
     if components.left_out:
         metrics["val/skipped_samples"] = float(sum(components.left_out.values()))
         metrics.update({f"val/skipped/{reason}": float(n) for reason, n in sorted(components.left_out.items())})

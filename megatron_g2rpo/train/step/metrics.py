@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_g2rpo.objective import AdvantageDiagnostics, GroupStatistics, importance
+from megatron_g2rpo.policy.device import Device
 from megatron_g2rpo.recipe import Env
 from megatron_g2rpo.train.step.advantages import Advantages
 from megatron_g2rpo.train.step.minibatches import Minibatch
@@ -82,6 +83,13 @@ def skipped_metrics(skipped: Mapping[str, int]) -> dict[str, float]:
     for counts in everyone:
         reasons.update(counts)
     return {**metrics, **{f"train/skipped/{reason}": float(reasons[reason]) for reason in sorted(reasons)}}
+
+
+def memory_metrics(device: Device) -> dict[str, float]:
+    """``memory/peak_gb``, 10^9 bytes on the rank with the most (``Device.peak_memory``). A collective of all ranks."""
+    peak = torch.tensor([device.peak_memory()])
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return {"memory/peak_gb": float(peak) / 1e9}
 
 
 def rollout_metrics(

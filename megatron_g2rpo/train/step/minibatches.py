@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -35,10 +35,12 @@ class Minibatch:
         rollouts: int64 ``[M]``, which of this rank's rollouts of the step it holds, in the order in which they were
             packed.
         micro_batches: the rollouts, packed; as many micro-batches as on every other data-parallel rank.
+        entropies: float32 ``[S]`` for each micro-batch, entropies of the old policy; empty before it has computed them.
     """
 
     rollouts: Tensor
     micro_batches: list[PackedBatch]
+    entropies: list[Tensor] = field(default_factory=list)
 
     def with_advantages(self, advantages: Tensor) -> Minibatch:
         """The minibatch with the advantages of its rollouts on their tokens.

@@ -72,7 +72,7 @@ def add_logprobs(
 
 
 def with_old_logprobs(recipe: TrainRecipe, minibatch: Minibatch, stats: Sequence[TokenStats]) -> Minibatch:
-    """Return a minibatch with old log-probabilities and importance weights.
+    """Return a minibatch with old log-probabilities, entropies and importance weights.
 
     Args:
         recipe: the run's recipe.
@@ -89,7 +89,7 @@ def with_old_logprobs(recipe: TrainRecipe, minibatch: Minibatch, stats: Sequence
         )
         for batch, stat in zip(minibatch.micro_batches, stats, strict=True)
     ]
-    return replace(minibatch, micro_batches=batches)
+    return replace(minibatch, micro_batches=batches, entropies=[stat.entropy for stat in stats])
 
 
 def _with_reference(

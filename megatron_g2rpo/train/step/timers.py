@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds that each phase of a step takes."""
+"""Seconds that each phase of a step takes, and its name in a profiler's trace."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch.profiler import record_function
+
 from megatron_g2rpo import progress
 from megatron_g2rpo.policy.device import Device
 
 
 class Timers:
-    """Stopwatch of one step, by phase.
+    """Stopwatch of one step, by phase; the peak of the memory is counted from its making.
 
     Args:
         device: this rank's device; a phase ends when it has finished what was launched on it.
@@ -23,6 +25,7 @@ class Timers:
 
     def __init__(self, device: Device) -> None:
         self._device = device
+        device.reset_peak_memory()
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -30,8 +33,9 @@ class Timers:
         """Time a phase, and say that it begins (``progress``); phases of the same name add up."""
         progress.enter(phase)
         start = time.perf_counter()
-        yield
-        self._device.synchronize()
+        with record_function(phase):
+            yield
+            self._device.synchronize()
         progress.advance()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 

@@ -21,18 +21,24 @@ STEPS_WITHOUT_SIGNAL = 5
 
 
 class SignalWatch:
-    """Says when no group has had two different rewards for several steps: nothing is learnt from them."""
+    """Says when no group of a step has two different rewards, and warns after several such steps in a row."""
 
     def __init__(self) -> None:
         self._steps = 0
 
-    def __call__(self, metrics: Mapping[str, float]) -> list[str]:
-        """Return a line for the console every ``STEPS_WITHOUT_SIGNAL`` steps without signal in a row.
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> list[str]:
+        """Return a line for the console at the first step without signal in a row, and every ``STEPS_WITHOUT_SIGNAL``.
 
         Args:
+            step: number of the step.
             metrics: metrics of a step.
         """
         self._steps = self._steps + 1 if metrics["train/zero_variance_groups"] >= 1.0 else 0
+        if self._steps == 1:
+            return [
+                f"step {step}: all responses of every group have the same reward (mean "
+                f"{metrics.get('train/reward', 0.0):.3g}): the rewards teach nothing"
+            ]
         if self._steps == 0 or self._steps % STEPS_WITHOUT_SIGNAL:
             return []
         return [

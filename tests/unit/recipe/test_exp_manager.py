@@ -116,7 +116,7 @@ def test_minus_one_keeps_all_and_min_is_lower() -> None:
 @pytest.mark.parametrize(
     ("section", "says"),
     [
-        ({"create_wandb_logger": True}, "Weights & Biases is not supported yet"),
+        ({"create_wandb_logger": True}, "Weights & Biases is logger.wandb_enabled"),
         ({"create_mlflow_logger": True}, "MLflow is not supported yet"),
         ({"resume_if_exists": False}, "the same command always goes on"),
         ({"resume_ignore_no_checkpoint": False}, "a run without a checkpoint starts at its first step"),

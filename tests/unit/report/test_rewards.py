@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from matplotlib import pyplot as plt
 
-from megatron_g2rpo.report.rewards import Change, ReportError, changes, draw, read_metrics, text_only_accuracy
+from megatron_g2rpo.report.metrics import ReportError, read_metrics
+from megatron_g2rpo.report.rewards import Change, changes, draw, text_only_accuracy
 
 METRICS = ("reward", "greedy_reward", "accuracy", "greedy_accuracy")
 

@@ -24,6 +24,6 @@ def make_recipe(run: Path) -> Callable[..., TrainRecipe]:
     """A G2RPO recipe with overrides."""
 
     def make(*overrides: str) -> TrainRecipe:
-        return recipes.load(G2RPO, [f"logger.log_dir={run}", *overrides], "train")
+        return recipes.load(G2RPO, [f"logger.log_dir={run}", "logger.report_enabled=false", *overrides], "train")
 
     return make

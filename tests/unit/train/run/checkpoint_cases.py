@@ -62,13 +62,15 @@ class Remembered:
 class Notes:
     """Stands for a log; keeps what it shows."""
 
+    enabled = True
+
     def __init__(self) -> None:
         self.lines: list[str] = []
 
     def note(self, text: str) -> None:
         self.lines.append(text)
 
-    def examples(self, rollouts: list[Any]) -> None:
+    def examples(self, step: int, examples: list[Any], shown: list[Any]) -> None:
         """Show none: there are none in these tests."""
 
     @property
@@ -80,6 +82,7 @@ def make_run(directory: Path, policy: MegatronPolicy, stopping: Stopping, *overr
     """A run around a policy that saves every step, and its guard, which skips no update: the first ends the run."""
     keys = [
         f"logger.log_dir={directory}",
+        "logger.report_enabled=false",
         "checkpointing.save_period=1",
         "policy.megatron_cfg.optimizer.max_skipped_updates=0",
     ]
@@ -87,6 +90,7 @@ def make_run(directory: Path, policy: MegatronPolicy, stopping: Stopping, *overr
     guard = UpdateGuard(recipe.policy.megatron_cfg.optimizer, directory / "skipped")
     components = SimpleNamespace(
         policy=policy,
+        device=policy.device,
         processor=SimpleNamespace(settings=None),
         stream=Remembered(),
         history=Remembered(),

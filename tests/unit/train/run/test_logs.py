@@ -27,11 +27,12 @@ COLUMNS = (Column("loss", "train/loss", ".4f"), Column("val", "val/mean_reward")
 
 def log(recipe: TrainRecipe, steps: range, *, enabled: bool = True) -> str:
     """Log the given steps as a run that continues before the first of them; what the console shows."""
-    with MetricsLog(recipe.logger, COLUMNS, 9, steps.start - 1, enabled=enabled) as metrics:
-        metrics.console = Console(file=io.StringIO(), width=40, quiet=not enabled)
+    file = io.StringIO()
+    console = Console(file=file, width=40)
+    with MetricsLog(recipe.logger, COLUMNS, 9, steps.start - 1, enabled=enabled, console=console) as metrics:
         for step in steps:
             metrics.log(StepMetrics(step=step, values={"train/loss": step / 7}))
-        return metrics.console.file.getvalue()  # type: ignore[attr-defined]
+    return file.getvalue()
 
 
 def steps(run: Path) -> list[int]:
@@ -147,8 +148,8 @@ def test_a_running_tensorboard_drops_what_a_resumed_run_repeats(
 
 def test_what_a_step_logged_is_on_the_disk_before_its_checkpoint_can_be(run: Path, make_recipe: MakeRecipe) -> None:
     recipe = make_recipe()
-    with MetricsLog(recipe.logger, COLUMNS, 9, -1, enabled=True) as metrics:
-        metrics.console = Console(file=io.StringIO())
+    console = Console(file=io.StringIO())
+    with MetricsLog(recipe.logger, COLUMNS, 9, -1, enabled=True, console=console) as metrics:
         metrics.log(StepMetrics(step=1, values={"train/loss": 0.5}))
         assert steps(run) == [1]
         assert tensorboard(run) == {"train/loss": [(1, 0.5)]}

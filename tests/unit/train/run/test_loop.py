@@ -188,11 +188,11 @@ def test_one_validation_without_rewards_is_told_and_ranks_behind(
     found = {"val/mean_reward": 0.5}
     monkeypatch.setattr(loop, "validate", lambda *_: Validation(dict(found), [], [], []))
     notes = Notes()
-    run._validate(notes.log)
+    run._validate(0, notes.log)
     assert run._metrics == found
     assert not [line for line in notes.lines if "warning" in line]
     found = {"val/failed_rewards": 2.0}
-    run._validate(notes.log)
+    run._validate(0, notes.log)
     assert run._metrics == found, "not those of a policy before"
     [line] = [line for line in notes.lines if "warning" in line]
     assert "this validation has no val/mean_reward" in line

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page: one HTML file that needs neither a network nor a server.
+
+What a model wrote is data. It lies in JSON blocks in which no ``<`` occurs, the page's script sets it as text alone,
+and the Content-Security-Policy lets nothing run but the two scripts whose SHA-256 it names: plotly and the page's own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import os
+from collections.abc import Sequence
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+from megatron_g2rpo.report.charts import Measured, charts_of
+from megatron_g2rpo.report.charts.base import rounded
+from megatron_g2rpo.report.metrics import ReportError, read_metrics
+from megatron_g2rpo.report.recipes import differences
+from megatron_g2rpo.report.rewards import Change, changes, text_only_accuracy
+from megatron_g2rpo.report.rollouts import read_overview
+from megatron_g2rpo.report.run_directory import REPORT_DIR, RunDirectory, read_run
+from megatron_g2rpo.report.samples import Samples, packed, samples_of
+
+PAGE = "report.html"
+LARGEST_PAGE = 9_500_000  # bytes
+LEAST_OF_SAMPLES = 200_000  # bytes, where charts of a long run leave no more
+SCRIPTS = ("common.js", "charts.js", "changes.js", "samples.js", "explorer.js")
+MOST_RUNS = 2
+
+
+def write_page(paths: Sequence[Path], *, version_url: str | None = None) -> Path:
+    """Write the page of a run, or of two runs, into ``report/`` of the first.
+
+    Args:
+        paths: the run directories, one or two.
+        version_url: where the page asks whether there is a newer one; None: it asks nowhere.
+
+    Returns:
+        The path of the page. A page that was there is replaced at once, when the new one is whole.
+
+    Raises:
+        ReportError: a run has nothing to report, or a file of it is damaged; plotly is not installed; there are more
+            than two runs, or one twice.
+    """
+    if not 1 <= len(paths) <= MOST_RUNS:
+        raise ReportError(f"a report shows one run, or two beside each other, not {len(paths)}")
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ReportError(f"{paths[0]} is named twice: name another run to compare it with")
+    text = page_of([read_run(path) for path in paths], version_url=version_url)
+    target = paths[0] / REPORT_DIR / PAGE
+    target.parent.mkdir(exist_ok=True)
+    partial = target.with_name(f".{PAGE}.{os.getpid()}")
+    try:
+        partial.write_text(text, "utf-8")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def page_of(runs: Sequence[RunDirectory], *, version_url: str | None = None) -> str:
+    """Return the page of one or two runs; see ``write_page``."""
+    measured = [Measured(run=run, overview=read_overview(run.path)) for run in runs]
+    plotly, script = _plotly(), "\n".join(_asset(name) for name in SCRIPTS)
+    page = _page_data(measured)
+    room = LARGEST_PAGE - len(plotly.encode()) - len(script) - len(json.dumps(page))
+    recorded = [each for each in measured if each.overview is not None]
+    budget = max(LEAST_OF_SAMPLES, room) / max(1, len(recorded))
+    samples = {each.run.name: samples_of(each.run, each.overview, budget) for each in recorded if each.overview}
+    page["samples"] = [{"run": name} for name in samples]
+    page["version_url"] = version_url
+    blocks = {"page": page}
+    for number, each in enumerate(samples.values()):
+        blocks |= _sample_blocks(number, each)
+    return _fill(
+        _asset("page.html"),
+        policy=_policy((plotly, script), served=version_url is not None),
+        title=html.escape(" and ".join(run.name for run in runs)),
+        style=_asset("page.css"),
+        summary="\n".join(_summary(run) for run in runs),
+        release=html.escape(metadata.version("megatron-g2rpo")),
+        blocks="\n".join(_block(name, value) for name, value in blocks.items()),
+        plotly=plotly,
+        script=script,
+    )
+
+
+def _page_data(measured: Sequence[Measured]) -> dict[str, Any]:
+    """What the page's script reads at the start."""
+    runs = [each.run for each in measured]
+    sections = []
+    for title, charts in charts_of(measured):
+        shown = [chart for chart in charts if chart.has_data]
+        missing = [{"title": chart.title, "needs": chart.needs} for chart in charts if not chart.has_data]
+        fields = ("name", "title", "about", "traces", "layout")
+        listed = [{field: getattr(chart, field) for field in fields} for chart in shown]
+        sections.append({"title": title, "charts": listed, "missing": missing})
+    every = [
+        {name: {"steps": series.steps, "values": rounded(series.values)} for name, series in run.metrics.series.items()}
+        for run in runs
+    ]
+    return {
+        "runs": [run.name for run in runs],
+        "tasks": list(dict.fromkeys(task for run in runs for task in run.tasks)),
+        "weights": {task: runs[0].reward_weights(task) for task in runs[0].tasks},
+        "last_step": runs[0].metrics.last_step,
+        "names": list(dict.fromkeys(name for run in runs for name in run.metrics.series)),
+        "series": packed(every),
+        "sections": sections,
+        "differences": differences(runs[0].recipe, runs[1].recipe) if len(runs) > 1 else [],
+    }
+
+
+def _sample_blocks(number: int, samples: Samples) -> dict[str, Any]:
+    named = ("tasks", "chunks", "vocabulary", "notes", "shown", "recorded")
+    held = {"index": packed(samples.index), **{name: getattr(samples, name) for name in named}}
+    return {f"samples-{number}": held, f"pictures-{number}": samples.pictures}
+
+
+def _summary(run: RunDirectory) -> str:
+    """What a reader must know first, as HTML: the run, how far it is, and its validations before and after."""
+    metrics = run.metrics
+    facts = [
+        f"{run.path.resolve()}: {metrics.last_step} steps",
+        f"model {run.setting('policy.model_name', 'not named')}",
+    ]
+    if estimator := run.setting("grpo.adv_estimator.name"):
+        facts.append(f"estimator {estimator}")
+    if metrics.bin_size > 1:
+        facts.append(f"each point of a curve is the mean of {metrics.bin_size} steps")
+    lines = [f'<p class="soft">{html.escape(" · ".join(facts))}</p>']
+    names = ("reward", "greedy_reward", "accuracy", "greedy_accuracy")
+    try:
+        lines_of_file = read_metrics(run.path)
+        found = [{each.task: each for each in changes(lines_of_file, name)} for name in names]
+    except (ReportError, KeyError):  # fewer than two validations, or other tasks in the last one: no table
+        return "\n".join(lines)
+    head = "".join(f'<th scope="col">held out, {name.replace("_", " ")}</th>' for name in names)
+    rows = []
+    for task in (task for task in found[0] if all(task in each for each in found)):
+        cells = "".join(_before_and_after(each[task]) for each in found)
+        rows.append(f'<tr><th scope="row">{html.escape(task)}</th>{cells}</tr>')
+    lines.append(
+        '<div class="scroll" tabindex="0" role="region" aria-label="Validation, first and last">'
+        f'<table><thead><tr><th scope="col">task</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
+    blind = text_only_accuracy(run.path)
+    lines += [
+        f'<p class="soft">{html.escape(task)}: accuracy {value:.3f} without looking at the image</p>'
+        for task, value in blind.items()
+    ]
+    return "\n".join(lines)
+
+
+def _before_and_after(change: Change) -> str:
+    kind = "bad" if change.after < change.before else "good"
+    gain = f'<span class="{kind}">{change.after - change.before:+.3f}</span>'
+    return f'<td class="number">{change.before:.3f} → {change.after:.3f} {gain}</td>'
+
+
+def _policy(scripts: Sequence[str], *, served: bool) -> str:
+    """The Content-Security-Policy: no source but the page itself; of scripts, these alone."""
+    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    rules = {
+        "default-src": "'none'",
+        "script-src": " ".join(f"'sha256-{digest}'" for digest in digests),
+        "style-src": "'unsafe-inline'",  # plotly sets styles
+        "img-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        **({"connect-src": "'self'"} if served else {}),
+    }
+    return "; ".join(f"{name} {value}" for name, value in rules.items())
+
+
+def _block(name: str, value: Any) -> str:
+    """A JSON block. Without a ``<``, no text in it can end it, or begin a comment or a script."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{name}">{text}</script>'
+
+
+def _fill(template: str, **values: str) -> str:
+    """Put values in the places of a template, once: what looks like a place within a value stays as it is."""
+    filled = []
+    for piece in template.split("{"):
+        name, closed, rest = piece.partition("}")
+        filled.append(values[name] + rest if closed and name in values else ("{" if filled else "") + piece)
+    return "".join(filled)
+
+
+def _asset(name: str) -> str:
+    return (resources.files("megatron_g2rpo.report") / "assets" / name).read_text("utf-8")
+
+
+def _plotly() -> str:
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise ReportError("the page's charts need plotly: pip install 'megatron-g2rpo[report]'") from error
+    return get_plotlyjs()
