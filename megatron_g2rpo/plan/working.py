@@ -39,8 +39,8 @@ def update_working(recipe: Recipe, hf_config: Any, layout: Layout, row: Row, sta
         moments.append(_output_working(size, logit_chunks(recipe, layout, row), recipe.policy.generation.top_k))
     if stage == 0:
         moments.append(_vision_working(recipe, hf_config, layout, row))
-    # The deepstack features travel through the first stage's forward pass, kept or not. Layers that are recomputed whole
-    # return a gradient of all of them each, which is added to that of the layers behind.
+    # The deepstack features travel through the first stage's forward pass, kept or not. Layers that are recomputed
+    # whole return a gradient of all of them each, which is added to that of the layers behind.
     times = 3 if recipe.policy.megatron_cfg.recompute_granularity == "full" else 1
     levels = context_levels(hf_config, row, stage) * nbytes * size.shared * size.hidden
     return max(moments) + workspace(size) + times * levels

@@ -203,7 +203,7 @@ class _Rehearsal:
         with self._doing("update (forward and backward pass)"), _after_forward(policy, ledger) as alive:
             policy.gradients(batches, _loss)
         # Beside the micro-batches' index tensors, which were there before.
-        # Of one micro-batch at a time: the closures of recomputation that the one before has left are not the next one's.
+        # One micro-batch's: what closures of recomputation of the one before still hold is not the next one's.
         counted = alive if self.policy.groups.pipeline_size > 1 else alive[:1]
         found = {"activations": max(counted) - base, "peak": ledger.peak - base}
         with self._doing("optimizer step"):
