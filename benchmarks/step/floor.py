@@ -86,10 +86,10 @@ def _rows(layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor
     groups, samples, prompt = _layout.groups, _layout.samples, _layout.prompt
     border = groups * prompt
     of_prompts = [x[:border].unflatten(0, (groups, prompt)).transpose(1, 2) for x in (q, k, v)]
-    out = F.scaled_dot_product_attention(*of_prompts, is_causal=True, scale=scaling, enable_gqa=True)
+    queries, keys, values = of_prompts
+    out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling, enable_gqa=True)
     parts = [out.transpose(1, 2).flatten(0, 1)]
     if len(q) == border:
-        _, keys, values = of_prompts
         none = keys.new_empty(*keys.shape[:2], 0, keys.shape[3])
         _layout.caches[layer] = (keys, values, none, none)
         return parts[0]

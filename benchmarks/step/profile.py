@@ -94,7 +94,7 @@ def by_module(events: Iterable[FunctionEvent]) -> Counter[tuple[str, str]]:
     seconds: Counter[tuple[str, str]] = Counter()
     for event in events:
         module = _enclosing(event) or _of_forward(event, forward) or OUTSIDE
-        seconds[module, kind(event.name)] += event.self_cpu_time_total / 1e6
+        seconds[module, kind(event.name)] += event.self_cpu_time_total / 1e6  # pyright: ignore[reportArgumentType]
     return seconds
 
 
@@ -129,7 +129,7 @@ def tables(title: str, events: Sequence[FunctionEvent], operators: int) -> str:
         rows.setdefault(module, Counter())[kind_] += seconds
     for event in events:
         if not event.name.startswith(PREFIX):
-            names[event.name] += event.self_cpu_time_total / 1e6
+            names[event.name] += event.self_cpu_time_total / 1e6  # pyright: ignore[reportArgumentType]
     columns = ("matrix product", "attention", "neither")
     lines = [f"## {title}: {total:.3f} s", "", f"| module | all | {' | '.join(columns)} |", "|---|---|---|---|---|"]
     shown = [("all", kinds), *sorted(rows.items(), key=lambda row: -row[1].total())]

@@ -24,7 +24,7 @@ from benchmarks.step.sizes import Size
 MICRO_PROMPTS = 1
 
 
-class MeasuredTrainer(GRPOTrainer):
+class MeasuredTrainer(GRPOTrainer):  # pyright: ignore[reportGeneralTypeIssues]
     """TRL's trainer with a stopwatch on its phases, and a count of what it generated."""
 
     meter: Meter
@@ -106,7 +106,7 @@ def serve(size: Size, directory: Path, *, micro_batches: bool, hand_over: Callab
     """
     count = size.prompts // MICRO_PROMPTS if micro_batches else 1
     model_directory = workload.build(directory)
-    config = GRPOConfig(
+    config = GRPOConfig(  # pyright: ignore[reportCallIssue]
         output_dir=str(directory / "trl"),
         max_steps=1000,
         use_cpu=True,

@@ -14,6 +14,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -46,7 +47,7 @@ def build(directory: Path) -> Path:
     settings["text_config"]["max_position_embeddings"] = 4096
     settings["vision_config"]["deepstack_visual_indexes"] = [0, 1, 2]
     settings["vision_config"]["num_position_embeddings"] = 64
-    config = Qwen3VLConfig(**{key: value for key, value in settings.items() if key != "transformers_version"})
+    config: Any = Qwen3VLConfig(**{key: value for key, value in settings.items() if key != "transformers_version"})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Qwen3VLForConditionalGeneration(config)

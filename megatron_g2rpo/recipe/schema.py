@@ -144,7 +144,7 @@ class TrainRecipe(_Common):
     """The reinforcement-learning loop."""
     loss_fn: LossFn
     """The surrogate, and the other terms of the loss."""
-    logger: TrainLogger
+    logger: TrainLogger  # pyright: ignore[reportIncompatibleVariableOverride]  # nothing assigns it: it is frozen
     """The run directory, and what is logged and recorded."""
 
     @property

@@ -25,7 +25,7 @@ def balanced(overview: Overview, groups: Sequence[np.ndarray]) -> list[int]:
     """
     of_task: dict[str, list[int]] = {}
     for index, rows in enumerate(groups):
-        of_task.setdefault(overview.task[rows[0]], []).append(index)
+        of_task.setdefault(str(overview.task[rows[0]]), []).append(index)
     queues = [[mine[place] for place in spread(len(mine))] for _, mine in sorted(of_task.items())]
     longest = max(map(len, queues), default=0)
     return [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]

@@ -58,9 +58,9 @@ def _tokens_a_second(metrics: Metrics) -> tuple[Series, str]:
     seconds = dict(zip(metrics["time/step"].steps, metrics["time/step"].values, strict=True))
     counted = metrics["train/num_tokens"]
     pairs = [
-        (step, count / seconds[step])
+        (step, count / spent)
         for step, count in zip(counted.steps, counted.values, strict=True)
-        if count is not None and seconds.get(step)
+        if count is not None and (spent := seconds.get(step))
     ]
     return Series(steps=[step for step, _ in pairs], values=[value for _, value in pairs]), "response tokens"
 
