@@ -88,7 +88,7 @@ def test_a_file_has_first_lines_samples_a_line_a_step_and_a_summary(toy: Toy, tm
     shown = re.findall(r"^  (\w+) (\S+), (sampled|greedy), reward \d\.\d{3}: ", text, re.MULTILINE)
     assert {task for task, _, _ in shown} == set(TASKS), "three at a validation: each task in its turn"
     assert {kind for _, _, kind in shown} == {"greedy", "sampled"}
-    assert all(key.startswith(task) for task, key, _ in shown)
+    assert all(key.rpartition("/")[2].startswith(f"{task}-") for task, key, _ in shown), "shard and sample"
     end = text[text.index("done: 2 steps") :]
     for task in (*TASKS, "mean"):
         assert re.search(rf"^  {task} +sampled \d\.\d{{3}} -> \d\.\d{{3}}   greedy ", end, re.MULTILINE), task

@@ -97,7 +97,7 @@ def test_what_cannot_be_replayed_says_why_and_what_can(recorded: Path, tmp_path:
     sampled = error_of("train", recipe, "--replay", run, "--step", "2", "policy.generation.temperature=0.5")
     assert "policy.generation.temperature: 1.0 in the run, 0.5 here" in sampled
     part = ("env.reward_weights.structure=0.1", "env.reward_weights.accuracy=0.8")
-    assert "weighs structure, and step 2 was recorded with the parts accuracy, format, operands, length" in error_of(
+    assert "weighs structure, and step 2 was recorded with the parts accuracy, format, length, operands" in error_of(
         "train", recipe, "--replay", run, "--step", "2", *part
     )
     (run / "checkpoints" / "step_1").rename(tmp_path / "step_1")
