@@ -90,8 +90,8 @@ class Packer:
                 number of micro-batches; None for no padding.
 
         Raises:
-            ValueError: a sequence exceeds the budget, more than ``num_bins`` rows are needed, or a response has an
-                image placeholder.
+            ValueError: a sequence exceeds the budget, more than ``num_bins`` rows are needed, or a response is empty or
+                has an image placeholder.
         """
         bins = self._bins(sequences, budget)
         if num_bins is not None:
@@ -116,6 +116,8 @@ class Packer:
 
     def _cost(self, sequence: PackSequence) -> Cost:
         prompt, response = len(sequence.inputs.token_ids), len(sequence.response_ids)
+        if not response:
+            raise ValueError("a sequence has no response token, so that nothing of it is predicted: leave it out")
         return Cost.of(prompt, response, self.sequence_multiple, shares=self.shared_prefix)
 
     def _row(self, sequences: Sequence[PackSequence], members: list[int]) -> PackedBatch:

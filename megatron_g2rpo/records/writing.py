@@ -8,6 +8,7 @@ it is not the step's turn. What fails is said once, and never ends the run.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -107,24 +108,27 @@ class RolloutWriter:
             self._spent = sum(each.stat().st_size for each in files_in(self._run).values() if each != path)
         left = max((self._last_step - header.step) // self._period + 1, 1)
         allowed = (self._budget - self._spent) / left
-        size = self._write(table, header)
+        size = self._write(table, header, allowed)
         while size > allowed:
             if not self._has_cut:
                 self._has_cut = True
                 self._note(
-                    f"logger.rollouts.budget_mb leaves {allowed / 1000:.0f} kB of the {size / 1000:.0f} kB of a step: "
+                    f"warning: logger.rollouts.budget_mb leaves {allowed / 1000:.0f} of the {size / 1000:.0f} kB of a step: "
                     "whole groups are left out, of every task alike; steps with fewer cannot be replayed"
                 )
             # A little less than its share: texts differ, and a second attempt costs as much as the first.
             table = cut(table, 0.95 * allowed / size, seed=header.step)
             if not table.num_rows:
-                path.unlink()
+                path.unlink(missing_ok=True)
                 return
-            size = self._write(table, replace(header, is_whole=False))
+            size = self._write(table, replace(header, is_whole=False), allowed)
         self._spent += size
 
-    def _write(self, table: pa.Table, header: Header) -> int:
-        """Write a file beside its place, and rename it; return its size in bytes."""
+    def _write(self, table: pa.Table, header: Header, allowed: float = math.inf) -> int:
+        """Write a file beside its place, and rename it if it is not larger than allowed; return its size in bytes.
+
+        What has its name is what stays: a reader between two of them would meet rows that move.
+        """
         path = file_of(self._run, header.step)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + _PARTIAL)
@@ -138,11 +142,15 @@ class RolloutWriter:
             ) as writer:
                 writer.add_key_value_metadata(header.metadata())
                 writer.write_table(table)
-            partial.replace(path)
+            size = partial.stat().st_size
+            if size > allowed:
+                partial.unlink()
+            else:
+                partial.replace(path)
         except OSError:
             partial.unlink(missing_ok=True)
             raise
-        return path.stat().st_size
+        return size
 
     def _safely(self, write: Callable[[], Any]) -> None:
         try:

@@ -13,12 +13,16 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from megatron_g2rpo import progress
+
 FINISH_S = 300.0  # seconds that the end of a run waits for its page
 NICENESS = 10  # the ranks go first
+_SLICE_S = 2.0  # seconds between two signs of life while it is waited for
 # What would make a rank of the process, or give it a GPU to hold memory on.
 _OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "MEGATRON_G2RPO_LAUNCHER")
 
@@ -36,7 +40,7 @@ class ReportPage:
         self._run, self._enabled, self._note = run, enabled, note
         self._process: subprocess.Popen[bytes] | None = None
         self._errors: IO[bytes] | None = None
-        self._warned = False
+        self._warned = self._failed = False  # a line was said; the last attempt failed
         self._logged = -1  # bytes of metrics that the page is made of
 
     def begin(self) -> None:
@@ -53,21 +57,21 @@ class ReportPage:
 
         One that was begun before the last step was logged lacks it, and is written once more.
         """
-        if not self._enabled or self._warned:
+        if not self._enabled or self._process is None:
             return
-        if self._process is not None:
+        progress.enter("report")
+        self._wait()
+        if self._stale() and not self._failed:
+            self._start()
             self._wait()
-            if self._stale() and not self._warned:
-                self._start()
-                self._wait()
         page = self._run / "report" / "report.html"
-        if page.exists() and not self._warned:
+        if page.exists() and not self._failed:
             self._note(f"report: {page}")
 
     def _start(self) -> None:
         environment = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
         command = [sys.executable, "-m", "megatron_g2rpo.cli", "report", str(self._run)]
-        self._logged = self._state()
+        self._logged, self._failed = self._state(), False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (it is read when the process has ended)
         try:
             self._process = subprocess.Popen(
@@ -103,13 +107,18 @@ class ReportPage:
         return False
 
     def _wait(self) -> None:
-        assert self._process is not None
-        try:
-            self._process.wait(FINISH_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-            self._warn(f"it took longer than {FINISH_S:.0f} s; write it with `megatron-g2rpo report {self._run}`")
+        if self._process is None:  # it could not be started
+            return
+        deadline = time.monotonic() + FINISH_S
+        while self._process.poll() is None:
+            if time.monotonic() > deadline:
+                self._process.kill()
+                self._process.wait()
+                self._warn(f"it took longer than {FINISH_S:.0f} s; write it with `megatron-g2rpo report {self._run}`")
+                break
+            progress.advance()  # the run is at its end, and does not hang
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_SLICE_S)
         self._settle()
 
     def _settle(self) -> None:
@@ -126,7 +135,7 @@ class ReportPage:
     def _warn(self, why: str) -> None:
         if not self._warned:
             self._note(f"warning: the report was not written: {why}")
-        self._warned = True
+        self._warned = self._failed = True
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
