@@ -129,7 +129,7 @@ def test_the_budget_leaves_out_whole_groups_of_every_task_alike_and_says_so_once
         record(to, step, long_table)
     assert sum(path.stat().st_size for path in files_in(tmp_path / "run").values()) <= 10 * 0.7 * size
     assert len(notes) == 1
-    assert notes[0].startswith("logger.rollouts.budget_mb leaves ")
+    assert notes[0].startswith("warning: logger.rollouts.budget_mb leaves ")
     assert "cannot be replayed" in notes[0]
     for step in range(1, 11):
         table, found = read_step(tmp_path / "run", step)
