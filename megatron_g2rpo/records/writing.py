@@ -113,7 +113,7 @@ class RolloutWriter:
             if not self._has_cut:
                 self._has_cut = True
                 self._note(
-                    f"warning: logger.rollouts.budget_mb leaves {allowed / 1000:.0f} kB of a step's {size / 1000:.0f} kB: "
+                    f"warning: logger.rollouts.budget_mb leaves {allowed / 1000:.0f} of a step's {size / 1000:.0f} kB: "
                     "whole groups are left out, of every task alike; steps with fewer cannot be replayed"
                 )
             # A little less than its share: texts differ, and a second attempt costs as much as the first.
