@@ -79,9 +79,12 @@ def schedule_functions(
     config.param_sync_func = None
 
 
-def _complete_and_finalize(complete: Callable[[], None], *arguments: Any, **keywords: Any) -> None:
+def _complete_and_finalize(
+    complete: Callable[[], None], model: list[Any], num_tokens: torch.Tensor | None = None, **keywords: Any
+) -> None:
+    """Complete gradients, then finalize them; but for the first, the arguments are those that schedules pass."""
     complete()
-    finalize_model_grads(*arguments, **keywords)
+    finalize_model_grads(model=model, num_tokens=num_tokens, **keywords)
 
 
 def check_normalisation(config: TransformerConfig, ddp: DistributedDataParallel) -> None:

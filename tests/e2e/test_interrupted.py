@@ -59,13 +59,13 @@ def test_a_run_that_is_asked_to_stop_anywhere_goes_on_bit_for_bit(toy: Toy, stra
     recipe = toy.recipe(tmp_path / "recipe.yaml", logger={"log_dir": str(run)})
     places = (
         ("while it waits for servers at the start", TransformersEngine, "load_weights", None),
-        ("in the validation at the start, which is dropped", validation, "answers", None),
+        ("in the validation at the start, which is dropped", validation, "answers_both_ways", None),
         ("while the first step samples, which is dropped", sampling, "_round", None),
         ("while it saves", loop.Checkpoints, "save", 2),
         ("while a later step samples, which is dropped", sampling, "_round", 2),
         ("after a step that would not be saved", loop.Run, "validation", 3),
-        ("in the last validation, which is dropped", validation, "answers", 4),
-        ("in the same validation, again", validation, "answers", 4),
+        ("in the last validation, which is dropped", validation, "answers_both_ways", 4),
+        ("in the same validation, again", validation, "answers_both_ways", 4),
         ("while it waits for servers in the same validation", TransformersEngine, "load_weights", 4),
     )
     for where, owner, name, step in places:

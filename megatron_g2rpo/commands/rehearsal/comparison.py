@@ -58,7 +58,7 @@ def memory_figures(plan: Plan, stage: StageRehearsal) -> list[Figure]:
         Figure("optimizer state", planned.state.optimizer, stage.optimizer, 0.01, 0.0),
         Figure("activations in flight", planned.activations, stage.activations, 0.05, 0.01),
         # Nothing is generated in a rehearsal: no graphs are kept of it.
-        Figure("update at its peak", planned.phases["update"] - planned.vision_graphs, stage.peak, 0.30, 0.0),
+        Figure("update at its peak", planned.phases["update"] - planned.vision_graphs, stage.peak, 0.40, 0.0),
     ]
 
 

@@ -34,8 +34,9 @@ def set_environment(env_vars):
     real(env_vars)
 environment.set_environment = set_environment
 loops.with_local_model = lambda recipe: recipe
-loops._entry = lambda kind: lambda recipe: print("sees:", os.environ.get(sys.argv[1]))
-loops._loop("train", __import__("pathlib").Path(sys.argv[2]), sys.argv[3:], None, False, False)
+loops._entry = lambda kind: lambda recipe, **_: print("sees:", os.environ.get(sys.argv[1]))
+options = {"dry_run": False, "fresh": False, "quiet": False}
+loops._loop("train", __import__("pathlib").Path(sys.argv[2]), sys.argv[3:], None, **options)
 """
 
 
