@@ -85,7 +85,11 @@ def test_which_answers_lost_reward(run: Path) -> None:
     answer = asked(SQL[1])
     assert_same(answer, computed(PANDAS[2]))
     # Step 3 against the mean of step 2: even samples have the format alone. Step 4 is compared with step 3.
-    assert [line[:3] for line in answer] == [(3, "chart-000000/0", 0), (3, "chart-000000/0", 2), (3, "chart-000000/1", 0)]
+    assert [line[:3] for line in answer] == [
+        (3, "chart-000000/0", 0),
+        (3, "chart-000000/0", 2),
+        (3, "chart-000000/1", 0),
+    ]
     assert [line[4] for line in answer] == pytest.approx([-0.9 * 0.25] * 3, rel=1e-9)
     assert answer[0][5] == "<answer>0</answer>"
 
