@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 
@@ -189,6 +190,21 @@ def test_what_changed_names_the_task_and_the_part(opened: Browser) -> None:
     opened.until(f"{SHOWN}.startsWith('160 ')")
     opened.until("document.querySelector('#f-results h3').textContent.startsWith('grounding')")
     assert "since last time −" in opened.value("document.querySelector('#f-results .response').textContent")
+
+
+def test_samples_of_prompts_that_were_drawn_once_come_by_reward(browser: Browser, tmp_path: Path) -> None:
+    run = write_recorded_run(tmp_path / "run", steps=4, prompts=8, with_data=False)  # two groups a step
+    browser.open(write_page([run]).as_uri())
+    browser.until("document.querySelector('#changes tbody button') !== null")
+    browser.do("document.querySelector('#changes tbody button').click()")
+    browser.until("document.getElementById('f-sort').value === 'reward'")
+    browser.until(f"{SHOWN}.startsWith('16 of ')")  # steps 3 and 4, none left out
+    assert "without a value" not in browser.value(SHOWN)
+    titles = browser.value("[...document.querySelectorAll('#f-results .response')].map((each) => each.textContent)")
+    rewards = [float(re.search(r"reward (\S+)", each)[1].replace("−", "-")) for each in titles]
+    lowest = [min(rewards[at : at + 4]) for at in range(0, len(rewards), 4)]  # of each group
+    assert len(lowest) == 4
+    assert lowest == sorted(lowest)
 
 
 def test_any_metric_can_be_seen(opened: Browser) -> None:

@@ -19,7 +19,8 @@
       "p", { class: "soft" },
       "The mean training reward of two spans of steps, the task that lost most first, and what each part of the reward " +
       "(times its weight) adds to the change. ± is a 95 % interval, from the spread between steps. The button shows " +
-      "the samples of the second span, those first that fell furthest below the last answers to the same prompt.",
+      "the samples of the second span, those first that fell furthest below the last answers to the same prompt; where " +
+      "none of the prompts was drawn before, those of the lowest reward.",
     ),
     form, output,
   );

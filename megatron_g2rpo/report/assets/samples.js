@@ -292,11 +292,13 @@
     goal?.scrollIntoView({ block: "nearest" });
   });
 
-  /** Show the samples of a task between two steps. */
+  /** Show the samples of a task between two steps; by reward, where no prompt of theirs has a last time to compare with. */
   report.showSamples = async ({ task, from, to, sort }) => {
     form.reset();
     for (const [id, value] of [["f-task", task], ["f-step-min", from], ["f-step-max", to], ["f-sort", sort]]) document.getElementById(id).value = value;
     asked += 1;
+    const set = await load(Number(get("f-run") || 0));
+    if (sort === "change" && matching(set).every((row) => set.index.change[row] === null)) document.getElementById("f-sort").value = "reward";
     await refresh();
     section.scrollIntoView();
   };

@@ -67,9 +67,9 @@ def assert_same(one: list[tuple[Any, ...]], other: list[tuple[Any, ...]]) -> Non
         assert list(left) == [pytest.approx(each, rel=1e-6) if isinstance(each, float) else each for each in right]
 
 
-def test_the_page_answers_three_questions_both_ways() -> None:
-    assert len(SQL) == 3
-    assert len(PANDAS) == 4  # the first one reads
+def test_the_page_answers_four_questions_both_ways() -> None:
+    assert len(SQL) == 4
+    assert len(PANDAS) == 5  # the first one reads
 
 
 def test_which_task_got_worse(run: Path) -> None:
@@ -81,9 +81,32 @@ def test_which_task_got_worse(run: Path) -> None:
     assert tasks[-1] == "math", "which gained"
 
 
-def test_format_or_accuracy(run: Path) -> None:
+def test_which_answers_lost_reward(run: Path) -> None:
     answer = asked(SQL[1])
     assert_same(answer, computed(PANDAS[2]))
+    # Step 3 against the mean of step 2: even samples have the format alone. Step 4 is compared with step 3.
+    assert [line[:3] for line in answer] == [
+        (3, "chart-000000/0", 0),
+        (3, "chart-000000/0", 2),
+        (3, "chart-000000/1", 0),
+    ]
+    assert [line[4] for line in answer] == pytest.approx([-0.9 * 0.25] * 3, rel=1e-9)
+    assert answer[0][5] == "<answer>0</answer>"
+
+
+def test_prompts_that_were_drawn_once_have_no_change(run: Path) -> None:
+    """The lowest rewards come first then."""
+    for step in (1, 2, 3):
+        (run / "rollouts" / f"step_{step:06d}.parquet").unlink()
+    answer = asked(SQL[1])
+    assert_same([(*line[:4], line[5]) for line in answer], [(*line[:4], line[5]) for line in computed(PANDAS[2])])
+    assert [line[4] for line in answer] == [None] * 3
+    assert [line[3] for line in answer] == pytest.approx([0.1] * 3, rel=1e-9)
+
+
+def test_format_or_accuracy(run: Path) -> None:
+    answer = asked(SQL[2])
+    assert_same(answer, computed(PANDAS[3]))
     by_step = {line[0]: line[1:] for line in answer}
     assert sorted(by_step) == [2, 3]
     # Four of six groups lose an eighth of accuracy, one gains all of format.
@@ -92,8 +115,8 @@ def test_format_or_accuracy(run: Path) -> None:
 
 
 def test_where_engine_and_trainer_differ(run: Path) -> None:
-    answer = asked(SQL[2])
-    assert_same(answer, computed(PANDAS[3]))
+    answer = asked(SQL[3])
+    assert_same(answer, computed(PANDAS[4]))
     assert [line[0] for line in answer] == ["ocr", "math", "chart"]
     # float32 log-probabilities around 0.5
     assert [line[1] for line in answer] == pytest.approx([0.5, 0.25, 0.125], rel=1e-5)
