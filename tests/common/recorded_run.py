@@ -41,7 +41,6 @@ def write_recorded_run(
     steps: int = 80,
     groups: int = 2,
     answers: int = 4,
-    prompts: int = PROMPTS,
     texts: Sequence[str] = (),
     with_data: bool = True,
     seed: int = 0,
@@ -54,7 +53,6 @@ def write_recorded_run(
         steps: number of steps.
         groups: groups of each task and step.
         answers: rollouts of a group.
-        prompts: of each task, drawn in turn; of more than ``PROMPTS`` the data has no image.
         texts: responses that take the place of the first ones of the last step.
         with_data: whether the images are there.
         seed: of the noise.
@@ -68,7 +66,7 @@ def write_recorded_run(
     _write_recipe(run, recipe or {})
     lines = [{"step": 0, **_validation(0, steps)}]
     for step in range(1, steps + 1):
-        rows = [row for task in TASKS for row in _groups_of(task, step, steps, groups, answers, prompts, rng)]
+        rows = [row for task in TASKS for row in _groups_of(task, step, steps, groups, answers, rng)]
         for row, text in zip(rows if step == steps else (), texts, strict=False):
             row["response_text"] = text
         write_step(run, step, rows)
@@ -98,11 +96,11 @@ def reward_of(parts: dict[str, float]) -> float:
 
 
 def _groups_of(
-    task: str, step: int, steps: int, groups: int, answers: int, prompts: int, rng: np.random.Generator
+    task: str, step: int, steps: int, groups: int, answers: int, rng: np.random.Generator
 ) -> list[dict[str, Any]]:
     rows = []
     for number in range(groups):
-        prompt = (step * groups + number) % prompts
+        prompt = (step * groups + number) % PROMPTS
         parts = [_parts(task, step, steps, rng) for _ in range(answers)]
         rewards = np.array([reward_of(each) for each in parts])
         spread = rewards.std()

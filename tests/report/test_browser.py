@@ -193,7 +193,7 @@ def test_what_changed_names_the_task_and_the_part(opened: Browser) -> None:
 
 
 def test_samples_of_prompts_that_were_drawn_once_come_by_reward(browser: Browser, tmp_path: Path) -> None:
-    run = write_recorded_run(tmp_path / "run", steps=4, prompts=8, with_data=False)  # two groups a step
+    run = write_recorded_run(tmp_path / "run", steps=4, with_data=False)  # 2 of the 8 prompts a step
     browser.open(write_page([run]).as_uri())
     browser.until("document.querySelector('#changes tbody button') !== null")
     browser.do("document.querySelector('#changes tbody button').click()")
