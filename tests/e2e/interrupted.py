@@ -188,7 +188,7 @@ def interrupted_at(
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Tag -> (step, value) of every event that TensorBoard would show, in the order of the files; without seconds."""
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(("time/", "memory/"))]
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(("time/", "memory/", "speed/"))]
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 

@@ -23,7 +23,7 @@ from tests.gpu.virtual_cuda import counted_synchronisations
 LOCAL = ("megatron_cfg.transformer_impl=local", "megatron_cfg.core_attention=local")
 # Waits that each further micro-batch adds, with local layers, for a row of several sequences with images.
 EACH_MICRO_BATCH = {
-    "attention.py": 14,  # the bounds of sequences to the host, and places in the packed row to the device, both twice
+    "packed_row.py": 14,  # the bounds of sequences to the host, and places in the packed row to the device, both twice
     "logprobs.py": 4,  # which tokens are labelled
     "megatron.py": 15,  # the row's tensors to the device one by one, the token count there and back
     "model.py": 4,  # where the images' tokens are
