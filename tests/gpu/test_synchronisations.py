@@ -25,9 +25,9 @@ LOCAL = ("megatron_cfg.transformer_impl=local", "megatron_cfg.core_attention=loc
 EACH_MICRO_BATCH = {
     "packed_row.py": 14,  # the bounds of sequences to the host, and places in the packed row to the device, both twice
     "logprobs.py": 4,  # which tokens are labelled
-    "megatron.py": 15,  # the row's tensors to the device one by one, the token count there and back
+    "megatron.py": 16,  # the row's tensors to the device one by one, the token count there and back
     "model.py": 4,  # where the images' tokens are
-    "vision.py": 19,  # transformers' tower reads the grids of images
+    "vision.py": 20,  # transformers' tower reads the grids of images
 }
 # Waits of a whole update besides: losses, metrics, the norm of all gradients. Without Transformer Engine megatron-core
 # clips and steps by torch's own operators, which read one number of every parameter twice.
