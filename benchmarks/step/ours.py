@@ -23,22 +23,23 @@ from megatron_g2rpo.train.assembly import assemble
 from megatron_g2rpo.train.step.timers import Timers
 
 REWARD = Path(__file__).with_name("reward.py")
-# Tokens of a packed row: a larger one has no fewer operations, and leaves the processor's caches.
-ROW_TOKENS = 8192
+# Tokens of a packed row, or those of one group where that is more: what a layer makes of a larger row leaves the
+# processor's caches before it is read again, and in smaller ones the many calls of a row count.
+ROW_TOKENS = 1280
 # The timers of a step -> the phases of this benchmark.
 PHASES = {"data": "process", "generation": "generation", "logprobs": "old log-probabilities", "update": "update"}
 
 
-def recipe_of(size: Size, directory: Path, *, shared: bool, row_tokens: int = ROW_TOKENS) -> TrainRecipe:
+def recipe_of(size: Size, directory: Path, *, shared: bool) -> TrainRecipe:
     """Return the recipe: group-normalised advantages and the clipped surrogate, without KL term or entropy shaping.
 
     Args:
         size: the step.
         directory: where model and prompts are, or will be.
         shared: whether a group's answers share their prompt.
-        row_tokens: largest number of tokens of a packed row.
     """
     longest = size.prompt_tokens + size.answer_tokens
+    group = size.prompt_tokens + size.samples * size.answer_tokens
     overrides: dict[str, Any] = {
         "imports": [str(REWARD)],
         "grpo.num_prompts_per_step": size.prompts,
@@ -54,7 +55,7 @@ def recipe_of(size: Size, directory: Path, *, shared: bool, row_tokens: int = RO
         "policy.precision": "float32",
         "policy.train_global_batch_size": size.rollouts,
         "policy.max_total_sequence_length": longest,
-        "policy.sequence_packing.train_mb_tokens": max(row_tokens, longest),
+        "policy.sequence_packing.train_mb_tokens": max(ROW_TOKENS, group),
         "policy.sequence_packing.shared_prefix": shared,
         "policy.megatron_cfg.optimizer.lr": workload.LEARNING_RATE,
         "policy.megatron_cfg.optimizer.weight_decay": workload.WEIGHT_DECAY,

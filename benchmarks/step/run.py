@@ -51,6 +51,7 @@ class SideProcess:
             "OMP_NUM_THREADS": str(threads),
             # Large tensors from the heap, which keeps its pages: what fresh pages cost is the kernel's, not a side's.
             "MALLOC_MMAP_MAX_": "0",
+            "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -138,7 +138,7 @@ class Packer:
         distinct = [sequences[group[0]].inputs for group in groups.values()]
         return PackedBatch(
             **self._joined([segment.fields for segment in segments], padded),
-            segment_ids=torch.cat([_padded(torch.full((n,), i), size, -1) for i, (n, size) in _pairs(lengths, padded)]),
+            segment_ids=_segment_ids(lengths, padded),
             cu_seqlens=_offsets(lengths),
             cu_seqlens_padded=_offsets(padded),
             parents=torch.tensor([segment.parent for segment in segments]),
@@ -278,11 +278,15 @@ def _cut(fields: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
 
 
 def _padded(value: Tensor, size: int, fill: int) -> Tensor:
-    return F.pad(value, (0, size - value.shape[-1]), value=fill)
+    length = value.shape[-1]
+    return value if length == size else F.pad(value, (0, size - length), value=fill)
 
 
-def _pairs(lengths: Sequence[int], padded: Sequence[int]) -> Iterable[tuple[int, tuple[int, int]]]:
-    return enumerate(zip(lengths, padded, strict=True))
+def _segment_ids(lengths: Sequence[int], padded: Sequence[int]) -> Tensor:
+    """Return each token's segment, -1 for padding."""
+    runs = [(number, length, size - length) for number, (length, size) in enumerate(zip(lengths, padded, strict=True))]
+    values = torch.tensor([value for number, _, _ in runs for value in (number, -1)])
+    return values.repeat_interleave(torch.tensor([count for _, *counts in runs for count in counts]))
 
 
 def _offsets(lengths: Sequence[int]) -> Tensor:

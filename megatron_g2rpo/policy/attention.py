@@ -74,9 +74,6 @@ class PackedCoreAttention(nn.Module):
         if row.rotation is not None:
             q, k = row.rotation(q), row.rotation(k)
         k, v = _gathered(k, v, self.context_group)
-        if k.shape[1] != q.shape[1]:
-            repeats = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         context = torch.zeros_like(q)
         # A rank that holds only padding attends to nothing, but stays in the graph: its peers wait for its part of the
         # gathered keys' gradient.
@@ -95,6 +92,7 @@ class PackedCoreAttention(nn.Module):
             attn_mask=bucket.mask,
             is_causal=bucket.mask is None,
             scale=self.softmax_scale,
+            enable_gqa=k.shape[1] != q.shape[1],
         )
         return out.transpose(1, 2).flatten(0, 1).index_select(0, bucket.slots)
 

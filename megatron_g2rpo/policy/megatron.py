@@ -421,7 +421,9 @@ class MegatronPolicy:
         def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             progress.advance()
             share = _to(context_parallel.split(next(iterator), size, rank), self.device.torch_device)
-            return model(share, temperature), partial(consume, share)
+            with self.device.computing():
+                output = model(share, temperature)
+            return output, partial(consume, share)
 
         with self.device.megatron():
             return get_forward_backward_func()(

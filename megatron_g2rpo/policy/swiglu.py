@@ -48,6 +48,11 @@ class _SwiGLUFunction(torch.autograd.Function):
         gate, up = projection.chunk(2, dim=-1)
         result = torch.empty_like(projection)
         grad_gate, grad_up = result.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        # silu(x) = x s with s = sigmoid(x), and its slope is s + silu(x) (1 - s): the exponential is taken once.
+        sigmoid = gate.sigmoid()
+        activated = gate * sigmoid
+        torch.mul(grad, activated, out=grad_up)
+        slope = sigmoid.add_(activated.addcmul_(activated, sigmoid, value=-1))
+        torch.mul(grad, up, out=grad_gate)
+        grad_gate.mul_(slope)
         return result
