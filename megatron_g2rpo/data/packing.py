@@ -136,8 +136,12 @@ class Packer:
         padded = [round_up(length, self.sequence_multiple) for length in lengths]
         padded[-1] += -sum(padded) % self.row_multiple  # the row's own padding follows its last segment
         distinct = [sequences[group[0]].inputs for group in groups.values()]
+        owners = [(sequences[segment.sequence], segment) for segment in segments if segment.sequence >= 0]
+        offsets = [0, *accumulate(padded)]
+        first = [offsets[number] - segment.start for number, segment in enumerate(segments) if segment.sequence >= 0]
         return PackedBatch(
-            **self._joined([segment.fields for segment in segments], padded),
+            **self._of_tokens(segments, offsets),
+            **self._of_responses([part for part, _ in owners], first, offsets[-1]),
             segment_ids=_segment_ids(lengths, padded),
             cu_seqlens=_offsets(lengths),
             cu_seqlens_padded=_offsets(padded),
@@ -165,68 +169,90 @@ class Packer:
         )
         placeholders = inputs.token_ids == self.image_token_id
         vision_index = torch.where(placeholders, placeholders.cumsum(0) - 1 + first_feature, -1)
-        whole = [self._fields(part, positions, vision_index) for part in parts]
+
+        def segment(part: PackSequence, sequence: int, parent: int, start: int, stop: int) -> _Segment:
+            prompt = len(inputs.token_ids)
+            response = part.response_ids[max(start - prompt, 0) : max(stop - prompt, 0)]
+            return _Segment(
+                tokens=(inputs.token_ids[start:stop], response),
+                positions=positions[:, start:stop],
+                vision_index=vision_index[start:stop],
+                sequence=sequence,
+                parent=parent,
+                start=start,
+            )
+
         if not shares_trunk([self._cost(part) for part in parts]):
-            return [_Segment(fields, index, -1) for fields, index in zip(whole, group, strict=True)]
+            return [segment(part, index, -1, 0, part.length) for part, index in zip(parts, group, strict=True)]
         shared = len(inputs.token_ids) - 1
-        trunk = _Segment(_cut(whole[0], 0, shared), -1, -1)
-        # Without the last token, which predicts nothing.
+        # A branch ends without the last token, which predicts nothing.
         branches = [
-            _Segment(_cut(fields, shared, shared + len(part.response_ids)), index, first)
-            for fields, part, index in zip(whole, parts, group, strict=True)
+            segment(part, index, first, shared, part.length - 1) for part, index in zip(parts, group, strict=True)
         ]
-        return [trunk, *branches]
+        return [segment(longest, -1, -1, 0, shared), *branches]
 
-    def _fields(self, part: PackSequence, positions: Tensor, vision_index: Tensor) -> dict[str, Tensor]:
-        """Return the per-token fields of one sequence, aligned with the predicting position."""
-        prompt, response = part.inputs.token_ids, part.response_ids
-        if bool((response == self.image_token_id).any()):
+    def _of_tokens(self, segments: Sequence[_Segment], offsets: Sequence[int]) -> dict[str, Tensor]:
+        """Return what a row knows of every token, given where each segment begins in it, and the row's size."""
+        size = offsets[-1]
+        tokens = torch.full((size,), self.pad_token_id)
+        position_ids = torch.zeros(3, size, dtype=torch.int64)
+        vision_index = torch.full((size,), -1)
+        lengths = torch.tensor([segment.length for segment in segments])
+        place = _runs(torch.tensor(offsets[:-1]), lengths)
+        tokens[place] = torch.cat([part for segment in segments for part in segment.tokens])
+        position_ids[:, place] = torch.cat([segment.positions for segment in segments], dim=-1)
+        for segment, offset in zip(segments, offsets, strict=False):
+            vision_index[offset : offset + len(segment.vision_index)] = segment.vision_index
+        return {"tokens": tokens, "position_ids": position_ids, "vision_index": vision_index}
+
+    def _of_responses(self, parts: Sequence[PackSequence], first: Sequence[int], size: int) -> dict[str, Tensor]:
+        """Return what a row knows of every response token, at the position that predicts it.
+
+        Args:
+            parts: the sequences in the order of their responses in the row.
+            first: where the first token of each would lie in the row if its whole prompt did.
+            size: number of tokens of the row.
+        """
+        responses = torch.cat([part.response_ids for part in parts])
+        if bool((responses == self.image_token_id).any()):
             raise ValueError("a response has an image placeholder: the rollout engine must never sample one")
-        size = part.length
-        first = len(prompt) - 1  # the position that predicts the first response token
-        span = slice(first, first + len(response))
-
-        def spread(values: Tensor | float) -> Tensor:
-            out = torch.zeros(size)
-            out[span] = values
-            return out
-
+        counts = torch.tensor([len(part.response_ids) for part in parts])
         # Shifted within the sequence: a roll over the row would wrap its last token to a neighbour. Prompt tokens are
         # no labels: nothing is asked of them, and over a large vocabulary a label is what costs.
-        labels = torch.full((size,), NO_LABEL)
-        labels[span] = response
-        task_ids = torch.full((size,), -1)
-        task_ids[span] = part.task_id
-        fields = {
-            "tokens": torch.cat([prompt, response]),
-            "labels": labels,
-            "position_ids": positions[:, :size],
-            "loss_mask": spread(float(part.in_loss)),
-            "task_ids": task_ids,
-            "advantages": spread(part.advantage),
-            "behaviour_logprobs": spread(0.0 if part.behaviour_logprobs is None else part.behaviour_logprobs),
-            "token_weights": spread(part.token_weight * part.in_loss),
-            "vision_index": F.pad(vision_index, (0, len(response)), value=-1),
-        }
-        if part.kept_ids is not None:
-            kept = torch.full((part.kept_ids.shape[1], size), -1)
-            kept[:, span] = part.kept_ids.t()
-            fields["kept_ids"] = kept
-        return fields
+        place = _runs(
+            torch.tensor([begin + len(part.inputs.token_ids) - 1 for begin, part in zip(first, parts, strict=True)]),
+            counts,
+        )
 
-    def _joined(self, segments: Sequence[dict[str, Tensor]], padded: Sequence[int]) -> dict[str, Tensor]:
-        """Return the fields of the row, each segment padded to its size."""
-        fills = {"tokens": self.pad_token_id, "labels": NO_LABEL, "task_ids": -1, "vision_index": -1, "kept_ids": -1}
-        most = max((len(fields["kept_ids"]) for fields in segments if "kept_ids" in fields), default=0)
-        row = {}
-        for name in segments[0]:
-            values = [
-                _padded(fields[name], size, fills.get(name, 0)) for fields, size in zip(segments, padded, strict=True)
-            ]
-            if name == "kept_ids":
-                values = [F.pad(value, (0, 0, 0, most - len(value)), value=-1) for value in values]
-            row[name] = torch.cat(values, dim=-1)
-        return row
+        def spread(values: Tensor, fill: int = 0) -> Tensor:
+            return torch.full((size,), fill, dtype=values.dtype).index_copy_(0, place, values)
+
+        def constant(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32).repeat_interleave(counts)
+
+        fields = {
+            "labels": spread(responses, NO_LABEL),
+            "loss_mask": spread(constant([float(part.in_loss) for part in parts])),
+            "task_ids": spread(torch.tensor([part.task_id for part in parts]).repeat_interleave(counts), -1),
+            "advantages": spread(constant([part.advantage for part in parts])),
+            "behaviour_logprobs": spread(
+                torch.cat(
+                    [
+                        torch.zeros(len(part.response_ids))
+                        if part.behaviour_logprobs is None
+                        else part.behaviour_logprobs.float()
+                        for part in parts
+                    ]
+                )
+            ),
+            "token_weights": spread(constant([part.token_weight * part.in_loss for part in parts])),
+        }
+        kept = [part.kept_ids for part in parts if part.kept_ids is not None]
+        if kept:
+            most = max(each.shape[1] for each in kept)
+            ids = torch.cat([_padded(each, most, -1) for each in kept])
+            fields["kept_ids"] = torch.full((most, size), -1).index_copy_(1, place, ids.t())
+        return fields
 
     def _empty_row(self, sequences: Sequence[PackSequence]) -> PackedBatch:
         """Return the shortest possible row: one sequence of padding, from which nothing is learned."""
@@ -253,28 +279,36 @@ class Packer:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Segment:
-    """Consecutive tokens of a row that attend to one another.
+    """Consecutive tokens of a row that attend to one another: a sequence, or a part of it.
 
     Attributes:
-        fields: their per-token fields, without padding.
+        tokens: int64, those of the prompt and those of the response.
+        positions: int64 ``[3, length]``.
+        vision_index: int64, the image feature of each token of the prompt, -1 for none.
         sequence: index of the packed sequence whose response they hold; -1 for a trunk.
         parent: number of the segment that they continue, in the row; -1 for none.
+        start: number of the sequence's tokens before them.
     """
 
-    fields: dict[str, Tensor]
+    tokens: tuple[Tensor, Tensor]
+    positions: Tensor
+    vision_index: Tensor
     sequence: int
     parent: int
+    start: int
 
     @property
     def length(self) -> int:
         """Number of tokens."""
-        return len(self.fields["tokens"])
+        return self.positions.shape[1]
 
 
-def _cut(fields: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-    return {name: value[..., start:stop] for name, value in fields.items()}
+def _runs(first: Tensor, counts: Tensor) -> Tensor:
+    """Return ``first[i], first[i] + 1, ...``, ``counts[i]`` numbers for each i, one after the other."""
+    before = counts.cumsum(0) - counts
+    return (first - before).repeat_interleave(counts) + torch.arange(int(counts.sum()))
 
 
 def _padded(value: Tensor, size: int, fill: int) -> Tensor:
