@@ -19,11 +19,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from benchmarks.step import workload
-from benchmarks.step.meter import Meter, Step, Work
+from benchmarks.step.meter import Meter, Step, Work, untrained
 from benchmarks.step.sizes import Size
 
 ATTENTION = "shared_prefix_floor"
@@ -136,9 +136,7 @@ class Side:
     def __init__(self, size: Size, directory: Path) -> None:
         self._size, self._number = size, 0
         model_directory = workload.build(directory)
-        self.model: Any = Qwen3VLForConditionalGeneration.from_pretrained(
-            model_directory, dtype=torch.float32, trust_remote_code=False
-        )
+        self.model = workload.load(model_directory)
         self.model.model.language_model.config._attn_implementation = ATTENTION
         self._tokenizer = AutoTokenizer.from_pretrained(model_directory, trust_remote_code=False)
         self._images: Any = Qwen2VLImageProcessorPil.from_pretrained(model_directory, trust_remote_code=False)
@@ -166,7 +164,8 @@ class Side:
         with meter("update"):
             self._optimizer.zero_grad()
             self.loss(batch, answers, advantages.flatten()).backward()
-            untrained = self._untrained() if self._number == 1 else []
+            gradients = ((name, p.grad) for name, p in self.model.named_parameters())
+            without = untrained(gradients) if self._number == 1 else []
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), workload.CLIP_GRAD)
             self._optimizer.step()
         work = Work(
@@ -176,11 +175,7 @@ class Side:
             updates=1,
             images=len(batch.grids),
         )
-        return meter.stop(work, untrained)
-
-    def _untrained(self) -> list[str]:
-        named = self.model.named_parameters()
-        return [name for name, p in named if p.grad is None or not torch.count_nonzero(p.grad)]
+        return meter.stop(work, without)
 
     def processed(self, number: int) -> Batch:
         """Process the prompts of the ``number``-th step, from 0."""

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,11 @@ class Meter:
             work=work,
             untrained=untrained,
         )
+
+
+def untrained(gradients: Iterable[tuple[str, Tensor | None]]) -> list[str]:
+    """Return the names of parameters whose gradient is not there or all zero, of ``(name, gradient)`` each."""
+    return [name for name, gradient in gradients if gradient is None or not torch.count_nonzero(gradient)]
 
 
 def peak_bytes() -> int:

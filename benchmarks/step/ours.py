@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
-
 from benchmarks.step import workload
-from benchmarks.step.meter import Meter, Step, Work
+from benchmarks.step.meter import Meter, Step, Work, untrained
 from benchmarks.step.sizes import Size
 from megatron_g2rpo import recipe as recipes
 from megatron_g2rpo.policy.device import init_process_group, select
@@ -122,4 +120,4 @@ class Side:
     def _untrained(self) -> list[str]:
         """Return the parameters without a gradient; the buffer holds them until the next step."""
         gradients = self.components.policy.stream(tensor_of=lambda parameter: parameter.main_grad)  # type: ignore[attr-defined]
-        return [name for name, gradient in gradients if not torch.count_nonzero(gradient)]
+        return untrained(gradients)

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset  # pyright: ignore[reportMissingImports]  # of the environment of this benchmark
-from transformers import AutoProcessor, Qwen3VLForConditionalGeneration, TrainerCallback
+from transformers import AutoProcessor, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
 
 from benchmarks.step import workload
-from benchmarks.step.meter import Meter, Step, Work
+from benchmarks.step.meter import Meter, Step, Work, untrained
 from benchmarks.step.sizes import Size
 
 # Rollouts of a micro-batch in the form that divides the batch: those of one prompt.
@@ -72,8 +72,7 @@ class _Turns(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         self._number += 1
         if self._number == 1:
-            named = keywords["model"].named_parameters()
-            self._untrained = [name for name, p in named if p.grad is None or not torch.count_nonzero(p.grad)]
+            self._untrained = untrained((name, p.grad) for name, p in keywords["model"].named_parameters())
         self._optimizer = self.trainer.meter("update")
         self._optimizer.__enter__()
 
@@ -90,8 +89,8 @@ class _Turns(TrainerCallback):
             updates=self._updates,
             images=size.prompts,
         )
-        untrained, self._untrained = self._untrained, []
-        self._hand_over(trainer.meter.stop(work, untrained))
+        without, self._untrained = self._untrained, []
+        self._hand_over(trainer.meter.stop(work, without))
         self.begin()
 
 
@@ -127,9 +126,7 @@ def serve(size: Size, directory: Path, *, micro_batches: bool, hand_over: Callab
     )
     turns = _Turns(size, hand_over)
     trainer = MeasuredTrainer(
-        model=Qwen3VLForConditionalGeneration.from_pretrained(
-            model_directory, dtype=torch.float32, trust_remote_code=False
-        ),  # pyright: ignore
+        model=workload.load(model_directory),
         reward_funcs=_rewards,
         args=config,
         train_dataset=_dataset(size),

@@ -59,6 +59,13 @@ def build(directory: Path) -> Path:
     return target
 
 
+def load(model_directory: Path) -> Any:
+    """Return the model of ``build`` in transformers, in float32."""
+    return Qwen3VLForConditionalGeneration.from_pretrained(
+        model_directory, dtype=torch.float32, trust_remote_code=False
+    )
+
+
 def never_sampled(directory: Path) -> list[int]:
     """Return the ids that no answer may contain: special tokens, which end an answer or stand for an image."""
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)

@@ -4,21 +4,17 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_g2rpo import models, progress, weights
+from megatron_g2rpo import models, weights
+from megatron_g2rpo.models import flops
 from megatron_g2rpo.models.directory import load_config
 from megatron_g2rpo.models.vision_cache import VisionCache
 from megatron_g2rpo.policy import quantized, sharded_state
@@ -27,10 +23,11 @@ from megatron_g2rpo.policy.device import Device
 from megatron_g2rpo.policy.environment import check_environment
 from megatron_g2rpo.policy.fp8 import unmoved_scales
 from megatron_g2rpo.policy.kernels import check_heads, check_training, choose
-from megatron_g2rpo.policy.layouts import context_parallel
 from megatron_g2rpo.policy.layouts.layout import check_model, layout_of
+from megatron_g2rpo.policy.loss_terms import Loss, LossTerms, global_means
 from megatron_g2rpo.policy.machine import this_machine
 from megatron_g2rpo.policy.model import PolicyModel
+from megatron_g2rpo.policy.named_weights import NamedWeights
 from megatron_g2rpo.policy.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -39,37 +36,18 @@ from megatron_g2rpo.policy.optimizer import (
     wait_for_parameters,
     wrap_ddp,
 )
+from megatron_g2rpo.policy.passes import Passes
 from megatron_g2rpo.policy.process_groups import ParallelGroups, initialize
-from megatron_g2rpo.policy.work import RowWork, Work, row_work
+from megatron_g2rpo.policy.work import Work
 from megatron_g2rpo.recipe import MegatronConfig, Policy
 from megatron_g2rpo.types import DTYPES, PackedBatch, TokenStats
 from megatron_g2rpo.weights.hf_model import model_class
 
-
-@dataclass(frozen=True)
-class LossTerms:
-    """The result of a loss on one micro-batch. All values are sums, so that micro-batches and ranks add up.
-
-    Attributes:
-        loss: scalar sum over tokens, with gradient; also where no token counts (0 times something), because the other
-            ranks of the layout wait for this rank's part of the backward pass.
-        num_tokens: number of tokens that the loss counts; the gradient is divided by their global number.
-        sums: metrics by name, each a scalar sum over those tokens; the same names in every micro-batch and on every
-            rank.
-    """
-
-    loss: Tensor
-    num_tokens: int
-    sums: Mapping[str, Tensor]
-
-
-# loss(share, stats): this context-parallel rank's share of a micro-batch, and its log-probabilities and entropies.
-# It is called on the last pipeline stage.
-Loss = Callable[[PackedBatch, TokenStats], LossTerms]
-
 # on_stats(stats): what ``logprobs`` would have returned for the rows before an update, from the update's own forward
 # pass. It is called on every rank.
 OnStats = Callable[[list[TokenStats]], None]
+
+__all__ = ["Loss", "LossTerms", "MegatronPolicy", "OnStats"]
 
 
 class MegatronPolicy:
@@ -87,6 +65,7 @@ class MegatronPolicy:
 
     Attributes:
         vision_cache: as given.
+        shape: what its FLOPs are counted by.
         work: what its passes have computed so far, the same on every rank of a replica.
 
     Raises:
@@ -120,7 +99,7 @@ class MegatronPolicy:
             check_training(self.kernels, machine)
         self.groups: ParallelGroups = initialize(device, self.layout, seed)
         self.dtype = DTYPES[settings.precision]
-        self.table = models.family(self.hf_config.model_type).weights(self.hf_config)
+        self.shape = flops.shape_of(self.hf_config)
         self.config = transformer_config(self.hf_config, self.layout, self.dtype, settings.megatron_cfg, self.kernels)
         self._ddp: DistributedDataParallel | None = None
         self.optimizer: MegatronOptimizer | None = None
@@ -139,6 +118,12 @@ class MegatronPolicy:
                 vision_every_row=overlap and max_steps is not None and not megatron_cfg.freeze_vision,
                 vision_cache=vision_cache,
             ).to(device.torch_device)
+            self._named_weights = NamedWeights(
+                model=self.model,
+                table=models.family(self.hf_config.model_type).weights(self.hf_config),
+                groups=self.groups,
+                layer_offset=sum(self.layout.stage_layers(self.config.num_layers)[: self.groups.pipeline_rank]),
+            )
             if settings.pretrained_checkpoint is None:
                 self.load(self._initial_weights(seed), source=settings.model_name, on_loaded=on_loaded)
             else:
@@ -147,6 +132,8 @@ class MegatronPolicy:
                 self.model.vision_model.requires_grad_(False)
             if max_steps is not None:
                 self._prepare_training(megatron_cfg, max_steps)
+        trained = self.model if self._ddp is None else self._ddp
+        self._passes = Passes(module=trained, device=device, groups=self.groups, work=self.work)
 
     def _prepare_training(self, megatron_cfg: MegatronConfig, max_steps: int) -> None:
         ddp = wrap_ddp(self.model, self.config, megatron_cfg.distributed_data_parallel_config, self.groups.collection)
@@ -175,18 +162,7 @@ class MegatronPolicy:
 
     def load(self, tensors: Mapping[str, Tensor], source: str, on_loaded: sharded_state.Advance | None = None) -> None:
         """Load full tensors by Hugging Face name; see ``weights.load``."""
-        weights.load(
-            self.model,
-            self.table,
-            tensors,
-            tensor_rank=self.groups.tensor_rank,
-            tensor_size=self.groups.tensor_size,
-            pipeline_group=self.groups.pipeline,
-            layer_offset=self._layer_offset,
-            source=source,
-            on_loaded=on_loaded,
-            assign=_assign,
-        )
+        self._named_weights.load(tensors, source, on_loaded)
         self._vision_changed()
         if self.optimizer is not None:
             with self.device.megatron():
@@ -202,27 +178,14 @@ class MegatronPolicy:
             tensor_of: what to stream of each parameter in place of its value, for example its gradient.
         """
         self._wait_for_parameters()
-        return _advancing(
-            weights.stream(
-                self.model,
-                self.table,
-                tensor_group=self.groups.tensor,
-                pipeline_group=self.groups.pipeline,
-                layer_offset=self._layer_offset,
-                tensor_of=tensor_of or quantized.value_of(self.optimizer),
-                dtype_of=None if tensor_of else lambda parameter: parameter.dtype,
-            )
+        return self._named_weights.stream(
+            tensor_of or quantized.value_of(self.optimizer),
+            None if tensor_of else lambda parameter: parameter.dtype,
         )
 
     def specs(self) -> dict[str, Tensor]:
         """Return what ``stream`` yields, on the meta device. A collective of the replica."""
-        return weights.specs(
-            self.model,
-            self.table,
-            tensor_size=self.groups.tensor_size,
-            pipeline_group=self.groups.pipeline,
-            layer_offset=self._layer_offset,
-        )
+        return self._named_weights.specs()
 
     def source(self) -> weights.WeightSource:
         """Return the weights in the form that a rollout engine loads."""
@@ -246,11 +209,6 @@ class MegatronPolicy:
         """Let features of images be forgotten; on every stage, because the engine of each rank may have some."""
         if self.vision_cache is not None:
             self.vision_cache.weights_changed()
-
-    @property
-    def _layer_offset(self) -> int:
-        """Number of layers on earlier pipeline stages."""
-        return sum(self.layout.stage_layers(self.config.num_layers)[: self.groups.pipeline_rank])
 
     def _wait_for_parameters(self) -> None:
         if self._ddp is not None:
@@ -287,29 +245,9 @@ class MegatronPolicy:
         """
         self.model.eval()
         with torch.no_grad(), unmoved_scales(self.model):
-            shares = self._run(batches, self._collect, temperature, forward_only=True)
+            shares = self._passes.forward(batches, temperature)
         self.model.train()
-        return self._whole_rows(batches, shares)
-
-    def _whole_rows(self, batches: Sequence[PackedBatch], shares: Sequence[Tensor]) -> list[TokenStats]:
-        """Join the context-parallel shares, which the last stage has, and send the result to the other stages."""
-        groups = self.groups
-        sizes = [len(batch.tokens) for batch in batches]
-        stats = torch.empty(2, sum(sizes), dtype=torch.float32)
-        if groups.is_last_stage and batches:
-            parts = [torch.empty(2, stats.shape[1] // groups.context_size) for _ in range(groups.context_size)]
-            dist.all_gather(parts, torch.cat(list(shares), dim=1), group=groups.context)
-            by_row = [part.split([size // groups.context_size for size in sizes], dim=1) for part in parts]
-            whole = [
-                torch.cat([part[index] for part in by_row], dim=1)[
-                    :, context_parallel.gathered_places(batch.cu_seqlens_padded, groups.context_size)
-                ]
-                for index, batch in enumerate(batches)
-            ]
-            stats = torch.cat(whole, dim=1)
-        if groups.pipeline_size > 1:
-            dist.broadcast(stats, group=groups.pipeline, group_src=groups.pipeline_size - 1)
-        return [TokenStats(logprobs=row[0], entropy=row[1]) for row in stats.split(sizes, dim=1)]
+        return self._passes.whole_rows(batches, shares)
 
     def update(
         self,
@@ -394,116 +332,14 @@ class MegatronPolicy:
             ``loss``, ``num_tokens`` and the loss's metrics, as ``update`` returns them.
         """
         ddp, optimizer, _ = self._training()
-        shares: list[Tensor] = []
         with self.device.megatron():
             ddp.zero_grad_buffer()
             optimizer.zero_grad()
-            terms = self._run(batches, partial(self._loss, loss, shares), temperature, forward_only=False)
+            shares, terms = self._passes.backward(batches, loss, temperature)
         if on_stats is not None:
-            on_stats(self._whole_rows(batches, [share.cpu() for share in shares]))
-        return self._reduce(terms)
+            on_stats(self._passes.whole_rows(batches, [share.cpu() for share in shares]))
+        return self._means(terms)
 
-    def _run(
-        self, batches: Sequence[PackedBatch], consume: Callable[..., Any], temperature: float, *, forward_only: bool
-    ) -> list[Any]:
-        """Run all micro-batches through the pipeline.
-
-        Returns the results of ``consume(share, output)`` for each micro-batch on the last stage, and an empty list on
-        other stages.
-        """
-        size, rank = self.groups.context_size, self.groups.context_rank
-        done = sum(map(row_work, batches), RowWork())
-        if forward_only:
-            self.work.forward += done
-        else:
-            self.work.trained += done
-
-        def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-            progress.advance()
-            share = _to(context_parallel.split(next(iterator), size, rank), self.device.torch_device)
-            with self.device.computing():
-                output = model(share, temperature)
-            return output, partial(consume, share)
-
-        with self.device.megatron():
-            return get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=iter(batches),
-                model=[self.model if self._ddp is None else self._ddp],
-                num_microbatches=len(batches),
-                seq_length=max(len(batch.tokens) for batch in batches),
-                micro_batch_size=1,
-                forward_only=forward_only,
-                collect_non_loss_data=forward_only,
-            )
-
-    def _collect(self, share: PackedBatch, output: Tensor, non_loss_data: bool) -> Tensor:
-        return output.cpu()
-
-    def _loss(
-        self, loss: Loss, outputs: list[Tensor], share: PackedBatch, output: Tensor
-    ) -> tuple[Tensor, Tensor, Any]:
-        outputs.append(output.detach())  # eight bytes a token, which stay where they are until all rows have run
-        terms = loss(share, TokenStats(logprobs=output[0], entropy=output[1]))
-        if not terms.loss.requires_grad:
-            raise ValueError(
-                "the loss of a micro-batch does not depend on the policy's log-probabilities or entropies; a rank "
-                "whose tokens do not count must still return 0 times them, or its peers wait for it for ever"
-            )
-        tokens = torch.tensor(terms.num_tokens, dtype=torch.int, device=output.device)
-        sums = {"loss": terms.loss.detach(), "num_tokens": tokens.detach().clone(), **terms.sums}
-        return terms.loss, tokens, sums
-
-    def _reduce(self, terms: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Sum over micro-batches and data- and context-parallel ranks, and divide by the global token count."""
-        groups = self.groups
-        sums: dict[str, float] = {}
-        if groups.is_last_stage:
-            names = self._metric_names(terms)
-            local = torch.stack([torch.stack([term[name].double() for name in names]) for term in terms]).sum(0)
-            dist.all_reduce(local, group=groups.data_context)
-            sums = dict(zip(names, local.tolist(), strict=True))
-        if groups.pipeline_size > 1:
-            box = [sums]
-            dist.broadcast_object_list(box, group=groups.pipeline, group_src=groups.pipeline_size - 1)
-            sums = box[0]
-        tokens = sums.pop("num_tokens")
-        return {**{name: value / max(tokens, 1.0) for name, value in sums.items()}, "num_tokens": tokens}
-
-    def _metric_names(self, terms: Sequence[Mapping[str, Tensor]]) -> list[str]:
-        """Return the metric names, which must agree between all micro-batches of all ranks.
-
-        Otherwise the sum over ranks would abort, or add up unrelated metrics.
-        """
-        differing = {name for term in terms for name in term.keys() ^ terms[0].keys()}
-        names = sorted(terms[0])
-        # A 31-bit checksum of the names, and 0 where this rank's micro-batches do not agree among themselves.
-        number = 0 if differing else zlib.crc32("\n".join(names).encode()) >> 1
-        range_ = torch.tensor([number, -number])
-        dist.all_reduce(range_, op=dist.ReduceOp.MAX, group=self.groups.data_context)
-        if differing or int(range_[0]) != -int(range_[1]):
-            raise ValueError(
-                "a loss must report the same metrics in every micro-batch and on every rank, 0 where it has nothing to "
-                f"say; here: {', '.join(names)}; not in all of this rank's micro-batches: {sorted(differing)}"
-            )
-        return names
-
-
-def _assign(parameter: torch.nn.Parameter, value: Tensor) -> None:
-    """Give a parameter its value, and say that it has it (``progress``)."""
-    progress.advance()
-    quantized.assign(parameter, value)
-
-
-def _advancing(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield what comes, and say of each that it came (``progress``)."""
-    for each in tensors:
-        progress.advance()
-        yield each
-
-
-def _to(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    """Move the batch to the device, except its images, of which the vision encoder moves this rank's share."""
-    names = {field.name for field in fields(batch)} - {"pixel_values", "image_grid_thw"}
-    tensors = {name: value for name in names if isinstance(value := getattr(batch, name), Tensor)}
-    return replace(batch, **{name: value.to(device) for name, value in tensors.items()})
+    def _means(self, terms: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+        """Return ``global_means``; a policy of tensors without values overrides it."""
+        return global_means(terms, self.groups)

@@ -16,14 +16,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from megatron_g2rpo.records.reading import file_of, files_in
 from megatron_g2rpo.records.schema import Header, columns
 
 _PARTIAL = ".partial"
 _MEGABYTE = 1_000_000
+_NONE = np.empty(0, dtype=np.int64)
 # Prompts repeat within a group, and token ids in every answer; a dictionary of floats would cost more than it saves.
 _ENCODING: dict[str, Any] = {
     "use_dictionary": [
@@ -40,7 +43,7 @@ def table_of(rows: Sequence[Mapping[str, Any]], parts: Sequence[str], names: Col
     """Return rows as a table with the columns of the schema; what a row lacks is null.
 
     Args:
-        rows: column -> value, each; no other names.
+        rows: column -> value, each; no other names. A list of lists is a matrix of integers, ``[R, K]``.
         parts: names of the reward's parts.
         names: the columns that the table has; None for all.
 
@@ -51,7 +54,28 @@ def table_of(rows: Sequence[Mapping[str, Any]], parts: Sequence[str], names: Col
     for row in rows:
         if foreign := row.keys() - types.keys():
             raise KeyError(f"no column of a record: {', '.join(sorted(foreign))}")
-    return pa.table({name: pa.array([row.get(name) for row in rows], type=each) for name, each in types.items()})
+    return pa.table({name: _column([row.get(name) for row in rows], each) for name, each in types.items()})
+
+
+def _column(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    is_nested = pa.types.is_list(kind) and pa.types.is_list(kind.value_type)
+    return _lists_of_lists(values).cast(kind) if is_nested else pa.array(values, type=kind)
+
+
+def _lists_of_lists(matrices: Sequence[NDArray[np.int64] | None]) -> pa.ListArray:
+    """Return each matrix as a list of its rows, whose numbers never become objects of Python: a step has millions."""
+    present = [matrix for matrix in matrices if matrix is not None]
+    widths = [np.full(len(matrix), matrix.shape[1]) for matrix in present]
+    numbers = np.concatenate([_NONE, *(matrix.ravel() for matrix in present)])
+    rows = pa.ListArray.from_arrays(_offsets(np.concatenate([_NONE, *widths])), pa.array(numbers))
+    lengths = np.array([0 if matrix is None else len(matrix) for matrix in matrices], dtype=np.int64)
+    is_null = pa.array([matrix is None for matrix in matrices], type=pa.bool_())
+    return pa.ListArray.from_arrays(_offsets(lengths), rows, mask=is_null)
+
+
+def _offsets(lengths: NDArray[np.int64]) -> pa.Array:
+    """Where lists of these lengths begin and end; Arrow counts in 32 bits, and the cast refuses more."""
+    return pa.array(np.concatenate([[0], lengths.cumsum()])).cast(pa.int32())
 
 
 class RolloutWriter:

@@ -25,7 +25,8 @@ LOCAL = ("megatron_cfg.transformer_impl=local", "megatron_cfg.core_attention=loc
 EACH_MICRO_BATCH = {
     "packed_row.py": 14,  # the bounds of sequences to the host, and places in the packed row to the device, both twice
     "logprobs.py": 4,  # which tokens are labelled
-    "megatron.py": 16,  # the row's tensors to the device one by one, the token count there and back
+    "passes.py": 14,  # the row's tensors to the device one by one
+    "loss_terms.py": 2,  # the token count there and back
     "model.py": 4,  # where the images' tokens are
     "vision.py": 20,  # transformers' tower reads the grids of images
 }

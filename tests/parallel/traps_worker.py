@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from torch import Tensor
 
-from megatron_g2rpo.policy import attention, megatron, process_groups
+from megatron_g2rpo.policy import attention, megatron, passes, process_groups
 from megatron_g2rpo.policy.device import init_process_group
 from megatron_g2rpo.policy.layouts import context_parallel
 from megatron_g2rpo.policy.layouts.image_shares import assign_images
@@ -211,8 +211,8 @@ def every_context_rank_counts_the_tokens_of_the_row(policy: MegatronPolicy, base
 @detected("cp2", "gradient")
 def the_loss_function_returns_two_values(policy: MegatronPolicy, baseline: Baseline) -> Report:
     """megatron-core multiplies by context-parallel ranks, and divides by micro-batches (``schedules.py``)."""
-    three = MegatronPolicy._loss
-    with patch.object(MegatronPolicy, "_loss", lambda *arguments: three(*arguments)[::2]):
+    three = passes.of_micro_batch
+    with patch.object(passes, "of_micro_batch", lambda *arguments: three(*arguments)[::2]):
         return measure(policy, baseline)
 
 

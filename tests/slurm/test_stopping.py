@@ -68,7 +68,8 @@ class Job:
         self.tmp_path, self.logs = tmp_path, tmp_path / "slurm-g2rpo-123456"
         given = {**JOB, "SLURM_GPUS_ON_NODE": "2", "LOGS": str(tmp_path), "RECORDS": str(tmp_path), "CODE": str(code)}
         self.process = subprocess.Popen(
-            ["bash", "slurm/train_g2rpo.sh", RECIPE],
+            # The recipe's own run directory may hold a finished run, after which a chain has nothing to do.
+            ["bash", "slurm/train_g2rpo.sh", RECIPE, f"logger.log_dir={tmp_path}/run"],
             cwd=ROOT,
             env=stubs.environment(**{**given, "PYTHON": str(python), **variables}),
             stdout=subprocess.PIPE,

@@ -122,22 +122,26 @@ def test_staged_data_is_copied_and_replaces_the_recipes(run: Run, tmp_path: Path
     ]
 
 
-def test_a_chain_submits_jobs_like_this_one(stubs: Stubs, run: Run) -> None:
-    """Each after the one before it, with what Slurm says of the first."""
+def test_a_chain_submits_jobs_like_this_one(stubs: Stubs, run: Run, tmp_path: Path) -> None:
+    """Each after the one before it, with what Slurm says of the first.
+
+    The run directory is the test's own: a chain looks there for a run that is finished, and the recipe's may hold one.
+    """
+    overrides = [f"logger.log_dir={tmp_path}/run", "grpo.seed=3"]
     stubs.write("sbatch", f"printf '%s\\n' \"$*\" >> '{stubs.records}/sbatch'; wc -l < '{stubs.records}/sbatch'")
     stubs.write("squeue", "echo '2|gpu|lab|N/A|4:00:00|(null)||my-run|gres:gpu:8'")
-    result = run(SCRIPT, RECIPE, "grpo.seed=3", CHAIN="3", SBATCH_ARGS="--mail-type=END", **JOB)
+    result = run(SCRIPT, RECIPE, *overrides, CHAIN="3", SBATCH_ARGS="--mail-type=END", **JOB)
     assert result.returncode == 0, result.stderr
     options = "--nodes=2 --partition=gpu --account=lab --time=4:00:00 --job-name=my-run --gres=gpu:8 --mail-type=END"
     assert (stubs.records / "sbatch").read_text().splitlines() == [
         f"--parsable --dependency=afterany:{previous} --export=ALL,CHAIN_LINK={link} {options} "
-        f"slurm/{SCRIPT} {RECIPE} grpo.seed=3"
+        f"slurm/{SCRIPT} {RECIPE} {' '.join(overrides)}"
         for previous, link in ((123456, 2), (1, 3))
     ]
     # A later job of the chain, or the first when it is requeued, submits nothing.
     for variables in ({"CHAIN_LINK": "2"}, {"SLURM_RESTART_COUNT": "1"}):
         (stubs.records / "sbatch").unlink(missing_ok=True)
-        assert run(SCRIPT, RECIPE, CHAIN="3", **variables, **JOB).returncode == 0
+        assert run(SCRIPT, RECIPE, *overrides, CHAIN="3", **variables, **JOB).returncode == 0
         assert not (stubs.records / "sbatch").exists()
 
 

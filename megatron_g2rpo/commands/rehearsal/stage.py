@@ -113,7 +113,7 @@ class _RehearsedPolicy(MegatronPolicy):
     def _initial_weights(self, seed: int) -> Mapping[str, Tensor]:
         return {}
 
-    def _reduce(self, terms: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    def _means(self, terms: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
         return {}
 
 

@@ -198,7 +198,7 @@ def rollout_columns(
             "well_formed": is_read and response.is_well_formed,
             "response_ids": rollout.response_ids.numpy(),
             "behaviour_logprobs": rollout.logprobs.numpy(),
-            "kept_ids": None if rollout.kept_ids is None else rollout.kept_ids.tolist(),
+            "kept_ids": None if rollout.kept_ids is None else rollout.kept_ids.numpy(),
             "truncated": rollout.truncated,
         }
 

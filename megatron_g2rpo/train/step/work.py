@@ -120,7 +120,7 @@ def work_metrics(
     tokens = torch.tensor([sequence_tokens * (policy.groups.model_rank == 0)])
     dist.all_reduce(tokens)
     computing = sum(seconds.get(phase, 0.0) for phase in PHASES)
-    rate = work.model_flops(flops.shape_of(policy.hf_config)) / computing / dist.get_world_size()
+    rate = work.model_flops(policy.shape) / computing / dist.get_world_size()
     card = card_of(hardware(policy.device).name)
     return {
         **work.metrics(),

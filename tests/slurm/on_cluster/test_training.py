@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.common.console_rows import row_of
 from tests.e2e.toy import ROOT, Toy, metrics, numbers
 from tests.slurm.cluster import Cluster
 from tests.slurm.on_cluster.conftest import JOB_SECONDS, Submit, output_of
@@ -51,8 +52,10 @@ def test_the_page_leads_to_a_running_job_and_preemption_changes_nothing(
     for rank in range(4):
         assert (tmp_path / f"slurm-g2rpo-{job}" / f"rank_{rank}.log").is_file()
     # Both nodes took part: what rank 0 says is in its file, and in the merged one with its label.
-    assert f"step {STEPS}/{STEPS}" in (tmp_path / f"slurm-g2rpo-{job}" / "rank_0.log").read_text()
-    assert re.search(rf"^0: .*step {STEPS}/{STEPS}", output_of(tmp_path, job), re.MULTILINE)
+    log = (tmp_path / f"slurm-g2rpo-{job}" / "rank_0.log").read_text()
+    assert row_of(STEPS).search(log), log
+    merged = output_of(tmp_path, job)
+    assert row_of(STEPS, label="0: ").search(merged), merged
 
     wait_for_steps(cluster, stopped, tmp_path / "preempted", 2)
     cluster.text("scancel", "--signal=USR1", "--batch", stopped)  # what `--signal=B:USR1@120` sends

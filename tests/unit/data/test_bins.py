@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
+import weakref
+
 import pytest
 import torch
 
+from megatron_g2rpo.data import bins as bins_module
 from megatron_g2rpo.data.bins import Cost, assign_bins, shares_trunk, tokens_of
 
 
@@ -39,6 +44,36 @@ def test_a_group_stays_in_one_bin_or_in_as_few_as_it_needs() -> None:
 def test_a_sequence_longer_than_the_budget_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a sequence of 65 tokens exceeds the 64 .*train_mb_tokens"):
         assign_bins(wholes([3, 65]), 64)
+
+
+class Group:
+    """A key that can be watched."""
+
+
+def test_nothing_of_a_step_is_kept_after_it() -> None:
+    """However long a run: neither the groups, which are keys here, nor anything that this module allocated."""
+    watched: list[weakref.ref[Group]] = []
+
+    def step() -> None:
+        groups = [Group() for _ in range(20)]
+        watched.extend(map(weakref.ref, groups))
+        # Groups with a trunk and without, and of each some that fit into no bin.
+        costs = [Cost.of(9, answer, 4, shares=group % 2 == 0) for group in range(20) for answer in (4, 9, 30, 40)]
+        assign_bins(costs, 64, [group for group in groups for _ in range(4)])
+
+    step()
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for _ in range(10):
+            step()
+        gc.collect()
+        here = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, bins_module.__file__)])
+    finally:
+        tracemalloc.stop()
+    assert len(watched) == 11 * 20
+    assert not any(each() for each in watched)
+    assert sum(trace.size for trace in here.traces) == 0
 
 
 @pytest.mark.parametrize("multiple", [1, 4, 16])

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_g2rpo import recipe as recipes
-from megatron_g2rpo.policy import layer_spec, megatron, output_layer
+from megatron_g2rpo.policy import layer_spec, megatron, output_layer, passes
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import LossTerms, MegatronPolicy
 from megatron_g2rpo.policy.model import PolicyModel
@@ -207,8 +207,8 @@ def test_a_loss_function_returns_two_values(
     policy: MegatronPolicy, baseline: Baseline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """megatron-core then divides by micro-batches, and by no token (verl's issue 6609)."""
-    three = MegatronPolicy._loss
-    monkeypatch.setattr(MegatronPolicy, "_loss", lambda *arguments: three(*arguments)[::2])
+    three = passes.of_micro_batch
+    monkeypatch.setattr(passes, "of_micro_batch", lambda *arguments: three(*arguments)[::2])
     measure(policy, baseline).assert_exceeded("gradient", margin=MARGIN)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -47,6 +48,35 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     expected = step_table(3).to_pylist()
     for line, sampled, known in zip(table.to_pylist(), expected, known_table().to_pylist(), strict=True):
         assert line == {**sampled, **known}
+
+
+def test_kept_ids_are_written_as_lists_of_python_were(tmp_path: Path) -> None:
+    """Matrices of any width, none, without a row, and without a column: equal tables, and equal files byte by byte."""
+    numbers = np.random.default_rng(0)
+    sizes = [(5, 3), None, (1, 7), (0, 4), (2, 0), None, (4, 3)]
+    matrices = [None if size is None else numbers.integers(-1, 2**31 - 1, size) for size in sizes]
+    matrices[-1] = matrices[-1][:, ::-1]  # not contiguous
+    rows = [row(1, 0, number, kept_ids=matrix) for number, matrix in enumerate(matrices)]
+    for some in (rows, rows[1:2], rows[:1], []):
+        table = table_of(some, PARTS)
+        lists = [None if each["kept_ids"] is None else each["kept_ids"].tolist() for each in some]
+        place = table.schema.get_field_index("kept_ids")
+        before = pa.array(lists, type=table.schema.field(place).type)
+        assert table.column(place).combine_chunks().equals(before)
+        table.validate(full=True)
+        pq.write_table(table, tmp_path / "now")
+        pq.write_table(table.set_column(place, "kept_ids", before), tmp_path / "before")
+        assert (tmp_path / "now").read_bytes() == (tmp_path / "before").read_bytes()
+    to = writer(tmp_path)
+    to.begin(table_of(rows, PARTS), header(1, rollouts=len(rows)))
+    assert read_step(tmp_path, 1)[0].column("kept_ids").to_pylist() == [
+        None if m is None else m.tolist() for m in matrices
+    ]
+
+
+def test_an_id_that_the_column_cannot_hold_is_refused() -> None:
+    with pytest.raises(pa.ArrowInvalid, match="2147483648"):
+        table_of([row(1, 0, 0, kept_ids=np.array([[2**31]]))], PARTS)
 
 
 def test_pandas_reads_all_steps_as_one_table(tmp_path: Path) -> None:

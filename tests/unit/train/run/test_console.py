@@ -15,6 +15,7 @@ from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.train.g2rpo import COLUMNS, columns_of
 from megatron_g2rpo.train.run import console as module
 from megatron_g2rpo.train.run.console import Column, RunConsole
+from tests.common.console_rows import row_of
 
 LOSS = (Column("loss", "train/loss", ".4f"),)
 COLOUR = re.compile(r"\x1b\[[\d;]*[349]\d[\d;]*m")
@@ -45,6 +46,25 @@ def test_a_file_gets_one_line_a_step_and_nothing_that_moves(monkeypatch: pytest.
         " step       loss",
         "    1     0.5000",
     ]
+
+
+def test_the_line_of_a_step_is_found_in_a_log_and_under_a_label(make_recipe: Callable[..., TrainRecipe]) -> None:
+    """As the tests of batch jobs look for it: of that step alone, with its number, and rank 0's."""
+    file = io.StringIO()
+    screen = RunConsole(columns_of(make_recipe()), 8, 0, console=Console(file=file, width=80))
+    values = {"train/reward": -0.25, "train/loss": 0.5, "time/step": 8.0, "val/mean_reward": 8.5}
+    with screen:
+        screen.note("8 steps")
+        for step in range(7, 9):
+            screen.step(step, values)
+    log = file.getvalue()
+    for label in ("", "0: "):
+        printed = "".join(label + line for line in log.splitlines(keepends=True))
+        assert [bool(row_of(step, label).search(printed)) for step in (6, 7, 8, 80)] == [False, True, True, False]
+        without = "".join(line for line in printed.splitlines(keepends=True) if not line.startswith(f"{label}    8"))
+        assert not row_of(8, label).search(without), without
+    assert not row_of(8, "0: ").search(log)
+    assert not row_of(8, "0: ").search("".join("1: " + line for line in log.splitlines(keepends=True)))
 
 
 def test_a_terminal_gets_the_phase_the_time_and_the_tasks_below_what_scrolls(monkeypatch: pytest.MonkeyPatch) -> None:

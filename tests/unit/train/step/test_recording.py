@@ -79,6 +79,7 @@ def rollouts() -> list[Rollout]:
             logprobs=torch.full((length,), -float(index)),
             text=f"<thinking>x</thinking><answer>{index}</answer>" if index else "no format",
             truncated=index == 3,
+            kept_ids=torch.tensor([[index, 50 + index, -1]] * length),
         )
         for index, length in enumerate(LENGTHS)
     ]
@@ -126,6 +127,7 @@ def test_each_row_has_what_is_its_own(recipe: TrainRecipe, run: Path) -> None:
         assert row["prompt_text"] == f"prompt of {list(range(index // 2, index // 2 + 5))} \ufffd"
         assert row["response_ids"] == [index] * length
         assert row["behaviour_logprobs"] == [-float(index)] * length
+        assert row["kept_ids"] == [[index, 50 + index, -1]] * length
         assert row["old_logprobs"] == [index + 0.25] * length
         assert row["entropies"] == [index + 0.5] * length
         assert row["advantage"] == index - 3.5
