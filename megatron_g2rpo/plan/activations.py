@@ -75,8 +75,8 @@ def core_attention(size: Sizes, slots: Slots) -> int:
     ``scaled_dot_product_attention`` keeps padded queries, keys, values and outputs, log-sum-exps and masks.
     ``index_copy``, which puts the outputs back into the packed row, keeps the outputs once more, and their places.
     """
-    e, width = size.nbytes, size.heads * size.head_dim
-    kept = e * width * 2 * (slots.queries + slots.keys) + FP32 * size.heads * slots.queries + e * slots.mask
+    e, width, of_keys = size.nbytes, size.heads * size.head_dim, size.groups * size.head_dim
+    kept = 2 * e * (width * slots.queries + of_keys * slots.keys) + FP32 * size.heads * slots.queries + e * slots.mask
     return kept + slots.tokens * (e * width + INT64)
 
 

@@ -60,7 +60,8 @@ def _layer_working(size: Sizes, slots: Slots) -> int:
     if size.modules.fp8 is not None:
         mlp += 2 * 2 * size.tokens * size.features  # the gradient of both projections, quantised along both directions
     # Gradients of queries, keys and values as the core attention lays them out; of its output, and of the residual.
-    attention = FP32 * heads * (max(size.tokens, slots.queries) + 2 * max(size.tokens, slots.keys))
+    of_keys = size.groups * size.head_dim
+    attention = FP32 * (heads * max(size.tokens, slots.queries) + 2 * of_keys * max(size.tokens, slots.keys))
     attention += 2 * e * size.shared * size.hidden
     return max(norm, mlp, attention) + 2 * e * size.features * size.hidden
 
