@@ -8,6 +8,7 @@ and the Content-Security-Policy lets nothing run but the two scripts whose SHA-2
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import html
 import json
@@ -21,7 +22,7 @@ from megatron_g2rpo.report.charts import Measured, charts_of
 from megatron_g2rpo.report.charts.base import rounded
 from megatron_g2rpo.report.metrics import ReportError, read_metrics
 from megatron_g2rpo.report.recipes import differences
-from megatron_g2rpo.report.rewards import Change, changes, text_only_accuracy
+from megatron_g2rpo.report.rewards import Change, all_changes, rows_of, text_only_accuracy
 from megatron_g2rpo.report.rollouts import read_overview
 from megatron_g2rpo.report.run_directory import REPORT_DIR, RunDirectory, read_run
 from megatron_g2rpo.report.samples import Samples, packed, samples_of
@@ -31,6 +32,7 @@ LARGEST_PAGE = 9_500_000  # bytes
 LEAST_OF_SAMPLES = 200_000  # bytes, where charts of a long run leave no more
 SCRIPTS = ("common.js", "charts.js", "changes.js", "samples.js", "explorer.js")
 MOST_RUNS = 2
+ABANDONED_S = 600.0  # seconds after which a page that is not whole is that of a process that was killed
 
 
 def write_page(paths: Sequence[Path], *, version_url: str | None = None) -> Path:
@@ -57,10 +59,21 @@ def write_page(paths: Sequence[Path], *, version_url: str | None = None) -> Path
     partial = target.with_name(f".{PAGE}.{os.getpid()}")
     try:
         partial.write_text(text, "utf-8")
+        _remove_abandoned(partial)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
     return target
+
+
+def _remove_abandoned(partial: Path) -> None:
+    """Remove what killed processes left, of this machine and others: a page is on the disk in seconds."""
+    # Both times are the file system's own, whatever the clock of this machine says.
+    oldest = partial.stat().st_mtime - ABANDONED_S
+    for path in partial.parent.glob(f".{PAGE}.*"):
+        with contextlib.suppress(FileNotFoundError):  # its process, or another one like this, was quicker
+            if path.stat().st_mtime < oldest:
+                path.unlink()
 
 
 def page_of(runs: Sequence[RunDirectory], *, version_url: str | None = None) -> str:
@@ -134,16 +147,14 @@ def _summary(run: RunDirectory) -> str:
     if metrics.bin_size > 1:
         facts.append(f"each point of a curve is the mean of {metrics.bin_size} steps")
     lines = [f'<p class="soft">{html.escape(" · ".join(facts))}</p>']
-    names = ("reward", "greedy_reward", "accuracy", "greedy_accuracy")
     try:
-        lines_of_file = read_metrics(run.path)
-        found = [{each.task: each for each in changes(lines_of_file, name)} for name in names]
-    except (ReportError, KeyError):  # fewer than two validations, or other tasks in the last one: no table
+        found = all_changes(read_metrics(run.path))
+    except ReportError:  # fewer than two validations: no table
         return "\n".join(lines)
-    head = "".join(f'<th scope="col">held out, {name.replace("_", " ")}</th>' for name in names)
+    head = "".join(f'<th scope="col">held out, {name.replace("_", " ")}</th>' for name in found)
     rows = []
-    for task in (task for task in found[0] if all(task in each for each in found)):
-        cells = "".join(_before_and_after(each[task]) for each in found)
+    for task, row in rows_of(found).items():
+        cells = "".join(_before_and_after(row.get(name)) for name in found)
         rows.append(f'<tr><th scope="row">{html.escape(task)}</th>{cells}</tr>')
     lines.append(
         '<div class="scroll" tabindex="0" role="region" aria-label="Validation, first and last">'
@@ -157,10 +168,15 @@ def _summary(run: RunDirectory) -> str:
     return "\n".join(lines)
 
 
-def _before_and_after(change: Change) -> str:
-    kind = "bad" if change.after < change.before else "good"
-    gain = f'<span class="{kind}">{change.after - change.before:+.3f}</span>'
-    return f'<td class="number">{change.before:.3f} → {change.after:.3f} {gain}</td>'
+def _before_and_after(change: Change | None) -> str:
+    if change is None:
+        return '<td class="number"></td>'
+    before, after = ("–" if value is None else f"{value:.3f}" for value in (change.before, change.after))
+    gain = ""
+    if change.before is not None and change.after is not None:
+        kind = "bad" if change.after < change.before else "good"
+        gain = f' <span class="{kind}">{change.after - change.before:+.3f}</span>'
+    return f'<td class="number">{before} → {after}{gain}</td>'
 
 
 def _policy(scripts: Sequence[str], *, served: bool) -> str:
