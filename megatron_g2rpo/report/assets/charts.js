@@ -17,12 +17,15 @@
 
   /** The layout that every chart has, in today's colours. */
   const shared = () => {
-    const axis = { gridcolor: style("--grid"), zerolinecolor: style("--edge"), linecolor: style("--edge"), automargin: true };
+    const axis = {
+      gridcolor: style("--grid"), zerolinecolor: style("--edge"), linecolor: style("--edge"), automargin: true, title: { standoff: 8 },
+    };
     return {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: style("--text"), size: 12 },
       margin: { l: 50, r: 10, t: 10, b: 40 }, hovermode: "x unified", dragmode: POINTER ? "zoom" : false,
       hoverlabel: { bgcolor: style("--panel"), font: { color: style("--text") } },
-      legend: { orientation: "h", y: -0.25, x: 0, font: { size: 11 } }, xaxis: axis, yaxis: axis,
+      // At the bottom of the whole figure, which leaves the axis's title its place however many lines the legend has.
+      legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, font: { size: 11 } }, xaxis: axis, yaxis: axis,
     };
   };
 
