@@ -58,9 +58,10 @@
       button.addEventListener("click", () => report.showSamples?.({ task: row.task, from: span[2], to: span[3], sort: "change" }));
       button.disabled = !report.showSamples;
       const contribution = new Map(row.parts);
+      const isChance = row.error !== null && Math.abs(row.change) <= row.error;
       return [
         row.task, row.before, row.after, report.signed(row.change, row.error ?? 0), row.error === null ? "–" : `± ${row.error.toFixed(3)}`,
-        ...names.map((name) => (contribution.has(name) ? report.signed(contribution.get(name)) : "–")), button,
+        ...names.map((name) => (contribution.has(name) ? report.signed(contribution.get(name), isChance ? Infinity : 0) : "–")), button,
       ];
     });
     output.replaceChildren(

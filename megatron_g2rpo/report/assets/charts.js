@@ -78,10 +78,13 @@
     );
   };
 
-  const sight = new IntersectionObserver(
-    (entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => draw(entry.target)),
-    { rootMargin: "300px" },
-  );
+  const plots = [];
+  const drawNear = (rootMargin) => {
+    const sight = new IntersectionObserver(
+      (entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => draw(entry.target)), { rootMargin },
+    );
+    plots.forEach((plot) => sight.observe(plot));
+  };
 
   for (const [number, section] of report.page.sections.entries()) {
     const grid = report.element("div", { class: "charts" }, ...section.charts.map(report.figure));
@@ -90,8 +93,10 @@
       `section-${number}`, section.title, grid,
       missing.length ? report.element("p", { class: "soft missing" }, `Not shown: ${missing.join("; ")}.`) : null,
     );
-    grid.querySelectorAll(".plot").forEach((plot) => sight.observe(plot));
+    plots.push(...grid.querySelectorAll(".plot"));
   }
+  drawNear("0px"); // what a reader sees comes first
+  report.startCharts = () => drawNear("300px");
 
   const themes = ["auto", "light", "dark"];
   const button = document.getElementById("theme");
