@@ -8,6 +8,7 @@ and the Content-Security-Policy lets nothing run but the two scripts whose SHA-2
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import html
 import json
@@ -21,7 +22,7 @@ from megatron_g2rpo.report.charts import Measured, charts_of
 from megatron_g2rpo.report.charts.base import rounded
 from megatron_g2rpo.report.metrics import ReportError, read_metrics
 from megatron_g2rpo.report.recipes import differences
-from megatron_g2rpo.report.rewards import Change, changes, text_only_accuracy
+from megatron_g2rpo.report.rewards import Change, all_changes, rows_of, text_only_accuracy
 from megatron_g2rpo.report.rollouts import read_overview
 from megatron_g2rpo.report.run_directory import REPORT_DIR, RunDirectory, read_run
 from megatron_g2rpo.report.samples import Samples, packed, samples_of
@@ -31,6 +32,7 @@ LARGEST_PAGE = 9_500_000  # bytes
 LEAST_OF_SAMPLES = 200_000  # bytes, where charts of a long run leave no more
 SCRIPTS = ("common.js", "charts.js", "changes.js", "samples.js", "explorer.js")
 MOST_RUNS = 2
+ABANDONED_S = 600.0  # seconds after which a page that is not whole is that of a process that was killed
 
 
 def write_page(paths: Sequence[Path], *, version_url: str | None = None) -> Path:
@@ -57,10 +59,21 @@ def write_page(paths: Sequence[Path], *, version_url: str | None = None) -> Path
     partial = target.with_name(f".{PAGE}.{os.getpid()}")
     try:
         partial.write_text(text, "utf-8")
+        _remove_abandoned(partial)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
     return target
+
+
+def _remove_abandoned(partial: Path) -> None:
+    """Remove what killed processes left, of this machine and others: a page is on the disk in seconds."""
+    # Both times are the file system's own, whatever the clock of this machine says.
+    oldest = partial.stat().st_mtime - ABANDONED_S
+    for path in partial.parent.glob(f".{PAGE}.*"):
+        with contextlib.suppress(FileNotFoundError):  # its process, or another one like this, was quicker
+            if path.stat().st_mtime < oldest:
+                path.unlink()
 
 
 def page_of(runs: Sequence[RunDirectory], *, version_url: str | None = None) -> str:
@@ -126,7 +139,7 @@ def _summary(run: RunDirectory) -> str:
     """What a reader must know first, as HTML: the run, how far it is, and its validations before and after."""
     metrics = run.metrics
     facts = [
-        f"{run.path.resolve()}: {metrics.last_step} steps",
+        f"{run.path}: {metrics.last_step} steps",  # as it was asked for: a page is sent to others
         f"model {run.setting('policy.model_name', 'not named')}",
     ]
     if estimator := run.setting("grpo.adv_estimator.name"):
@@ -134,16 +147,15 @@ def _summary(run: RunDirectory) -> str:
     if metrics.bin_size > 1:
         facts.append(f"each point of a curve is the mean of {metrics.bin_size} steps")
     lines = [f'<p class="soft">{html.escape(" · ".join(facts))}</p>']
-    names = ("reward", "greedy_reward", "accuracy", "greedy_accuracy")
     try:
-        lines_of_file = read_metrics(run.path)
-        found = [{each.task: each for each in changes(lines_of_file, name)} for name in names]
-    except (ReportError, KeyError):  # fewer than two validations, or other tasks in the last one: no table
+        found = all_changes(read_metrics(run.path))
+    except ReportError:  # fewer than two validations: no table
         return "\n".join(lines)
-    head = "".join(f'<th scope="col">held out, {name.replace("_", " ")}</th>' for name in names)
+    head = "".join(f'<th scope="col" class="number">held out, {name.replace("_", " ")}</th>' for name in found)
     rows = []
-    for task in (task for task in found[0] if all(task in each for each in found)):
-        cells = "".join(_before_and_after(each[task]) for each in found)
+    order = {task: place for place, task in enumerate(run.tasks)}  # that of the charts
+    for task, row in sorted(rows_of(found).items(), key=lambda each: order.get(each[0], len(order))):
+        cells = "".join(_before_and_after(row.get(name)) for name in found)
         rows.append(f'<tr><th scope="row">{html.escape(task)}</th>{cells}</tr>')
     lines.append(
         '<div class="scroll" tabindex="0" role="region" aria-label="Validation, first and last">'
@@ -157,10 +169,16 @@ def _summary(run: RunDirectory) -> str:
     return "\n".join(lines)
 
 
-def _before_and_after(change: Change) -> str:
-    kind = "bad" if change.after < change.before else "good"
-    gain = f'<span class="{kind}">{change.after - change.before:+.3f}</span>'
-    return f'<td class="number">{change.before:.3f} → {change.after:.3f} {gain}</td>'
+def _before_and_after(change: Change | None) -> str:
+    if change is None:
+        return '<td class="number"></td>'
+    before, after = ("–" if value is None else f"{value:.3f}" for value in (change.before, change.after))
+    gain = ""
+    if change.before is not None and change.after is not None:
+        difference = round(change.after - change.before, 3)
+        kind = "bad" if difference < 0 else "good" if difference > 0 else "soft"
+        gain = f' <span class="{kind}">{f"{difference:+.3f}" if difference else "0.000"}</span>'
+    return f'<td class="number">{before} → {after}{gain}</td>'
 
 
 def _policy(scripts: Sequence[str], *, served: bool) -> str:
@@ -202,4 +220,16 @@ def _plotly() -> str:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise ReportError("the page's charts need plotly: pip install 'megatron-g2rpo[report]'") from error
-    return get_plotlyjs()
+    return _parsed_at_once(get_plotlyjs())
+
+
+def _parsed_at_once(script: str) -> str:
+    """Put plotly's whole body, a function, in parentheses, which tells a browser that it is called at once.
+
+    Otherwise it is read once to find its end and once more to run: a fifth of the time that the page takes to open.
+    A release whose body begins or ends otherwise is left as it is.
+    """
+    begin, end = "this, () => {", "\n}));"
+    if script.count(begin) != 1 or not script.endswith(end):
+        return script
+    return script.removesuffix(end).replace(begin, "this, (() => {") + "\n})));"

@@ -14,14 +14,22 @@ from PIL import Image
 from megatron_g2rpo.report.page import write_page
 from tests.report.browser import DESKTOP, PHONE, Browser
 
+# What a user would choose in the viewer of samples: a task with boxes, if there is one, and a colour.
+CHOOSE = """
+const task = [...document.querySelectorAll('#f-task option')].find((each) => each.value.includes('grounding'));
+for (const [id, value] of [['f-task', task?.value ?? ''], ['f-colour', 'logprob']]) {
+  const field = document.getElementById(id);
+  if (field) { field.value = value; field.dispatchEvent(new Event('input', {bubbles: true})); }
+}
+"""
 SETTLE_S = 2.0  # for charts to be drawn
-COLOURS = 128  # of a picture, which keeps it below 200 kB
+COLOURS = 256  # of a picture, which keeps it below 300 kB
 
 
 def take(run: Path, out: Path) -> list[Path]:
     """Write the pictures: name -> window, scheme, and what stands on top of it."""
     out.mkdir(parents=True, exist_ok=True)
-    address = write_page([run]).as_uri()
+    address = write_page([run]).resolve().as_uri()
     written = []
     with tempfile.TemporaryDirectory() as profile, Browser(Path(profile)) as browser:
         for name, size, dark, top in (
@@ -32,15 +40,15 @@ def take(run: Path, out: Path) -> list[Path]:
             ("phone", PHONE, False, "#section-1"),
         ):
             browser.open(address, size, dark=dark)
-            browser.do("const field = document.getElementById('f-colour'); if (field) field.value = 'logprob'")
-            browser.do("document.getElementById('f-colour')?.dispatchEvent(new Event('input', {bubbles: true}))")
+            browser.do(CHOOSE)
             browser.do(f"report.drawAll(); document.querySelector('{top}').scrollIntoView()")
             time.sleep(SETTLE_S)
             browser.do(f"document.querySelector('{top}').scrollIntoView()")
             time.sleep(SETTLE_S)
             path = out / f"{name}.png"
             picture = Image.open(io.BytesIO(browser.driver.get_screenshot_as_png())).convert("RGB")
-            picture.quantize(COLOURS).save(path, optimize=True)
+            # Octrees keep rare colours, as those of boxes and of tokens; no dithering, which text would show.
+            picture.quantize(COLOURS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(path, optimize=True)
             written.append(path)
     return written
 

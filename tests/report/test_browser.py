@@ -158,6 +158,27 @@ def test_hostile_texts_are_shown_as_text(opened: Browser) -> None:
     assert opened.console() == []
 
 
+def test_groups_without_signal_can_be_looked_at(opened: Browser) -> None:
+    put(opened, "f-sort", "size")
+    opened.until("document.querySelector('#f-results .response h4').textContent.endsWith('advantage 0.00')")
+
+
+def test_a_change_has_a_colour_where_it_is_larger_than_its_interval(opened: Browser) -> None:
+    opened.do(f"document.getElementById('change-b').value = {WORSE_STEP}")
+    opened.do(f"document.getElementById('change-c').value = {WORSE_STEP + 1}")
+    opened.do("window.was = document.querySelector('#changes table')")
+    put(opened, "change-d", "80")
+    opened.until("document.querySelector('#changes table') !== window.was")
+    rows = opened.value(
+        "[...document.querySelectorAll('#changes tbody tr')].map((row) => [row.cells[3].textContent, "
+        "row.cells[4].textContent, row.cells[3].querySelector('.good, .bad') !== null])"
+    )
+    assert len(rows) == len(TASKS)
+    for change, interval, coloured in rows:
+        assert coloured == (abs(float(change.replace("−", "-"))) > float(interval.removeprefix("± ")))
+    assert any(row[2] for row in rows), rows
+
+
 def test_a_surrogate_that_stands_alone_breaks_nothing(opened: Browser) -> None:
     """Parquet holds none, but a name in the page's data may: JSON escapes it, and the browser shows a placeholder."""
     opened.do("document.body.append(report.element('p', {id: 'alone'}, 'a\\ud800b'))")

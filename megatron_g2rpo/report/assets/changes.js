@@ -18,7 +18,8 @@
     report.element(
       "p", { class: "soft" },
       "The mean training reward of two spans of steps, the task that lost most first, and what each part of the reward " +
-      "(times its weight) adds to the change. ± is a 95 % interval, from the spread between steps. The button shows " +
+      "(times its weight) adds to the change. ± is a 95 % interval, from the spread between steps; a change within it has no " +
+      "colour: it may be chance. The button shows " +
       "the samples of the second span, those first that fell furthest below the last answers to the same prompt; where " +
       "none of the prompts was drawn before, those of the lowest reward.",
     ),
@@ -46,9 +47,6 @@
     return { task, before: mean(before), after: mean(after), change: mean(after) - mean(before), error, parts };
   };
 
-  const signed = (value) =>
-    report.element("span", { class: value < 0 ? "bad" : "good" }, `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3)}`);
-
   const show = async () => {
     const metrics = (await report.series())[0];
     const span = ["a", "b", "c", "d"].map((each) => Number(document.getElementById(`change-${each}`).value));
@@ -60,14 +58,15 @@
       button.addEventListener("click", () => report.showSamples?.({ task: row.task, from: span[2], to: span[3], sort: "change" }));
       button.disabled = !report.showSamples;
       const contribution = new Map(row.parts);
+      const isChance = row.error !== null && Math.abs(row.change) <= row.error;
       return [
-        row.task, row.before, row.after, signed(row.change), row.error === null ? "–" : `± ${row.error.toFixed(3)}`,
-        ...names.map((name) => (contribution.has(name) ? signed(contribution.get(name)) : "–")), button,
+        row.task, row.before, row.after, report.signed(row.change, row.error ?? 0), row.error === null ? "–" : `± ${row.error.toFixed(3)}`,
+        ...names.map((name) => (contribution.has(name) ? report.signed(contribution.get(name), isChance ? Infinity : 0) : "–")), button,
       ];
     });
     output.replaceChildren(
       cells.length
-        ? report.table(["task", "before", "after", "change", "", ...names.map((name) => `of it: ${name}`), "see"], cells)
+        ? report.table(["task", "before", "after", "change", "interval", ...names.map((name) => `of it: ${name}`), "see"], cells)
         : report.element("p", {}, "No task has a training reward in both spans."),
     );
   };

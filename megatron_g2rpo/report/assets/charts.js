@@ -17,12 +17,15 @@
 
   /** The layout that every chart has, in today's colours. */
   const shared = () => {
-    const axis = { gridcolor: style("--grid"), zerolinecolor: style("--edge"), linecolor: style("--edge"), automargin: true };
+    const axis = {
+      gridcolor: style("--grid"), zerolinecolor: style("--edge"), linecolor: style("--edge"), automargin: true, title: { standoff: 8 },
+    };
     return {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: style("--text"), size: 12 },
       margin: { l: 50, r: 10, t: 10, b: 40 }, hovermode: "x unified", dragmode: POINTER ? "zoom" : false,
       hoverlabel: { bgcolor: style("--panel"), font: { color: style("--text") } },
-      legend: { orientation: "h", y: -0.25, x: 0, font: { size: 11 } }, xaxis: axis, yaxis: axis,
+      // At the bottom of the whole figure, which leaves the axis's title its place however many lines the legend has.
+      legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, font: { size: 11 } }, xaxis: axis, yaxis: axis,
     };
   };
 
@@ -75,10 +78,13 @@
     );
   };
 
-  const sight = new IntersectionObserver(
-    (entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => draw(entry.target)),
-    { rootMargin: "300px" },
-  );
+  const plots = [];
+  const drawNear = (rootMargin) => {
+    const sight = new IntersectionObserver(
+      (entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => draw(entry.target)), { rootMargin },
+    );
+    plots.forEach((plot) => sight.observe(plot));
+  };
 
   for (const [number, section] of report.page.sections.entries()) {
     const grid = report.element("div", { class: "charts" }, ...section.charts.map(report.figure));
@@ -87,8 +93,10 @@
       `section-${number}`, section.title, grid,
       missing.length ? report.element("p", { class: "soft missing" }, `Not shown: ${missing.join("; ")}.`) : null,
     );
-    grid.querySelectorAll(".plot").forEach((plot) => sight.observe(plot));
+    plots.push(...grid.querySelectorAll(".plot"));
   }
+  drawNear("0px"); // what a reader sees comes first
+  report.startCharts = () => drawNear("300px");
 
   const themes = ["auto", "light", "dark"];
   const button = document.getElementById("theme");

@@ -30,19 +30,31 @@ report.element = (name, attributes = {}, ...children) => {
 report.number = (value, digits = 3) =>
   value === null || value === undefined || Number.isNaN(value) ? "–" : value.toFixed(digits).replace("-", "−");
 
+/** A change with its sign: green, red, or without a colour where it is none, or no larger than its interval. */
+report.signed = (value, error = 0) => {
+  const text = Math.abs(value).toFixed(3);
+  const kind = Number(text) === 0 || Math.abs(value) <= error ? "figure" : value < 0 ? "figure bad" : "figure good";
+  return report.element("span", { class: kind }, Number(text) === 0 ? text : `${value < 0 ? "−" : "+"}${text}`);
+};
+
+const figures = (cell) => typeof cell === "number" || (cell instanceof Node && cell.classList.contains("figure"));
+
 /** A table of rows, numbers to the right; `wide` columns may break. */
 report.table = (heading, rows, wide = []) =>
   report.element(
     "div", { class: "scroll", tabindex: 0, role: "region", "aria-label": heading.join(", ") },
     report.element(
       "table", {},
-      report.element("thead", {}, report.element("tr", {}, ...heading.map((each) => report.element("th", { scope: "col" }, each)))),
+      report.element("thead", {}, report.element(
+        "tr", {},
+        ...heading.map((each, column) => report.element("th", { scope: "col", class: rows.some((row) => figures(row[column])) && "number" }, each)),
+      )),
       report.element(
         "tbody", {},
         ...rows.map((row) => report.element(
           "tr", {},
           ...row.map((cell, column) => {
-            const kind = typeof cell === "number" ? "number" : wide.includes(column) ? "wide" : false;
+            const kind = figures(cell) ? "number" : wide.includes(column) ? "wide" : false;
             return report.element("td", { class: kind }, typeof cell === "number" ? report.number(cell) : cell ?? "–");
           }),
         )),

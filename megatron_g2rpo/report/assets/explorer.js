@@ -39,6 +39,7 @@
     await report.startChanges();
     if (report.startSamples) await report.startSamples();
     await draw();
+    report.startCharts();
     document.documentElement.dataset.ready = "yes";
   }));
 

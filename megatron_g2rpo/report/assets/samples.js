@@ -71,6 +71,7 @@
   const SORTS = {
     step: "step", reward: "lowest reward", "-reward": "highest reward", change: "lost most since the prompt's last time",
     "-change": "gained most since the prompt's last time", "-tokens": "longest", tokens: "shortest", "-size": "largest advantage, either sign",
+    size: "smallest advantage: groups without signal",
   };
   const form = report.element(
     "form", { "aria-label": "Filter samples" },

@@ -41,14 +41,15 @@ def lengths(runs: Sequence[Measured]) -> Iterator[Chart]:
             if series := measured.run.metrics[f"train/{task}/response_tokens"]:
                 traces += noisy(f"mean length{suffix}", series, SAMPLED, dash)
         about = "The mean length of responses" + (
-            ", the green stripe where the length reward is whole, the dotted lines where it has fallen to 0."
+            ": within the green stripe the length reward is whole, at the dotted lines it is 0"
             if shapes
-            else "; the recipe has no length reward for this task."
+            else "; the recipe has no length reward for this task"
         )
+        recorded = any(each.overview is not None for each in runs)
         yield Chart(
             name=slug("length", task),
             title=f"Response length: {task}",
-            about=f"{about} The band holds the middle 80 % of the responses, where rollouts were recorded.",
+            about=f"{about}{'; the band holds the middle 80 % of them' if recorded else ''}.",
             traces=traces,
             layout=axes("tokens", shapes=shapes),
         )
@@ -68,12 +69,11 @@ def entropies(runs: Sequence[Measured]) -> Iterator[Chart]:
             name=slug("entropy", task),
             title=f"Token entropy: {task}",
             about=(
-                "How undecided the policy is about a token, on average: towards 0 it has stopped exploring, a rise may "
-                "be the beginning of noise. "
+                "How undecided the policy is about a token: near 0 it has stopped exploring, a steep rise may be noise"
                 + (
-                    "Dotted: the bounds beyond which entropy shaping pulls it back."
+                    "; beyond the dotted bounds entropy shaping pulls it back."
                     if shapes
-                    else "Not shaped in this run."
+                    else "; not shaped in this run."
                 )
             ),
             traces=traces,

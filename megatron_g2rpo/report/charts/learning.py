@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import cycle
 
 from megatron_g2rpo.report.charts.base import (
     GREEDY,
@@ -24,10 +25,7 @@ from megatron_g2rpo.report.charts.base import (
 from megatron_g2rpo.report.metrics import Series
 from megatron_g2rpo.report.statistics import reward_band
 
-_CURVES = (
-    "Grey: training prompts, sampled, the thick line a moving average and the band the 95 % confidence interval of the "
-    "mean (over groups, where rollouts were recorded). Blue and orange: held-out prompts, sampled and greedy."
-)
+_CURVES = "grey are training prompts (moving average{band}), blue and orange held-out prompts, sampled and greedy."
 
 
 def learning_curves(runs: Sequence[Measured]) -> Iterator[Chart]:
@@ -35,14 +33,14 @@ def learning_curves(runs: Sequence[Measured]) -> Iterator[Chart]:
     yield Chart(
         name="reward",
         title="Mean reward, all tasks",
-        about=f"Is it learning? {_CURVES}",
+        about=f"Is it learning? {_curves('reward', runs)}",
         traces=_curve(runs, None, "reward"),
         layout=axes("mean reward"),
     )
     yield Chart(
         name="accuracy",
         title="Mean accuracy, all tasks",
-        about=f"The share of the reward that is about being right. {_CURVES}",
+        about=f"Are more answers right? {_curves('accuracy', runs)}",
         traces=_curve(runs, None, "accuracy"),
         layout=axes("mean accuracy"),
     )
@@ -50,10 +48,15 @@ def learning_curves(runs: Sequence[Measured]) -> Iterator[Chart]:
         yield Chart(
             name=slug("reward", task),
             title=f"Reward: {task}",
-            about=_CURVES,
+            about=_curves("reward of this task", runs),
             traces=_curve(runs, task, "reward"),
             layout=axes("mean reward"),
         )
+
+
+def _curves(what: str, runs: Sequence[Measured]) -> str:
+    recorded = any(each.overview is not None for each in runs) and what != "accuracy"
+    return f"The {what}: " + _CURVES.format(band=", 95 % interval of the mean over groups" if recorded else "")
 
 
 def _curve(runs: Sequence[Measured], task: str | None, metric: str) -> list[Trace]:
@@ -80,8 +83,8 @@ def reward_parts(runs: Sequence[Measured]) -> Iterator[Chart]:
             name=slug("parts", task),
             title=f"Reward parts: {task}",
             about=(
-                "What the reward is made of: each part times its weight, stacked, so that the height of a colour is "
-                "what it contributes and a jump shows which part jumped (moving averages; training prompts)."
+                "Which part of the reward jumped? The height of a colour is what the part, times its weight, adds to "
+                "it (training prompts, moving averages)."
                 + (" Lines: the second run's reward." if len(runs) > 1 else "")
             ),
             traces=_stacked(runs, task),
@@ -97,8 +100,9 @@ def _stacked(runs: Sequence[Measured], task: str) -> list[Trace]:
         if number > 0:  # stacks of two runs in one chart cannot be told apart
             traces += noisy(f"reward{suffix}", total, TRAINED, dash) if total else []
             continue
-        for place, (part, values) in enumerate(contributions(measured, task).items()):
-            stacked = noisy(f"{part}{suffix}", values, PALETTE[place % len(PALETTE)])[-1]
+        colours = dict(zip([*measured.run.reward_weights(task), "other"], cycle(PALETTE), strict=False))
+        for part, values in contributions(measured, task).items():
+            stacked = noisy(f"{part}{suffix}", values, colours[part])[-1]
             traces.append({**stacked, "mode": "lines", "stackgroup": "parts"})
     return traces
 
@@ -116,7 +120,7 @@ def contributions(measured: Measured, task: str) -> dict[str, Series]:
     rest = {step: value for step, value in zip(total.steps, total.values, strict=True) if value is not None}
     for part, weight in measured.run.reward_weights(task).items():
         series = metrics[f"train/{task}/{part}"]
-        if not series or weight == 0:
+        if not series or weight == 0 or not any(series.values):  # a part that the task's samples lack is 0
             continue
         values = [None if value is None else weight * value for value in series.values]
         found[part] = Series(steps=series.steps, values=values)

@@ -91,7 +91,7 @@ def padding(runs: Sequence[Measured]) -> Iterator[Chart]:
     yield Chart(
         name="padding",
         title="Padding and sharing",
-        about="The share of a micro-batch's tokens that are padding: computed for nothing, so lower is better.",
+        about="Padding is computed for nothing, so lower is better; what shared prompts save is not computed at all.",
         traces=traces,
         layout=axes("share of tokens"),
     )

@@ -32,9 +32,8 @@ def advantages(runs: Sequence[Measured]) -> Iterator[Chart]:
             name=slug("quantiles", task),
             title=f"Advantages against N(0, 1): {task}",
             about=(
-                "Each point is a quantile: on the grey diagonal the advantages are Gaussian with mean 0 and variance "
-                "1, as G2RPO makes them; a flatter line is a smaller spread, steps are ties. One line for each third "
-                "of the run; groups without signal are left out."
+                "On the grey diagonal the advantages are Gaussian, as G2RPO makes them; a flatter line is a smaller "
+                "spread, steps are ties (a line for each third of the run, groups without signal left out)."
             ),
             traces=_quantiles(runs, task),
             layout={"xaxis": {"title": {"text": "quantile of N(0, 1)"}}, "yaxis": {"title": {"text": "advantage"}}},
@@ -140,12 +139,15 @@ def clipping(runs: Sequence[Measured]) -> Iterator[Chart]:
                 "train/importance_masked": "sequence masked",
             },
         ),
-        layout=axes("share of tokens"),
+        layout=axes("share of tokens", yaxis={"title": {"text": "share of tokens"}, "rangemode": "nonnegative"}),
     )
     yield Chart(
         name="kl",
         title="KL divergence from the old policy",
-        about="How far an update moved from the policy that sampled, per token; far above 0.1 it may be too large.",
+        about=(
+            "How far the policy moved within a step, per token: with one update a step it is 0, far above 0.1 updates "
+            "may be too large."
+        ),
         traces=of_names(runs, {"train/kl": "KL"}),
-        layout=axes("nats"),
+        layout=axes("nats", yaxis={"title": {"text": "nats"}, "rangemode": "nonnegative"}),
     )

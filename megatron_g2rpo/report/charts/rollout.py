@@ -18,7 +18,7 @@ def gaps(runs: Sequence[Measured]) -> Iterator[Chart]:
             "rounding noise if it is small and flat; if it grows, the engine is no longer the policy."
         ),
         traces=by_task(runs, "rollout_gap_mean"),
-        layout=axes("nats", yaxis={"title": {"text": "nats"}, "exponentformat": "power"}),
+        layout=axes("nats", yaxis={"title": {"text": "nats"}, "exponentformat": "e"}),
     )
     yield Chart(
         name="gap-largest",
@@ -28,5 +28,5 @@ def gaps(runs: Sequence[Measured]) -> Iterator[Chart]:
             "are a bug in the weights or the template."
         ),
         traces=of_names(runs, {"train/rollout_gap_max": "largest gap", "train/rollout_gap_kl": "KL divergence"}),
-        layout=axes("nats", yaxis={"title": {"text": "nats"}, "exponentformat": "power"}),
+        layout=axes("nats", yaxis={"title": {"text": "nats"}, "exponentformat": "e"}),
     )

@@ -142,6 +142,12 @@ class MetricsLog:
         for example in shown:
             self.note(example.line)
 
+    def complete(self) -> None:
+        """Say that no step follows: trackers send what they have while the run does the last of its work."""
+        if self._trackers is not None:
+            for line in self._trackers.say_end(failed=False):
+                self.note(line)
+
     def note(self, text: str) -> None:
         """Print one line above the live region."""
         self._screen.note(text)

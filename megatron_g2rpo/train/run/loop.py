@@ -376,6 +376,8 @@ class Run:
         self._checkpoints.finish()
         self._stopping.end()
         exported = self._exported() if self._recipe.checkpointing.export_hf else None
+        if self._log is not None:
+            self._log.complete()  # before the page, which may take minutes
         self._page.finish()
         if self._log is not None and self._log.enabled:
             for line in summary(self._recipe, self.first_step, time.monotonic() - STARTED):

@@ -7,6 +7,7 @@ import base64
 import gzip
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from html.parser import HTMLParser
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("plotly", reason="the page's charts; megatron-g2rpo[report]")
+
+from plotly.offline import get_plotlyjs
 
 from megatron_g2rpo.report import page as pages
 from megatron_g2rpo.report import samples
@@ -248,6 +251,27 @@ def test_a_run_without_records_has_its_charts(tmp_path: Path) -> None:
     assert held["tasks"] == list(TASKS)
     missing = {each["title"] for section in held["sections"] for each in section["missing"]}
     assert {f"Advantages against N(0, 1): {task}" for task in TASKS} <= missing
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_one_writes_is_not(run: Path) -> None:
+    pages = write_page([run]).parent
+    abandoned, underway = pages / ".report.html.1", pages / ".report.html.2"
+    for path in (abandoned, underway):
+        path.write_text("half a page")
+    now = underway.stat().st_mtime
+    os.utime(abandoned, (now - 3600, now - 3600))
+    write_page([run])
+    assert sorted(path.name for path in pages.iterdir()) == [".report.html.2", "report.html"]
+    underway.unlink()
+
+
+def test_the_installed_plotly_is_parsed_at_once() -> None:
+    """Its text begins and ends as expected, and is else what it was."""
+    script = get_plotlyjs()
+    found = pages._parsed_at_once(script)
+    assert len(found) == len(script) + 2
+    assert found.replace("this, (() => {", "this, () => {").removesuffix("})));") + "}));" == script
+    assert pages._parsed_at_once("another()") == "another()"
 
 
 def test_a_value_that_is_not_finite_is_a_gap(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,52 @@ def test_a_task_s_name_may_have_slashes_and_dots(tmp_path: Path) -> None:
     line = {f"val/{task}/{prefix}reward": value for task, value in names.items() for prefix in ("", "greedy_")}
     lines = [{"step": step, "val/mean_reward": 0.3, **line} for step in (0, 1)]
     assert [change.task for change in changes(lines, "reward")] == [*names, "mean over tasks"]
+
+
+def write_lines(run: Path, *lines: dict[str, float]) -> Path:
+    """A run of these lines of metrics, the first of step 0."""
+    (run / "recipe.yaml").write_text("data: {validation: null}\n")
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": step, **line}) + "\n" for step, line in enumerate(lines))
+    )
+    return run
+
+
+def validation(metrics: Sequence[str] = METRICS, **values: float) -> dict[str, float]:
+    """A validation's line: every metric of each task at its value, and the means over these tasks."""
+    named = {f"val/{task}/{name}": value for name in metrics for task, value in values.items()}
+    return {**named, **{f"val/mean_{name}": sum(values.values()) / len(values) for name in metrics}}
+
+
+def test_a_task_that_one_validation_lacks_is_shown_and_left_out_of_the_mean(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Validation data that changed, or a task all of whose rewards failed: the last has ``math``, the first ``ocr``."""
+    first, last = validation(ocr=0.2, chart=0.4), validation(chart=0.5, math=0.9)
+    run = write_lines(tmp_path, first, {"train/reward": 0.3, "train/other/reward": 0.3}, last)
+    expected = [Change("ocr", 0.2, None), Change("chart", 0.4, 0.5), Change("math", None, 0.9)]
+    assert changes(read_metrics(run), "reward") == [*expected, Change("mean over tasks", 0.4, 0.5)]
+    draw(run)
+    shown = capsys.readouterr().out
+    assert "0.200 ->   -  " in shown
+    assert "  -   -> 0.900" in shown
+    assert "math: lacks a value in the first or the last validation" in shown
+
+
+def test_validations_without_a_task_in_common_have_no_mean(tmp_path: Path) -> None:
+    run = write_lines(tmp_path, validation(ocr=0.2), validation(math=0.9))
+    assert changes(read_metrics(run), "reward")[-1] == Change("mean over tasks", None, None)
+    assert draw(run).exists()
+
+
+def test_a_metric_that_some_tasks_lack_is_blank_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Greedy answers of ``math`` have no reward at all, and the recipe weighs no accuracy."""
+    line = {**validation(("reward",), ocr=0.2, math=0.3), **validation(("greedy_reward",), ocr=0.4)}
+    draw(write_lines(tmp_path, line, {"train/reward": 0.3}, line))
+    rows = [row.split() for row in capsys.readouterr().out.splitlines()]
+    assert rows[2] == ["ocr", "0.200", "->", "0.200", "0.400", "->", "0.400"]
+    assert rows[3] == ["math", "0.300", "->", "0.300"]
+    assert "accuracy" not in rows[1]
 
 
 def test_a_run_on_several_validation_sets_has_no_card(tmp_path: Path) -> None:

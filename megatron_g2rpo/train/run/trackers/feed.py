@@ -65,6 +65,7 @@ class Trackers:
 
     def __init__(self, section: Logger, config: Mapping[str, Any], run_id: str) -> None:
         self._feeds = [_Feed(name, section, config, run_id) for name in enabled(section)]
+        self._told_end = False
 
     def start(self) -> None:
         """Start the processes; one that cannot be started is news."""
@@ -87,16 +88,27 @@ class Trackers:
         for feed in self._feeds:
             yield from feed.news()
 
+    def say_end(self, *, failed: bool) -> Iterator[str]:
+        """Tell the trackers that nothing more will be logged, and wait for none; iterate over lines for the user.
+
+        Args:
+            failed: whether an error ended the run.
+        """
+        if self._told_end:
+            return
+        yield from self.news()  # before they are told to end, which is none
+        self._told_end = True
+        for feed in self._feeds:
+            feed.say_end(failed)
+
     def finish(self, *, failed: bool) -> Iterator[str]:
         """End the trackers, after seconds at most; iterate over lines for the user.
 
         Args:
             failed: whether an error ended the run.
         """
-        yield from self.news()  # before they are told to end, which is none
+        yield from self.say_end(failed=failed)
         deadline = time.monotonic() + (FINISH_AFTER_ERROR_S if failed else FINISH_S)
-        for feed in self._feeds:
-            feed.say_end(failed)
         for feed in self._feeds:
             yield from feed.finish(deadline)
 

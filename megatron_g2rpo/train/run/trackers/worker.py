@@ -12,6 +12,8 @@ no tracker takes a step back.
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -41,7 +43,7 @@ def work(lines: Iterable[str], make: Callable[[Identity], Backend], record: Path
         traceback.print_exc()
         return NOT_STARTED
     # Of a step that was logged before, the table was, too.
-    logged = int(record.read_text()) if record.exists() else -1
+    logged = _last_logged(record)
     failed, in_a_row, ended = 0, 0, True
     for message in messages:
         if "end" in message:
@@ -67,6 +69,22 @@ def work(lines: Iterable[str], make: Callable[[Identity], Backend], record: Path
     return SOME_FAILED if failed else 0
 
 
+def _last_logged(record: Path) -> int:
+    """The last step that an earlier attempt logged; -1: none, or nobody knows, which is said."""
+    if not record.exists():
+        return -1
+    data = record.read_bytes()
+    if re.fullmatch(rb"-?[0-9]+\n", data) is None:  # without its end, a number may be the beginning of another
+        print(
+            f"{record} is damaged ({data[:20]!r}), by a full disk or a machine that lost power: which steps are logged "
+            "is not known, and some may be logged twice",
+            file=sys.stderr,
+            flush=True,
+        )
+        return -1
+    return int(data)
+
+
 def _tell(backend: Backend, message: dict[str, Any]) -> None:
     if "samples" in message:
         backend.samples(message["step"], message["samples"])
@@ -75,9 +93,12 @@ def _tell(backend: Backend, message: dict[str, Any]) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file that is whole whenever this process is killed."""
+    """Write a file that is whole whenever this process is killed, or the machine loses power."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else the name may be there after a loss of power, and the text not
     partial.replace(path)
 
 

@@ -91,6 +91,21 @@ def test_what_ended_the_run_is_raised_where_the_checkpoint_fails_too(
     assert names_in(tmp_path / "checkpoints") == []
 
 
+def test_trackers_are_told_the_end_before_the_page_is_waited_for(
+    policy: MegatronPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page may take minutes, in which a tracker would show a run that hangs, and one that is killed as failed."""
+    run, _ = make_run(tmp_path, policy, Stopping(None, StopRequest(), {}))
+    order: list[str] = []
+    monkeypatch.setattr(
+        run, "_log", SimpleNamespace(enabled=False, complete=lambda: order.append("trackers"), note=order.append)
+    )
+    monkeypatch.setattr(run, "_exported", lambda: order.append("export"))  # which may fail, and is the run's
+    monkeypatch.setattr(run, "_page", SimpleNamespace(finish=lambda: order.append("page")))
+    run.finish()
+    assert order == ["export", "trackers", "page"]
+
+
 @pytest.mark.parametrize("keys", [(), (ASYNC,)], ids=["sync", "async"])
 def test_a_resumed_run_leaves_the_time_that_a_checkpoint_takes_before_a_deadline(
     policy: MegatronPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: tuple[str, ...]

@@ -118,6 +118,21 @@ def test_a_library_that_always_fails_is_given_up_and_one_that_does_not_start_too
     assert worker.work(lines_of(steps), refuse, tmp_path / "record") == worker.NOT_STARTED
 
 
+@pytest.mark.parametrize("damaged", [b"", b"1", b"x\n", b"\xff\xfe"], ids=["empty", "cut", "text", "bytes"])
+def test_a_damaged_record_costs_at_most_doubled_steps_and_is_said(
+    damaged: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cut one may read as a number: 1 of 12. None of it may cost the tracker, or a step that it does not have."""
+    record = tmp_path / "record"
+    record.write_bytes(damaged)
+    library = Library()
+    assert worker.work(lines_of((1, 2)), library.make, record) == 0
+    assert library.steps == [1, 2]
+    assert f"{record} is damaged" in capsys.readouterr().err
+    assert worker.work(lines_of((2, 3)), (again := Library()).make, record) == 0
+    assert again.steps == [3]
+
+
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Runs a program of the test in the place of every tracker's worker."""
@@ -163,6 +178,25 @@ def test_the_process_is_told_the_run_its_recipe_and_every_step_to_the_last_bit(
     assert first["config"]["logger"]["wandb"]["project"] == "p"
     assert rest[:-1] == [{"step": step, "metrics": {"train/loss": step / 7, "other/0": 0.1}} for step in range(3)]
     assert rest[-1] == {"end": False}
+
+
+def test_a_run_that_logs_no_more_waits_for_something_else_while_its_trackers_end(
+    make_recipe: MakeRecipe, stand_in: Callable[[str], None], tmp_path: Path
+) -> None:
+    """They are told the end once, and one that has ended by then is no news."""
+    told = tmp_path / "told"
+    stand_in(KEEPS.format(path=str(told)))
+    recipe, file = make_recipe(WANDB), io.StringIO()
+    trackers = Trackers(recipe.logger, {}, "0123456789abcdef")
+    console = Console(file=file, width=400)
+    with MetricsLog(recipe.logger, (), 1, -1, enabled=True, trackers=trackers, console=console) as metrics:
+        metrics.log(StepMetrics(step=0, values={"train/loss": 0.5}))
+        metrics.complete()
+        (process,) = (each._process for each in trackers._feeds)
+        assert process is not None
+        assert process.wait(LONG) == 0
+    assert told.read_text().count('"end"') == 1
+    assert "warning" not in file.getvalue()
 
 
 def test_one_that_fails_is_said_once_with_why_and_the_run_goes_on(
