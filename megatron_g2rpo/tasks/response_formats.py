@@ -123,7 +123,6 @@ class Tagged(ResponseFormat):
     def __init__(self, *, thinking: str, answer: str) -> None:
         self._tags = tags = [f"<{thinking}>", f"</{thinking}>", f"<{answer}>", f"</{answer}>"]
         self._thinking, self._answer = _section(thinking), _section(answer)
-        self._whole = re.compile(r"\s*{}.*{}\s*{}.*{}\s*".format(*map(re.escape, tags)), re.DOTALL)
         self.opening = tags[0]
         self.instruction = (
             f"First think about the question, step by step, between {tags[0]} and {tags[1]}. Then give the final "
@@ -139,7 +138,13 @@ class Tagged(ResponseFormat):
         return found[-1].strip() if found else None
 
     def is_well_formed(self, text: str) -> bool:
-        return all(text.count(tag) == 1 for tag in self._tags) and self._whole.fullmatch(text) is not None
+        if any(text.count(tag) != 1 for tag in self._tags):
+            return False
+        whole = text.strip()
+        begin, end, answer_begin, answer_end = self._tags
+        after = whole.partition(end)[2]
+        # Each is there once: where the answer's tag follows with nothing but space before it, the order is right too.
+        return whole.startswith(begin) and after.lstrip().startswith(answer_begin) and whole.endswith(answer_end)
 
 
 register("thinking_answer")(Tagged(thinking="thinking", answer="answer"))
