@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from torch import Tensor, nn
 
 from megatron_g2rpo import models
+from megatron_g2rpo.models.images import Image
 from megatron_g2rpo.models.vision_cache import VisionCache
 from megatron_g2rpo.policy.kernels import Kernels
 from megatron_g2rpo.policy.layer_spec import block_spec
@@ -130,6 +131,11 @@ class PolicyModel(MegatronModule):
     def vision_work(self) -> VisionWork:
         """What this rank's vision tower did so far; nothing where this stage has none."""
         return VisionWork() if self._encode_images is None else self._encode_images.work
+
+    def encode_ahead(self, images: Sequence[Image]) -> None:
+        """See ``VisionEncoder.encode_ahead``; on a stage without images it does nothing."""
+        if self._encode_images is not None:
+            self._encode_images.encode_ahead(images)
 
     def finish_vision_backward(self) -> None:
         """Take the gradients of kept image features through the tower, after the backward passes of all rows."""

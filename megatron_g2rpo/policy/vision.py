@@ -204,6 +204,19 @@ class VisionEncoder:
         """
         return self._split(self._features(images), images)
 
+    def encode_ahead(self, images: Sequence[Image]) -> None:
+        """Leave the cache as if the embedded engine had asked it for images, which are encoded together if unknown."""
+        if self._cache is not None:
+            with torch.no_grad():
+                self._cache.features(
+                    images,
+                    self.encode,
+                    version=self._cache.version,
+                    dtype=self.dtype,
+                    device=self.device,
+                    keep_graphs=True,
+                )
+
     def finish_backward(self) -> None:
         """Take the gradients of kept features through the tower, after the backward passes of all rows."""
         if self._graphs is not None:

@@ -20,6 +20,8 @@ import torch
 from megatron_g2rpo.data.errors import DataError
 from megatron_g2rpo.recipe import TrainRecipe
 from megatron_g2rpo.records.schema import REWARD_PREFIX, Header, RecordError, storable
+from megatron_g2rpo.rollout.transformers.call import Call
+from megatron_g2rpo.rollout.transformers.features import in_blocks
 from megatron_g2rpo.tasks.scoring import Scoring
 from megatron_g2rpo.train.assembly import Components, assemble
 from megatron_g2rpo.train.g2rpo import g2rpo_step
@@ -127,11 +129,24 @@ def recorded(
     with timers("data"):
         first = list(mine.prompts.values())
         prompts = shared(partial(_decoded, components, first), range(len(first)), groups)
+    _encode_ahead(recipe, components, prompts)
     with timers("rewards"):
         prompt_of = dict(zip(mine.prompts, prompts, strict=True))
         rollouts = [_rollout(row, prompt_of[row["group_id"]]) for row in mine.rows]
         rewards = _rewards(recipe, mine.rows)
     return Collected(rollouts, rewards, FailedRewards(), {})
+
+
+def _encode_ahead(recipe: TrainRecipe, components: Components, prompts: Sequence[Prompt]) -> None:
+    """Let the policy know the features of images that generation left it, in the run: those of the embedded engine.
+
+    To the last bit they depend on which images are encoded together.
+    """
+    megatron, generation = recipe.policy.megatron_cfg, recipe.policy.generation
+    if generation.backend == "transformers" and megatron.model_parallel_size == 1 and not megatron.freeze_vision:
+        entering = Call(prompts, 1, and_greedily=False).entering
+        for block in in_blocks(image for prompt in entering for image in prompt.images):
+            components.policy.model.encode_ahead(block)
 
 
 def _decoded(components: Components, first: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> list[Prompt]:

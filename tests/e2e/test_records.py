@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
+from megatron_g2rpo.models.qwen3_vl import Qwen3VLVision
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.records.reading import file_of, files_in, read_header, read_step
+from megatron_g2rpo.rollout.transformers import features
+from megatron_g2rpo.train import replay
 from tests.e2e.runs import LAYOUTS_OF_TWO
 from tests.e2e.toy import TASKS, Toy, call, error_of, metrics, succeed
 
@@ -22,8 +26,8 @@ KEPT = {"save_period": 1, "keep_top_k": None, "export_hf": False}
 def recipe_of(toy: Toy, tmp_path: Path, **changes: Any) -> Path:
     """Two steps with a checkpoint after each, and whatever else the toy's recipe has: dynamic sampling, a reference.
 
-    Without the cache of image features: the tower learns, and old log-probabilities have a pass of their own, whose
-    features would be the engine's, to the last bit a matter of the images that it encoded beside them.
+    Without the cache of image features: the tower learns, and a replay does not know the images of the second round of
+    sampling.
     """
     loop = {"max_num_steps": 2, "val_at_start": False, "val_at_end": False, **changes}
     log = {"log_dir": str(tmp_path / "run")}
@@ -79,6 +83,46 @@ def test_a_recorded_step_is_taken_again_bit_for_bit(recorded: Path, step: int) -
     assert result.exit_code == 0, result.output
     assert re.search(rf"step {step}: all \d\d\d? metrics are equal to the record's", result.output), result.output
     assert {path: path.read_bytes() for path in before} == before, "a replay changes nothing of the run"
+
+
+@pytest.mark.parametrize(
+    ("graphs", "batch"),
+    [
+        pytest.param(2048, ROLLOUTS, id="an update reads passes with their graph"),
+        pytest.param(0, ROLLOUTS // 2, id="a pass before two updates reads features"),
+    ],
+)
+def test_what_generation_encoded_is_there_in_a_replay(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graphs: int, batch: int
+) -> None:
+    """Bit for bit with the recipe's own caches, where a step's images are encoded in several passes.
+
+    What is a matter of the last digits at most, those that an image is encoded with, is made one of the first here.
+    """
+
+    def in_company(self: Qwen3VLVision, tower: Any, pixels: Tensor, grids: Tensor) -> Tensor:
+        return alone(self, tower, pixels, grids) + pixels.mean()
+
+    alone = Qwen3VLVision.features
+    monkeypatch.setattr(Qwen3VLVision, "features", in_company)
+    monkeypatch.setattr(features, "PASS_PATCHES", 40)  # two images, of the five in a row
+    recipe = toy.recipe(
+        tmp_path / "recipe.yaml",
+        grpo={"max_num_steps": 2, "val_at_start": False, "val_at_end": False, "dynamic_sampling": {"enabled": False}},
+        loss_fn={"reference_policy_kl": {"penalty": 0.0}},
+        policy={"vision_graph_mb": graphs, "train_global_batch_size": batch},
+        logger={"log_dir": str(tmp_path / "run")},
+        checkpointing=KEPT,
+    )
+    assert call("train", recipe).exit_code == 0
+    saved = metrics(tmp_path / "run")[2]["work/vision_patches_saved"]
+    assert saved > 0, "the policy read what generation had encoded"
+    for step in ("1", "2"):
+        result = call("train", recipe, "--replay", tmp_path / "run", "--step", step)
+        assert re.search(rf"step {step}: all \d\d\d? metrics are equal", result.output), result.output
+    monkeypatch.setattr(replay, "_encode_ahead", lambda *_: None)
+    result = call("train", recipe, "--replay", tmp_path / "run", "--step", "2")
+    assert re.search(r"^  train/rollout_gap_mean ", result.output, re.MULTILINE), result.output
 
 
 def test_another_recipe_changes_the_metrics_that_it_is_about(recorded: Path) -> None:

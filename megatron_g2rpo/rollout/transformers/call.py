@@ -84,6 +84,12 @@ class Call:
 
         return turn
 
+    @property
+    def entering(self) -> list[PromptTokens]:
+        """The distinct prompts, in the order in which they enter."""
+        places = dict.fromkeys(self.place[self.responses[number].prompt] for number in self.order)
+        return [self.distinct[place] for place in places]
+
     def work(self, prefilled_tokens: int, encoded_patches: int, decoded_tokens: int) -> GenerationWork:
         """Return the work of the call, whose responses are ``decoded_tokens`` long together."""
         asked = [self.distinct[self.place[response.prompt]] for response in self.responses]

@@ -190,7 +190,7 @@ class TransformersEngine:
             call.distinct,
             [self._wanted(call, number, sampling, seed) for number in call.order],
             self._prefill,
-            Features(call.distinct, self._encode),
+            Features(call.entering, self._encode),
             batch_size=self._batch_size,
             limit=self._max_new_tokens,
             device=self._device,
