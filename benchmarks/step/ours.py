@@ -24,6 +24,9 @@ REWARD = Path(__file__).with_name("reward.py")
 # Tokens of a packed row, or those of one group where that is more: what a layer makes of a larger row leaves the
 # processor's caches before it is read again, and in smaller ones the many calls of a row count.
 ROW_TOKENS = 1280
+# Advantages; an answer alone has none in its group.
+_GROUPS = {"_override_": True, "name": "grpo"}
+_ALONE = {"_override_": True, "name": "reinforce_plus_plus", "baseline": "batch"}
 # The timers of a step -> the phases of this benchmark.
 PHASES = {"data": "process", "generation": "generation", "logprobs": "old log-probabilities", "update": "update"}
 
@@ -44,7 +47,7 @@ def recipe_of(size: Size, directory: Path, *, shared: bool) -> TrainRecipe:
         "grpo.num_generations_per_prompt": size.samples,
         "grpo.max_num_steps": 1000,
         "grpo.task_gradient_period": 0,
-        "grpo.adv_estimator.name": "grpo",
+        "grpo.adv_estimator": _GROUPS if size.samples > 1 else _ALONE,
         "grpo.val_period": 0,
         "grpo.val_at_start": False,
         "grpo.val_at_end": False,
