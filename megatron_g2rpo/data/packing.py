@@ -351,8 +351,6 @@ def response_values(batch: PackedBatch, values: Tensor) -> dict[int, Tensor]:
         Index of the packed sequence -> ``[R]``, the values of its response tokens.
     """
     response = batch.task_ids >= 0
-    return {
-        int(row): values[response & (batch.segment_ids == segment)]
-        for segment, row in enumerate(batch.sequence_ids.tolist())
-        if row >= 0
-    }
+    counts = batch.segment_ids[response].bincount(minlength=len(batch.sequence_ids))
+    parts = values[response].split(counts.tolist())  # segments lie in the row in the order of their numbers
+    return {row: part for row, part in zip(batch.sequence_ids.tolist(), parts, strict=True) if row >= 0}
