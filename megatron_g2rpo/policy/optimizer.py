@@ -22,6 +22,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
 from megatron_g2rpo import recipe
+from megatron_g2rpo.policy.optimizer_shares import single
 
 
 def wrap_ddp(
@@ -157,12 +158,25 @@ def build_optimizer(
         overlap_param_gather=model.ddp_config.overlap_param_gather,
         fp8_recipe=model.config.fp8_recipe if model.config.fp8 else None,
     )
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         config=config,
         model_chunks=[model],
         config_overrides=get_standard_config_overrides(config=config),
         pg_collection=None,  # parallel_state's groups: the same ones, with their gloo twins
     )
+    _fuse_on_cpu(single(optimizer).optimizer)
+    return optimizer
+
+
+def _fuse_on_cpu(adam: torch.optim.Optimizer) -> None:
+    """Let torch's AdamW update a tensor in one pass; left alone, it makes a dozen operations of it on a CPU.
+
+    megatron-core has no setting for it. On a GPU it builds Transformer Engine's or apex's optimizer, or torch's with
+    operations over all tensors.
+    """
+    for group in adam.param_groups:
+        if all(parameter.device.type == "cpu" for parameter in group["params"]):
+            group["fused"] = True
 
 
 def build_scheduler(
