@@ -16,18 +16,9 @@ import megatron.core
 import pytest
 
 from megatron_g2rpo.policy.attention import PackedCoreAttention, TransformerEngineCoreAttention
-from tests.contract.signatures import (
-    ANY,
-    CORE_ATTENTION_BUILT,
-    CORE_ATTENTION_CALLED,
-    HERE,
-    TE_ATTENTION,
-    Release,
-    megatron_core,
-    our_calls,
-    vendored,
-    wanted,
-)
+from tests.contract.calls import CORE_ATTENTION_BUILT, CORE_ATTENTION_CALLED, TE_ATTENTION, our_calls
+from tests.contract.release import ANY, Release
+from tests.contract.signatures import HERE, megatron_core, vendored, wanted
 
 NEWEST = "0.19.2"  # of the range in pyproject.toml
 CALLS = wanted()

@@ -14,7 +14,8 @@ import megatron.core
 import pytest
 
 from megatron_g2rpo.policy import output_layer
-from tests.contract.signatures import LIBRARY, Release, our_calls
+from tests.contract.calls import LIBRARY, our_calls
+from tests.contract.release import Release
 from tests.contract.test_megatron_core import installed, misfits
 
 BASE = f"{LIBRARY}.tensor_parallel.ColumnParallelLinear"

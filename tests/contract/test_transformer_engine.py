@@ -30,11 +30,9 @@ from megatron_g2rpo.data.packing import Packer, PackSequence
 from megatron_g2rpo.policy.attention import PackedCoreAttention, TransformerEngineCoreAttention
 from megatron_g2rpo.policy.packed_row import packed_row_params
 from megatron_g2rpo.types import ModelInputs, PackedBatch
-from tests.contract.signatures import (
-    ANY,
+from tests.contract.calls import (
     CORE_ATTENTION_BUILT,
     DOT_PRODUCT_ATTENTION,
-    HERE,
     METHODS,
     PACKED,
     SPEC_PLACES,
@@ -43,11 +41,10 @@ from tests.contract.signatures import (
     TE_ATTENTION_CALLED,
     TE_COLUMN,
     TE_LAYERS,
-    Release,
-    megatron_core,
     our_calls,
-    vendored,
 )
+from tests.contract.release import ANY, Release
+from tests.contract.signatures import HERE, megatron_core, vendored
 from tests.contract.test_megatron_core import NEWEST
 
 TRANSFORMER_ENGINE = "2.20.2"  # of the extra `te` in pyproject.toml
