@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import megatron_g2rpo.report
+from megatron_g2rpo.report import page as pages
 
 FOLDER = Path(megatron_g2rpo.report.__file__).parent / "assets" / "plotly"
 BUNDLE = FOLDER / "plotly-basic.min.js"
@@ -47,3 +48,12 @@ def test_it_can_stand_in_a_script_element() -> None:
     text = BUNDLE.read_text("utf-8").lower()
     assert "</script" not in text
     assert "<!--" not in text
+
+
+def test_it_is_parsed_at_once_and_else_what_it_was() -> None:
+    script = BUNDLE.read_text("utf-8")
+    found = pages._parsed_at_once(script)
+    assert len(found) == len(script) + 2
+    assert found.replace("this, (() => {", "this, () => {").removesuffix("})));") + "}));" == script
+    with pytest.raises(AssertionError, match="another form"):
+        pages._parsed_at_once("another()")
