@@ -219,7 +219,8 @@ def _asset(name: str) -> str:
 def _parsed_at_once(script: str) -> str:
     """Put plotly's whole body, a function, in parentheses, which tells a browser that it is called at once.
 
-    Otherwise it is read once to find its end and once more to run: 0.2 s of the page's load event.
+    Otherwise it is read once to find its end and once more to run: a fifth of the time until the load event
+    (``benchmarks/README.md``).
     """
     begin, end = "this, () => {", "\n}));"
     assert script.count(begin) == 1, "another form of plotly.js"
