@@ -30,6 +30,7 @@ from megatron_g2rpo.report.samples import Samples, packed, samples_of
 PAGE = "report.html"
 LARGEST_PAGE = 9_500_000  # bytes
 LEAST_OF_SAMPLES = 200_000  # bytes, where charts of a long run leave no more
+PLOTLY = "plotly/plotly-basic.min.js"  # another project's: see its README
 SCRIPTS = ("common.js", "charts.js", "changes.js", "samples.js", "explorer.js")
 MOST_RUNS = 2
 ABANDONED_S = 600.0  # seconds after which a page that is not whole is that of a process that was killed
@@ -46,8 +47,8 @@ def write_page(paths: Sequence[Path], *, version_url: str | None = None) -> Path
         The path of the page. A page that was there is replaced at once, when the new one is whole.
 
     Raises:
-        ReportError: a run has nothing to report, or a file of it is damaged; plotly is not installed; there are more
-            than two runs, or one twice.
+        ReportError: a run has nothing to report, or a file of it is damaged; there are more than two runs, or one
+            twice.
     """
     if not 1 <= len(paths) <= MOST_RUNS:
         raise ReportError(f"a report shows one run, or two beside each other, not {len(paths)}")
@@ -79,7 +80,7 @@ def _remove_abandoned(partial: Path) -> None:
 def page_of(runs: Sequence[RunDirectory], *, version_url: str | None = None) -> str:
     """Return the page of one or two runs; see ``write_page``."""
     measured = [Measured(run=run, overview=read_overview(run.path)) for run in runs]
-    plotly, script = _plotly(), "\n".join(_asset(name) for name in SCRIPTS)
+    plotly, script = _parsed_at_once(_asset(PLOTLY)), "\n".join(_asset(name) for name in SCRIPTS)
     page = _page_data(measured)
     room = LARGEST_PAGE - len(plotly.encode()) - len(script) - len(json.dumps(page))
     recorded = [each for each in measured if each.overview is not None]
@@ -215,21 +216,13 @@ def _asset(name: str) -> str:
     return (resources.files("megatron_g2rpo.report") / "assets" / name).read_text("utf-8")
 
 
-def _plotly() -> str:
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise ReportError("the page's charts need plotly: pip install 'megatron-g2rpo[report]'") from error
-    return _parsed_at_once(get_plotlyjs())
-
-
 def _parsed_at_once(script: str) -> str:
     """Put plotly's whole body, a function, in parentheses, which tells a browser that it is called at once.
 
-    Otherwise it is read once to find its end and once more to run: a fifth of the time that the page takes to open.
-    A release whose body begins or ends otherwise is left as it is.
+    Otherwise it is read once to find its end and once more to run: a fifth of the time until the load event
+    (``benchmarks/README.md``).
     """
     begin, end = "this, () => {", "\n}));"
-    if script.count(begin) != 1 or not script.endswith(end):
-        return script
+    assert script.count(begin) == 1, "another form of plotly.js"
+    assert script.endswith(end), "another form of plotly.js"
     return script.removesuffix(end).replace(begin, "this, (() => {") + "\n})));"

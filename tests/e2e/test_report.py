@@ -7,11 +7,7 @@ import json
 import re
 from pathlib import Path
 
-import pytest
-
 from tests.e2e.toy import Toy, succeed
-
-pytest.importorskip("plotly", reason="the page's charts; megatron-g2rpo[report]")
 
 
 def block(page: Path, name: str) -> dict:

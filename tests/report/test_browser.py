@@ -81,6 +81,32 @@ def test_each_chart_has_data_and_a_sentence(opened: Browser) -> None:
     assert opened.console() == []
 
 
+# Of each chart that is drawn, the trace types that it asks for, and those that plotly has made of them.
+TYPES = (
+    "[...document.querySelectorAll('.plot.js-plotly-plot')].map((plot) => "
+    "[plot.dataset.chart, ...[plot.data, plot._fullData].map((traces) => traces.map((each) => each.type))])"
+)
+
+
+def test_each_trace_type_is_known_to_the_page_s_plotly(opened: Browser) -> None:
+    """The page's is a distribution of few types, and one that it does not know it would draw as another."""
+    opened.do("report.drawAll()")
+    opened.until("[...document.querySelectorAll('.plot')].every((plot) => plot.querySelector('.main-svg'))")
+    charts = opened.value(TYPES)
+    assert {each for _, asked, _ in charts for each in asked} == {"scatter", "bar"}
+    for name, asked, made in charts:
+        assert asked == made, name
+    known = opened.value("Object.keys(Plotly.PlotSchema.get().traces)")
+    assert set(known) == {"bar", "pie", "scatter"}  # what the README in its folder says
+
+
+def test_a_trace_type_that_is_unknown_is_noticed(opened: Browser) -> None:
+    opened.do("Plotly.newPlot(document.querySelector('.plot'), [{type: 'heatmap', z: [[1, 2], [3, 4]]}])")
+    _, asked, made = opened.value(TYPES)[0]
+    assert asked == ["heatmap"]
+    assert made != asked
+
+
 def test_a_chart_s_numbers_are_a_table(opened: Browser) -> None:
     opened.do("document.querySelector('#chart-gradient-norm summary').click()")
     opened.until("document.querySelectorAll('#chart-gradient-norm tbody tr').length === 80")

@@ -78,7 +78,11 @@ def test_a_wheel_holds_what_is_no_python_file(wheel: tuple[Path, str]) -> None:
     names = set(zipfile.ZipFile(wheel[0]).namelist())
     wanted = {"megatron_g2rpo/py.typed", "megatron_g2rpo/objective/_group_ops.pyi"}
     wanted |= {f"megatron_g2rpo/recipe/exemplars/{path.name}" for path in exemplars()}
+    assets = ROOT / "megatron_g2rpo" / "report" / "assets"
+    wanted |= {str(path.relative_to(ROOT)) for path in assets.rglob("*") if path.is_file()}
+    assert "megatron_g2rpo/report/assets/plotly/LICENSE" in wanted
     assert wanted <= names
+    assert [name for name in names if name.endswith(".dist-info/licenses/megatron_g2rpo/report/assets/plotly/LICENSE")]
 
 
 def exemplars() -> list[Path]:

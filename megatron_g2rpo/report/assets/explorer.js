@@ -15,15 +15,15 @@
   const plot = figure.querySelector(".plot");
   figure.querySelector("details").remove(); // its numbers are the file's
   figure.insertBefore(report.element("label", {}, "metric", pick), plot);
-  const draw = async () => {
+  const chosen = async () => {
     const series = await report.series();
     const traces = runs.flatMap((run, number) => {
       const found = series[number][pick.value];
       return found ? [{ type: "scatter", mode: found.steps.length > 30 ? "lines" : "lines+markers", name: run, x: found.steps, y: found.values, line: { color: COLOURS[number] } }] : [];
     });
-    report.redraw(plot, { ...chart, traces });
+    return { ...chart, traces };
   };
-  pick.addEventListener("change", draw);
+  pick.addEventListener("change", async () => report.redraw(plot, await chosen()));
   report.section("explorer-section", "Any metric", report.element("div", { class: "charts" }, figure));
 
   if (runs.length > 1) {
@@ -38,7 +38,7 @@
   requestAnimationFrame(() => setTimeout(async () => {
     await report.startChanges();
     if (report.startSamples) await report.startSamples();
-    await draw();
+    report.offer(plot, await chosen());
     report.startCharts();
     document.documentElement.dataset.ready = "yes";
   }));

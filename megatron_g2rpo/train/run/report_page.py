@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -46,9 +45,6 @@ class ReportPage:
     def begin(self) -> None:
         """Begin to write the page, from what the run directory holds now, unless one is being written."""
         if not self._enabled or self._is_writing():
-            return
-        if importlib.util.find_spec("plotly") is None:
-            self._warn("plotly is not installed (pip install 'megatron-g2rpo[report]', or logger.report_enabled=false)")
             return
         self._start()
 

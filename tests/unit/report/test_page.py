@@ -16,10 +16,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("plotly", reason="the page's charts; megatron-g2rpo[report]")
-
-from plotly.offline import get_plotlyjs
-
 from megatron_g2rpo.report import page as pages
 from megatron_g2rpo.report import samples
 from megatron_g2rpo.report.metrics import ReportError
@@ -263,15 +259,6 @@ def test_what_a_killed_process_left_is_removed_and_what_another_one_writes_is_no
     write_page([run])
     assert sorted(path.name for path in pages.iterdir()) == [".report.html.2", "report.html"]
     underway.unlink()
-
-
-def test_the_installed_plotly_is_parsed_at_once() -> None:
-    """Its text begins and ends as expected, and is else what it was."""
-    script = get_plotlyjs()
-    found = pages._parsed_at_once(script)
-    assert len(found) == len(script) + 2
-    assert found.replace("this, (() => {", "this, () => {").removesuffix("})));") + "}));" == script
-    assert pages._parsed_at_once("another()") == "another()"
 
 
 def test_a_value_that_is_not_finite_is_a_gap(tmp_path: Path) -> None:

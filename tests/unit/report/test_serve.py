@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("plotly", reason="the page's charts; megatron-g2rpo[report]")
-
 from megatron_g2rpo.report import serve as serving
 from megatron_g2rpo.report.metrics import ReportError
 from megatron_g2rpo.report.serve import VERSION_PATH, server_of, state_of, watch

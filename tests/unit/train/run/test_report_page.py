@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,6 @@ from tests.common.recorded_run import write_recorded_run
 
 
 def test_the_page_is_written_and_named(tmp_path: Path) -> None:
-    pytest.importorskip("plotly")
     run, notes = write_recorded_run(tmp_path / "run", steps=2), []
     page = ReportPage(run, enabled=True, note=notes.append)
     page.begin()
@@ -27,7 +25,6 @@ def test_the_page_is_written_and_named(tmp_path: Path) -> None:
 
 
 def test_a_page_that_lacks_the_last_steps_is_written_again(tmp_path: Path) -> None:
-    pytest.importorskip("plotly")
     run = write_recorded_run(tmp_path / "run", steps=2)
     page = ReportPage(run, enabled=True, note=lambda line: None)
     page.begin()
@@ -38,7 +35,6 @@ def test_a_page_that_lacks_the_last_steps_is_written_again(tmp_path: Path) -> No
 
 
 def test_a_page_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:
-    pytest.importorskip("plotly")
     notes: list[str] = []
     page = ReportPage(tmp_path, enabled=True, note=notes.append)  # no run
     page.begin()
@@ -50,18 +46,7 @@ def test_a_page_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:
     assert "metrics.jsonl" in notes[0]
 
 
-def test_without_plotly_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    notes: list[str] = []
-    page = ReportPage(tmp_path, enabled=True, note=notes.append)
-    page.begin()
-    page.finish()
-    assert len(notes) == 1
-    assert "megatron-g2rpo[report]" in notes[0]
-
-
 def test_a_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     started: list[subprocess.Popen[bytes]] = []
     start = subprocess.Popen
 
