@@ -85,23 +85,28 @@ def can_fork() -> bool:
 
 
 def program(module: str, *arguments: str, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m MODULE ARGUMENTS``, forked, from the repository, without standard input.
+    """Run ``python -m MODULE ARGUMENTS`` from the repository, forked where that can be.
 
     Args:
         module: dotted name of a module, or of a package with a ``__main__``.
         arguments: its command line.
         timeout: seconds after which it is killed.
-        environment: further environment variables. Those that a library reads as it is imported come too late.
+        environment: further environment variables. Those that a library reads as it is imported may come too late.
     """
+    variables = {**os.environ, **environment}
+    if not can_fork():
+        command = [sys.executable, "-m", module, *arguments]
+        return subprocess.run(
+            command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout, check=False
+        )
     with tempfile.TemporaryDirectory(prefix="program-") as folder:
-        everything = {**os.environ, **environment}
         job = Job(
             nproc=1,
             module=module,
             arguments=arguments,
             timeout=timeout,
             folder=folder,
-            environment=everything,
+            environment=variables,
             is_program=True,
         )
         status = _answer(job)["0"]

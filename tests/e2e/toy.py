@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from megatron_g2rpo.cli import app
 from megatron_g2rpo.data.shard_index import ShardIndex
 from megatron_g2rpo.data.shard_writer import ShardWriter, write_index
-from tests.common.launch import can_fork, program
+from tests.common.launch import program
 from tests.unit.data.conftest import load_example
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -222,7 +222,7 @@ def succeed(*arguments: str | Path, forked: bool = True) -> str:
         forked: from a process that has imported its libraries, where that can be, which saves the seconds that it would
             take; False: as a user starts it.
     """
-    if forked and can_fork():
+    if forked:
         words = [str(argument) for argument in arguments]
         done = program("megatron_g2rpo.cli", *words, timeout=240, OMP_NUM_THREADS="1", COLUMNS="200")
     else:
