@@ -69,9 +69,10 @@ def toy(warm: WarmStart) -> Toy:
 
 @pytest.fixture(scope="session")
 def straight(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four steps in one go; the run directory. Others may read it meanwhile: continue a copy."""
+    """Four steps in one go, rewards from other processes; the run directory. Others may read it: continue a copy."""
 
     def build(root: Path) -> None:
-        succeed("train", toy.recipe(root / "recipe.yaml"), f"logger.log_dir={root / 'run'}")
+        recipe = toy.recipe(root / "recipe.yaml", env={"reward_workers": 2})
+        succeed("train", recipe, f"logger.log_dir={root / 'run'}")
 
     return built_once(tmp_path_factory, "straight", build) / "run"

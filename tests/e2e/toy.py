@@ -146,6 +146,7 @@ def _common(toy: Toy) -> dict[str, Any]:
         # The quickstart's own reward part, so that every run imports a user's file.
         "imports": [str(ROOT / "examples" / "quickstart" / "rewards.py")],
         "env": {
+            "reward_workers": 0,  # each process would import torch once more for them; `straight` has some
             "reward_weights": {"_override_": True, "accuracy": 0.9, "format": 0.1, "operands": 0.1, "length": 0.1},
             "default_task": {"length": length},
             "tasks": dict.fromkeys(TASKS),
