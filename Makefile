@@ -34,7 +34,8 @@ PIP_ARGS ?=
 # Flags, --durations=0 say; to run a part of the tests call pytest itself, see tests/README.md.
 PYTEST_ARGS ?=
 UNIT := tests/unit tests/contract
-ON_EACH_CORE := -n auto --maxprocesses 8 --dist loadfile
+# Files in the order in which they are named: with the short ones at the end no core waits for another for long.
+ON_EACH_CORE := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 VENV := .venv
 BIN := $(VENV)/bin

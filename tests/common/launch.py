@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launching a worker on several processes, and hearing from every rank what it found.
+"""Launching a worker on several processes, and hearing from every rank what it found; running a program.
 
-``torchrun`` starts processes the way users do. ``torchrun_json`` forks them from a process that has imported what they
-need, with what torchrun would tell them, wherever no real GPU may be touched by an import before the fork.
+``torchrun`` starts processes the way users do. ``torchrun_json`` and ``program`` fork them from a process that has
+imported what they need, with what torchrun or a shell would tell them, wherever no real GPU may be touched by an import
+before the fork.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def torchrun_json(nproc: int, module: str, *arguments: str, timeout: int = 300, 
         environment: further environment variables, which a library may read as it is imported.
     """
     with tempfile.TemporaryDirectory(prefix="results-") as folder:
-        if environment or (torch.cuda.is_available() and "VIRTUAL_CUDA" not in os.environ):
+        if environment or not can_fork():
             output = torchrun(nproc, "-m", module, *arguments, timeout=timeout, **{RESULTS: folder}, **environment)
         else:
             output = _fork(nproc, module, arguments, timeout, folder)
@@ -76,6 +77,41 @@ def torchrun_json(nproc: int, module: str, *arguments: str, timeout: int = 300, 
         silent = [rank for rank, file in enumerate(files) if not file.exists()]
         assert not silent, f"{module}: ranks {silent} reported nothing:\n{output[-20000:]}"
         return [json.loads(file.read_text()) for file in files]
+
+
+def can_fork() -> bool:
+    """Whether processes may be forked after their imports: a real GPU that one of these touched would not bear it."""
+    return "VIRTUAL_CUDA" in os.environ or not torch.cuda.is_available()
+
+
+def program(module: str, *arguments: str, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m MODULE ARGUMENTS`` from the repository, forked where that can be.
+
+    Args:
+        module: dotted name of a module, or of a package with a ``__main__``.
+        arguments: its command line.
+        timeout: seconds after which it is killed.
+        environment: further environment variables. Those that a library reads as it is imported may come too late.
+    """
+    variables = {**os.environ, **environment}
+    if not can_fork():
+        command = [sys.executable, "-m", module, *arguments]
+        return subprocess.run(
+            command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout, check=False
+        )
+    with tempfile.TemporaryDirectory(prefix="program-") as folder:
+        job = Job(
+            nproc=1,
+            module=module,
+            arguments=arguments,
+            timeout=timeout,
+            folder=folder,
+            environment=variables,
+            is_program=True,
+        )
+        status = _answer(job)["0"]
+        out, err = (Path(folder, f"0.{kind}").read_text() for kind in ("txt", "err"))
+        return subprocess.CompletedProcess([module, *arguments], status, out, err)
 
 
 def _fork(nproc: int, module: str, arguments: tuple[str, ...], timeout: int, folder: str) -> str:
@@ -91,6 +127,15 @@ def _fork(nproc: int, module: str, arguments: tuple[str, ...], timeout: int, fol
         RESULTS: folder,
     }
     job = Job(nproc=nproc, module=module, arguments=arguments, timeout=timeout, folder=folder, environment=environment)
+    statuses = _answer(job)
+    output = "".join(f"[rank {rank}]\n{Path(folder, f'{rank}.txt').read_text()}" for rank in range(nproc))
+    failed = {rank: status for rank, status in sorted(statuses.items()) if status != 0}
+    assert not failed, f"{module} {' '.join(arguments)}: exit statuses by rank {failed}:\n{output[-20000:]}"
+    return output
+
+
+def _answer(job: Job) -> dict[str, int]:
+    """Exit statuses by rank."""
     server = _server()
     assert server.stdin is not None
     assert server.stdout is not None
@@ -98,10 +143,7 @@ def _fork(nproc: int, module: str, arguments: tuple[str, ...], timeout: int, fol
     server.stdin.flush()
     answer = server.stdout.readline()
     assert answer, f"the process that forks ranks has ended with {server.wait()}"
-    output = "".join(f"[rank {rank}]\n{Path(folder, f'{rank}.txt').read_text()}" for rank in range(nproc))
-    failed = {rank: status for rank, status in sorted(json.loads(answer).items()) if status != 0}
-    assert not failed, f"{module} {' '.join(arguments)}: exit statuses by rank {failed}:\n{output[-20000:]}"
-    return output
+    return json.loads(answer)
 
 
 @cache

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.common.once import built_once
 from tests.e2e.toy import DEVICE, Toy, build_policy, succeed, write_shards
 
 
@@ -20,7 +21,7 @@ class WarmStart:
         toy: its data, and the untrained policy that it started from.
         recipe: its recipe.
         run: its directory.
-        trained: the data with the policy that it exported, kept from being replaced by a continued run.
+        trained: the data with a copy of the policy that it exported.
     """
 
     toy: Toy
@@ -39,18 +40,25 @@ def warm_start(root: Path, device: str = DEVICE, *overrides: str) -> WarmStart:
     """
     write_shards(root / "data" / "train", 16)
     write_shards(root / "data" / "val", 12, first=16)
-    toy = Toy(root / "data", build_policy(root / "data", root / "init"), device)
-    run = root / "run"
-    recipe = toy.recipe(root / "sft.yaml", "sft", logger={"log_dir": str(run)})
-    succeed("sft", recipe, *overrides)
-    shutil.copytree(run / "hf", root / "policy")
-    return WarmStart(toy, recipe, run, Toy(root / "data", root / "policy", device))
+    warm = _at(root, device)
+    build_policy(warm.toy.data, warm.toy.model)
+    warm.toy.recipe(warm.recipe, "sft", logger={"log_dir": str(warm.run)})
+    succeed("sft", warm.recipe, *overrides)
+    shutil.copytree(warm.run / "hf", warm.trained.model)
+    return warm
+
+
+def _at(root: Path, device: str) -> WarmStart:
+    data = root / "data"
+    return WarmStart(
+        Toy(data, root / "init", device), root / "sft.yaml", root / "run", Toy(data, root / "policy", device)
+    )
 
 
 @pytest.fixture(scope="session")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> WarmStart:
-    """The supervised run that all of them start from."""
-    return warm_start(tmp_path_factory.mktemp("warm"))
+    """The supervised run that all of them start from. Others may read it meanwhile: continue a copy."""
+    return _at(built_once(tmp_path_factory, "warm", warm_start), DEVICE)
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +69,10 @@ def toy(warm: WarmStart) -> Toy:
 
 @pytest.fixture(scope="session")
 def straight(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four steps in one go; the run directory."""
-    root = tmp_path_factory.mktemp("straight")
-    succeed("train", toy.recipe(root / "recipe.yaml"), f"logger.log_dir={root / 'run'}")
-    return root / "run"
+    """Four steps in one go, rewards from other processes; the run directory. Others may read it: continue a copy."""
+
+    def build(root: Path) -> None:
+        recipe = toy.recipe(root / "recipe.yaml", env={"reward_workers": 2})
+        succeed("train", recipe, f"logger.log_dir={root / 'run'}")
+
+    return built_once(tmp_path_factory, "straight", build) / "run"

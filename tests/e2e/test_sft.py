@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from tests.e2e.conftest import WarmStart
@@ -10,7 +11,7 @@ from tests.e2e.runs import checkpoints
 from tests.e2e.toy import Toy, call, error_of, metrics, write_shards
 
 
-def test_supervised_training_learns_and_resumes(warm: WarmStart) -> None:
+def test_supervised_training_learns_and_resumes(warm: WarmStart, tmp_path: Path) -> None:
     first = metrics(warm.run)
     assert list(first) == [1, 10, 20, 30, 40]
     # Untrained, the loss is ln(vocabulary) = 5.7 nats; the format alone is most of a response.
@@ -18,14 +19,16 @@ def test_supervised_training_learns_and_resumes(warm: WarmStart) -> None:
     assert first[40]["train/loss"] < 0.5
     assert first[40]["val/mean_greedy_format"] > 0.9
 
-    result = call("sft", warm.recipe, "sft.max_num_steps=42")
+    run = tmp_path / "run"
+    shutil.copytree(warm.run, run)
+    result = call("sft", warm.recipe, f"logger.log_dir={run}", "sft.max_num_steps=42")
     assert result.exit_code == 0, result.output
-    resumed = metrics(warm.run)
+    resumed = metrics(run)
     assert list(resumed) == [1, 10, 20, 30, 40, 42]
     assert resumed[40] == first[40]
     # From the saved weights and moments: a loss like the last one, not like the first.
     assert resumed[42]["train/loss"] < 0.5
-    assert checkpoints(warm.run) == ["step_42"]
+    assert checkpoints(run) == ["step_42"]
 
 
 def test_a_sample_without_a_response_is_named(warm: WarmStart, tmp_path: Path) -> None:

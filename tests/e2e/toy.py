@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 from megatron_g2rpo.cli import app
 from megatron_g2rpo.data.shard_index import ShardIndex
 from megatron_g2rpo.data.shard_writer import ShardWriter, write_index
+from tests.common.launch import program
 from tests.unit.data.conftest import load_example
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,6 +146,7 @@ def _common(toy: Toy) -> dict[str, Any]:
         # The quickstart's own reward part, so that every run imports a user's file.
         "imports": [str(ROOT / "examples" / "quickstart" / "rewards.py")],
         "env": {
+            "reward_workers": 0,  # each process would import torch once more for them; `straight` has some
             "reward_weights": {"_override_": True, "accuracy": 0.9, "format": 0.1, "operands": 0.1, "length": 0.1},
             "default_task": {"length": length},
             "tasks": dict.fromkeys(TASKS),
@@ -213,9 +215,19 @@ def command(*arguments: str | Path, timeout: int = 240) -> subprocess.CompletedP
     )
 
 
-def succeed(*arguments: str | Path) -> str:
-    """Run ``megatron-g2rpo ARGUMENTS``, which must succeed; its standard output."""
-    done = command(*arguments)
+def succeed(*arguments: str | Path, forked: bool = True) -> str:
+    """Run ``megatron-g2rpo ARGUMENTS``, which must succeed, in a process of its own; its standard output.
+
+    Args:
+        arguments: the command line.
+        forked: from a process that has imported its libraries, where that can be, which saves the seconds that it would
+            take; False: as a user starts it.
+    """
+    if forked:
+        words = [str(argument) for argument in arguments]
+        done = program("megatron_g2rpo.cli", *words, timeout=240, OMP_NUM_THREADS="1", COLUMNS="200")
+    else:
+        done = command(*arguments)
     assert done.returncode == 0, f"{' '.join(map(str, arguments))}:\n{(done.stdout + done.stderr)[-6000:]}"
     return done.stdout
 

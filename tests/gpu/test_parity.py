@@ -70,8 +70,12 @@ def environment(world: str) -> dict[str, str]:
 
 
 def of(names: list[str]) -> list:
-    """The worlds as parameters; those of Transformer Engine are skipped where it is absent."""
-    return [pytest.param(name, marks=[needs_engine] if name.startswith("engine") else []) for name in names]
+    """The worlds as parameters; those of Transformer Engine are skipped where it is absent.
+
+    Others run without it, see ``environment``: once is enough.
+    """
+    without = pytest.mark.without_transformer_engine
+    return [pytest.param(name, marks=needs_engine if name.startswith("engine") else without) for name in names]
 
 
 @pytest.mark.timeout(900)
@@ -82,6 +86,6 @@ def test_every_layout_computes_what_transformers_computes(directory: Path, world
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("world", [*of(FULL), *CPU_WORLDS])
+@pytest.mark.parametrize("world", of([*FULL, *CPU_WORLDS]))
 def test_the_whole_matrix_computes_what_transformers_computes(directory: Path, world: str) -> None:
     check_world(directory, world)

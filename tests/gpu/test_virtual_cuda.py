@@ -27,7 +27,7 @@ from tests.gpu.devices import needs_cuda, needs_virtual
 from tests.gpu.virtual_cuda import counted_synchronisations
 from tests.gpu.virtual_nccl_worker import CHECKS
 
-pytestmark = needs_cuda
+pytestmark = [needs_cuda, pytest.mark.without_transformer_engine]  # the device is the same beside it
 
 
 def _device(*shape: int) -> Tensor:

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_map_only
 
+from megatron_g2rpo.commands.rehearsal.tensors import tensors_in
 from megatron_g2rpo.policy import process_groups
 
 # An op on values whose result has more elements gives a fake tensor: masks of long rows, which nobody reads.
@@ -88,6 +89,11 @@ class _RealIndices(TorchDispatchMode):
         super().__init__()
         self._fake_mode = fake_mode
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch's guard against being compiled, a tenth of a rehearsal's time; nothing is.
+        return False
+
     def _fake(self, tensor: Tensor) -> Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self._fake_mode.from_tensor(tensor)
 
@@ -95,8 +101,15 @@ class _RealIndices(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
-        if any(isinstance(tensor, FakeTensor) for tensor in tensors):
+        if func is torch.ops.prim.device.default:  # what half of all ops ask
+            return func(*args, **kwargs)
+        tensors = list(tensors_in(args))
+        if kwargs:
+            tensors += tensors_in(kwargs.values())
+        fake = sum(isinstance(tensor, FakeTensor) for tensor in tensors)
+        if fake and fake == len(tensors):
+            return func(*args, **kwargs)
+        if fake:
             # Converted here and not beneath: what the fake mode converts itself, it does not cache.
             return func(*tree_map_only(Tensor, self._fake, args), **tree_map_only(Tensor, self._fake, kwargs))
         if tensors:

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+
+from megatron_g2rpo.commands.rehearsal.tensors import tensors_in
 
 # torch's operator -> the collective, and which argument holds the whole payload.
 _COLLECTIVES = {
@@ -75,6 +76,11 @@ class Ledger(TorchDispatchMode):
         self.messages: Counter[Message] = Counter()
         self._alive: set[int] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch's guard against being compiled, a tenth of a rehearsal's time; nothing is.
+        return False
+
     def restart(self) -> None:
         """Let the peak begin at what is held now."""
         self.peak = self.held
@@ -87,9 +93,8 @@ class Ledger(TorchDispatchMode):
             if "coalesced" in func.name():
                 return FakeWork().boxed()  # torch has no fake implementation; all that these return is when it is done
         results = func(*args, **(kwargs or {}))
-        for result in tree_iter(results):
-            if isinstance(result, Tensor):
-                self._hold(result)
+        for result in tensors_in((results,)):
+            self._hold(result)
         return results
 
     def _hold(self, tensor: Tensor) -> None:
@@ -115,7 +120,7 @@ class Ledger(TorchDispatchMode):
         collective, whole = _COLLECTIVES[name]
         [boxed] = [value for value in args if isinstance(value, torch.ScriptObject)][:1]
         group = dist.ProcessGroup.unbox(boxed)
-        sizes = [tensor.nbytes for tensor in tree_iter(args[whole]) if isinstance(tensor, Tensor)]
+        sizes = [tensor.nbytes for tensor in tensors_in((args[whole],))]
         for payload in sizes if "coalesced" in name else [sum(sizes)]:
             if group.size() > 1 and payload:
                 self.messages[Message(collective, group.group_name, group.size(), payload)] += 1

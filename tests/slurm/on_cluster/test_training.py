@@ -158,7 +158,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(
 ) -> None:
     """Within a minute, with the rank and the node in the merged output, and without being requeued."""
     recipe = recipe_of(trained, tmp_path / "recipe.yaml", tmp_path / "run")
-    job = submit("train_g2rpo.sh", recipe, options=NODES)
+    job = submit("train_g2rpo.sh", recipe, "env.reward_workers=1", options=NODES)  # which end with their ranks
     wait_for_steps(cluster, job, tmp_path / "run", 1)
     pid = cluster.text(
         "slurm/attach.sh", job, "127.0.0.2", "bash", "-c",

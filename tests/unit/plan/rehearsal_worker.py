@@ -64,6 +64,8 @@ CASES: dict[int, dict[str, list[str]]] = {
 }
 # Lengths and shapes of messages, sums of metrics and gradient norms: numbers that a rehearsal has none of.
 SMALL = 1_000  # bytes
+# Tokens. Several chunks of a row's logits, each of which costs a rehearsal many ops.
+CHUNK = "policy.logprob_chunk_size=64"
 ROW = ((((8, 8),), ((6, 10), (4, 4)), ()), 150, 60, 3)  # groups of three responses
 MICRO_BATCHES = 2
 
@@ -159,7 +161,8 @@ def main() -> None:
     recipes, batches, rehearsals = {}, {}, {}
     for name, overrides in CASES[world].items():
         if all(word in name for word in words):
-            recipe = tiny_recipe(Path(directory) / os.environ["RANK"], *overrides, world=world, kind="train")
+            model = Path(directory) / os.environ["RANK"]
+            recipe = tiny_recipe(model, CHUNK, *overrides, world=world, kind="train")
             recipes[name] = recipe
             batches[name] = batch_of(config, layout_of(recipe.policy.megatron_cfg), *ROW)
             rehearsals[name] = rehearse(recipe, batches[name])

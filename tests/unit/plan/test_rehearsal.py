@@ -20,7 +20,7 @@ from megatron_g2rpo.commands.rehearsal.comparison import deviations, traffic_fig
 from megatron_g2rpo.commands.rehearsal.stage import StageRehearsal, Traffic
 from megatron_g2rpo.plan.model import Model, read_config
 from megatron_g2rpo.plan.planner import Plan, load_recipe, make_plan
-from tests.common.launch import ROOT, torchrun_json
+from tests.common.launch import ROOT, program, torchrun_json
 from tests.unit.plan.rehearsal_worker import CASES
 
 PAPER = ROOT / "examples" / "recipes" / "vlm_g2rpo-qwen3vl8b-8n8g-megatron-tp4.yaml"
@@ -71,8 +71,7 @@ def test_it_counts_what_a_real_run_holds_and_sends(tmp_path: Path, ranks: int) -
 
 
 def rehearse(recipe: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megatron_g2rpo.cli", "plan", str(recipe), "--rehearse", "--json", *overrides]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    return program("megatron_g2rpo.cli", "plan", str(recipe), "--rehearse", "--json", *overrides, timeout=900)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
