@@ -107,13 +107,17 @@ def report(
         list[Path], typer.Argument(metavar="RUN [RUN_B]", help="Run directory; two are laid over another.")
     ],
     serve: Annotated[bool, typer.Option("--serve", help="Serve the page on this machine until Ctrl-C.")] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --serve; 0: a free one.")] = 0,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port of --serve; default: a free one.", show_default=False)
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Write the page anew when the run goes on.")] = False,
     picture: Annotated[
         bool, typer.Option("--picture", help="Also draw RUN/report/rewards.png: rewards before and after.")
     ] = False,
 ) -> None:
     """Write a page about a run, RUN/report/report.html: charts, and the answers of the policy. It needs no network."""
+    if port is not None and not serve:
+        raise typer.BadParameter("--port is that of --serve")
 
     def run() -> None:
         from megatron_g2rpo.report import serve as serving
@@ -125,7 +129,7 @@ def report(
             for each in runs:
                 typer.echo(f"wrote {draw(each)}")
         if serve:
-            serving.serve(runs, port, typer.echo, watching=watch)
+            serving.serve(runs, port or 0, typer.echo, watching=watch)
         elif watch:
             with contextlib.suppress(KeyboardInterrupt):
                 serving.watch(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +110,10 @@ def draw(run: Path) -> Path:
         The path of the picture, ``RUN/report/rewards.png``.
 
     Raises:
-        ReportError: see ``read_metrics`` and ``changes``.
+        ReportError: matplotlib is not installed; or see ``read_metrics`` and ``changes``.
     """
+    if importlib.util.find_spec("matplotlib") is None:  # before anything is printed
+        raise ReportError("the picture needs matplotlib, which is not installed: pip install 'megatron-g2rpo[report]'")
     lines = read_metrics(run)
     rewards = all_changes(lines)
     print(table(rewards, text_only_accuracy(run)))

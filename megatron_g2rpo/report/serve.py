@@ -78,7 +78,7 @@ def server_of(page: Path, port: int = 0) -> ThreadingHTTPServer:
         port: the port; 0 takes a free one.
 
     Raises:
-        OSError: the port is taken.
+        ReportError: the port cannot be had; names it.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -106,7 +106,12 @@ def server_of(page: Path, port: int = 0) -> ThreadingHTTPServer:
         def log_message(self, format: str, *args: object) -> None:
             """Say nothing: the page asks for its version every few seconds."""
 
-    return ThreadingHTTPServer((HOST, port), Handler)
+    try:
+        return ThreadingHTTPServer((HOST, port), Handler)
+    except OSError as error:
+        raise ReportError(
+            f"port {port} of {HOST}: {error.strerror}; take another --port, or none for a free one"
+        ) from error
 
 
 def _version_of(page: Path) -> str:
@@ -119,8 +124,7 @@ def serve(runs: Sequence[Path], port: int, say: Callable[[str], None], *, watchi
     """Serve the page until Ctrl-C, and with ``watching`` write it anew when the runs' files change.
 
     Raises:
-        ReportError: see ``page.write_page``.
-        OSError: the port is taken.
+        ReportError: the port cannot be had; or see ``page.write_page``.
     """
     page = write_page(runs, version_url=VERSION_PATH if watching else None)
     server = server_of(page, port)

@@ -33,7 +33,7 @@ _PURPOSE = {
     "flash_attn_4": "attention that Transformer Engine may choose on Blackwell",
     "vllm": "rollouts (policy.generation.backend)",
     "nemo": "no run: recipes only share its names of keys",
-    "matplotlib": "megatron-g2rpo report",
+    "matplotlib": "megatron-g2rpo report --picture",
     "wandb": "logger.wandb_enabled",
     "trackio": "logger.trackio_enabled",
 }

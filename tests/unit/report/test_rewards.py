@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -124,6 +125,15 @@ def test_nothing_to_compare(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ReportError, match="is empty"):
         draw(tmp_path)
+
+
+def test_an_installation_without_matplotlib_says_how_to_get_it_and_prints_nothing_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    with pytest.raises(ReportError, match=r"matplotlib.*pip install 'megatron-g2rpo\[report\]'"):
+        draw(write_run(tmp_path, 0.1, 0.2))
+    assert capsys.readouterr().out == ""
 
 
 def test_a_damaged_line_is_named_and_one_that_is_being_written_is_left_out(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_g2rpo.cli import app
 from megatron_g2rpo.report import serve as serving
 from megatron_g2rpo.report.metrics import ReportError
 from megatron_g2rpo.report.serve import VERSION_PATH, server_of, state_of, watch
@@ -92,3 +94,15 @@ def test_the_state_of_a_run_changes_with_each_of_its_files(tmp_path: Path) -> No
     states.append(state_of([run]))
     assert len(set(states)) == 5
     assert state_of([run]) == states[-1]
+
+
+def test_a_port_that_is_taken_is_named(served: tuple[Path, int]) -> None:
+    page, port = served
+    with pytest.raises(ReportError, match=rf"^port {port} of 127\.0\.0\.1: .*--port"):
+        server_of(page, port)
+
+
+def test_a_port_without_a_server_is_refused(tmp_path: Path) -> None:
+    answer = CliRunner().invoke(app, ["report", str(tmp_path), "--port", "8123"])
+    assert answer.exit_code == 2
+    assert "--port is that of --serve" in answer.output
