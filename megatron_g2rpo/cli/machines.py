@@ -115,7 +115,10 @@ def report(
         bool, typer.Option("--picture", help="Also draw RUN/report/rewards.png: rewards before and after.")
     ] = False,
 ) -> None:
-    """Write a page about a run, RUN/report/report.html: charts, and the answers of the policy. It needs no network."""
+    """Write a page about a run, RUN/report/report.html: charts, and the answers of the policy. It needs no network.
+
+    That of two runs is RUN/report/report-and-RUN_B.html.
+    """
     if port is not None and not serve:
         raise typer.BadParameter("--port is that of --serve")
 

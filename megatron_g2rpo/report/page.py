@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import glob
 import hashlib
 import html
 import json
@@ -39,6 +40,8 @@ ABANDONED_S = 600.0  # seconds after which a page that is not whole is that of a
 def write_page(paths: Sequence[Path], *, version_url: str | None = None) -> Path:
     """Write the page of a run, or of two runs, into ``report/`` of the first.
 
+    The page of two has a name of its own, ``report-and-OTHER.html``: that of the first run stays.
+
     Args:
         paths: the run directories, one or two.
         version_url: where the page asks whether there is a newer one; None: it asks nowhere.
@@ -55,23 +58,23 @@ def write_page(paths: Sequence[Path], *, version_url: str | None = None) -> Path
     if len({path.resolve() for path in paths}) < len(paths):
         raise ReportError(f"{paths[0]} is named twice: name another run to compare it with")
     text = page_of([read_run(path) for path in paths], version_url=version_url)
-    target = paths[0] / REPORT_DIR / PAGE
+    target = paths[0] / REPORT_DIR / (PAGE if len(paths) == 1 else f"report-and-{paths[1].resolve().name}.html")
     target.parent.mkdir(exist_ok=True)
-    partial = target.with_name(f".{PAGE}.{os.getpid()}")
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         partial.write_text(text, "utf-8")
-        _remove_abandoned(partial)
+        _remove_abandoned(target.name, partial)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
     return target
 
 
-def _remove_abandoned(partial: Path) -> None:
-    """Remove what killed processes left, of this machine and others: a page is on the disk in seconds."""
+def _remove_abandoned(name: str, partial: Path) -> None:
+    """Remove what killed processes left of a page, of this machine and others: a page is on the disk in seconds."""
     # Both times are the file system's own, whatever the clock of this machine says.
     oldest = partial.stat().st_mtime - ABANDONED_S
-    for path in partial.parent.glob(f".{PAGE}.*"):
+    for path in partial.parent.glob(f".{glob.escape(name)}.*"):
         with contextlib.suppress(FileNotFoundError):  # its process, or another one like this, was quicker
             if path.stat().st_mtime < oldest:
                 path.unlink()

@@ -211,7 +211,12 @@ def test_a_budget_is_kept_and_cuts_all_tasks_alike(run: Path, monkeypatch: pytes
 def test_two_runs_are_laid_over_another_with_what_their_recipes_differ_in(tmp_path: Path) -> None:
     first = write_recorded_run(tmp_path / "first", steps=4)
     second = write_recorded_run(tmp_path / "second", steps=4, seed=1, recipe={"ratio_clip_max": 0.4})
-    found = Parsed(write_page([first, second]).read_text("utf-8"))
+    own = write_page([first])
+    own_text = own.read_text("utf-8")
+    both = write_page([first, second])
+    assert (both.parent, both.name) == (own.parent, "report-and-second.html")
+    assert own.read_text("utf-8") == own_text
+    found = Parsed(both.read_text("utf-8"))
     held = found.block("page")
     assert held["runs"] == ["first", "second"]
     assert held["differences"] == [["loss_fn.ratio_clip_max", "-", "0.4"]]
