@@ -21,6 +21,11 @@ from tests.e2e.toy import ROOT, TASKS, Toy, call, metrics, succeed
 
 PROGRAM = Path(sys.executable).with_name("megatron-g2rpo")
 CONTROL = re.compile(r"\x1b\[[\d;?]*[a-zA-Z]")
+# Of a step, and of what is before, between and after steps: see ``progress.enter`` and ``Timers``.
+PHASES = {
+    *("data", "generation", "rewards", "logprobs", "task_gradients", "update", "record"),
+    *("start", "engine", "weights", "step", "validation", "checkpoint", "export", "report"),
+}
 SHORT = ("grpo.max_num_steps=2", "checkpointing.export_hf=false")
 
 
@@ -57,7 +62,10 @@ def test_a_terminal_has_a_live_region_with_step_phase_and_every_task(on_terminal
     plain = CONTROL.sub("", on_terminal).replace("\r", "\n")  # where the region was, the next line begins
     assert CONTROL.search(on_terminal)
     assert re.search(r"step [01]/2", plain)
-    assert {"generation", "update"} <= set(re.findall(r"left +(\w+)", plain)), "phases under way"
+    # The region is drawn twice a second: a phase of this small run may fall between.
+    seen = set(re.findall(r"left +(\w+)", plain))
+    assert len(seen) >= 2, seen
+    assert seen <= PHASES
     for task in TASKS:
         assert re.search(rf"^{task} +\d\.\d\d\d ", plain, re.MULTILINE), task
 

@@ -32,11 +32,11 @@ def failure(*overrides: str) -> str:
         (
             ["grpo.adv_estimator.name=g2rpoo"],
             "override 'grpo.adv_estimator.name=g2rpoo': unknown advantage estimator 'g2rpoo' (did you mean 'g2rpo'?); "
-            "known: dr_grpo, ema_grpo, ",
+            "known: ",
         ),
         (
             ["loss_fn.name=ppoo"],
-            "override 'loss_fn.name=ppoo': unknown surrogate 'ppoo' (did you mean 'ppo'?); known:",
+            "override 'loss_fn.name=ppoo': unknown surrogate 'ppoo' (did you mean 'ppo'?); known: ",
         ),
         (
             ["env.tasks.math.answer_format=numericc"],
@@ -46,7 +46,7 @@ def failure(*overrides: str) -> str:
         (
             ["policy.generation.backend=vlm"],
             "override 'policy.generation.backend=vlm': policy.generation.backend: unknown rollout engine 'vlm' (did "
-            "you mean 'vllm'?); known: transformers, vllm, vllm_server",
+            "you mean 'vllm'?); known: ",
         ),
         (
             ["env.reward_weights.acuracy=1.0"],
@@ -69,6 +69,9 @@ def failure(*overrides: str) -> str:
 def test_a_wrong_name_says_where_it_is_and_what_there_is(overrides: list[str], message: str) -> None:
     text = failure(*overrides)
     assert message in text
+    known = text.partition(message)[2].splitlines()[0]
+    kind = next(kind for kind in registry.KINDS if f"unknown {kind.kind} '" in message)
+    assert set(known.partition(". ")[0].split(", ")) == set(kind.names())
     assert "A name of your own is known once `imports` lists its file" in text
 
 

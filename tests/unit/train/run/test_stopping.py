@@ -19,7 +19,8 @@ from megatron_g2rpo.train.run.stopping import Stopping
 
 # A rank: its main thread waits in C, as in a collective, where no handler of Python's is called.
 RANK = """
-import ctypes, os, sys
+import ctypes, os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and then stays so
 from megatron_g2rpo.train.run import signals
 assert "torch" not in sys.modules, "signals are to be watched before torch is imported"
 with signals.watched():
