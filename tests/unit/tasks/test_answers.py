@@ -12,6 +12,7 @@ from PIL import Image
 
 from megatron_g2rpo import registry
 from megatron_g2rpo.tasks import score_answer
+from tests.common.builtin import builtin_names
 from tests.unit.tasks.common import make_sample
 
 REFERENCES = {
@@ -79,9 +80,7 @@ def accuracy(name: str, answer: str, reference: str) -> float:
 
 
 def test_every_answer_format_has_a_case_here():
-    names = registry.answer_formats.names()
-    builtin = {name for name in names if "/tasks/answers/" in registry.answer_formats.entry(name).place}
-    assert builtin == set(REFERENCES) == set(BROKEN_REFERENCES)
+    assert builtin_names(registry.answer_formats) == set(REFERENCES) == set(BROKEN_REFERENCES)
 
 
 @pytest.mark.parametrize("name", sorted(REFERENCES))

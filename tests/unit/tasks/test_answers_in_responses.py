@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_g2rpo import registry
 from megatron_g2rpo.tasks import response_formats
+from tests.common.builtin import builtin_names
 from tests.unit.tasks.common import make_rollout, make_sample
 
 RESPONSES = {
@@ -101,8 +102,8 @@ REFERENCES = {
 
 
 def test_every_format_has_references_and_responses_here():
-    assert REFERENCES.keys() == set(registry.answer_formats.names())
-    assert RESPONSES.keys() == set(response_formats.registry.response_formats.names())
+    assert REFERENCES.keys() == builtin_names(registry.answer_formats)
+    assert RESPONSES.keys() == builtin_names(registry.response_formats)
 
 
 @pytest.mark.parametrize("name", sorted(REFERENCES))

@@ -11,18 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import megatron_g2rpo
 from megatron_g2rpo import registry
 from megatron_g2rpo.tasks import score_answer
+from tests.common.builtin import builtin_names
 
 PAIRS = [json.loads(line) for line in (Path(__file__).parent / "golden_answers.jsonl").read_text("utf-8").splitlines()]
-
-
-def formats_of_the_package() -> set[str]:
-    """Other tests register formats of their own."""
-    entries = [registry.answer_formats.entry(name) for name in registry.answer_formats.names()]
-    package = str(Path(megatron_g2rpo.__file__).parent)
-    return {entry.name for entry in entries if entry.place.startswith(package)}
 
 
 def score(pair: dict) -> float:
@@ -44,7 +37,7 @@ def test_every_golden_pair_gets_the_verdict_of_a_person(name):
 
 def test_the_golden_pairs_are_many_and_know_every_format_and_each_of_the_sixty_samples():
     assert len(PAIRS) >= 300
-    assert {pair["format"] for pair in PAIRS} == formats_of_the_package()
+    assert {pair["format"] for pair in PAIRS} == builtin_names(registry.answer_formats)
     assert sum("the paper's sample" in pair["reason"] and pair["score"] == 1 for pair in PAIRS) >= 60
     assert all(pair["reason"] for pair in PAIRS)
 

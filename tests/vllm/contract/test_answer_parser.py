@@ -15,6 +15,7 @@ from vllm.reasoning import ReasoningParser, ReasoningParserManager
 
 from megatron_g2rpo import registry
 from megatron_g2rpo.rollout.vllm.answer_parser import register
+from tests.common.builtin import builtin_names
 from tests.vllm.common import POLICY
 
 NAME = "answers_of_a_test"
@@ -41,7 +42,7 @@ def parsed(response: str, response_format: str, prefix: str = "") -> tuple[str |
 
 
 def test_every_response_format_of_ours_is_tried() -> None:
-    assert set(registry.response_formats.names()) == WHOLE.keys()
+    assert builtin_names(registry.response_formats) == WHOLE.keys()
 
 
 @pytest.mark.parametrize("response_format", WHOLE)
