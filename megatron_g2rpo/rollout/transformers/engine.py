@@ -3,8 +3,8 @@
 
 Each distinct prompt of a call is prefilled once, and each distinct image encoded once. The responses to a prompt share
 its keys and values (``prefix_cache``); they are decoded together with those to other prompts, and as some finish others
-enter (``batch``). A decoding step takes the model's parameters directly where it knows the architecture
-(``dense_step``), else the model's forward pass (``model_step``).
+enter (``batch``). Prefill and decoding take the model's parameters directly where the architecture is known
+(``dense_forward``), else the model's forward pass (``model_forward``).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from megatron_g2rpo.rollout import base
 from megatron_g2rpo.rollout.stop_strings import Tail, read_response
 from megatron_g2rpo.rollout.transformers.batch import Batch, Finished, Wanted
 from megatron_g2rpo.rollout.transformers.call import Call, Response
-from megatron_g2rpo.rollout.transformers.dense_step import DenseStep
+from megatron_g2rpo.rollout.transformers.dense_forward import DenseForward
 from megatron_g2rpo.rollout.transformers.features import Features
-from megatron_g2rpo.rollout.transformers.model_step import ATTENTION, ModelStep
+from megatron_g2rpo.rollout.transformers.model_forward import ATTENTION, ModelForward
 from megatron_g2rpo.rollout.transformers.prefill import Prefill
 from megatron_g2rpo.rollout.transformers.sampling import Draw, Drawing, uniforms
 from megatron_g2rpo.types import Prompt, Rollout
@@ -95,9 +95,10 @@ class TransformersEngine:
         self._max_new_tokens = max_new_tokens
         self._batch_size = batch_size
         self._loaded = False
-        self._prefill = Prefill(self._model, self._device, pad_token_id)
         axes = 1 if self._vision is None else 3
-        self._step = DenseStep(self._model) if DenseStep.suits(self._model) else ModelStep(self._model, axes)
+        suits = DenseForward.suits(self._model)
+        self._forward = DenseForward(self._model) if suits else ModelForward(self._model, axes)
+        self._prefill = Prefill(self._model, self._forward, self._device, pad_token_id)
         self._vision_cache, self._tower_version = vision_cache, -1
         self._encoded_patches = 0  # by the model's tower, or the policy's
         self.work = base.GenerationWork()
@@ -195,7 +196,7 @@ class TransformersEngine:
             limit=self._max_new_tokens,
             device=self._device,
         )
-        self._step.refresh()
+        self._forward.refresh()
         rollouts: dict[Response, Rollout] = {}
         for finished in self._respond(batch, call, sampling):
             together = {call.responses[each.name]: self._rollout(each, call, sampling, group_ids) for each in finished}
@@ -287,7 +288,7 @@ class TransformersEngine:
             batch.record(drawn, ended)
             progress.advance()
             if batch.num_running:
-                batch.follow(self._step(drawn.tokens, batch.state.positions, batch.cache))
+                batch.follow(self._forward.step(drawn.tokens, batch.state.positions, batch.cache))
 
     def _draw(self, logits: Tensor, batch: Batch, sampling: base.Sampling, choice: Sequence[Tensor | None]) -> Draw:
         """Draw the next token of each response from ``logits [B, V]``.

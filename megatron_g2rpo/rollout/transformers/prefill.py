@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill: the model's own forward pass over prompts, each once, with the features of their images.
+"""Prefill: a forward pass over prompts, each once, with the features of their images.
 
 Prompts of similar length go through together, padded on the *right*: under a causal mask a prompt never attends to that
 padding, so there is no mask. Images are encoded by the model family's own code, as the policy encodes them.
@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers.cache_utils import DynamicCache
 
 from megatron_g2rpo import models, progress
 from megatron_g2rpo.models.images import Image
-from megatron_g2rpo.rollout.transformers.dense_step import decoder_of
+from megatron_g2rpo.rollout.transformers.dense_forward import Deepstack, DenseForward, decoder_of
+from megatron_g2rpo.rollout.transformers.model_forward import ModelForward
 from megatron_g2rpo.rollout.transformers.prefix_cache import Prefilled
 
 # Bounds of one forward pass: tokens of prompts with their padding, and patches of images. A prompt or an image that is
@@ -30,6 +30,10 @@ PASS_TOKENS = 8192
 PASS_PATCHES = 16384
 # A prompt joins a pass as long as the padding is no more than this share of the tokens, or than so many.
 _PADDING_SHARE, _PADDING_TOKENS = 0.25, 256
+
+
+# What computes prompts and decoding steps of one model.
+Forward = DenseForward | ModelForward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +79,13 @@ class Prefill:
 
     Args:
         model: a transformers model.
+        forward: its forward passes.
         device: its device.
         pad_token_id: token of the padding; nothing attends to it.
     """
 
-    def __init__(self, model: Any, device: torch.device, pad_token_id: int) -> None:
-        self._model = model
+    def __init__(self, model: Any, forward: Forward, device: torch.device, pad_token_id: int) -> None:
+        self._model, self._forward = model, forward
         self._device = device
         self._pad = pad_token_id
         self._sees = getattr(model.config, "vision_config", None) is not None
@@ -122,27 +127,13 @@ class Prefill:
 
     def _pass(self, prompts: Sequence[PromptTokens], features: Sequence[Tensor]) -> PrefilledPrompts:
         ids = [prompt.token_ids for prompt in prompts]
-        lengths = torch.tensor([len(each) for each in ids], device=self._device)
+        lengths = [len(each) for each in ids]
         tokens = pad_sequence(ids, batch_first=True, padding_value=self._pad).to(self._device)
         positions, following = self._positions(prompts)
-        cache = DynamicCache()
-        decoder = decoder_of(self._model)
-        hidden = decoder(
-            inputs_embeds=self._embedded(tokens, features),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            **self._deepstack(tokens, features),
-        ).last_hidden_state
-        layers = cast(Sequence[Any], cache.layers)
-        return PrefilledPrompts(
-            cache=Prefilled(
-                layers=[(layer.keys.transpose(0, 1), layer.values.transpose(0, 1)) for layer in layers],
-                lengths=[len(each) for each in ids],
-            ),
-            hidden=hidden[torch.arange(len(prompts), device=self._device), lengths - 1],
-            positions=following,
+        layers, hidden = self._forward.prefill(
+            self._embedded(tokens, features), positions, lengths, self._deepstack(tokens, features)
         )
+        return PrefilledPrompts(cache=Prefilled(layers=layers, lengths=lengths), hidden=hidden, positions=following)
 
     def _embedded(self, tokens: Tensor, features: Sequence[Tensor]) -> Tensor:
         """Return the embeddings of tokens ``[B, P]``, ``[B, P, H]``; the features take the place of placeholders."""
@@ -152,15 +143,11 @@ class Prefill:
         of_images = torch.cat([each[:, 0] for each in features]).to(embedded.dtype)
         return embedded.masked_scatter((tokens == self._model.config.image_token_id)[..., None], of_images)
 
-    def _deepstack(self, tokens: Tensor, features: Sequence[Tensor]) -> dict[str, Any]:
-        """Return what the decoder adds to image tokens after its first layers, as the arguments of Qwen3-VL's."""
+    def _deepstack(self, tokens: Tensor, features: Sequence[Tensor]) -> Deepstack | None:
+        """Return what the decoder adds to image tokens after its first layers."""
         if not features or features[0].shape[1] == 1:
-            return {}
-        levels = torch.cat(list(features)).unbind(1)[1:]
-        return {
-            "visual_pos_masks": tokens == self._model.config.image_token_id,
-            "deepstack_visual_embeds": list(levels),
-        }
+            return None
+        return Deepstack(tokens == self._model.config.image_token_id, torch.cat(list(features)).unbind(1)[1:])
 
     def _positions(self, prompts: Sequence[PromptTokens]) -> tuple[Tensor, Tensor]:
         """Return the positions of all tokens, ``[B, P]`` or mRoPE's ``[3, B, P]``, and those that follow, ``[B]``."""

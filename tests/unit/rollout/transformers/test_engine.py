@@ -201,7 +201,8 @@ def test_logprobs_are_those_of_a_plain_forward_at_the_temperature(prompts, shape
     assert len({len(r.response_ids) for r in rollouts}) > 5, "the check must cover rows that end at different steps"
     for rollout in rollouts:
         expected = forward_logprobs(reference[1], rollout, temperature)
-        torch.testing.assert_close(rollout.logprobs, expected, rtol=0, atol=ATOL)
+        # The temperature divides the noise of the logits too: in float64 each of the two is as far from the truth.
+        torch.testing.assert_close(rollout.logprobs, expected, rtol=0, atol=ATOL / min(temperature, 1.0))
 
 
 def test_greedy_logprobs_are_reported_at_temperature_one(reference, prompts):

@@ -92,9 +92,10 @@ def test_more_responses_than_the_batch_holds_are_the_same_responses(
     monkeypatch.setattr(batches, "FREE_TOKENS", 5)
     engine = loaded(reference, batch_size=batch_size)
     sizes: list[int] = []
-    step = engine._step
-    engine._step = lambda tokens, positions, cache: (sizes.append(len(tokens)), step(tokens, positions, cache))[1]
-    engine._step.refresh = step.refresh  # type: ignore[attr-defined]
+    step = engine._forward.step
+    monkeypatch.setattr(
+        engine._forward, "step", lambda tokens, *rest: (sizes.append(len(tokens)), step(tokens, *rest))[1]
+    )
     found = generate(engine, prompts, 4)
     assert max(sizes) == batch_size
     assert tokens_of(found) == tokens_of(expected)
@@ -108,13 +109,16 @@ def loaded_work(reference: Any, prompts: list[Prompt], n: int) -> GenerationWork
     return engine.work
 
 
-def test_a_batch_is_refilled_before_it_is_empty(reference: Any, prompts: list[Prompt]) -> None:
+def test_a_batch_is_refilled_before_it_is_empty(
+    reference: Any, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else a long response would keep all others waiting."""
     engine = loaded(reference, batch_size=4)
     sizes: list[int] = []
-    step = engine._step
-    engine._step = lambda tokens, positions, cache: (sizes.append(len(tokens)), step(tokens, positions, cache))[1]
-    engine._step.refresh = step.refresh  # type: ignore[attr-defined]
+    step = engine._forward.step
+    monkeypatch.setattr(
+        engine._forward, "step", lambda tokens, *rest: (sizes.append(len(tokens)), step(tokens, *rest))[1]
+    )
     lengths = [len(rollout.response_ids) for rollout in generate(engine, prompts, 8)]
     assert max(lengths) > 2 * min(lengths), "the check needs responses that end at different steps"
     # A response decodes at every token but its last; batch by batch, each would take as long as its longest.

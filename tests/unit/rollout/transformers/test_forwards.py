@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claims: a decoding step from the parameters equals transformers' forward pass, and the general step does so too."""
+"""Claims: prefill and decoding from the parameters equal transformers' forward pass, and the general ones do so too."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import torch
 from transformers import Gemma2Config, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_g2rpo.rollout.base import Sampling
-from megatron_g2rpo.rollout.transformers.dense_step import DenseStep, decoder_of
+from megatron_g2rpo.rollout.transformers.call import Call
+from megatron_g2rpo.rollout.transformers.dense_forward import DenseForward, decoder_of
 from megatron_g2rpo.rollout.transformers.engine import TransformersEngine
-from megatron_g2rpo.rollout.transformers.model_step import ModelStep
+from megatron_g2rpo.rollout.transformers.model_forward import ModelForward
+from megatron_g2rpo.rollout.transformers.prefill import PrefilledPrompts, PromptTokens
 from megatron_g2rpo.types import ModelInputs, Prompt, Sample
 from tests.common.text_models import MODELS, make_text_model
-from tests.common.tiny_model import make_tiny_qwen3vl, randomise
+from tests.common.tiny_model import as_prompt, make_tiny_qwen3vl, random_inputs, randomise
 
 # fp32 noise over a few layers.
 ATOL = 1e-5
@@ -72,17 +74,61 @@ def largest_difference(engine: TransformersEngine, model: Any) -> float:
 def test_known_families_of_text_take_the_dense_step_and_it_is_exact(name: str, tmp_path: Path) -> None:
     model = make_text_model(tmp_path, name, tied=False)
     engine = engine_of(tmp_path, model)
-    assert isinstance(engine._step, DenseStep)
+    assert isinstance(engine._forward, DenseForward)
     assert largest_difference(engine, model) <= ATOL
+
+
+def in_general(engine: TransformersEngine, axes: int) -> ModelForward:
+    """Let an engine take the model's own forward pass."""
+    engine._forward = engine._prefill._forward = ModelForward(engine._model, axes)
+    return engine._forward
+
+
+@pytest.mark.parametrize("alike", [True, False], ids=["one-length", "several-lengths"])
+@pytest.mark.parametrize("layers", [2, 3, 5], ids=lambda layers: f"layers-{layers}")
+def test_prefill_computes_what_the_model_computes(layers: int, alike: bool) -> None:
+    """Of two layers and of three the last has a level of deepstack; a prompt may end in the token of an image."""
+    config, model = make_tiny_qwen3vl(layers=layers, deepstack=(0, 1, 2)[:layers])
+    engine = engine_of(config, model)
+    dense = engine._forward
+    assert isinstance(dense, DenseForward)
+    contents = Call(
+        [as_prompt(each, "key") for each in random_inputs(config, grids=(((4, 6), (2, 4)), (), ((6, 4),)))],
+        1,
+        and_greedily=False,
+    ).distinct
+    if alike:
+        contents = contents[:1] * 3
+    else:
+        ids = contents[2].token_ids
+        end = int((ids == config.image_token_id).nonzero()[-1]) + 1
+        contents[2] = PromptTokens(token_ids=ids[:end], images=contents[2].images)
+    contents.sort(key=lambda content: -len(content.token_ids))
+    dense.refresh()
+
+    def prefilled() -> list[PrefilledPrompts]:
+        return list(engine._prefill(contents, lambda some: engine._prefill.encode([i for p in some for i in p.images])))
+
+    (ours,) = prefilled()  # all of them in one pass
+    in_general(engine, 3)
+    (theirs,) = prefilled()
+    torch.testing.assert_close(ours.hidden, theirs.hidden, rtol=0, atol=ATOL)
+    assert torch.equal(ours.positions, theirs.positions)
+    assert ours.cache.lengths == theirs.cache.lengths == [len(content.token_ids) for content in contents]
+    assert len(ours.cache.layers) == layers
+    for layer in range(layers):
+        for one, other in zip(ours.cache.layers[layer], theirs.cache.layers[layer], strict=True):
+            for row, length in enumerate(ours.cache.lengths):
+                torch.testing.assert_close(one[:, row, :length], other[:, row, :length], rtol=0, atol=ATOL)
 
 
 def test_both_steps_of_a_model_that_sees_give_the_same_responses() -> None:
     config, model = make_tiny_qwen3vl()
     engine = engine_of(config, model)
-    assert isinstance(engine._step, DenseStep)
+    assert isinstance(engine._forward, DenseForward)
     prompts = text_prompts(100)
     dense = engine.generate(prompts, 3, sampling=Sampling(temperature=1.0), seed=0, group_ids=[0, 1, 2])
-    engine._step = ModelStep(engine._model, 3)
+    in_general(engine, 3)
     general = engine.generate(prompts, 3, sampling=Sampling(temperature=1.0), seed=0, group_ids=[0, 1, 2])
     for one, other in zip(dense, general, strict=True):
         assert torch.equal(one.response_ids, other.response_ids)
@@ -107,13 +153,13 @@ def qwen2() -> tuple[Any, Any]:
 def test_an_architecture_that_is_not_known_takes_its_own_forward_pass_and_it_is_exact() -> None:
     config, model = qwen2()  # its queries, keys and values have biases
     engine = engine_of(config, model)
-    assert isinstance(engine._step, ModelStep)
+    assert isinstance(engine._forward, ModelForward)
     assert largest_difference(engine, model) <= ATOL
 
 
 def test_biases_keep_a_known_class_from_the_dense_step(tmp_path: Path) -> None:
     model = make_text_model(tmp_path, "qwen3", tied=False)
-    assert DenseStep.suits(model)
+    assert DenseForward.suits(model)
     for name, value in (
         ("attention_bias", True),
         ("hidden_act", "gelu"),
@@ -121,9 +167,9 @@ def test_biases_keep_a_known_class_from_the_dense_step(tmp_path: Path) -> None:
     ):
         former = getattr(model.config, name)
         setattr(model.config, name, value)
-        assert not DenseStep.suits(model), name
+        assert not DenseForward.suits(model), name
         setattr(model.config, name, former)
-    assert DenseStep.suits(model)
+    assert DenseForward.suits(model)
 
 
 def test_attention_that_is_more_than_scaled_softmax_is_refused() -> None:

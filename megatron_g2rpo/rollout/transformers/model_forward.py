@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decoding step by the model's own forward pass, whatever its architecture, with the keys and values of our cache.
+"""Prefill and decoding by the model's own forward pass, whatever its architecture.
 
 Two public extension points of transformers serve for it: a cache object, which takes each layer's new keys and values,
 and an attention function, which then attends to what ``PrefixCache`` has.
@@ -7,18 +7,19 @@ and an attention function, which then attends to what ``PrefixCache`` has.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from megatron_g2rpo.rollout.transformers.prefix_cache import PrefixCache
+from megatron_g2rpo.rollout.transformers.dense_forward import Deepstack, decoder_of
+from megatron_g2rpo.rollout.transformers.prefix_cache import KeysValues, PrefixCache
 
 ATTENTION = "megatron_g2rpo_decode"
 # What an attention function may be asked for beside a scale, and what of it leaves plain attention as it is.
@@ -27,8 +28,8 @@ _PLAIN = {"softcap": (None,), "sliding_window": (None,), "s_aux": (None,), "drop
 _active: PrefixCache | None = None
 
 
-class ModelStep:
-    """The step of one model.
+class ModelForward:
+    """The forward passes of one model.
 
     Args:
         model: a transformers model that was built with the attention ``ATTENTION``.
@@ -42,8 +43,29 @@ class ModelStep:
     def refresh(self) -> None:
         """Do nothing: the forward pass reads the parameters themselves."""
 
-    def __call__(self, tokens: Tensor, positions: Tensor, cache: PrefixCache) -> Tensor:
-        """Append a token to each sequence; see ``DenseStep.__call__``."""
+    def prefill(
+        self, embedded: Tensor, positions: Tensor, lengths: Sequence[int], deepstack: Deepstack | None
+    ) -> tuple[list[KeysValues], Tensor]:
+        """Compute prompts that are padded on the right; see ``DenseForward.prefill``.
+
+        Under a causal mask a prompt never attends to padding that follows it, so there is no mask.
+        """
+        cache = DynamicCache()
+        hidden = decoder_of(self._model)(
+            inputs_embeds=embedded,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **({} if deepstack is None else _as_qwen3_vl_takes(deepstack)),
+        ).last_hidden_state
+        layers = [
+            (layer.keys.transpose(0, 1), layer.values.transpose(0, 1)) for layer in cast(Sequence[Any], cache.layers)
+        ]
+        last = torch.tensor(lengths, device=embedded.device) - 1
+        return layers, hidden[torch.arange(len(lengths), device=embedded.device), last]
+
+    def step(self, tokens: Tensor, positions: Tensor, cache: PrefixCache) -> Tensor:
+        """Append a token to each sequence; see ``DenseForward.step``."""
         positions = positions[:, None]
         with _attending_to(cache):
             output = self._model.model(
@@ -56,6 +78,10 @@ class ModelStep:
             )
         cache.advance()
         return output.last_hidden_state[:, 0]
+
+
+def _as_qwen3_vl_takes(deepstack: Deepstack) -> dict[str, Any]:
+    return {"visual_pos_masks": deepstack.where, "deepstack_visual_embeds": list(deepstack.levels)}
 
 
 class _Writer(Cache):
