@@ -144,6 +144,7 @@ def pack_evenly(
         budget: tokens that a micro-batch holds at most.
         process_group: the data-parallel ranks.
     """
-    needed = torch.tensor([packer.num_rows(sequences, budget)])
+    bins = packer.bins(sequences, budget)
+    needed = torch.tensor([len(bins)])
     all_reduce(needed, op=dist.ReduceOp.MAX, group=process_group)
-    return packer.pack(sequences, budget, num_bins=max(int(needed), 1))
+    return packer.rows(sequences, bins, num_bins=max(int(needed), 1))
