@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -51,12 +52,13 @@ class PackSequence:
         """Number of tokens of prompt and response together."""
         return self.prompt_length + self.response_length
 
-    @property
+    # Asked for again and again while bins are packed, and a tensor is slow to tell.
+    @cached_property
     def prompt_length(self) -> int:
         """Number of tokens of the prompt."""
         return self.inputs.token_ids.size(0)
 
-    @property
+    @cached_property
     def response_length(self) -> int:
         """Number of tokens of the response."""
         return self.response_ids.size(0)
