@@ -58,7 +58,7 @@ def measure(sequences: list[PackSequence], layout: Layout) -> tuple[float, float
         image_token_id=-1, spatial_merge_size=2, pad_token_id=0, sequence_multiple=sequence, row_multiple=row
     )
     ranks = [sequences[rank::DATA_RANKS] for rank in range(DATA_RANKS)]
-    rows = max(packer.num_rows(mine, BUDGET) for mine in ranks)
+    rows = max(len(packer.bins(mine, BUDGET)) for mine in ranks)
     batches = [batch for mine in ranks for batch in packer.pack(mine, BUDGET, num_bins=rows)]
     real = sum(int((batch.segment_ids >= 0).sum()) for batch in batches)
     return real / sum(len(batch.tokens) for batch in batches), real / (len(batches) * BUDGET), rows

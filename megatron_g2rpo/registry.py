@@ -75,6 +75,8 @@ class Registry(Generic[T]):
         self._builtin = tuple(builtin)
         self._signature = signature
         self._entries: dict[str, Entry[T]] = {}
+        # Name -> its entry, and what that takes: a reward part is asked for each of a thousand responses.
+        self._taken: dict[str, tuple[Entry[T], dict[str, inspect.Parameter]]] = {}
         self._is_complete = False
 
     def register(self, name: str, **facts: Any) -> Callable[[T], T]:
@@ -217,8 +219,13 @@ class Registry(Generic[T]):
         self._entries = {name: entry for name, entry in self._entries.items() if entry.place.rpartition(":")[0] != file}
 
     def _keywords(self, name: str) -> dict[str, inspect.Parameter]:
-        parameters = inspect.signature(self.callable(name)).parameters.values()
-        return {parameter.name: parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+        entry = self.entry(name)
+        known, keywords = self._taken.get(name, (None, {}))
+        if known is not entry:  # new, or registered again after it was forgotten
+            parameters = inspect.signature(self.callable(name)).parameters.values()
+            keywords = {each.name: each for each in parameters if each.kind is each.KEYWORD_ONLY}
+            self._taken[name] = (entry, keywords)
+        return keywords
 
     def _complete(self) -> None:
         if self._is_complete:

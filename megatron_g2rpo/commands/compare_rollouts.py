@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_g2rpo.collectives import all_reduce
 from megatron_g2rpo.data.packing import Packer, PackSequence, response_values
 from megatron_g2rpo.data.processing import ChatProcessor
 from megatron_g2rpo.policy.megatron import MegatronPolicy
@@ -108,8 +109,8 @@ def _summary(
     mine = torch.cat(gaps) if gaps else torch.zeros(0, dtype=torch.float64)
     sums = torch.tensor([mine.sum(), len(mine)], dtype=torch.float64)
     largest = mine.max() if len(mine) else torch.zeros((), dtype=torch.float64)
-    dist.all_reduce(sums, group=process_group)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=process_group)
+    all_reduce(sums, group=process_group)
+    all_reduce(largest, op=dist.ReduceOp.MAX, group=process_group)
     mean = float(sums[0] / sums[1])
     verdict = "within" if mean <= generation.gap_warning else "ABOVE"
     return (

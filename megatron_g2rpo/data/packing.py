@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -49,7 +50,18 @@ class PackSequence:
     @property
     def length(self) -> int:
         """Number of tokens of prompt and response together."""
-        return len(self.inputs.token_ids) + len(self.response_ids)
+        return self.prompt_length + self.response_length
+
+    # Asked for again and again while bins are packed, and a tensor is slow to tell.
+    @cached_property
+    def prompt_length(self) -> int:
+        """Number of tokens of the prompt."""
+        return self.inputs.token_ids.size(0)
+
+    @cached_property
+    def response_length(self) -> int:
+        """Number of tokens of the response."""
+        return self.response_ids.size(0)
 
 
 @dataclass(frozen=True)
@@ -93,18 +105,37 @@ class Packer:
             ValueError: a sequence exceeds the budget, more than ``num_bins`` rows are needed, or a response is empty or
                 has an image placeholder.
         """
-        bins = self._bins(sequences, budget)
+        return self.rows(sequences, self.bins(sequences, budget), num_bins)
+
+    def rows(
+        self, sequences: Sequence[PackSequence], bins: Sequence[Sequence[int]], num_bins: int | None = None
+    ) -> list[PackedBatch]:
+        """Return the rows of sequences that ``bins`` has assigned; see ``pack``.
+
+        Args:
+            sequences: the sequences to pack.
+            bins: what ``bins`` returned for them.
+            num_bins: as for ``pack``.
+
+        Raises:
+            ValueError: see ``pack``.
+        """
         if num_bins is not None:
             if len(bins) > num_bins:
                 raise ValueError(f"{len(bins)} rows are needed, more than the {num_bins} asked for")
-            bins += [[] for _ in range(num_bins - len(bins))]
+            bins = [*bins, *([] for _ in range(num_bins - len(bins)))]
         return [self._row(sequences, members) if members else self._empty_row(sequences) for members in bins]
 
-    def num_rows(self, sequences: Sequence[PackSequence], budget: int) -> int:
-        """Return the number of rows that ``pack`` needs."""
-        return len(self._bins(sequences, budget))
+    def bins(self, sequences: Sequence[PackSequence], budget: int) -> list[list[int]]:
+        """Return the indices of the sequences of each row that ``pack`` makes.
 
-    def _bins(self, sequences: Sequence[PackSequence], budget: int) -> list[list[int]]:
+        Args:
+            sequences: the sequences to pack.
+            budget: largest number of tokens of a row.
+
+        Raises:
+            ValueError: a sequence exceeds the budget, or a response is empty.
+        """
         # Samples that share a prompt or images belong together; others share nothing that a row would pay for twice.
         groups = [
             ("prompt", id(sequence.inputs))
@@ -115,12 +146,12 @@ class Packer:
         return assign_bins([self._cost(each) for each in sequences], round_up(budget, self.row_multiple), groups)
 
     def _cost(self, sequence: PackSequence) -> Cost:
-        prompt, response = len(sequence.inputs.token_ids), len(sequence.response_ids)
+        prompt, response = sequence.prompt_length, sequence.response_length
         if not response:
             raise ValueError("a sequence has no response token, so that nothing of it is predicted: leave it out")
         return Cost.of(prompt, response, self.sequence_multiple, shares=self.shared_prefix)
 
-    def _row(self, sequences: Sequence[PackSequence], members: list[int]) -> PackedBatch:
+    def _row(self, sequences: Sequence[PackSequence], members: Sequence[int]) -> PackedBatch:
         kept = sum(sequences[index].kept_ids is not None for index in members)
         if kept not in (0, len(members)):
             raise ValueError(f"of {len(members)} sequences, {kept} say what their tokens were sampled from: all must")
@@ -128,20 +159,19 @@ class Packer:
         for index in members:
             groups.setdefault(id(sequences[index].inputs), []).append(index)
         segments: list[_Segment] = []
-        features = 0
-        for group in groups.values():
-            segments += self._segments(sequences, group, first=len(segments), first_feature=features)
-            features += self._features(sequences[group[0]].inputs)
+        for number, group in enumerate(groups.values()):
+            segments += self._segments(sequences, group, number, first=len(segments))
         lengths = [segment.length for segment in segments]
         padded = [round_up(length, self.sequence_multiple) for length in lengths]
         padded[-1] += -sum(padded) % self.row_multiple  # the row's own padding follows its last segment
         distinct = [sequences[group[0]].inputs for group in groups.values()]
-        owners = [(sequences[segment.sequence], segment) for segment in segments if segment.sequence >= 0]
+        positions = [self._positions([sequences[index] for index in group]) for group in groups.values()]
+        parts = [sequences[segment.sequence] for segment in segments if segment.sequence >= 0]
         offsets = [0, *accumulate(padded)]
         first = [offsets[number] - segment.start for number, segment in enumerate(segments) if segment.sequence >= 0]
         return PackedBatch(
-            **self._of_tokens(segments, offsets),
-            **self._of_responses([part for part, _ in owners], first, offsets[-1]),
+            **self._of_tokens(segments, offsets, [inputs.token_ids for inputs in distinct], parts, positions),
+            **self._of_responses(parts, first, offsets[-1]),
             segment_ids=_segment_ids(lengths, padded),
             cu_seqlens=_offsets(lengths),
             cu_seqlens_padded=_offsets(padded),
@@ -151,58 +181,87 @@ class Packer:
             sequence_ids=torch.tensor([segment.sequence for segment in segments]),
         )
 
-    def _features(self, inputs: ModelInputs) -> int:
-        return int(inputs.image_grid_thw.prod(dim=1).sum()) // self.spatial_merge_size**2
-
     def _segments(
-        self, sequences: Sequence[PackSequence], group: list[int], *, first: int, first_feature: int
+        self, sequences: Sequence[PackSequence], group: list[int], number: int, *, first: int
     ) -> list[_Segment]:
         """Return the segments of one prompt's sequences in a row, of which the first has the number ``first``."""
         parts = [sequences[index] for index in group]
-        inputs, longest = parts[0].inputs, max(parts, key=lambda part: len(part.response_ids))
-        # Positions of a sequence are the beginning of those of a longer one with the same prompt.
-        positions = self.positions(
+        prompt = parts[0].prompt_length
+
+        def segment(part: PackSequence, sequence: int, parent: int, start: int, stop: int) -> _Segment:
+            of_prompt = max(prompt - start, 0)
+            return _Segment(
+                group=number,
+                sequence=sequence,
+                parent=parent,
+                start=start,
+                of_prompt=of_prompt,
+                of_response=stop - start - of_prompt,
+            )
+
+        if not shares_trunk([self._cost(part) for part in parts]):
+            return [segment(part, index, -1, 0, part.length) for part, index in zip(parts, group, strict=True)]
+        shared = prompt - 1
+        trunk = _Segment(group=number, sequence=-1, parent=-1, start=0, of_prompt=shared, of_response=0)
+        # A branch ends without the last token, which predicts nothing.
+        branches = [
+            segment(part, index, first, shared, part.length - 1) for part, index in zip(parts, group, strict=True)
+        ]
+        return [trunk, *branches]
+
+    def _positions(self, parts: Sequence[PackSequence]) -> Tensor:
+        """Return the positions of the longest sequence of a prompt; those of a shorter one are their beginning."""
+        inputs, longest = parts[0].inputs, max(parts, key=lambda part: part.response_length)
+        return self.positions(
             torch.cat([inputs.token_ids, longest.response_ids]),
             inputs.image_grid_thw,
             image_token_id=self.image_token_id,
             spatial_merge_size=self.spatial_merge_size,
         )
-        placeholders = inputs.token_ids == self.image_token_id
-        vision_index = torch.where(placeholders, placeholders.cumsum(0) - 1 + first_feature, -1)
 
-        def segment(part: PackSequence, sequence: int, parent: int, start: int, stop: int) -> _Segment:
-            prompt = len(inputs.token_ids)
-            response = part.response_ids[max(start - prompt, 0) : max(stop - prompt, 0)]
-            return _Segment(
-                tokens=(inputs.token_ids[start:stop], response),
-                positions=positions[:, start:stop],
-                vision_index=vision_index[start:stop],
-                sequence=sequence,
-                parent=parent,
-                start=start,
-            )
+    def _of_tokens(
+        self,
+        segments: Sequence[_Segment],
+        offsets: Sequence[int],
+        prompts: Sequence[Tensor],
+        parts: Sequence[PackSequence],
+        positions: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        """Return what a row knows of every token.
 
-        if not shares_trunk([self._cost(part) for part in parts]):
-            return [segment(part, index, -1, 0, part.length) for part, index in zip(parts, group, strict=True)]
-        shared = len(inputs.token_ids) - 1
-        # A branch ends without the last token, which predicts nothing.
-        branches = [
-            segment(part, index, first, shared, part.length - 1) for part, index in zip(parts, group, strict=True)
-        ]
-        return [segment(longest, -1, -1, 0, shared), *branches]
+        Args:
+            segments: the row's segments.
+            offsets: where each of them begins in the row, and the row's size.
+            prompts: the token ids of the distinct prompts.
+            parts: the sequences in the order of their responses in the row.
+            positions: of each prompt with its longest response.
+        """
+        # The row takes its tokens from here: from a prompt and a response for each segment. Positions have refused a
+        # prompt that has not one placeholder for each feature of its images.
+        known = torch.cat([*prompts, *(part.response_ids for part in parts)])
+        placeholders = torch.cat(list(prompts)) == self.image_token_id
+        vision = torch.full_like(known, -1)
+        vision[: len(placeholders)] = torch.where(placeholders, placeholders.cumsum(0) - 1, -1)
+        prompt_begins = [0, *accumulate(prompt.size(0) for prompt in prompts)]
+        response_begins = accumulate((part.response_length for part in parts), initial=prompt_begins[-1])
+        taken: list[tuple[int, int]] = []  # first and count
+        for segment in segments:
+            taken.append((prompt_begins[segment.group] + segment.start, segment.of_prompt))
+            if segment.sequence >= 0:
+                taken.append((next(response_begins), segment.of_response))
+        source = _runs(*torch.tensor(taken).unbind(1))
+        lengths = torch.tensor([segment.length for segment in segments])
+        place = _runs(torch.tensor(offsets[:-1]), lengths)
+        position_begins = [0, *accumulate(each.size(1) for each in positions)]
+        counted = torch.tensor([position_begins[segment.group] + segment.start for segment in segments])
 
-    def _of_tokens(self, segments: Sequence[_Segment], offsets: Sequence[int]) -> dict[str, Tensor]:
-        """Return what a row knows of every token, given where each segment begins in it, and the row's size."""
         size = offsets[-1]
         tokens = torch.full((size,), self.pad_token_id)
         position_ids = torch.zeros(3, size, dtype=torch.int64)
         vision_index = torch.full((size,), -1)
-        lengths = torch.tensor([segment.length for segment in segments])
-        place = _runs(torch.tensor(offsets[:-1]), lengths)
-        tokens[place] = torch.cat([part for segment in segments for part in segment.tokens])
-        position_ids[:, place] = torch.cat([segment.positions for segment in segments], dim=-1)
-        for segment, offset in zip(segments, offsets, strict=False):
-            vision_index[offset : offset + len(segment.vision_index)] = segment.vision_index
+        tokens[place] = known[source]
+        position_ids[:, place] = torch.cat(list(positions), dim=1)[:, _runs(counted, lengths)]
+        vision_index[place] = vision[source]
         return {"tokens": tokens, "position_ids": position_ids, "vision_index": vision_index}
 
     def _of_responses(self, parts: Sequence[PackSequence], first: Sequence[int], size: int) -> dict[str, Tensor]:
@@ -216,11 +275,11 @@ class Packer:
         responses = torch.cat([part.response_ids for part in parts])
         if bool((responses == self.image_token_id).any()):
             raise ValueError("a response has an image placeholder: the rollout engine must never sample one")
-        counts = torch.tensor([len(part.response_ids) for part in parts])
+        counts = torch.tensor([part.response_length for part in parts])
         # Shifted within the sequence: a roll over the row would wrap its last token to a neighbour. Prompt tokens are
         # no labels: nothing is asked of them, and over a large vocabulary a label is what costs.
         place = _runs(
-            torch.tensor([begin + len(part.inputs.token_ids) - 1 for begin, part in zip(first, parts, strict=True)]),
+            torch.tensor([begin + part.prompt_length - 1 for begin, part in zip(first, parts, strict=True)]),
             counts,
         )
 
@@ -238,7 +297,7 @@ class Packer:
             "behaviour_logprobs": spread(
                 torch.cat(
                     [
-                        torch.zeros(len(part.response_ids))
+                        torch.zeros(part.response_length)
                         if part.behaviour_logprobs is None
                         else part.behaviour_logprobs.float()
                         for part in parts
@@ -284,25 +343,25 @@ class _Segment:
     """Consecutive tokens of a row that attend to one another: a sequence, or a part of it.
 
     Attributes:
-        tokens: int64, those of the prompt and those of the response.
-        positions: int64 ``[3, length]``.
-        vision_index: int64, the image feature of each token of the prompt, -1 for none.
+        group: number of its prompt in the row.
         sequence: index of the packed sequence whose response they hold; -1 for a trunk.
         parent: number of the segment that they continue, in the row; -1 for none.
-        start: number of the sequence's tokens before them.
+        start: number of the sequence's tokens before them, all of the prompt.
+        of_prompt: number of its tokens that are the prompt's.
+        of_response: number of its tokens that are the response's, of which they are the first.
     """
 
-    tokens: tuple[Tensor, Tensor]
-    positions: Tensor
-    vision_index: Tensor
+    group: int
     sequence: int
     parent: int
     start: int
+    of_prompt: int
+    of_response: int
 
     @property
     def length(self) -> int:
         """Number of tokens."""
-        return self.positions.shape[1]
+        return self.of_prompt + self.of_response
 
 
 def _runs(first: Tensor, counts: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jinja2 import TemplateError
 from PIL import Image
@@ -132,16 +133,17 @@ class ChatProcessor:
         turns, hidden = self._chat_text.hide(checked_messages(messages, name), name)
         pixel_values, image_grid_thw = self._encode_images(images, name)
         text = self._render(turns, name, add_generation_prompt=True)
-        token_ids = torch.tensor(self._chat_text.encode(text, hidden, name), dtype=torch.int64)
-        self._refuse_beyond(token_ids.tolist(), name)
-        is_image = token_ids == self.image_token_id
-        if int(is_image.sum()) != len(images):
-            raise SampleError(f"{name}: {int(is_image.sum())} image parts in the chat, but {len(images)} images")
-        repeats = torch.ones_like(token_ids)
-        repeats[is_image] = image_grid_thw.prod(dim=1) // self.spatial_merge_size**2
-        return ModelInputs(
-            token_ids=token_ids.repeat_interleave(repeats), pixel_values=pixel_values, image_grid_thw=image_grid_thw
-        )
+        ids = self._chat_text.encode(text, hidden, name)
+        self._refuse_beyond(ids, name)
+        # In NumPy: a prompt is short, and an operation of torch takes several times as long to start.
+        once = np.array(ids, dtype=np.int64)
+        is_image = once == self.image_token_id
+        if (parts := int(is_image.sum())) != len(images):
+            raise SampleError(f"{name}: {parts} image parts in the chat, but {len(images)} images")
+        repeats = np.ones_like(once)
+        repeats[is_image] = image_grid_thw.numpy().prod(axis=1) // self.spatial_merge_size**2
+        token_ids = torch.from_numpy(once.repeat(repeats))
+        return ModelInputs(token_ids=token_ids, pixel_values=pixel_values, image_grid_thw=image_grid_thw)
 
     @because("text")
     def encode_sample(self, sample: Sample, task_id: int) -> Prompt:
@@ -165,8 +167,9 @@ class ChatProcessor:
             raise SampleError(f"{name}: {error}") from error
         inputs = self.encode(messages, sample.images, name=name)
         if len(inputs.image_grid_thw):
-            sizes = inputs.image_grid_thw[:, [2, 1]] * self.image_processor.patch_size
-            sample = dataclasses.replace(sample, resized_sizes=tuple((w, h) for w, h in sizes.tolist()))
+            patch = self.image_processor.patch_size
+            sizes = tuple((patch * width, patch * height) for _, height, width in inputs.image_grid_thw.tolist())
+            sample = dataclasses.replace(sample, resized_sizes=sizes)
         return Prompt(sample=sample, inputs=inputs, task_id=task_id, response_prefix=self.response_prefix)
 
     @cached_property
@@ -252,7 +255,8 @@ class ChatProcessor:
 
     def _refuse_beyond(self, ids: Sequence[int], name: str) -> None:
         """Raise if the model's embedding has no row for a token, as of a tokenizer that is larger than it."""
-        if beyond := sorted({i for i in ids if i >= self.vocab_size}):
+        if max(ids, default=0) >= self.vocab_size:
+            beyond = sorted({i for i in ids if i >= self.vocab_size})
             raise SampleError(
                 f"{name}: contains the token {self._names(beyond[:1])[0]!r} (id {beyond[0]}), but the model's "
                 f"embedding has {self.vocab_size} rows; remove it from the text"

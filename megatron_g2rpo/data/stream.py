@@ -218,7 +218,7 @@ class PromptStream:
         return entries[self._shuffles[task, source][1][offset]], entries
 
     def _decode(self, entry: Entry, others: Sequence[Entry], position: int) -> Prompt:
-        replacements = self._generator(entry.task, position, 1)
+        replacements: np.random.Generator | None = None  # made for a bad sample alone: its seeding takes a while
         last: SampleError | None = None
         for _ in range(MAX_REPLACEMENTS):
             try:
@@ -231,6 +231,7 @@ class PromptStream:
                 if entry.name not in self._named:  # once: small datasets draw it again and again
                     self._named.add(entry.name)
                     _logger.warning("skipped: %s", error)
+                replacements = replacements or self._generator(entry.task, position, 1)
                 entry = others[int(replacements.integers(len(others)))]
         raise DataError(
             f"task {entry.task!r}: {MAX_REPLACEMENTS} samples in a row cannot be used; the last one: {last}"

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_g2rpo.collectives import gather
+from megatron_g2rpo.collectives import all_gather, gather
 from megatron_g2rpo.objective.advantages import TIE_TOLERANCE, GroupStatistics, group_statistics
 from megatron_g2rpo.objective.estimators import Estimator
 from megatron_g2rpo.objective.history import History
@@ -177,9 +177,8 @@ def _all_gather(
         ]  # bits as integers
         mine[: len(batch)] = torch.stack(columns, dim=1)
     mine = mine.to(_wire_device(process_group))
-    received = [torch.empty_like(mine) for _ in counts]
-    if longest > 0:
-        dist.all_gather(received, mine, group=process_group)
+    # Without a rollout on any rank there is nothing to send.
+    received = all_gather(mine, group=process_group) if longest > 0 else [mine] * len(counts)
     table = torch.cat([share[:count] for share, count in zip(received, counts, strict=True)]).cpu()
     group_ids, task_ids, *bits = (column.contiguous() for column in table.unbind(1))
     rewards, *doubles = (column.view(torch.float64) for column in bits)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_g2rpo.collectives import all_reduce
 from megatron_g2rpo.policy.process_groups import ParallelGroups
 from megatron_g2rpo.types import PackedBatch, TokenStats
 
@@ -82,7 +83,7 @@ def global_means(terms: Sequence[Mapping[str, Tensor]], groups: ParallelGroups) 
     if groups.is_last_stage:
         names = _metric_names(terms, groups)
         local = torch.stack([torch.stack([term[name].double() for name in names]) for term in terms]).sum(0)
-        dist.all_reduce(local, group=groups.data_context)
+        all_reduce(local, group=groups.data_context)
         sums = dict(zip(names, local.tolist(), strict=True))
     if groups.pipeline_size > 1:
         box: list[Any] = [sums]
@@ -102,7 +103,7 @@ def _metric_names(terms: Sequence[Mapping[str, Tensor]], groups: ParallelGroups)
     # A 31-bit checksum of the names, and 0 where this rank's micro-batches do not agree among themselves.
     number = 0 if differing else zlib.crc32("\n".join(names).encode()) >> 1
     range_ = torch.tensor([number, -number])
-    dist.all_reduce(range_, op=dist.ReduceOp.MAX, group=groups.data_context)
+    all_reduce(range_, op=dist.ReduceOp.MAX, group=groups.data_context)
     if differing or int(range_[0]) != -int(range_[1]):
         raise ValueError(
             "a loss must report the same metrics in every micro-batch and on every rank, 0 where it has nothing to "

@@ -33,6 +33,7 @@ from megatron_g2rpo.policy.optimizer import (
     build_scheduler,
     check_normalisation,
     schedule_functions,
+    step_by_norm,
     wait_for_parameters,
     wrap_ddp,
 )
@@ -292,7 +293,7 @@ class MegatronPolicy:
                 f"the gradient's norm is {metrics['grad_norm']} at loss {metrics['loss']}; no optimizer step was taken"
             )
         with self.device.megatron():
-            optimizer.step()
+            step_by_norm(optimizer, metrics["grad_norm"])
         self.weights_written()
         scheduler.step(increment=1)
         return {**metrics, **lr, **({} if skips is None else {"skipped_updates": 0.0})}

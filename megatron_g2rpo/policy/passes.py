@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_g2rpo import progress
+from megatron_g2rpo.collectives import all_gather
 from megatron_g2rpo.policy.device import Device
 from megatron_g2rpo.policy.layouts import context_parallel
 from megatron_g2rpo.policy.loss_terms import Loss, of_micro_batch
@@ -109,8 +110,7 @@ class Passes:
         sizes = [len(batch.tokens) for batch in batches]
         stats = torch.empty(2, sum(sizes), dtype=torch.float32)
         if groups.is_last_stage and batches:
-            parts = [torch.empty(2, stats.shape[1] // groups.context_size) for _ in range(groups.context_size)]
-            dist.all_gather(parts, torch.cat(list(shares), dim=1), group=groups.context)
+            parts = all_gather(torch.cat(list(shares), dim=1), group=groups.context)
             by_row = [part.split([size // groups.context_size for size in sizes], dim=1) for part in parts]
             whole = [
                 torch.cat([part[index] for part in by_row], dim=1)[

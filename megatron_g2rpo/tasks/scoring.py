@@ -99,6 +99,11 @@ class Scoring:
         named = [env.reward_weights, *(task.reward_weights for task in env.tasks.values()), added]
         self.names = tuple(dict.fromkeys(name for weights in named for name in weights))
         self._batched = tuple(name for name in self.names if is_batched(name))
+        # Of each task, the parts that are asked of one response at a time.
+        self._single = {
+            task: tuple(name for name in self.names if name in weights and name not in self._batched)
+            for task, weights in self._weights.items()
+        }
         self._entries: dict[int, _Entry] = {}
         self._pending: list[tuple[list[_Entry], list[PendingChunk]]] = []
 
@@ -170,7 +175,7 @@ class Scoring:
 
     def _ask(self, entry: _Entry) -> Ask:
         assert entry.call is not None
-        return Ask(entry.call, tuple(n for n in self.names if n in entry.weights and n not in self._batched))
+        return Ask(entry.call, self._single[entry.rollout.prompt.task])
 
     def _ask_parts(self, entries: Sequence[_Entry], most_failures: int | None) -> None:
         """Ask every part of every response, batched parts at once; keep what they say in the entries."""
@@ -186,7 +191,7 @@ class Scoring:
         failures = [entry.failure for entry in entries if entry.failure is not None]
         for entry, outcomes in self._outcomes(entries):
             progress.advance()
-            for name, outcome in zip(self._ask(entry).parts, outcomes, strict=False):
+            for name, outcome in zip(self._single[entry.rollout.prompt.task], outcomes, strict=False):
                 entry.put(name, outcome)
             if entry.failure is not None and id(entry) in wanted:
                 failures.append(entry.failure)

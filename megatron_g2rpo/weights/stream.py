@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_g2rpo.collectives import gather
+from megatron_g2rpo.collectives import all_gather, gather
 from megatron_g2rpo.weights.rules import Replicated
 from megatron_g2rpo.weights.table import Entry, WeightTable
 
@@ -79,7 +79,7 @@ def stream(
             local = torch.empty(holding.shape, dtype=holding.dtype, device=device)
         if len(stages) > 1:
             dist.broadcast(local, group=pipeline_group, group_src=stage)
-        shards = [local] if isinstance(holding.entry.rule, Replicated) else _gather(local, tensor_group)
+        shards = [local] if isinstance(holding.entry.rule, Replicated) else _shards(local, tensor_group)
         yield from zip(holding.entry.hf_names, holding.entry.rule.merge(shards), strict=True)
 
 
@@ -144,10 +144,5 @@ def _without_copies(stages: list[list[_Holding]]) -> Iterator[tuple[int, _Holdin
                 raise ValueError(f"both {seen[names]} and {where} hold {', '.join(names)}")
 
 
-def _gather(local: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
-    size = dist.get_world_size(group) if group is not None else 1
-    if size == 1:
-        return [local]
-    shards = [torch.empty_like(local) for _ in range(size)]
-    dist.all_gather(shards, local, group=group)
-    return shards
+def _shards(local: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
+    return [local] if group is None else all_gather(local, group=group)

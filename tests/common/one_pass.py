@@ -109,7 +109,7 @@ def _minibatch(policy: MegatronPolicy, row_tokens: int) -> Minibatch:
     sequences = parity_sequences(policy.hf_config)
     packer = packer_for(policy.hf_config, policy.layout)
     mine = sequences_by_rank(len(sequences), policy.groups.data_size, idle=False)
-    rows = max(packer.num_rows([sequences[index] for index in owned], row_tokens) for owned in mine)
+    rows = max(len(packer.bins([sequences[index] for index in owned], row_tokens)) for owned in mine)
     owned = mine[policy.groups.data_rank]
     batches = packer.pack([sequences[index] for index in owned], row_tokens, rows)
     stats = policy.logprobs(batches)

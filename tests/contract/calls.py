@@ -92,7 +92,17 @@ CORE_ATTENTION_BUILT = (f"{LIBRARY}.transformer.attention.Attention.__init__", "
 CORE_ATTENTION_CALLED = (f"{LIBRARY}.transformer.attention.Attention.forward", "apply_module(self.core_attention)")
 TE_ATTENTION_BUILT = (f"{TE_ATTENTION}.__init__", "super().__init__")
 TE_ATTENTION_CALLED = (f"{TE_ATTENTION}.forward", "super().forward")
-THEIR_CALLS = (CORE_ATTENTION_BUILT, CORE_ATTENTION_CALLED, TE_ATTENTION_BUILT, TE_ATTENTION_CALLED)
+# The chain's step asks the object itself for the norm that it clips by: ``policy.optimizer.step_by_norm``.
+GRAD_NORM_ASKED = (f"{LIBRARY}.optimizer.optimizer.ChainedOptimizer.step", "self.get_grad_norm")
+CLIPPED_BY = (f"{LIBRARY}.optimizer.optimizer.ChainedOptimizer.step", "clip_grad_by_total_norm_fp32")
+THEIR_CALLS = (
+    CORE_ATTENTION_BUILT,
+    CORE_ATTENTION_CALLED,
+    TE_ATTENTION_BUILT,
+    TE_ATTENTION_CALLED,
+    GRAD_NORM_ASKED,
+    CLIPPED_BY,
+)
 PACKED = f"{LIBRARY}.packed_seq_params.PackedSeqParams"
 # What a layer's spec puts where: (megatron-core's function that builds it, the place, the class of Transformer Engine's
 # layers), see ``policy.layer_spec``.

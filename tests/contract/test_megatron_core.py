@@ -16,7 +16,14 @@ import megatron.core
 import pytest
 
 from megatron_g2rpo.policy.attention import PackedCoreAttention, TransformerEngineCoreAttention
-from tests.contract.calls import CORE_ATTENTION_BUILT, CORE_ATTENTION_CALLED, TE_ATTENTION, our_calls
+from tests.contract.calls import (
+    CLIPPED_BY,
+    CORE_ATTENTION_BUILT,
+    CORE_ATTENTION_CALLED,
+    GRAD_NORM_ASKED,
+    TE_ATTENTION,
+    our_calls,
+)
 from tests.contract.release import ANY, Release
 from tests.contract.signatures import HERE, megatron_core, vendored, wanted
 
@@ -126,6 +133,14 @@ def test_core_attentions_take_what_attention_passes(version: str, attention: typ
             for parameter in parameters
         }
         assert not misfits(set(passed), takes)
+
+
+@pytest.mark.parametrize("version", ["installed", NEWEST])
+def test_a_step_asks_the_chain_itself_for_the_norm_that_it_clips_by(version: str) -> None:
+    """Else the norm that ``policy.optimizer.step_by_norm`` answers with would be computed again."""
+    signatures = newest() if version == NEWEST else megatron_core(installed_release())
+    assert signatures[" > ".join(GRAD_NORM_ASKED)] == {}
+    assert signatures[" > ".join(CLIPPED_BY)]["total_norm"]  # passed, by keyword
 
 
 def test_misfits_are_seen() -> None:

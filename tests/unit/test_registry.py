@@ -166,3 +166,19 @@ def test_what_a_file_registered_before_it_failed_is_forgotten(tmp_path: Path) ->
     (tmp_path / "beside_it.py").write_text("HERE = True\n")
     import_all([str(path)], None)
     assert "half" in registry.answer_formats
+
+
+def test_what_an_entry_takes_is_that_of_the_entry_in_its_place() -> None:
+    """Signatures are read once; not so long that a forgotten entry's is taken for its successor's."""
+    kind: Registry = Registry("colour")
+
+    def bright(*, light: float = 1.0) -> None: ...
+
+    def dark(*, shade: float = 0.0) -> None: ...
+
+    kind.register("red")(bright)
+    assert kind.takes("red", "light")
+    kind.forget(__file__)
+    kind.register("red")(dark)
+    assert not kind.takes("red", "light")
+    assert list(kind.options("red")) == ["shade"]

@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from megatron_g2rpo import progress
-from megatron_g2rpo.collectives import together
+from megatron_g2rpo.collectives import all_reduce, together
 from megatron_g2rpo.weights.manifest import FileRecord, records
 
 # Without the decorator, which switches the garbage collector of the whole process off: it is meant for a fork.
@@ -139,7 +139,7 @@ class Writing:
     def is_done(self) -> bool:
         """Whether every rank has written its files, or failed to."""
         busy = torch.tensor([not self._written.done()], dtype=torch.int32)
-        dist.all_reduce(busy, op=dist.ReduceOp.MAX)
+        all_reduce(busy, op=dist.ReduceOp.MAX)
         return not bool(busy)
 
     def finish(self) -> dict[str, FileRecord]:

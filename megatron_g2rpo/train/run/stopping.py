@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
+from megatron_g2rpo.collectives import all_reduce
 from megatron_g2rpo.recipe.run_sections import seconds_of
 from megatron_g2rpo.train.run import signals
 from megatron_g2rpo.train.run.signals import STARTED, StopRequest
@@ -102,7 +103,7 @@ class Stopping:
             steps: see ``asked``. 1 between two steps; 0 after the last, and where a step can be dropped.
         """
         code = torch.tensor([self._code(steps) if only_if else 0])
-        dist.all_reduce(code, op=dist.ReduceOp.MAX)
+        all_reduce(code, op=dist.ReduceOp.MAX)
         return _name(int(code)) if code else None
 
     def saved(self) -> None:

@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
+from megatron_g2rpo.collectives import all_reduce
 from megatron_g2rpo.recipe import Recipe
 from megatron_g2rpo.recipe.validation_metrics import OF_REWARDS
 from megatron_g2rpo.rollout.base import Sampling
@@ -90,7 +90,7 @@ def _task_means(tasks: tuple[str, ...], rollouts: list[Rollout], rewards: Reward
     }
     table = torch.stack([torch.ones_like(lengths), *columns.values()], dim=1)
     sums = torch.zeros(len(tasks), table.shape[1], dtype=torch.float64).index_add_(0, task_ids_of(rollouts), table)
-    dist.all_reduce(sums)
+    all_reduce(sums)
     metrics: dict[str, float] = {}
     present = [index for index in range(len(tasks)) if sums[index, 0] > 0]
     for column, name in enumerate(columns, start=1):

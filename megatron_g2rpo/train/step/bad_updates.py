@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_g2rpo.collectives import from_first, gather, on_all_ranks
+from megatron_g2rpo.collectives import all_reduce, from_first, gather, on_all_ranks
 from megatron_g2rpo.recipe.policy_section import Optimizer
 from megatron_g2rpo.types import Rewards, Rollout
 
@@ -47,7 +47,7 @@ class UpdateGuard:
         if self._options.grad_norm_spike_factor is not None:
             # A norm at the border may differ in its last digit between replicas.
             any_ = torch.tensor([why is not None], dtype=torch.int32)
-            dist.all_reduce(any_, op=dist.ReduceOp.MAX)
+            all_reduce(any_, op=dist.ReduceOp.MAX)
             why = why or ("the gradient's norm is a spike on another rank" if any_ else None)
         self._last = (loss, grad_norm, why)
         self._in_a_row = 0 if why is None else self._in_a_row + 1

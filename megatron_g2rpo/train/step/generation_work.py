@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import astuple
 
 import torch
-import torch.distributed as dist
 
+from megatron_g2rpo.collectives import all_reduce
 from megatron_g2rpo.rollout.base import Engine, GenerationWork, work_of
 
 _NAMES = (
@@ -39,5 +39,5 @@ class StepWork:
         if self._sum is None:
             return {}
         total = torch.tensor(astuple(self._sum), dtype=torch.int64)
-        dist.all_reduce(total)
+        all_reduce(total)
         return {f"work/{name}": float(value) for name, value in zip(_NAMES, total.tolist(), strict=True)}

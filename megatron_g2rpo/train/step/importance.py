@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_g2rpo.collectives import all_reduce
 from megatron_g2rpo.objective import Sequences, importance
 from megatron_g2rpo.recipe.loss_section import ImportanceSampling
 from megatron_g2rpo.types import PackedBatch
@@ -58,7 +59,7 @@ def sequences_of(batch: PackedBatch, context: dist.ProcessGroup | None = None) -
         return Sequences(ids=ids, size=size)
 
     def reduce(sums: Tensor) -> Tensor:
-        dist.all_reduce(sums, group=context)
+        all_reduce(sums, group=context)
         return sums
 
     return Sequences(ids=ids, size=size, reduce=reduce)

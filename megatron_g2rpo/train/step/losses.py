@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_g2rpo.collectives import all_reduce
 from megatron_g2rpo.objective import PolicyLoss, entropy, kl
 from megatron_g2rpo.policy.megatron import Loss, LossTerms
 from megatron_g2rpo.recipe import Env
@@ -57,7 +58,7 @@ class TaskEntropies:
         for batch, stat in zip(batches, stats, strict=True):
             sums, counts = entropy.task_entropy_sums(stat.entropy, batch.task_ids, batch.loss_mask, num_tasks)
             totals += torch.stack([sums, counts]).cpu()
-        dist.all_reduce(totals, group=group)
+        all_reduce(totals, group=group)
         return cls(sums=totals[0], counts=totals[1])
 
     @property
@@ -77,7 +78,7 @@ def task_tokens(batches: Sequence[PackedBatch], num_tasks: int, group: dist.Proc
     counts = torch.zeros(num_tasks, dtype=torch.float64)
     for batch in batches:
         counts += torch.bincount(batch.task_ids[batch.loss_mask != 0], minlength=num_tasks)
-    dist.all_reduce(counts, group=group)
+    all_reduce(counts, group=group)
     return counts
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_g2rpo.collectives import all_reduce
 from megatron_g2rpo.objective import AdvantageDiagnostics, GroupStatistics, importance
 from megatron_g2rpo.policy.device import Device
 from megatron_g2rpo.recipe import Env
@@ -73,7 +74,7 @@ def skipped_metrics(skipped: Mapping[str, int]) -> dict[str, float]:
         skipped: reason -> samples that this process replaced during the step.
     """
     total = torch.tensor([sum(skipped.values())])
-    dist.all_reduce(total)
+    all_reduce(total)
     metrics = {"train/skipped_samples": float(total)}
     if total == 0:
         return metrics
@@ -88,7 +89,7 @@ def skipped_metrics(skipped: Mapping[str, int]) -> dict[str, float]:
 def memory_metrics(device: Device) -> dict[str, float]:
     """``memory/peak_gb``, 10^9 bytes on the rank with the most (``Device.peak_memory``). A collective of all ranks."""
     peak = torch.tensor([device.peak_memory()])
-    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    all_reduce(peak, op=dist.ReduceOp.MAX)
     return {"memory/peak_gb": float(peak) / 1e9}
 
 
@@ -170,8 +171,8 @@ def gap_metrics(
             importance.gap_sums(batch.old_logprobs, batch.behaviour_logprobs, batch.task_ids, response, count)
         )
     sums, largest = torch.stack([total.count, total.absolute, total.kl]), total.largest.clone()
-    dist.all_reduce(sums, group=process_group)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=process_group)
+    all_reduce(sums, group=process_group)
+    all_reduce(largest, op=dist.ReduceOp.MAX, group=process_group)
     tokens, absolute, divergence = sums
     everywhere = tokens.sum().clamp(min=1.0)
     means = {"rollout_gap_mean": absolute / tokens, "rollout_gap_kl": divergence / tokens}
@@ -196,7 +197,7 @@ def importance_metrics(
     mine = torch.cat(weights)
     truncated = (mine >= cap).sum() if cap is not None else torch.zeros(())
     sums = torch.stack([truncated, (mine == 0).sum(), torch.tensor(len(mine))]).double()
-    dist.all_reduce(sums, group=process_group)
+    all_reduce(sums, group=process_group)
     truncated_share, masked_share = (sums[:2] / sums[2].clamp(min=1.0)).tolist()
     return {"train/importance_truncated": truncated_share, "train/importance_masked": masked_share}
 
@@ -210,7 +211,7 @@ def packing_metrics(batches: Sequence[PackedBatch], process_group: dist.ProcessG
         [sum(int((batch.segment_ids >= 0).sum()) for batch in batches), sum(len(batch.tokens) for batch in batches)],
         dtype=torch.float64,
     )
-    dist.all_reduce(sums, group=process_group)
+    all_reduce(sums, group=process_group)
     return {"train/real_tokens": float(sums[0] / sums[1]), "train/micro_batches": float(len(batches))}
 
 
@@ -237,7 +238,7 @@ def _means_by_task(
     """
     table = torch.stack([torch.ones(len(task_ids), dtype=torch.float64), *columns.values()], dim=1)
     sums = torch.zeros(len(tasks), table.shape[1], dtype=torch.float64).index_add_(0, task_ids, table)
-    dist.all_reduce(sums, group=process_group)
+    all_reduce(sums, group=process_group)
     return sums[:, 0], {name: sums[:, column] / sums[:, 0] for column, name in enumerate(columns, start=1)}
 
 

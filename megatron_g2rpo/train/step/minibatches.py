@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_g2rpo.collectives import all_reduce
 from megatron_g2rpo.data.packing import Packer, PackSequence, with_advantages
 from megatron_g2rpo.recipe import Policy
 from megatron_g2rpo.recipe.grpo_section import Grpo
@@ -127,7 +128,7 @@ def _sequence_weights(
     totals = torch.tensor(
         [sum(length for length, kept in zip(lengths, in_loss, strict=True) if kept), sum(in_loss)], dtype=torch.float64
     )
-    dist.all_reduce(totals, group=process_group)
+    all_reduce(totals, group=process_group)
     tokens, sequences = totals.tolist()
     return [tokens / (max(sequences, 1.0) * length) for length in lengths]
 
@@ -143,6 +144,7 @@ def pack_evenly(
         budget: tokens that a micro-batch holds at most.
         process_group: the data-parallel ranks.
     """
-    needed = torch.tensor([packer.num_rows(sequences, budget)])
-    dist.all_reduce(needed, op=dist.ReduceOp.MAX, group=process_group)
-    return packer.pack(sequences, budget, num_bins=max(int(needed), 1))
+    bins = packer.bins(sequences, budget)
+    needed = torch.tensor([len(bins)])
+    all_reduce(needed, op=dist.ReduceOp.MAX, group=process_group)
+    return packer.rows(sequences, bins, num_bins=max(int(needed), 1))

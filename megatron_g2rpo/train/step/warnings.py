@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
+from megatron_g2rpo.collectives import all_reduce
 from megatron_g2rpo.recipe import Env
 from megatron_g2rpo.tasks.scoring import read
 from megatron_g2rpo.types import FailedReward, Rollout
@@ -80,7 +81,7 @@ def answer_warnings(
     responses = [(rollout, read(rollout, env, response_format)) for rollout in rollouts]
     without = [rollout for rollout, read_ in responses if isinstance(read_, FailedReward) or read_.answer is None]
     counts = torch.tensor([len(rollouts) - len(without), len(rollouts)])
-    dist.all_reduce(counts, group=process_group)
+    all_reduce(counts, group=process_group)
     answered, count = counts.tolist()
     if answered >= FEW_ANSWERS * count:
         return []

@@ -15,6 +15,7 @@ from dataclasses import astuple, dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_g2rpo.collectives import all_reduce
 from megatron_g2rpo.models import flops
 from megatron_g2rpo.models.cards import Card, card_of
 from megatron_g2rpo.models.flops import Shape
@@ -95,7 +96,7 @@ class WorkMeter:
             ],
             dtype=torch.float64,
         )
-        dist.all_reduce(counts)
+        all_reduce(counts)
         values = counts.tolist()
         size = len(astuple(rows[0]))
         return PolicyWork(
@@ -118,7 +119,7 @@ def work_metrics(
     """
     work = meter.work()
     tokens = torch.tensor([sequence_tokens * (policy.groups.model_rank == 0)])
-    dist.all_reduce(tokens)
+    all_reduce(tokens)
     computing = sum(seconds.get(phase, 0.0) for phase in PHASES)
     rate = work.model_flops(policy.shape) / computing / dist.get_world_size()
     card = card_of(hardware(policy.device).name)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claims: gradients are normalised once; the distributed optimizer's state survives a checkpoint, for which
-megatron-core's own state dicts would not do."""
+"""Claims: gradients are normalised once, and their norm is computed once; the distributed optimizer's state survives a
+checkpoint, for which megatron-core's own state dicts would not do."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer import optimizer as megatron_optimizer
+from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
 
 from megatron_g2rpo.policy import optimizer as policy_optimizer
 from megatron_g2rpo.policy.device import select
 from megatron_g2rpo.policy.megatron import MegatronPolicy
-from megatron_g2rpo.policy.optimizer import check_normalisation
+from megatron_g2rpo.policy.optimizer import check_normalisation, step_by_norm
 from megatron_g2rpo.policy.optimizer_shares import piece, spreads
 from megatron_g2rpo.train.run.checkpoints import Checkpoints
 from tests.common.parity import packer_for, random_sequences, toy_loss
@@ -104,6 +106,68 @@ def test_gradients_of_bf16_weights_are_summed_in_float32_if_asked_for(
     assert {parameter.dtype for parameter in policy.model.parameters()} == {torch.bfloat16}
     expected = torch.float32 if in_fp32 else torch.bfloat16
     assert {parameter.main_grad.dtype for parameter in policy.model.parameters()} == {expected}
+
+
+# -- the norm ---------------------------------------------------------------------------------------------------------
+
+CLIPS = "megatron_cfg.optimizer.clip_grad=0.01"  # far below the norm, so that what is clipped by tells
+
+
+@pytest.fixture
+def norms(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The gradient norms that megatron-core has computed."""
+    computed: list[float] = []
+
+    def watched(*arguments: Any, **keywords: Any) -> float:
+        computed.append(get_grad_norm_fp32(*arguments, **keywords))
+        return computed[-1]
+
+    monkeypatch.setattr(megatron_optimizer, "get_grad_norm_fp32", watched)
+    return computed
+
+
+@pytest.mark.parametrize("mode", ["plain", "distributed"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_update_computes_the_norm_once_and_is_bit_for_bit_that_of_megatron_cores_own_step(
+    directory: Path, norms: list[float], mode: str, precision: str
+) -> None:
+    def make() -> MegatronPolicy:
+        section = layout_options(directory, CLIPS, mode=mode, precision=precision)
+        return MegatronPolicy(section, select("cpu"), seed=0, max_steps=10)
+
+    ours, theirs = make(), make()
+    batches = packer_for(ours.hf_config).pack(random_sequences(ours.hf_config), budget=80)
+    for _ in range(2):
+        norms.clear()
+        metrics = ours.update(batches, toy_loss)
+        assert norms == [metrics["grad_norm"]]
+        assert metrics["grad_norm"] > 0.1
+        _, optimizer, scheduler = theirs._training()
+        theirs.gradient_norm(batches, toy_loss)
+        with theirs.device.megatron():
+            optimizer.step()
+        scheduler.step(increment=1)
+    assert len(norms) == 3  # the last of ours, and two of theirs
+    for (name, one), (_, other) in zip(ours.stream(), theirs.stream(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_the_norm_is_that_of_one_step_alone(
+    make: Callable[..., MegatronPolicy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a step that raises: the next one is asked for its own."""
+    policy = make()
+    step(policy)
+    _, optimizer, _ = policy._training()
+    own = optimizer.get_grad_norm
+
+    def fails() -> None:
+        raise ArithmeticError("no step")
+
+    monkeypatch.setattr(optimizer, "step", fails)
+    with pytest.raises(ArithmeticError):
+        step_by_norm(optimizer, 1.0)
+    assert optimizer.get_grad_norm == own
 
 
 # -- state ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_g2rpo.data.packing import Packer, response_values
 from megatron_g2rpo.policy.device import init_process_group, select
 from megatron_g2rpo.recipe import TrainRecipe
+from megatron_g2rpo.train.step import minibatches
 from megatron_g2rpo.train.step.minibatches import owned_prompts, pack_minibatches
 from megatron_g2rpo.types import ModelInputs, PackedBatch, Prompt, Rollout, Sample
 
@@ -201,11 +202,11 @@ def test_sequence_weights_count_the_sequences_of_every_rank(
     """Two ranks, one after the other: the mean over sequences is of the global minibatch, not of a rank's part."""
     everything, elsewhere = rollouts(), list[int]()
 
-    def add_the_other_rank(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+    def add_the_other_rank(tensor: Tensor, op: Any = dist.ReduceOp.SUM, *, group: Any) -> None:
         if op == dist.ReduceOp.SUM:
             tensor += torch.tensor([sum(LENGTHS[row] for row in elsewhere), len(elsewhere)], dtype=tensor.dtype)
 
-    monkeypatch.setattr(dist, "all_reduce", add_the_other_rank)
+    monkeypatch.setattr(minibatches, "all_reduce", add_the_other_rank)
     batches = []
     for mine in ([0, 1, 4, 5], [2, 3, 6, 7]):
         own = [everything[row] for row in mine]
