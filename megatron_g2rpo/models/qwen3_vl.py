@@ -28,7 +28,7 @@ _FP32, _INT64 = torch.float32.itemsize, torch.int64.itemsize
 
 
 class Qwen3VLVision:
-    """The vision of Qwen3-VL: transformers' ``Qwen3VLVisionModel`` with ``sdpa`` attention, and its PIL processor."""
+    """The vision of Qwen3-VL: transformers' ``Qwen3VLVisionModel`` as ``qwen3_vl_tower`` runs it; its PIL processor."""
 
     tokens = VisionTokens(image="<|image_pad|>", video="<|video_pad|>", start="<|vision_start|>", end="<|vision_end|>")
 
@@ -44,21 +44,15 @@ class Qwen3VLVision:
 
     def tower(self, hf_config: Any, dtype: torch.dtype) -> nn.Module:
         """Build the vision tower; see ``Vision.tower``."""
-        from transformers.initialization import no_init_weights
-        from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+        from megatron_g2rpo.models.qwen3_vl_tower import build
 
-        # The dtype goes to the constructor: `.to(bfloat16)` would round the rotary frequencies as well, and turn by
-        # 0.1 rad at position 60.
-        with no_init_weights():  # weights come from a checkpoint, as the language model's do
-            tower = Qwen3VLVisionModel._from_config(hf_config.vision_config, dtype=dtype, attn_implementation="sdpa")
-        # Else transformers looks for an embedding of tokens when blocks are recomputed, and warns.
-        tower.main_input_name = "hidden_states"
-        return tower
+        return build(hf_config.vision_config, dtype)
 
     def features(self, tower: nn.Module, pixels: Tensor, grids: Tensor) -> Tensor:
         """Run the tower on images; see ``Vision.features``."""
-        output = tower(pixels, grid_thw=grids, return_dict=True)
-        return torch.stack([output.pooler_output, *output.deepstack_features], dim=1)
+        from megatron_g2rpo.models.qwen3_vl_tower import encode
+
+        return encode(tower, pixels, grids)
 
     def image_processor(self, model_dir: Path, min_pixels: int | None, max_pixels: int | None) -> Any:
         """Load the PIL image processor; see ``Vision.image_processor``.

@@ -28,7 +28,7 @@ EACH_MICRO_BATCH = {
     "passes.py": 14,  # the row's tensors to the device one by one
     "loss_terms.py": 2,  # the token count there and back
     "model.py": 4,  # where the images' tokens are
-    "vision.py": 20,  # transformers' tower reads the grids of images
+    "vision.py": 7,  # pixels, grids and places of patches to the device one by one, grids back
 }
 # Waits of a whole update besides: losses, metrics, the norm of all gradients. Without Transformer Engine megatron-core
 # clips and steps by torch's own operators, which read one number of every parameter twice.

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from megatron_g2rpo import progress
+from megatron_g2rpo import models, progress
 from megatron_g2rpo.models.directory import load_config
 from megatron_g2rpo.models.images import Image
 from megatron_g2rpo.models.vision_cache import VisionCache
@@ -339,5 +339,10 @@ def _empty_model(model: str | PathLike[str] | PreTrainedConfig, device: torch.de
         built = model_class(config).from_config(
             config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False
         )
+        if getattr(built.config, "vision_config", None) is not None:
+            # As the policy builds it: one tower, and one way to run it.
+            vision = models.family(built.config.model_type).vision
+            if vision is not None:
+                built.model.visual = vision.tower(built.config, dtype)
     built.tie_weights()
     return built.eval().requires_grad_(False)

@@ -23,14 +23,20 @@ QWEN3_VL = Qwen3VLVision()
 GRIDS = ((4, 6), (2, 4), (6, 4), (2, 2), (8, 6))
 
 
+def tower_of(config: Any, model: Any) -> torch.nn.Module:
+    """The family's tower with the weights of transformers' model."""
+    tower = QWEN3_VL.tower(config, torch.float32)
+    tower.load_state_dict(model.model.visual.state_dict())
+    return tower
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_gathered_features_are_the_tower_s_own(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every peer in turn, the gather replaced by the concatenation that it stands for; seven peers leave some idle."""
     config, model = make_tiny_qwen3vl()
     (inputs,) = random_inputs(config, grids=[GRIDS])
-    tower = model.model.visual
-    output = tower(inputs.pixel_values, grid_thw=inputs.image_grid_thw, return_dict=True)
-    expected = torch.stack([output.pooler_output, *output.deepstack_features], dim=1)
+    tower = tower_of(config, model)
+    expected = QWEN3_VL.features(tower, inputs.pixel_values, inputs.image_grid_thw)
 
     parts: list[torch.Tensor] = []
     encoded: list[int] = []
@@ -74,7 +80,7 @@ def test_a_row_without_images() -> None:
     config, model = make_tiny_qwen3vl()
     (inputs,) = random_inputs(config, grids=[()])
     group: Any = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
-    tower = model.model.visual
+    tower = tower_of(config, model)
     arguments = (QWEN3_VL, tower, QWEN3_VL.geometry(config), torch.float32, torch.device("cpu"), group)
     assert VisionEncoder(*arguments, every_row=False)(inputs.pixel_values, inputs.image_grid_thw) is None
 
