@@ -1,3 +1,3 @@
 """G2RPO post-training of vision-language policies on Megatron-core."""
 
-__version__ = "0.6.1"
+__version__ = "0.6.2"

@@ -21,8 +21,8 @@ from megatron_g2rpo.train.assembly import assemble
 from megatron_g2rpo.train.step.timers import Timers
 
 REWARD = Path(__file__).with_name("reward.py")
-# Tokens of a packed row, or those of one group where that is more: all of a step at (i), as TRL's one micro-batch. The
-# calls of a row take 20 ms of a core, however few its tokens.
+# Tokens of a packed row that several groups share: all of a step at (i), as TRL's one micro-batch. The calls of a row
+# take 20 ms of a core, however few its tokens; a group of more than a quarter of them has a row of its own.
 ROW_TOKENS = 5120
 # Logits of so many tokens are held at once, more than a row has: those of a vocabulary of 442 are a few megabytes.
 LOGIT_TOKENS = 16384
@@ -58,7 +58,7 @@ def recipe_of(size: Size, directory: Path, *, shared: bool) -> TrainRecipe:
         "policy.precision": "float32",
         "policy.train_global_batch_size": size.rollouts,
         "policy.max_total_sequence_length": longest,
-        "policy.sequence_packing.train_mb_tokens": max(ROW_TOKENS, group),
+        "policy.sequence_packing.train_mb_tokens": ROW_TOKENS if 4 * group <= ROW_TOKENS else group,
         "policy.sequence_packing.shared_prefix": shared,
         "policy.logprob_chunk_size": LOGIT_TOKENS,
         "policy.megatron_cfg.optimizer.lr": workload.LEARNING_RATE,
