@@ -79,7 +79,7 @@ class PackedCoreAttention(nn.Module):
         # gathered keys' gradient.
         if row.buckets:
             parts = torch.cat([self._attend(bucket, q, k, v) for bucket in row.buckets])
-            context = context.index_copy(0, torch.cat([bucket.tokens for bucket in row.buckets]), parts)
+            context.index_copy_(0, torch.cat([bucket.tokens for bucket in row.buckets]), parts)
         else:
             context = context + 0 * (q.sum() + k.sum() + v.sum())
         return context.flatten(1).unsqueeze(1)

@@ -208,7 +208,7 @@ class PolicyModel(MegatronModule):
         merged = embeddings.index_copy(0, where, chosen[:, 0])
         if chosen.shape[1] == 1:
             return self._scatter(merged).unsqueeze(1), None
-        deepstack = embeddings.new_zeros(len(embeddings), *chosen[:, 1:].shape[1:]).index_copy(0, where, chosen[:, 1:])
+        deepstack = embeddings.new_zeros(len(embeddings), *chosen[:, 1:].shape[1:]).index_copy_(0, where, chosen[:, 1:])
         return self._scatter(merged).unsqueeze(1), self._scatter(deepstack).transpose(0, 1).unsqueeze(2)
 
     def _scatter(self, x: Tensor) -> Tensor:
