@@ -30,7 +30,8 @@ assert os.environ["MEGATRON_G2RPO_LAUNCHER"] == launcher, "by which the trainer 
 print(*(os.environ[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")), flush=True)
 time.sleep(60)
 """
-# Two nodes of two tasks, on this machine; like Slurm's, the first task that fails ends the others, and the step.
+# Two nodes of two tasks, on this machine; like Slurm's, the first task that fails ends the others, after a while in
+# which they may end by themselves, and the step.
 SRUN = r"""
 while [[ $1 == --* ]]; do shift; done
 export SLURM_STEP_NUM_TASKS=4 SLURM_STEP_NUM_NODES=2
@@ -39,11 +40,14 @@ for task in 0 1 2 3; do
   SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) SLURMD_NODENAME=gpu0$((7 + task / 2)) setsid "$@" & pids+=($!)
 done
 echo "${pids[@]}" > "$RECORDS/pids"
-code=0
-for pid in "${pids[@]}"; do
-  wait "$pid"; one=$?
-  [ $one = 0 ] || { code=$one; for other in "${pids[@]}"; do kill -KILL -- -"$other" 2>/dev/null; done; break; }
+for _ in "${pids[@]}"; do
+  wait -n; code=$?
+  [ $code = 0 ] || break
 done
+if [ $code != 0 ]; then
+  sleep 2
+  for pid in "${pids[@]}"; do kill -KILL -- -"$pid" 2>/dev/null; done
+fi
 exit $code
 """
 # As Slurm does: to every process of the step.

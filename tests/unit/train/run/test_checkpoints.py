@@ -98,8 +98,9 @@ def test_the_newest_are_kept_and_an_unfinished_one_does_not_count(model_dir: Pat
 
 def test_a_save_leaves_no_process_behind(model_dir: Path, tmp_path: Path) -> None:
     """One that outlived a failed rank would hold its standard output open, and whoever reads that would wait."""
+    before = set(multiprocessing.active_children())
     Checkpoints(tmp_path, None).save(1, make_policy(model_dir), {})
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_a_job_that_is_killed_while_it_removes_a_checkpoint_leaves_none_that_looks_damaged(
