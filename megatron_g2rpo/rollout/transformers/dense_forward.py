@@ -147,7 +147,7 @@ class DenseForward:
             hidden = self._rest(number, hidden, attended.transpose(1, 2).reshape(len(hidden), -1))
             if deepstack is not None and where is not None and number < len(deepstack.levels):
                 if is_last:
-                    hidden = hidden + _of_last(deepstack.levels[number], where, last)
+                    hidden = hidden + _of_last(deepstack.levels[number].to(hidden.dtype), where, last)
                 else:
                     hidden.index_add_(0, where, deepstack.levels[number].to(hidden.dtype))
         return layers, F.rms_norm(hidden, hidden.shape[1:], self._norm, self._eps)
