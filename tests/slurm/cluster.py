@@ -93,6 +93,17 @@ class Cluster:
         """
         self._await("two idle nodes", lambda: self.text("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2")
 
+    def start_requeued(self, job: str) -> None:
+        """Let a requeued job start at once, which Slurm lets wait for two minutes.
+
+        A node that has ended a job's first attempt refuses every credential of that job from the same second or before
+        it: "already killed, do not launch batch job", and the job has failed. Slurm's two minutes hide that; one whole
+        second after the last node has ended is as good.
+        """
+        self.wait_until_idle()
+        time.sleep(1.1)
+        self.text("scontrol", "update", f"JobId={job}", "StartTime=now")
+
     def stop(self) -> None:
         """Cancel what runs, end the daemons, and whatever they have left; safe to call more than once."""
         if any(name == "slurmctld" and process.poll() is None for name, process in self._daemons):

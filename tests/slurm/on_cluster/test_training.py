@@ -63,8 +63,7 @@ def test_the_page_leads_to_a_running_job_and_preemption_changes_nothing(
     assert (held["JobState"], held["Restarts"]) == ("PENDING", "1"), output_of(tmp_path, stopped)
     taken = len(metrics(tmp_path / "preempted"))
     assert 2 <= taken < STEPS
-    cluster.wait_until_idle()  # started while a node still ends its first attempt, it would fail
-    cluster.text("scontrol", "update", f"JobId={stopped}", "StartTime=now")  # Slurm waits for two minutes
+    cluster.start_requeued(stopped)
     ended = cluster.wait(stopped, "COMPLETED", "FAILED", seconds=JOB_SECONDS)
     assert ended["JobState"] == "COMPLETED", output_of(tmp_path, stopped)
     assert {step: numbers(line) for step, line in metrics(tmp_path / "preempted").items()} == expected
