@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launching a worker on several processes, and hearing from every rank what it found; running a program.
 
-``torchrun`` starts processes the way users do. ``torchrun_json`` and ``program`` fork them from a process that has
-imported what they need, with what torchrun or a shell would tell them, wherever no real GPU may be touched by an import
-before the fork.
+``torchrun`` starts processes the way users do. ``torchrun_json``, ``ranks`` and ``program`` fork them from a process that
+has imported what they need, with what torchrun or a shell would tell them, wherever no real GPU may be touched by an
+import before the fork.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -72,11 +73,29 @@ def torchrun_json(nproc: int, module: str, *arguments: str, timeout: int = 300, 
         if environment or not can_fork():
             output = torchrun(nproc, "-m", module, *arguments, timeout=timeout, **{RESULTS: folder}, **environment)
         else:
-            output = _fork(nproc, module, arguments, timeout, folder)
+            output = _fork(nproc, module, arguments, timeout, folder, {RESULTS: folder})
         files = [Path(folder) / f"{rank}.json" for rank in range(nproc)]
         silent = [rank for rank, file in enumerate(files) if not file.exists()]
         assert not silent, f"{module}: ranks {silent} reported nothing:\n{output[-20000:]}"
         return [json.loads(file.read_text()) for file in files]
+
+
+def ranks(nproc: int, module: str, *arguments: str, timeout: int = 300, **environment: str) -> str:
+    """Run ``python -m MODULE ARGUMENTS`` on ``nproc`` ranks, forked where that can be, and return what all printed.
+
+    Fails the test if a rank fails. What a rank's process leaves to Python's shutdown is not run.
+
+    Args:
+        nproc: number of processes.
+        module: dotted name of a module that needs no more than torchrun's environment to be a rank.
+        arguments: its command line.
+        timeout: seconds after which the test fails.
+        environment: further environment variables. Those that a library reads as it is imported may come too late.
+    """
+    if not can_fork():
+        return torchrun(nproc, "-m", module, *arguments, timeout=timeout, **environment)
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        return _fork(nproc, module, arguments, timeout, folder, environment)
 
 
 def can_fork() -> bool:
@@ -114,7 +133,9 @@ def program(module: str, *arguments: str, timeout: int = 300, **environment: str
         return subprocess.CompletedProcess([module, *arguments], status, out, err)
 
 
-def _fork(nproc: int, module: str, arguments: tuple[str, ...], timeout: int, folder: str) -> str:
+def _fork(
+    nproc: int, module: str, arguments: tuple[str, ...], timeout: int, folder: str, variables: Mapping[str, str]
+) -> str:
     # As torchrun does, its store outside of the ranks: none of them can take it away from the others.
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     environment = {
@@ -124,7 +145,7 @@ def _fork(nproc: int, module: str, arguments: tuple[str, ...], timeout: int, fol
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_RUN_ID": module,
-        RESULTS: folder,
+        **variables,
     }
     job = Job(nproc=nproc, module=module, arguments=arguments, timeout=timeout, folder=folder, environment=environment)
     statuses = _answer(job)

@@ -114,7 +114,7 @@ def test_a_file_has_first_lines_samples_a_line_a_step_and_a_summary(toy: Toy, tm
 
 def test_two_processes_say_it_once(toy: Toy, tmp_path: Path) -> None:
     recipe = toy.recipe(tmp_path / "recipe.yaml", logger={"log_dir": str(tmp_path / "run")})
-    text = succeed("train", recipe, "--nproc", "2", *SHORT)
+    text = succeed("train", recipe, *SHORT, nproc=2, forked=False)
     for start in ("run: ", "device: ", "plan: ", "done: "):
         assert len(re.findall(rf"^{start}", text, re.MULTILINE)) == 1, start
     shown = re.findall(r"^  (\w+) \S+, (?:sampled|greedy), reward ", text, re.MULTILINE)

@@ -27,8 +27,8 @@ def same_tensors(one: Path, other: Path) -> None:
 def test_a_run_s_checkpoint_becomes_the_directory_that_it_exported(straight: Path, tmp_path: Path) -> None:
     """At another layout, from the checkpoint alone: it carries config and tokenizer."""
     checkpoint = straight / "checkpoints" / "step_4"
-    output = succeed("convert", "export", checkpoint, tmp_path / "hf", "--nproc", "2", f"{TENSOR_PARALLEL}=2")
-    assert output.strip().endswith(f"Hugging Face checkpoint: {tmp_path / 'hf'}")
+    output = succeed("convert", "export", checkpoint, tmp_path / "hf", f"{TENSOR_PARALLEL}=2", nproc=2)
+    assert f"Hugging Face checkpoint: {tmp_path / 'hf'}\n" in output
     same_tensors(tmp_path / "hf", straight / "hf")
     for name in ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json", "generation_config.json"):
         assert (tmp_path / "hf" / name).read_bytes() == (straight / "hf" / name).read_bytes()

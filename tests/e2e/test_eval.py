@@ -80,7 +80,7 @@ def test_an_evaluation_says_what_the_loops_greedy_validation_says(
 
 
 def test_two_processes_write_the_file_of_one(recipe: Path, evaluated: Path, tmp_path: Path) -> None:
-    shown = succeed("eval", recipe, SMALL_BATCHES, "--out", tmp_path / "two", "--nproc", "2")
+    shown = succeed("eval", recipe, SMALL_BATCHES, "--out", tmp_path / "two", nproc=2)
     assert "mean over tasks" in shown
     for name in ("answers.jsonl", "unusable.jsonl", "summary.json"):
         assert (tmp_path / "two" / name).read_text() == (evaluated / name).read_text(), name

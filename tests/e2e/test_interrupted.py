@@ -122,7 +122,7 @@ def uninterrupted(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     def run_of(layout: str) -> tuple[Path, Path]:
         run, (nproc, keys) = root / layout, LAYOUTS[layout]
         if not run.exists():
-            succeed("train", recipe, "--nproc", str(nproc), f"logger.log_dir={run}", *keys)
+            succeed("train", recipe, f"logger.log_dir={run}", *keys, nproc=nproc)
         return recipe, run
 
     return run_of
@@ -158,11 +158,10 @@ def test_a_run_that_was_stopped_goes_on_at_another_layout(
     succeed(
         "train",
         recipe,
-        "--nproc",
-        "2",
         f"logger.log_dir={run}",
         *LAYOUTS_OF_TWO["tp2-sp"],
         f"grpo.max_num_steps={step}",
+        nproc=2,
     )
     # See the tolerance of a second step in test_train.py.
     assert_same_step(metrics(run)[step], metrics(expected)[step], 1e-4)
@@ -187,7 +186,7 @@ def test_a_second_signal_ends_the_run_at_once_and_its_checkpoint_is_whole(
         start = time.monotonic()
         assert job.end() == 128 + signal.SIGTERM, job.output()
         assert time.monotonic() - start < 10.0, "seconds; saving would take no longer, but a busy machine may"
-    succeed("train", recipe, "--nproc", str(nproc), f"logger.log_dir={run}")
+    succeed("train", recipe, f"logger.log_dir={run}", nproc=nproc)
     assert_same_run(run, expected)
 
 

@@ -104,7 +104,7 @@ def test_replicas_and_tensor_shards_give_the_numbers_of_transformers(toy: Toy, s
     assert f"wrote 7 lines to {tmp_path / 'tp1.jsonl'}" in result.stdout
     assert_same(read(tmp_path / "tp1.jsonl"), expected)
     for name, keys in {"dp2": (), "tp2-sp": (TENSOR, SEQUENCE)}.items():
-        succeed(*arguments, tmp_path / f"{name}.jsonl", "--nproc", "2", *keys)
+        succeed(*arguments, tmp_path / f"{name}.jsonl", *keys, nproc=2)
         assert_same(read(tmp_path / f"{name}.jsonl"), expected)
     assert not list(tmp_path.glob("*.partial"))
 
@@ -128,7 +128,7 @@ def test_other_layouts_give_the_numbers_of_transformers(
 ) -> None:
     target = tmp_path / "out.jsonl"
     arguments = ("--model", toy.model, "--input", source, "--output", target, *ON_DEVICE)
-    succeed("logprobs", *arguments, "--nproc", str(nproc), *keys)
+    succeed("logprobs", *arguments, *keys, nproc=nproc)
     assert_same(read(target), reference(toy.model, source, 1.0))
 
 

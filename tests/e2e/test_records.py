@@ -202,8 +202,8 @@ def test_a_step_that_fails_has_left_its_record_and_fails_again_in_its_replay(
 @pytest.mark.parametrize("layout", ["dp2", "tp2-sp"])
 def test_two_ranks_record_one_table_and_replay_it_bit_for_bit(toy: Toy, tmp_path: Path, layout: str) -> None:
     recipe, run = recipe_of(toy, tmp_path), tmp_path / "run"
-    arguments = ("train", recipe, "--nproc", "2", *LAYOUTS_OF_TWO[layout])
-    succeed(*arguments)
+    arguments = ("train", recipe, *LAYOUTS_OF_TWO[layout])
+    succeed(*arguments, nproc=2)
     for step in (1, 2):
         table, header = read_step(run, step)
         assert table.num_rows == header.rollouts == ROLLOUTS
@@ -211,5 +211,5 @@ def test_two_ranks_record_one_table_and_replay_it_bit_for_bit(toy: Toy, tmp_path
         places = list(zip(*(table.column(name).to_pylist() for name in ("group_id", "sample_index")), strict=True))
         assert places == [(group, sample) for group in range(6) for sample in range(4)]
         assert len(set(table.column("data_rank").to_pylist())) == header.data_ranks
-    output = succeed(*arguments, "--replay", run, "--step", "2")
+    output = succeed(*arguments, "--replay", run, "--step", "2", nproc=2)
     assert re.search(r"step 2: all \d\d\d? metrics are equal to the record's", output), output

@@ -175,7 +175,7 @@ def test_the_export_answers_as_the_policy_does(toy: Toy, straight: Path) -> None
 @pytest.mark.parametrize("layout", ["pp2", "cp2", pytest.param("dp2", marks=pytest.mark.full)])
 def test_two_ranks_give_the_numbers_of_one(toy: Toy, straight: Path, tmp_path: Path, layout: str) -> None:
     recipe = toy.recipe(tmp_path / "recipe.yaml", logger={"log_dir": str(tmp_path / "run")})
-    succeed("train", recipe, "--nproc", "2", *BARE, *LAYOUTS_OF_TWO[layout])
+    succeed("train", recipe, *BARE, *LAYOUTS_OF_TWO[layout], nproc=2)
     assert_same_step(metrics(tmp_path / "run")[1], metrics(straight)[1], FIVE_DIGITS)
 
 
@@ -185,9 +185,9 @@ def test_a_run_continues_at_another_layout(toy: Toy, straight: Path, tmp_path: P
     recipe = toy.recipe(
         tmp_path / "recipe.yaml", grpo={"val_at_start": False, "val_at_end": False}, logger={"log_dir": str(run)}
     )
-    succeed("train", recipe, "--nproc", "2", "grpo.max_num_steps=1", *LAYOUTS_OF_TWO["tp2-sp"])
+    succeed("train", recipe, "grpo.max_num_steps=1", *LAYOUTS_OF_TWO["tp2-sp"], nproc=2)
     assert_same_step(metrics(run)[1], expected[1], FIVE_DIGITS)
-    succeed("train", recipe, "--nproc", "2", "grpo.max_num_steps=2")
+    succeed("train", recipe, "grpo.max_num_steps=2", nproc=2)
     resumed = metrics(run)
     assert list(resumed) == [1, 2]
     # Adam's first step divides a gradient by its own size: where that is nothing but rounding, so is the step.
@@ -220,7 +220,7 @@ def test_two_ranks_filter_as_one_does(toy: Toy, tmp_path: Path, layout: str) -> 
     recipe = toy.recipe(tmp_path / "recipe.yaml")
     runs = [tmp_path / "one", tmp_path / "two"]
     succeed("train", recipe, *BARE, FILTERED, f"logger.log_dir={runs[0]}")
-    succeed("train", recipe, "--nproc", "2", *BARE, FILTERED, *LAYOUTS_OF_TWO[layout], f"logger.log_dir={runs[1]}")
+    succeed("train", recipe, *BARE, FILTERED, *LAYOUTS_OF_TWO[layout], f"logger.log_dir={runs[1]}", nproc=2)
     one, two = (metrics(run)[1] for run in runs)
     assert_same_step(two, one, FIVE_DIGITS)
     assert two["train/rollout_gap_max"] < 1e-4
@@ -229,7 +229,7 @@ def test_two_ranks_filter_as_one_does(toy: Toy, tmp_path: Path, layout: str) -> 
 @pytest.mark.full
 def test_four_ranks_give_the_numbers_of_one(toy: Toy, straight: Path, tmp_path: Path) -> None:
     recipe = toy.recipe(tmp_path / "recipe.yaml", logger={"log_dir": str(tmp_path / "run")})
-    succeed("train", recipe, "--nproc", "4", *BARE, f"{TENSOR_PARALLEL}=2")
+    succeed("train", recipe, *BARE, f"{TENSOR_PARALLEL}=2", nproc=4)
     assert_same_step(metrics(tmp_path / "run")[1], metrics(straight)[1], FIVE_DIGITS)
 
 
@@ -249,7 +249,7 @@ def test_a_run_moves_from_layout_to_layout(toy: Toy, straight: Path, tmp_path: P
         (2, LAYOUTS_OF_TWO["dp2"]),
     )
     for step, (nproc, keys) in enumerate(layouts, start=1):
-        succeed("train", recipe, "--nproc", nproc, f"grpo.max_num_steps={step}", *keys, *DISTRIBUTED)
+        succeed("train", recipe, f"grpo.max_num_steps={step}", *keys, *DISTRIBUTED, nproc=nproc)
     lines = metrics(tmp_path / "run")
     assert list(lines) == [1, 2, 3, 4]
     assert_same_step(lines[1], metrics(straight)[1], FIVE_DIGITS)
@@ -270,7 +270,7 @@ def test_a_rank_without_rows_changes_nothing(toy: Toy, tmp_path: Path) -> None:
     # At their mean length, some responses are truncated and some are not, whatever the warm policy has learned.
     limit = f"policy.generation.max_new_tokens={int(metrics(tmp_path / 'free')[1]['train/response_tokens'])}"
     for nproc in (1, 2):
-        succeed("train", recipe, "--nproc", nproc, *BARE, limit, f"logger.log_dir={tmp_path / str(nproc)}")
+        succeed("train", recipe, *BARE, limit, f"logger.log_dir={tmp_path / str(nproc)}", nproc=nproc)
     one, two = (metrics(tmp_path / str(nproc))[1] for nproc in (1, 2))
     assert 0.0 < one["train/truncated"] < 1.0, "the mask should have something to do"
     # Means over three updates: see the tolerance of a second step above.

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from megatron_g2rpo.cli import app
 from megatron_g2rpo.data.shard_index import ShardIndex
 from megatron_g2rpo.data.shard_writer import ShardWriter, write_index
-from tests.common.launch import program
+from tests.common.launch import program, ranks
 from tests.unit.data.conftest import load_example
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -215,20 +215,26 @@ def command(*arguments: str | Path, timeout: int = 240) -> subprocess.CompletedP
     )
 
 
-def succeed(*arguments: str | Path, forked: bool = True) -> str:
-    """Run ``megatron-g2rpo ARGUMENTS``, which must succeed, in a process of its own; its standard output.
+def succeed(*arguments: str | Path, forked: bool = True, nproc: int = 1) -> str:
+    """Run ``megatron-g2rpo ARGUMENTS``, which must succeed, in processes of its own; its standard output.
 
     Args:
         arguments: the command line.
         forked: from a process that has imported its libraries, where that can be, which saves the seconds that it would
             take; False: as a user starts it.
+        nproc: number of processes. Those that are forked are what torchrun would start: without a launcher, and what
+            they print is that of all, on either stream.
     """
+    words = [str(argument) for argument in arguments]
+    if nproc > 1 and forked:
+        return ranks(nproc, "megatron_g2rpo.cli", *words, timeout=240, COLUMNS="200")
+    if nproc > 1:
+        words += ["--nproc", str(nproc)]
     if forked:
-        words = [str(argument) for argument in arguments]
         done = program("megatron_g2rpo.cli", *words, timeout=240, OMP_NUM_THREADS="1", COLUMNS="200")
     else:
-        done = command(*arguments)
-    assert done.returncode == 0, f"{' '.join(map(str, arguments))}:\n{(done.stdout + done.stderr)[-6000:]}"
+        done = command(*words)
+    assert done.returncode == 0, f"{' '.join(words)}:\n{(done.stdout + done.stderr)[-6000:]}"
     return done.stdout
 
 

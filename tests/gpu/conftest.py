@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from tests.gpu.devices import TRANSFORMER_ENGINE
+
+if TYPE_CHECKING:
+    from megatron_g2rpo.policy.device import Device
 
 # Files whose imports alone need Transformer Engine.
 _ENGINE_FILES = "test_te_*.py"
@@ -45,3 +49,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if needed is not None and torch.cuda.device_count() < needed.args[0]:
             reason = f"needs {needed.args[0]} CUDA devices, there are {torch.cuda.device_count()}"
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module")
+def device() -> Device:
+    """This process's device, as the only rank of its job."""
+    from megatron_g2rpo.policy.device import init_process_group, select
+
+    device = select("gpu")
+    init_process_group(device)
+    return device
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the models of a file's tests."""
+    return tmp_path_factory.mktemp("models")

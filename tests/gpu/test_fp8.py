@@ -12,37 +12,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_g2rpo.data.packing import response_values
 from megatron_g2rpo.policy import megatron
-from megatron_g2rpo.policy.device import Device, init_process_group, select
-from megatron_g2rpo.policy.layouts.layout import LayoutError, token_multiples
+from megatron_g2rpo.policy.device import Device
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.policy.reference_policy import ReferencePolicy
 from megatron_g2rpo.types import PackedBatch
-from megatron_g2rpo.weights import SafetensorsDirectory
 from tests.common.compare import Report, relative_distance, total_distance
-from tests.common.parity import TEMPERATURE, Values, packer_for, toy_loss
-from tests.common.policy_layout import layout_options
-from tests.common.tiny_model import make_tiny_qwen3vl, random_inputs
-from tests.gpu.devices import needs_cuda, needs_transformer_engine, needs_virtual
+from tests.common.parity import TEMPERATURE, Values, toy_loss
+from tests.gpu.devices import needs_cuda, needs_transformer_engine
 from tests.gpu.fp8_policy import (
     SHAPE,
     fp8_policy,
     gradients,
-    model_directory,
     reference_model,
     reference_pass,
-    reset_scales,
     rows,
     scales,
     sequences,
@@ -59,20 +51,6 @@ RECIPES = [
     pytest.param("tensorwise", "hybrid", id="tensorwise-hybrid"),
     pytest.param("blockwise", "e4m3", id="blockwise-e4m3"),
 ]
-
-
-@pytest.fixture(scope="module")
-def device() -> Device:
-    device = select("gpu")
-    init_process_group(device)
-    return device
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("fp8")
-    model_directory(directory)
-    return directory
 
 
 def fp8_of(recipe: str, format: str) -> Fp8:
@@ -396,108 +374,3 @@ def test_passes_between_and_recomputation_change_no_weight(recipe: str, device: 
     full = {"recompute_granularity": "full", "recompute_num_layers": 1}
     _, other = _run(directory, device, recipe, steps=3, passes=True, **full)
     assert _equal(plain, other)
-
-
-# -- quantised weights that are kept over a step ------------------------------------------------------------------
-
-
-def _responses(batches: list[PackedBatch], policy: MegatronPolicy | ReferencePolicy) -> Tensor:
-    """Return the log-probabilities of all responses, one after the other."""
-    values = policy.logprobs(batches, TEMPERATURE)
-    found: dict[int, Tensor] = {}
-    for batch, value in zip(batches, values, strict=True):
-        found.update(response_values(batch, value.logprobs))
-    return torch.cat([found[index] for index in sorted(found)])
-
-
-@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
-def test_changed_weights_are_quantised_again(recipe: str, device: Device, directory: Path) -> None:
-    """After an update, after a load, and with a reference policy's weights for a while."""
-    policy = fp8_policy(directory, device, recipe)
-    batches = rows(policy, sequences(policy.hf_config))
-    first = _responses(batches, policy)
-    initial = {name: tensor.cpu().clone() for name, tensor in policy.stream()}
-    reference = ReferencePolicy(policy)
-    policy.update(batches, toy_loss, TEMPERATURE)
-    updated = _responses(batches, policy)
-    assert not torch.equal(updated, first)
-    assert torch.equal(_responses(batches, reference), first)
-    assert torch.equal(_responses(batches, policy), updated)
-    policy.load(initial, source="the first weights")
-    assert torch.equal(_responses(batches, policy), first)
-
-
-def test_a_quantised_weight_that_is_not_renewed_is_seen(device: Device, directory: Path) -> None:
-    policy = fp8_policy(directory, device, "tensorwise")
-    batches = rows(policy, sequences(policy.hf_config))
-    policy.logprobs(batches, TEMPERATURE)
-    policy.update(batches, toy_loss, TEMPERATURE)
-    with patch.object(MegatronModule, "set_is_first_microbatch", lambda module: None):
-        stale = _responses(batches, policy)
-    assert not torch.equal(stale, _responses(batches, policy))
-
-
-# -- alignment ----------------------------------------------------------------------------------------------------
-
-
-def _row_of(policy: MegatronPolicy, tokens: int) -> list[PackedBatch]:
-    """Return one row of exactly this many tokens, whatever the layout needs."""
-    config = policy.hf_config
-    member = sequences(config, count=1)[0]
-    inputs = random_inputs(config, grids=[()], text_tokens=tokens - len(member.response_ids))[0]
-    packer = replace(packer_for(config), row_multiple=1, sequence_multiple=1)
-    (batch,) = packer.pack([replace(member, inputs=inputs)], tokens)
-    assert len(batch.tokens) == tokens
-    return [batch]
-
-
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
-def test_rows_are_padded_to_what_products_need(recipe: str, device: Device, directory: Path) -> None:
-    policy = fp8_policy(directory, device, recipe)
-    assert token_multiples(policy.layout) == (1, 16)
-    for tokens in (80, 96):
-        policy.gradients(_row_of(policy, tokens), toy_loss, TEMPERATURE)
-    with pytest.raises(ValueError, match="divisible by 8"):
-        policy.gradients(_row_of(policy, 95), toy_loss, TEMPERATURE)
-
-
-@needs_virtual
-def test_a_multiple_of_8_is_not_enough_for_a_weights_gradient(device: Device, directory: Path) -> None:
-    """Transformer Engine lets 88 tokens pass, and the matrix product that sums over them does not."""
-    policy = fp8_policy(directory, device, "tensorwise")
-    policy.logprobs(_row_of(policy, 88), TEMPERATURE)
-    with pytest.raises(RuntimeError, match="multiple of 16"):
-        policy.gradients(_row_of(policy, 88), toy_loss, TEMPERATURE)
-
-
-def test_features_that_products_do_not_take_are_refused_before(device: Device, tmp_path: Path) -> None:
-    make_tiny_qwen3vl(tmp_path, **{**SHAPE, "intermediate": 264})
-    keys = ["core_attention=local", "fp8_cfg.enabled=true", "fp8_cfg.fp8_recipe=tensorwise"]
-    section = layout_options(tmp_path, *(f"megatron_cfg.{key}" for key in keys))
-    with pytest.raises(LayoutError, match=r"multiples of 16, and a rank has 264 MLP features"):
-        MegatronPolicy(section, device, seed=0, max_steps=1)
-    # It is what Transformer Engine would say in the first pass.
-    with patch.object(megatron, "check_model", lambda *arguments: None):
-        reset_scales()
-        policy = MegatronPolicy(section, device, seed=0, max_steps=1)
-    with pytest.raises((ValueError, RuntimeError), match="16"):
-        policy.logprobs(rows(policy, sequences(policy.hf_config)), TEMPERATURE)
-
-
-# -- weights for the rollout engine -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
-def test_rollouts_get_the_unquantised_weights(recipe: str, device: Device, directory: Path) -> None:
-    policy = fp8_policy(directory, device, recipe, precision="bfloat16")
-    pretrained = dict(SafetensorsDirectory(directory / "fp8_model"))
-    for name, tensor in policy.stream():
-        assert tensor.dtype == torch.bfloat16
-        assert torch.equal(tensor.cpu(), pretrained[name].bfloat16()), name
-    policy.update(rows(policy, sequences(policy.hf_config)), toy_loss, TEMPERATURE)
-    main = dict(policy.stream(lambda weight: weight.main_param.view(weight.shape)))
-    moved = 0
-    for name, tensor in policy.stream():
-        assert torch.equal(tensor.cpu(), main[name].cpu().bfloat16()), name
-        moved += not torch.equal(tensor.cpu(), pretrained[name].bfloat16())
-    assert moved > len(main) / 2

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_g2rpo.policy import quantized
-from megatron_g2rpo.policy.device import Device, init_process_group, select
+from megatron_g2rpo.policy.device import Device
 from megatron_g2rpo.policy.megatron import MegatronPolicy
 from megatron_g2rpo.policy.optimizer_shares import piece, single
 from megatron_g2rpo.policy.quantized import is_float8tensor
@@ -21,27 +21,13 @@ from megatron_g2rpo.policy.reference_policy import ReferencePolicy
 from megatron_g2rpo.types import PackedBatch
 from tests.common.parity import TEMPERATURE, toy_loss
 from tests.gpu.devices import needs_cuda, needs_transformer_engine
-from tests.gpu.fp8_policy import fp8_policy, model_directory, rows, sequences, te_linears
+from tests.gpu.fp8_policy import fp8_policy, rows, sequences, te_linears
 
 pytestmark = [needs_cuda, needs_transformer_engine]
 
 RECIPES = [("delayed", "hybrid"), ("tensorwise", "hybrid"), ("blockwise", "e4m3")]
 E4M3_MAX = 448.0
 WEIGHT = 1  # of input, weight and output
-
-
-@pytest.fixture(scope="module")
-def device() -> Device:
-    device = select("gpu")
-    init_process_group(device)
-    return device
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("fp8_weights")
-    model_directory(directory)
-    return directory
 
 
 def build(directory: Path, device: Device, recipe: str | None, format: str, fp8_param: bool) -> MegatronPolicy:

@@ -27,11 +27,6 @@ FAST = [name for name in GPU_WORLDS if "fast" in name]
 FULL = [name for name in GPU_WORLDS if "full" in name]
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
 def check_world(directory: Path, world: str) -> None:
     ranks, cases = {**CPU_WORLDS, **GPU_WORLDS}[world]
     if torch.cuda.device_count() < ranks:

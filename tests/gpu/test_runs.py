@@ -118,9 +118,9 @@ def test_two_ranks_over_nccl_give_the_numbers_of_one(toy: Toy, straight: Path, t
     recipe = toy.recipe(
         tmp_path / "recipe.yaml", grpo={"val_at_start": False, "val_at_end": False}, logger={"log_dir": str(run)}
     )
-    succeed("train", recipe, "--nproc", "2", "grpo.max_num_steps=1", *LAYOUTS_OF_TWO["tp2-sp"])
+    succeed("train", recipe, "grpo.max_num_steps=1", *LAYOUTS_OF_TWO["tp2-sp"], nproc=2)
     assert_same_step(metrics(run)[1], expected[1], FIVE_DIGITS)
-    succeed("train", recipe, "--nproc", "2", "grpo.max_num_steps=2", *DISTRIBUTED)
+    succeed("train", recipe, "grpo.max_num_steps=2", *DISTRIBUTED, nproc=2)
     assert_same_step(metrics(run)[2], expected[2], AFTER_AN_UPDATE)
 
 

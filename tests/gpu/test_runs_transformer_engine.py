@@ -80,9 +80,9 @@ def test_two_ranks_give_the_numbers_of_one(toy: Toy, straight: Path, tmp_path: P
         tmp_path / "recipe.yaml", grpo={"val_at_start": False, "val_at_end": False}, logger={"log_dir": str(run)}
     )
     # bfloat16, in other sums: the samples are the same, since the engine's weights are, the rest is to two digits.
-    succeed("train", recipe, *ENGINE, "--nproc", "2", "grpo.max_num_steps=1", *LAYOUTS_OF_TWO["tp2-sp"])
+    succeed("train", recipe, *ENGINE, "grpo.max_num_steps=1", *LAYOUTS_OF_TWO["tp2-sp"], nproc=2)
     assert_same_step(metrics(run)[1], expected[1], 2e-2)
-    succeed("train", recipe, *ENGINE, "--nproc", "2", "grpo.max_num_steps=2", *DISTRIBUTED)
+    succeed("train", recipe, *ENGINE, "grpo.max_num_steps=2", *DISTRIBUTED, nproc=2)
     # The second step has samples of its own: bfloat16 moves some. What the first update did is there again.
     assert list(metrics(run)) == [1, 2]
     distance, reference = metrics(run)[2]["train/reference_kl"], expected[2]["train/reference_kl"]
