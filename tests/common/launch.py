@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launching a worker on several processes, and hearing from every rank what it found; running a program.
 
-``torchrun`` starts processes the way users do. ``torchrun_json``, ``ranks`` and ``program`` fork them from a process that
-has imported what they need, with what torchrun or a shell would tell them, wherever no real GPU may be touched by an
-import before the fork.
+``torchrun`` starts processes the way users do. ``torchrun_json``, ``ranks`` and ``program`` fork them from a process
+that has imported what they need, with what torchrun or a shell would tell them, wherever no real GPU may be touched by
+an import before the fork.
 """
 
 from __future__ import annotations
