@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.common.leftovers import no_process_is_left
 from tests.common.once import built_once
 from tests.e2e.toy import DEVICE, Toy, build_policy, succeed, write_shards
+
+__all__ = ["no_process_is_left"]
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def test_a_file_has_first_lines_samples_a_line_a_step_and_a_summary(toy: Toy, tm
 
 def test_two_processes_say_it_once(toy: Toy, tmp_path: Path) -> None:
     recipe = toy.recipe(tmp_path / "recipe.yaml", logger={"log_dir": str(tmp_path / "run")})
-    text = succeed("train", recipe, *SHORT, nproc=2, forked=False)
+    text = succeed("train", recipe, *SHORT, nproc=2)
     for start in ("run: ", "device: ", "plan: ", "done: "):
         assert len(re.findall(rf"^{start}", text, re.MULTILINE)) == 1, start
     shown = re.findall(r"^  (\w+) \S+, (?:sampled|greedy), reward ", text, re.MULTILINE)
@@ -126,7 +126,7 @@ def test_the_version_is_said() -> None:
     assert (result.exit_code, result.stdout) == (0, f"megatron-g2rpo {__version__}\n")
 
 
-@pytest.mark.parametrize("verb", ["train", "plan"])
+@pytest.mark.parametrize("verb", ["train", pytest.param("plan", marks=pytest.mark.full)])
 def test_a_reader_that_leaves_ends_what_prints_quietly(toy: Toy, tmp_path: Path, verb: str) -> None:
     recipe = toy.recipe(tmp_path / "recipe.yaml")
     options = ["--dry-run"] if verb == "train" else []

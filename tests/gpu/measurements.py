@@ -88,8 +88,14 @@ def parity(directory: Path, device: Device, *, engine: bool) -> list[dict[str, A
     return rows
 
 
-def quickstart(device: Device, steps: int, *, engine: bool) -> Measured:
+def quickstart(device: Device, steps: int, *, engine: bool, small: bool) -> Measured:
     """Run steps of the quickstart's recipe in bfloat16, generation and scoring included.
+
+    Args:
+        device: the GPU.
+        steps: number of steps.
+        engine: whether the policy has Transformer Engine's layers.
+        small: take 16 rollouts a step in place of the recipe's.
 
     Raises:
         RecipeError: its data is not there (``make data``).
@@ -101,6 +107,9 @@ def quickstart(device: Device, steps: int, *, engine: bool) -> Measured:
         "checkpointing.enabled=false",
         *layer_keys(engine=engine),
     ]
+    if small:
+        sizes = {"grpo.num_prompts_per_step": 4, "grpo.num_generations_per_prompt": 4}
+        overrides += [f"{key}={size}" for key, size in {**sizes, "policy.train_global_batch_size": 16}.items()]
     recipe = recipes.load(QUICKSTART, overrides, "train")
     torch.cuda.reset_peak_memory_stats()
     components = assemble(recipe)
@@ -115,7 +124,8 @@ def quickstart(device: Device, steps: int, *, engine: bool) -> Measured:
     peak = torch.cuda.max_memory_allocated()
     plan = make_plan(recipe, Model(read_config(str(SMALL))))
     rate = statistics.fmean(tokens[1:]) / median
-    return Measured(f"quickstart, {_layers(engine)}, response tokens", median, rate, peak, _without_allowance(plan))
+    what = f"quickstart{', 16 rollouts a step' if small else ''}, {_layers(engine)}, response tokens"
+    return Measured(what, median, rate, peak, _without_allowance(plan))
 
 
 def random_policy(directory: Path, device: Device, steps: int, *, engine: bool, small: bool) -> Measured | None:

@@ -80,7 +80,7 @@ def measure(directory: Path, steps: int) -> dict[str, Any]:
     for engine in engines:
         scratch = directory / str(engine)
         scratch.mkdir()
-        found.append(quickstart(device, steps, engine=engine))
+        found.append(quickstart(device, steps, engine=engine, small=VIRTUAL))
         torch.cuda.empty_cache()
         found.append(random_policy(scratch, device, steps, engine=engine, small=VIRTUAL))
         torch.cuda.empty_cache()

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from megatron_g2rpo.cli import app
+from tests.common.launch import program
 
 ROW = {"problem": "Which?", "answer": "red"}
 
@@ -93,8 +92,7 @@ def test_wrong_options_are_named_without_a_traceback(
 
 def test_the_indexer_names_a_wrong_argument_without_a_traceback(source: Path) -> None:
     for argument in (source, source.parent / "nowhere", source.parent):
-        command = [sys.executable, "-m", "megatron_g2rpo.data.shard_writer", str(argument)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = program("megatron_g2rpo.data.shard_writer", str(argument))
         assert done.returncode == 1
         assert done.stderr.startswith("error: ")
         assert "Traceback" not in done.stderr
