@@ -155,20 +155,20 @@ def test_the_export_answers_as_the_policy_does(toy: Toy, straight: Path) -> None
 
     # The policy comes from the Megatron checkpoint, not from the directory under test.
     recipe = recipes.load(straight / "recipe.yaml", ["grpo.max_val_samples=12"], "train")
-    components = assemble(recipe)
-    assert Run(recipe, components).first_step == 4
-    components.engine.load_weights(components.policy.stream())
-    prompts = components.validation
-    assert len(prompts) == 36
-    rollouts = components.engine.generate(
-        prompts, 1, sampling=Sampling(temperature=0.0), seed=0, group_ids=list(range(36))
-    )
-    assert len({rollout.text for rollout in rollouts}) > 3, "answers that are all alike prove little"
-    chat = ChatProcessor(exported)
-    ends = chat.eos_token_ids
-    for rollout in rollouts:
-        answer = hf_greedy(model, rollout.prompt.inputs, 32, ends=ends, pad=chat.pad_token_id, banned=[])
-        assert answer == rollout.response_ids.tolist(), rollout.prompt.key
+    with assemble(recipe) as components:
+        assert Run(recipe, components).first_step == 4
+        components.engine.load_weights(components.policy.stream())
+        prompts = components.validation
+        assert len(prompts) == 36
+        rollouts = components.engine.generate(
+            prompts, 1, sampling=Sampling(temperature=0.0), seed=0, group_ids=list(range(36))
+        )
+        assert len({rollout.text for rollout in rollouts}) > 3, "answers that are all alike prove little"
+        chat = ChatProcessor(exported)
+        ends = chat.eos_token_ids
+        for rollout in rollouts:
+            answer = hf_greedy(model, rollout.prompt.inputs, 32, ends=ends, pad=chat.pad_token_id, banned=[])
+            assert answer == rollout.response_ids.tolist(), rollout.prompt.key
 
 
 # Tensor and data parallelism are in the next test.

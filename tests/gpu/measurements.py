@@ -112,14 +112,14 @@ def quickstart(device: Device, steps: int, *, engine: bool, small: bool) -> Meas
         overrides += [f"{key}={size}" for key, size in {**sizes, "policy.train_global_batch_size": 16}.items()]
     recipe = recipes.load(QUICKSTART, overrides, "train")
     torch.cuda.reset_peak_memory_stats()
-    components = assemble(recipe)
     seconds, tokens = [], []
-    for step in range(1, steps + 1):
-        start = time.perf_counter()
-        line = g2rpo_step(recipe, components, step)
-        device.synchronize()
-        seconds.append(time.perf_counter() - start)
-        tokens.append(line["train/num_tokens"])
+    with assemble(recipe) as components:
+        for step in range(1, steps + 1):
+            start = time.perf_counter()
+            line = g2rpo_step(recipe, components, step)
+            device.synchronize()
+            seconds.append(time.perf_counter() - start)
+            tokens.append(line["train/num_tokens"])
     median = statistics.median(seconds[1:])
     peak = torch.cuda.max_memory_allocated()
     plan = make_plan(recipe, Model(read_config(str(SMALL))))

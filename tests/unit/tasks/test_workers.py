@@ -113,6 +113,11 @@ def workers(imports: list[str]) -> Iterator[RewardWorkers]:
     workers.close()
 
 
+@pytest.fixture
+def no_process_is_left() -> None:
+    """Not so here: ``workers`` outlive a test, and replace those that it has ended."""
+
+
 def scored(
     rollouts: list[Rollout], env: Env, workers: RewardWorkers | None, most_failures: int | None = None
 ) -> Rewards:
