@@ -10,7 +10,7 @@ from pathlib import Path
 # Five significant digits: half a unit of the fifth.
 FIVE_DIGITS = 5e-6
 # A loss is a mean of terms of both signs and of size one, of which little may be left: 1e-4 has four digits in float32.
-ROUNDING = 1e-7
+ROUNDING = 2e-8
 TENSOR_PARALLEL = "policy.megatron_cfg.tensor_model_parallel_size"
 LAYOUTS_OF_TWO = {
     "dp2": (),

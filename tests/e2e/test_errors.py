@@ -34,7 +34,10 @@ def recipe_of(toy: Toy, tmp_path: Path, **changes: object) -> Path:
 
 
 def test_an_unknown_key_is_named_with_its_nearest(toy: Toy, tmp_path: Path) -> None:
-    message = error_of("train", recipe_of(toy, tmp_path), "grpo.num_promts_per_step=8")
+    result = call("train", recipe_of(toy, tmp_path), "grpo.num_promts_per_step=8")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    message = only_error(result.stderr)
     assert "unknown key 'grpo.num_promts_per_step'" in message
     assert "nearest valid key: grpo.num_prompts_per_step" in message
     assert not (tmp_path / "run").exists()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_g2rpo.objective import gaussian_advantages
 from tests.common.launch import ROOT, torchrun
-from tests.e2e.library_worker import load_example
+from tests.e2e import library_worker
 
 pytestmark = pytest.mark.full
 
@@ -89,7 +89,7 @@ def test_two_runs_are_equal(records: list[Record], tmp_path: Path) -> None:
 
 
 def test_what_has_no_g2rpo_advantage_is_refused(tmp_path: Path) -> None:
-    example = load_example()
+    example = library_worker.load_example()
 
     def sometimes_none(completions: list[str], **_: Any) -> list[float | None]:
         return [None, *[0.0] * (len(completions) - 1)]

@@ -30,11 +30,11 @@ class _Finder(importlib.abc.MetaPathFinder):
         self, fullname: str, path: object = None, target: object = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname == _ASKS and self.declared is None:
-            from torch.library import Library
+            from torch import library
             from torchvision.extension import _has_ops
 
             if not _has_ops():
-                self.declared = Library("torchvision", "DEF")
+                self.declared = library.Library("torchvision", "DEF")
                 for schema in _SCHEMAS:
                     self.declared.define(schema)
         return None

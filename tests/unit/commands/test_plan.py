@@ -55,6 +55,7 @@ def refusal(*arguments: str) -> str:
     assert isinstance(result.exception, SystemExit), f"{result.exception!r}\n{result.output}"
     assert result.exit_code == 1, result.output
     assert result.stderr.startswith("error: "), result.stderr
+    assert "Traceback" not in result.stderr
     return result.stderr
 
 
