@@ -91,12 +91,11 @@ class Qwen3VLVision:
     def block_bytes(self, hf_config: Any, patches: int, nbytes: int) -> int:
         """Return the bytes that autograd keeps of one block; see ``Vision.block_bytes``.
 
-        It keeps, in hidden widths, norm inputs and outputs (4), rotated queries and keys (2), the projection of which
-        the values are a view (3), the attention's output and, joined over images, the output projection's input (2);
-        and in MLP widths the MLP's two linears (2).
+        It keeps, in hidden widths, norm inputs and outputs (4), queries, keys and values by head (3), the attention's
+        output and, by patch, the output projection's input (2); and in MLP widths the MLP's two linears (2).
         """
         vision = hf_config.vision_config
-        wide = nbytes * patches * (11 * vision.hidden_size + 2 * vision.intermediate_size)
+        wide = nbytes * patches * (9 * vision.hidden_size + 2 * vision.intermediate_size)
         return wide + patches * (2 * _statistics(nbytes) + _FP32 * vision.num_heads)
 
     def tower_bytes(self, hf_config: Any, patches: int, nbytes: int, *, recompute: bool) -> int:
