@@ -13,7 +13,7 @@
 #   make test-nemo-run  the nemo-run example, in an environment of its own (0.6 GB)
 #   make test-trackers  tests on real Weights & Biases and trackio, in an environment of its own (1.5 GB)
 #   make lmms-eval  the harness for the paper's benchmarks, in an environment of its own (2.5 GB), see docs/evaluation.md
-#   make bench-step [ARGS=--quick]  the whole step beside TRL's, in an environment of its own (1.8 GB); 50 minutes
+#   make bench-step [ARGS=--quick]  the whole step beside TRL's, in an environment of its own (1.8 GB); an hour
 #   make quickstart-vllm [ARGS="key=value ..."]         the quickstart, its rollouts from vLLM in that environment
 #   make lint       style, types, import rules          make clean        what was built; runs/ and data/ stay
 #

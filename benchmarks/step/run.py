@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure the whole step (process, generate, score, update) of this project beside TRL's and a plain-torch floor.
 
-    make bench-step                                         everything: 50 minutes on a quiet machine
+    make bench-step                                         everything: an hour on a quiet machine
     python -m benchmarks.step.run --quick                   size (i) alone, two steps a side: a few minutes
     python -m benchmarks.step.run --only ii --sides ours floor
 
@@ -11,7 +11,7 @@ steps that are there are not taken again, so that a run that was broken off goes
 from that file alone.
 
 All sides: float32, no gradient checkpointing, one update a step, AdamW, every image encoded, every answer of its full
-length, gradients to every parameter. TRL's batch is tried as one micro-batch and as one a prompt, and the faster form
+length, gradients to every parameter. TRL's batch is one micro-batch, and in another form one a prompt; the faster form
 counts.
 """
 
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks.step import report, workload
-from benchmarks.step.sizes import BY_NAME, SIDES, TRL_FORMS, Job, Size, jobs
+from benchmarks.step.sizes import BY_NAME, SIDES, Job, Size, jobs
 
 DIRECTORY = Path("runs/bench-step")
 
@@ -136,21 +136,6 @@ class Results:
 
 def take_turns(job: Job, results: Results, directory: Path, threads: int) -> None:
     """Take the missing steps of a job, the sides in turn."""
-    trying = [side for side in job.sides if side in TRL_FORMS]
-    if len(trying) > 1:
-        _turns(Job(size=job.size, sides=tuple(trying), steps=1, warm_up=job.warm_up), results, directory, threads)
-        best = min(trying, key=lambda side: results.of(job, side, threads)[0]["cpu"])
-        trying.remove(best)
-        job = Job(
-            size=job.size,
-            sides=tuple(side for side in job.sides if side not in trying),
-            steps=job.steps,
-            warm_up=job.warm_up,
-        )
-    _turns(job, results, directory, threads)
-
-
-def _turns(job: Job, results: Results, directory: Path, threads: int) -> None:
     missing = {side: job.steps - len(results.of(job, side, threads)) for side in job.sides}
     missing = {side: count for side, count in missing.items() if count > 0}
     processes: dict[str, SideProcess] = {}

@@ -72,7 +72,7 @@ class Job:
 
     Attributes:
         size: the step.
-        sides: the sides, in the order of their turns; of TRL's forms only the faster one takes more than one step.
+        sides: the sides, in the order of their turns.
         steps: measured steps a side.
         warm_up: steps before them that are recorded, but not counted.
     """
