@@ -90,8 +90,7 @@ def _steps_table(measured: Measured, size: Size) -> list[str]:
     sides = [side for side in SIDES if measured.steps(size, side)]
     if not sides:
         return []
-    trl = measured.trl(size)
-    reference = None if trl is None else measured.seconds(size, trl)
+    references = {form: seconds for form in TRL_FORMS if (seconds := measured.seconds(size, form)) is not None}
     rows = []
     for side in sides:
         steps, seconds = measured.steps(size, side), measured.seconds(size, side)
@@ -106,10 +105,11 @@ def _steps_table(measured: Measured, size: Size) -> list[str]:
                 f"{lowest:.3f}-{highest:.3f} ({len(steps)})",
                 *(f"{value:.3f}" for value in (*phases, rest)),
                 f"{max(step['peak_bytes'] for step in steps) / GIB:.2f}",
-                "-" if reference is None else f"{reference / seconds:.2f}x",
+                *(f"{references[form] / seconds:.2f}x" for form in references),
             ]
         )
-    head = ["side", "step", "range (steps)", *PHASES, "rest", "peak, GiB", "TRL / side"]
+    ratios = [f"{NAMES[form]} / side" for form in references]
+    head = ["side", "step", "range (steps)", *PHASES, "rest", "peak, GiB", *ratios]
     title = (
         f"### ({size.name}) {size.prompts} prompts of {size.prompt_tokens:,} tokens ({size.image_tokens:,} of them "
         f"image), {size.samples} answers of {size.answer_tokens}"

@@ -141,8 +141,8 @@ def attention(
     runs = runs or [(1, query.shape[2])]
     lengths = [frames * size for frames, size in runs]
     pieces = zip(*(each[0].split(lengths, dim=1) for each in (query, key, value)), runs, strict=True)
-    # Each head in memory of its own: torch's kernel for CPUs takes 3 % less then, the copies included, and the values
-    # alone are kept for the backward pass, not the projection that they would be a view of.
+    # Each head in memory of its own: at thousands of patches torch's kernel for CPUs takes a few percent less then, the
+    # copies included, and the values alone are kept for the backward pass, not the projection that they are a view of.
     attended = [
         F.scaled_dot_product_attention(
             *(each.unflatten(1, run).transpose(0, 1).contiguous() for each in piece), dropout_p=dropout, scale=scaling
