@@ -20,7 +20,9 @@ from benchmarks.step.sizes import (
     OURS_UNSHARED,
     SIDES,
     SMALL,
+    TRL,
     TRL_FORMS,
+    TRL_MICRO,
     Size,
 )
 
@@ -28,8 +30,8 @@ PHASES = ("process", "generation", "old log-probabilities", "update")
 NAMES = {
     OURS: "ours, prompt shared",
     OURS_UNSHARED: "ours, not shared",
-    "trl": "TRL, one micro-batch",
-    "trl-micro": "TRL, a micro-batch a prompt",
+    TRL: "TRL, one micro-batch",
+    TRL_MICRO: "TRL, a micro-batch a prompt",
     FLOOR: "plain torch, prompt shared",
 }
 GIB = 2**30
@@ -58,11 +60,6 @@ class Measured:
         """Return the median step of a side, in the processor's seconds; None where there is none."""
         steps = self.steps(size, side)
         return median(step["cpu"] for step in steps) if steps else None
-
-    def trl(self, size: Size) -> str | None:
-        """Return the faster of TRL's forms; None where neither was measured."""
-        known = {form: seconds for form in TRL_FORMS if (seconds := self.seconds(size, form)) is not None}
-        return min(known, key=known.__getitem__) if known else None
 
 
 def write(directory: Path) -> None:
@@ -120,9 +117,7 @@ def _steps_table(measured: Measured, size: Size) -> list[str]:
 def _growth_table(measured: Measured, title: str, sizes: Sequence[tuple[str, Size]]) -> list[str]:
     rows = []
     for name, size in sizes:
-        trl = measured.trl(size)
-        seconds = [measured.seconds(size, side) for side in (OURS, OURS_UNSHARED)]
-        seconds.append(None if trl is None else measured.seconds(size, trl))
+        seconds = [measured.seconds(size, side) for side in (OURS, OURS_UNSHARED, TRL)]
         if any(value is not None for value in seconds):
             rows.append([name, *("-" if value is None else f"{value:.3f}" for value in seconds)])
     if not rows:
@@ -134,7 +129,7 @@ def _growth_table(measured: Measured, title: str, sizes: Sequence[tuple[str, Siz
         "",
         fixed + ".",
         "",
-        *_table([title, NAMES[OURS], NAMES[OURS_UNSHARED], "TRL"], rows),
+        *_table([title, NAMES[OURS], NAMES[OURS_UNSHARED], NAMES[TRL]], rows),
         "",
     ]
 

@@ -11,8 +11,8 @@ steps that are there are not taken again, so that a run that was broken off goes
 from that file alone.
 
 All sides: float32, no gradient checkpointing, one update a step, AdamW, every image encoded, every answer of its full
-length, gradients to every parameter. TRL's batch is one micro-batch, and in another form one a prompt; the faster form
-counts.
+length, gradients to every parameter. TRL's batch is one micro-batch, and in another form one a prompt: the report has
+a ratio for each.
 """
 
 from __future__ import annotations
